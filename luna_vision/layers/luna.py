@@ -1,0 +1,355 @@
+"""Luna attention and the Luna block: self-attention replaced by two cross-attentions through a short memory.
+
+Source: Ma et al., "Luna: Linear Unified Nested Attention", NeurIPS 2021 (arXiv 2106.01540), and the authors' code, which
+fixes what the text leaves open: unpack reads the packed memory as it is (before residual and norm), the output projection
+exists for X only, the memory has a residual and a norm and no MLP, one projection serves as key and value.
+
+Shapes: B batch, N patches, L memory slots, C width, H heads, H', W' patch grid with N = H' * W'.
+"""
+
+from typing import Final
+
+import torch
+from timm.layers import DropPath, LayerScale, LayerType, Mlp, get_act_layer, get_norm_layer, trunc_normal_
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+from ..functional import attend, attention_weights, check_valid, saturate, split_heads
+
+__all__ = ["LocalMixing", "LunaAttention", "LunaBlock"]
+
+
+@register_notrace_module  # validity checks and masks are branches that fx cannot trace
+class LunaAttention(nn.Module):
+    """Pack the patches into the memory, then let every patch read the packed memory. O(N L) in time and memory."""
+
+    tie_kv: Final[bool]
+    pack_only: Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        pack_heads: int | None = None,
+        tie_kv: bool = True,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        pack_only: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        """
+        Args:
+            dim: Width C of patches and memory.
+            num_heads: Heads of the unpack.
+            pack_heads: Heads of the pack; as many as `num_heads` if None.
+            tie_kv: One projection for key and value (the authors' default) instead of two.
+            qkv_bias: Bias on queries and values. Untied keys never have one: a constant along the softmax drops out of
+                it, so the bias could not be learned.
+            proj_bias: Bias on the output projection.
+            attn_drop: Dropout of attention weights, both attentions.
+            proj_drop: Dropout after the output projection.
+            pack_only: Leave out the unpack, for a last block whose patches nobody reads; `y` is then `x` itself.
+
+        Raises:
+            ValueError: `dim` is not a multiple of a head count.
+        """
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        pack_heads = num_heads if pack_heads is None else pack_heads
+        for name, heads in (("num_heads", num_heads), ("pack_heads", pack_heads)):
+            if heads < 1 or dim % heads:
+                raise ValueError(f"dim ({dim}) must be a multiple of {name} ({heads})")
+        self.dim = dim
+        self.num_heads = num_heads
+        self.pack_heads = pack_heads
+        self.tie_kv = tie_kv
+        self.pack_only = pack_only
+        self.attn_drop = attn_drop
+
+        self.pack_q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
+        if tie_kv:
+            self.pack_kv = nn.Linear(dim, dim, bias=qkv_bias, **dd)
+        else:
+            self.pack_k = nn.Linear(dim, dim, bias=False, **dd)
+            self.pack_v = nn.Linear(dim, dim, bias=qkv_bias, **dd)
+        if not pack_only:
+            self.unpack_q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
+            if tie_kv:
+                self.unpack_kv = nn.Linear(dim, dim, bias=qkv_bias, **dd)
+            else:
+                self.unpack_k = nn.Linear(dim, dim, bias=False, **dd)
+                self.unpack_v = nn.Linear(dim, dim, bias=qkv_bias, **dd)
+            self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
+            self.proj_drop = nn.Dropout(proj_drop)
+
+    def _check(self, x: Tensor, memory: Tensor, patch_valid: Tensor | None, memory_valid: Tensor | None) -> None:
+        if x.dim() != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"x must have shape (batch, patches, {self.dim}), got {list(x.shape)}")
+        if memory.dim() != 3 or memory.shape[-1] != self.dim or memory.shape[0] != x.shape[0]:
+            raise ValueError(f"memory must have shape ({x.shape[0]}, slots, {self.dim}), got {list(memory.shape)}")
+        if patch_valid is not None:
+            check_valid(patch_valid, x.shape[0], x.shape[1], "patch_valid")
+        if memory_valid is not None:
+            check_valid(memory_valid, memory.shape[0], memory.shape[1], "memory_valid")
+
+    def _pack_qkv(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q = split_heads(saturate(self.pack_q(memory)), self.pack_heads)
+        if self.tie_kv:
+            k = split_heads(saturate(self.pack_kv(x)), self.pack_heads)
+            v = k
+        else:
+            k = split_heads(saturate(self.pack_k(x)), self.pack_heads)
+            v = split_heads(saturate(self.pack_v(x)), self.pack_heads)
+        return q, k, v
+
+    def _unpack_qkv(self, x: Tensor, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q = split_heads(saturate(self.unpack_q(x)), self.num_heads)
+        if self.tie_kv:
+            k = split_heads(saturate(self.unpack_kv(packed)), self.num_heads)
+            v = k
+        else:
+            k = split_heads(saturate(self.unpack_k(packed)), self.num_heads)
+            v = split_heads(saturate(self.unpack_v(packed)), self.num_heads)
+        return q, k, v
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        patch_valid: Tensor | None = None,
+        memory_valid: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            x: Patches (B, N, C).
+            memory: Memory (B, L, C).
+            patch_valid: (B, N) bool, True where a patch is part of the image. A patch that is not changes nothing.
+            memory_valid: (B, L) bool, True where a slot may be read.
+
+        Returns:
+            Y_X (B, N, C), what the patches read, projected; Y_P (B, L, C), the packed memory, raw.
+
+        Raises:
+            ValueError: A shape does not fit, a mask is not bool, or (eager mode only) a row has no valid token.
+        """
+        self._check(x, memory, patch_valid, memory_valid)
+        dropout_p = self.attn_drop if self.training else 0.0
+
+        q, k, v = self._pack_qkv(x, memory)
+        packed = attend(q, k, v, patch_valid, dropout_p)
+        if self.pack_only:
+            return x, packed
+
+        q, k, v = self._unpack_qkv(x, packed)
+        y = attend(q, k, v, memory_valid, dropout_p)
+        return self.proj_drop(saturate(self.proj(y))), packed
+
+    @torch.jit.ignore
+    def attention_maps(
+        self, x: Tensor, memory: Tensor, patch_valid: Tensor | None = None, memory_valid: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The two attention matrices. Arguments and errors as in `forward`.
+
+        Returns:
+            pack (B, pack heads, L, N), each row a distribution over the patches; unpack (B, heads, N, L), each row a
+            distribution over the slots (empty, 0 heads, when the layer is `pack_only`).
+        """
+        self._check(x, memory, patch_valid, memory_valid)
+        q, k, v = self._pack_qkv(x, memory)
+        pack = attention_weights(q, k, patch_valid)
+        if self.pack_only:
+            return pack, pack.new_empty(x.shape[0], 0, x.shape[1], memory.shape[1])
+        q, k, _ = self._unpack_qkv(x, attend(q, k, v, patch_valid))
+        return pack, attention_weights(q, k, memory_valid)
+
+
+@register_notrace_module
+class LocalMixing(nn.Module):
+    """Depthwise 3x3 convolution over the patch grid, the local mixing that Luna itself lacks.
+
+    Source: conditional position encoding, Chu et al. 2021 (arXiv 2102.10882), section 3.
+    """
+
+    def __init__(self, dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+
+    def init_weights(self) -> None:
+        """Start near zero, so that the block starts as plain Luna."""
+        trunc_normal_(self.conv.weight, std=0.02)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x: Tensor, grid_size: tuple[int, int], patch_valid: Tensor | None = None) -> Tensor:
+        """Map (B, N, C) to (B, N, C). Invalid patches count as zeros, as the border of the image does.
+
+        Raises:
+            ValueError: The grid does not have N patches.
+        """
+        B, N, C = x.shape
+        H, W = grid_size
+        if H * W != N:
+            raise ValueError(f"grid_size {H} x {W} does not have the {N} patches of x")
+        if patch_valid is not None:
+            check_valid(patch_valid, B, N, "patch_valid")
+            x = x.masked_fill(~patch_valid[:, :, None], 0.0)
+        # a channels-last view, not a copy
+        x = self.conv(x.reshape(B, H, W, C).permute(0, 3, 1, 2))
+        return saturate(x.permute(0, 2, 3, 1).reshape(B, N, C))
+
+
+class LunaBlock(nn.Module):
+    """Local mixing, Luna attention and an MLP, with residuals on patches and memory. The memory goes on to the next block.
+
+    Pre-norm (`norm_first`) or post-norm; the paper's block is post-norm, without local mixing and memory MLP.
+    """
+
+    norm_first: Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        pack_heads: int | None = None,
+        mlp_ratio: float = 4.0,
+        tie_kv: bool = True,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        norm_first: bool = True,
+        local_mixing: bool = True,
+        memory_mlp: bool = False,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        init_values: float | None = None,
+        drop_path: float = 0.0,
+        act_layer: LayerType | None = None,
+        norm_layer: LayerType | None = None,
+        memory_read: bool = True,
+        patches_read: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        """
+        Args:
+            dim, num_heads, pack_heads, tie_kv, qkv_bias, proj_bias, attn_drop: See `LunaAttention`.
+            mlp_ratio: Hidden width of the MLP, and of the memory's, over `dim`.
+            norm_first: Norm before attention and MLP (pre-norm) instead of after the residual (post-norm).
+            local_mixing: Depthwise 3x3 convolution over the patch grid, with a residual, before the attention.
+            memory_mlp: An MLP on the memory.
+            proj_drop: Dropout after projections, in the MLP, and on the memory's update.
+            init_values: Initial LayerScale; none if None.
+            drop_path: Stochastic depth rate.
+            act_layer: Activation of the MLP, GELU if None.
+            norm_layer: LayerNorm (eps 1e-6) if None.
+            memory_read: Whether anything reads the memory after this block. If not, its update gets no parameters of its
+                own: they could not be learned.
+            patches_read: Whether anything reads the patches after this block. If not, they are only packed.
+
+        Raises:
+            ValueError: `dim` is not a multiple of a head count.
+        """
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        act_layer = get_act_layer(act_layer) or nn.GELU
+        norm_layer = get_norm_layer(norm_layer) or get_norm_layer("layernorm")
+        hidden = int(dim * mlp_ratio)
+        self.norm_first = norm_first
+
+        def layer_scale(used: bool = True) -> nn.Module:
+            return LayerScale(dim, init_values=init_values, **dd) if init_values and used else nn.Identity()
+
+        def stochastic_depth() -> nn.Module:
+            return DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+        self.local = LocalMixing(dim, **dd) if local_mixing else None
+        self.norm1 = norm_layer(dim, **dd) if norm_first or patches_read else nn.Identity()
+        self.attn = LunaAttention(
+            dim, num_heads, pack_heads, tie_kv, qkv_bias, proj_bias, attn_drop, proj_drop, not patches_read, **dd
+        )
+        self.ls1 = layer_scale(patches_read)
+        self.drop_path1 = stochastic_depth()
+
+        if norm_first or memory_read:
+            self.norm1_memory = norm_layer(dim, **dd)
+        else:  # the memory that is returned keeps its scale, without parameters that nothing would train
+            self.norm1_memory = nn.LayerNorm(dim, elementwise_affine=False)
+        self.ls1_memory = layer_scale(memory_read)
+        self.drop_memory = nn.Dropout(proj_drop)
+
+        self.mlp = None
+        if patches_read:
+            self.norm2 = norm_layer(dim, **dd)
+            self.mlp = Mlp(dim, hidden, act_layer=act_layer, drop=proj_drop, **dd)
+            self.ls2 = layer_scale()
+            self.drop_path2 = stochastic_depth()
+
+        self.mlp_memory = None
+        if memory_mlp and memory_read:
+            self.norm2_memory = norm_layer(dim, **dd)
+            self.mlp_memory = Mlp(dim, hidden, act_layer=act_layer, drop=proj_drop, **dd)
+            self.ls2_memory = layer_scale()
+
+    def _local(self, x: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None) -> Tensor:
+        if self.local is not None:
+            if grid_size is None:
+                raise ValueError("local mixing needs grid_size, the (rows, columns) of the patch grid")
+            x = saturate(x + self.local(x, grid_size, patch_valid))
+        return x
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        grid_size: tuple[int, int] | None = None,
+        patch_valid: Tensor | None = None,
+        memory_valid: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            x: Patches (B, N, C).
+            memory: Memory (B, L, C).
+            grid_size: Rows and columns of the patch grid, row by row in N; needed by local mixing.
+            patch_valid: (B, N) bool, True where a patch is part of the image. A patch that is not changes nothing.
+            memory_valid: (B, L) bool, True where a slot may be read.
+
+        Returns:
+            Patches (B, N, C) and memory (B, L, C) for the next block.
+
+        Raises:
+            ValueError: A shape does not fit, a mask is not bool, or (eager mode only) a row has no valid token.
+        """
+        x = self._local(x, grid_size, patch_valid)
+        if self.norm_first:
+            y, packed = self.attn(self.norm1(x), self.norm1_memory(memory), patch_valid, memory_valid)
+            memory = saturate(memory + self.drop_path1(self.ls1_memory(self.drop_memory(packed))))
+            if self.mlp is not None:
+                x = saturate(x + self.drop_path1(self.ls1(y)))
+                x = saturate(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
+            if self.mlp_memory is not None:
+                memory = saturate(memory + self.ls2_memory(self.mlp_memory(self.norm2_memory(memory))))
+        else:
+            y, packed = self.attn(x, memory, patch_valid, memory_valid)
+            memory = self.norm1_memory(saturate(memory + self.drop_path1(self.ls1_memory(self.drop_memory(packed)))))
+            if self.mlp is not None:
+                x = self.norm1(saturate(x + self.drop_path1(self.ls1(y))))
+                x = self.norm2(saturate(x + self.drop_path2(self.ls2(self.mlp(x)))))
+            if self.mlp_memory is not None:
+                memory = self.norm2_memory(saturate(memory + self.ls2_memory(self.mlp_memory(memory))))
+        return x, memory
+
+    @torch.jit.ignore
+    def attention_maps(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        grid_size: tuple[int, int] | None = None,
+        patch_valid: Tensor | None = None,
+        memory_valid: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The attention matrices of this block for its inputs. Arguments as in `forward`, result as in `LunaAttention`."""
+        x = self._local(x, grid_size, patch_valid)
+        if self.norm_first:
+            x, memory = self.norm1(x), self.norm1_memory(memory)
+        return self.attn.attention_maps(x, memory, patch_valid, memory_valid)

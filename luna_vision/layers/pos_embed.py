@@ -1,0 +1,124 @@
+"""Positions for a patch grid of any size, with nothing in the state dict that depends on the size.
+
+A position is the centre of a patch in the coordinates of its own image, -1 to 1 from edge to edge. In a batch of images of
+different sizes each image's coordinates are those of its own valid patches.
+
+Shapes: B batch, H', W' patch grid, N = H' * W' patches, C width, K frequencies.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+from ..functional import check_valid
+
+__all__ = ["POS_EMBEDS", "FourierPosEmbed", "LearnedPosEmbed", "grid_coords"]
+
+
+def _axis_coords(used: Tensor) -> Tensor:
+    """Centres, -1 to 1 over the used cells of an axis, for a mask (B, length) of the cells in use."""
+    index = (used.cumsum(dim=1) - 1).clamp(min=0)
+    count = used.sum(dim=1, keepdim=True).clamp(min=1)
+    return (index + 0.5) / count * 2.0 - 1.0
+
+
+def grid_coords(x: Tensor, patch_valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Row and column coordinates of the patches.
+
+    Args:
+        x: Patches (B, H', W', C), of which only shape and device count.
+        patch_valid: (B, N) bool, or None if every patch is valid.
+
+    Returns:
+        rows (B or 1, H') and columns (B or 1, W'), -1 to 1 from edge to edge of each image's own valid grid.
+    """
+    B, H, W, _ = x.shape
+    if patch_valid is None:
+        rows = (torch.arange(H, device=x.device) + 0.5) / H * 2.0 - 1.0
+        columns = (torch.arange(W, device=x.device) + 0.5) / W * 2.0 - 1.0
+        return rows.unsqueeze(0), columns.unsqueeze(0)
+    check_valid(patch_valid, B, H * W, "patch_valid")
+    grid = patch_valid.reshape(B, H, W)
+    return _axis_coords(grid.any(dim=2)), _axis_coords(grid.any(dim=1))
+
+
+@register_notrace_module  # sizes and masks are branches that fx cannot trace
+class FourierPosEmbed(nn.Module):
+    """Sines and cosines of the coordinates, projected to the width and added to the patches.
+
+    Source: Fourier features as in Perceiver (Jaegle et al. 2021, arXiv 2103.03206, section 3.2).
+    NOTE: rows and columns are embedded apart and summed, so the cost is H' + W' vectors rather than H' * W'.
+    """
+
+    def __init__(self, dim: int, num_frequencies: int = 8, max_frequency: float = 8.0, device=None, dtype=None) -> None:
+        """
+        Args:
+            dim: Width C.
+            num_frequencies: K, spaced geometrically from 1/2 to `max_frequency`.
+            max_frequency: The highest, in cycles an image side; 7 is the finest that a grid of 14 can show.
+        """
+        super().__init__()
+        self.num_frequencies = num_frequencies
+        self.octaves = math.log2(max_frequency) + 1.0
+        self.rows = nn.Linear(2 * num_frequencies, dim, bias=False, device=device, dtype=dtype)
+        self.columns = nn.Linear(2 * num_frequencies, dim, bias=False, device=device, dtype=dtype)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        for module in (self.rows, self.columns):
+            nn.init.normal_(module.weight, std=0.2 * module.in_features**-0.5)
+
+    def _features(self, coords: Tensor) -> Tensor:
+        # computed here rather than kept in a buffer, which `model.half()` would round
+        k = torch.arange(self.num_frequencies, device=coords.device, dtype=coords.dtype)
+        frequencies = math.pi * torch.exp2(k * (self.octaves / (self.num_frequencies - 1)) - 1.0)
+        angles = coords.unsqueeze(-1) * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+    def forward(self, x: Tensor, patch_valid: Tensor | None = None) -> Tensor:
+        """Add the positions to patches (B, H', W', C)."""
+        rows, columns = grid_coords(x, patch_valid)
+        dtype = self.rows.weight.dtype
+        y = self.rows(self._features(rows).to(dtype)).unsqueeze(2)
+        y = y + self.columns(self._features(columns).to(dtype)).unsqueeze(1)
+        return x + y.to(x.dtype)
+
+
+@register_notrace_module
+class LearnedPosEmbed(nn.Module):
+    """A learned embedding on a reference grid of constant size, sampled where the patches lie and added to them."""
+
+    def __init__(self, dim: int, ref_size: int = 14, device=None, dtype=None) -> None:
+        """
+        Args:
+            dim: Width C.
+            ref_size: Side of the reference grid, in cells.
+        """
+        super().__init__()
+        self.ref_grid = nn.Parameter(torch.empty(1, dim, ref_size, ref_size, device=device, dtype=dtype))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        trunc_normal_(self.ref_grid, std=0.02)
+
+    def forward(self, x: Tensor, patch_valid: Tensor | None = None) -> Tensor:
+        """Add the positions to patches (B, H', W', C)."""
+        rows, columns = grid_coords(x, patch_valid)
+        grid = torch.stack(
+            [
+                columns.unsqueeze(1).expand(-1, rows.shape[1], -1),
+                rows.unsqueeze(2).expand(-1, -1, columns.shape[1]),
+            ],
+            dim=-1,
+        )
+        ref = self.ref_grid.expand(grid.shape[0], -1, -1, -1)
+        y = F.grid_sample(ref, grid.to(ref.dtype), mode="bilinear", padding_mode="border", align_corners=False)
+        return x + y.permute(0, 2, 3, 1).to(x.dtype)
+
+
+# what `pos_embed=` may name; "none" adds nothing
+POS_EMBEDS = {"fourier": FourierPosEmbed, "learn": LearnedPosEmbed, "none": None}

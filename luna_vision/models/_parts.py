@@ -1,0 +1,128 @@
+"""Parts of `luna_vit` with branches that fx cannot trace (so they are leaves of a trace), and its checkpoint filter.
+
+Shapes: B batch, N patches, L memory slots, C width.
+"""
+
+import torch
+from timm.layers import resample_patch_embed
+from timm.models import register_notrace_function, register_notrace_module
+from torch import Tensor, nn
+
+# what `global_pool=` may name
+POOL_TYPES = ("", "avg", "max", "avgmax", "map", "token", "both")
+
+
+@register_notrace_function
+def check_image(x: Tensor, in_chans: int) -> Tensor:
+    """Return `x`, a batch of images (B, in_chans, height, width) with sides of a pixel or more.
+
+    Raises:
+        ValueError: It is not that.
+    """
+    if x.dim() != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"images must have shape (batch, {in_chans}, height, width), got {list(x.shape)}")
+    if x.shape[2] < 1 or x.shape[3] < 1:
+        raise ValueError(f"images must have at least one pixel a side, got {x.shape[2]} x {x.shape[3]}")
+    return x
+
+
+@register_notrace_function
+def initial_memory(learned: Tensor, memory: Tensor | None, batch: int) -> Tensor:
+    """The memory that enters the first block, (B, L, C): the caller's if given, else the learned one (1, L, C).
+
+    Raises:
+        ValueError: The caller's has another shape than (B, L, C).
+    """
+    if memory is None:
+        return learned.expand(batch, -1, -1)
+    if memory.dim() != 3 or memory.shape[0] != batch or memory.shape[1:] != learned.shape[1:]:
+        want = [batch, learned.shape[1], learned.shape[2]]
+        raise ValueError(f"memory must have shape {want}, got {list(memory.shape)}")
+    return memory.to(learned.dtype)
+
+
+@register_notrace_function
+def key_mask(patch_valid: Tensor | None) -> Tensor | None:
+    """Attention mask (B, 1, 1, N) of a validity mask (B, N); a row without any valid patch attends to all of them."""
+    if patch_valid is None:
+        return None
+    return (patch_valid | ~patch_valid.any(dim=1, keepdim=True))[:, None, None, :]
+
+
+@register_notrace_function
+def pool_tokens(x: Tensor, pool_type: str, num_prefix_tokens: int, patch_valid: Tensor | None = None) -> Tensor:
+    """Pool memory and patches (B, L + N, C) to (B, C); unchanged for "". Invalid patches (B, N) are left out."""
+    if pool_type == "":
+        return x
+    slots, patches = x[:, :num_prefix_tokens].mean(dim=1), x[:, num_prefix_tokens:]
+    if pool_type == "token":
+        return slots
+    if patch_valid is None:
+        avg, largest = patches.mean(dim=1), patches.amax(dim=1)
+    else:
+        hidden = ~patch_valid[:, :, None]
+        count = patch_valid.sum(dim=1, keepdim=True).clamp(min=1)
+        # sums of many tokens leave the range of float16 and the precision of bfloat16
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        avg = (patches.masked_fill(hidden, 0.0).sum(dim=1, dtype=wide) / count).to(x.dtype)
+        largest = patches.masked_fill(hidden, -65504.0).amax(dim=1)
+    if pool_type == "avg":
+        return avg
+    if pool_type == "max":
+        return largest
+    if pool_type == "avgmax":
+        return 0.5 * (avg + largest)
+    return 0.5 * (avg + slots)  # "both"
+
+
+@register_notrace_module
+class PatchMaskDrop(nn.Module):
+    """Hide a random share of the patches in training: their content is zero, the pack and local mixing skip them.
+
+    NOTE: timm's PatchDropout shortens the sequence. A grid for local mixing has to stay whole, so this one saves no work.
+    """
+
+    def __init__(self, prob: float) -> None:
+        """
+        Args:
+            prob: Share of patches to hide, below 1.
+
+        Raises:
+            ValueError: `prob` outside [0, 1).
+        """
+        super().__init__()
+        if not 0.0 <= prob < 1.0:
+            raise ValueError(f"patch_drop_rate must be in [0, 1), got {prob}")
+        self.prob = prob
+
+    def forward(self, x: Tensor, patch_valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Map (B, N, C) to itself with hidden patches at zero, and the mask (B, N) of those that are still to be read."""
+        if not self.training or self.prob == 0.0:
+            return x, patch_valid
+        score = torch.rand(x.shape[0], x.shape[1], device=x.device)
+        if patch_valid is not None:
+            score = score.masked_fill(~patch_valid, -1.0)
+        # the patch with the highest score always stays, so that no row is left empty
+        keep = (score >= self.prob) | (score == score.amax(dim=1, keepdim=True))
+        return x * keep[:, :, None].to(x.dtype), keep
+
+
+def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
+    """Fit a checkpoint to `model`: unwrap it, resample a patch embedding of another patch size, and drop what the last
+    block of this model was built without (see `global_pool`). Anything else that does not fit is left for strict loading.
+    """
+    for wrapper in ("state_dict_ema", "model_ema", "model", "state_dict"):
+        if isinstance(state_dict.get(wrapper), dict):
+            state_dict = state_dict[wrapper]
+    if any(k.startswith("model.") for k in state_dict):  # a Lightning checkpoint of a task that holds the model
+        state_dict = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
+    own = model.state_dict()
+    last = f"blocks.{len(model.blocks) - 1}."
+    out = {}
+    for key, value in state_dict.items():
+        if key.startswith(last) and key not in own:
+            continue
+        if key == "patch_embed.proj.weight" and value.shape[-2:] != own[key].shape[-2:]:
+            value = resample_patch_embed(value, list(own[key].shape[-2:]), verbose=True)
+        out[key] = value
+    return out

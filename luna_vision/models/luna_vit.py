@@ -1,0 +1,554 @@
+"""Luna ViT: a ViT shell in which a short memory, packed from the image and read by every patch, replaces self-attention.
+
+The cost is linear in the number of patches. Any image size works: positions are computed for the grid at hand, and sides
+that are not whole patches are padded up.
+
+Source: Ma et al., "Luna: Linear Unified Nested Attention", NeurIPS 2021 (arXiv 2106.01540); the shell is that of the
+Vision Transformer, Dosovitskiy et al., ICLR 2021 (arXiv 2010.11929), as timm builds it.
+
+Shapes: B batch, N patches, L memory slots, C width, H', W' patch grid with N = H' * W'.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    AttentionPoolLatent,
+    LayerType,
+    PatchEmbed,
+    calculate_drop_path_rates,
+    get_act_layer,
+    get_device_dtype,
+    get_norm_layer,
+)
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_args, update_model_input_size
+from torch import Tensor, nn
+
+from ..layers import POS_EMBEDS, LunaBlock
+from ._parts import (
+    POOL_TYPES,
+    PatchMaskDrop,
+    check_image,
+    checkpoint_filter_fn,
+    initial_memory,
+    key_mask,
+    pool_tokens,
+)
+
+__all__ = ["AttentionMaps", "LunaVit"]
+
+
+class AttentionMaps(NamedTuple):
+    """Where a block's memory slots look and what its patches read, shaped to lie over the image."""
+
+    pack: Tensor
+    """(B, pack heads, L, H', W'): the weight with which slot l reads each patch; sums to 1 over the grid."""
+    unpack: Tensor
+    """(B, heads, L, H', W'): the weight with which each patch reads slot l; sums to 1 over the slots."""
+
+
+class LunaVit(nn.Module):
+    """Luna ViT backbone, with the contract of timm's `VisionTransformer`; the memory is its prefix tokens."""
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: Literal["", "avg", "max", "avgmax", "map", "token", "both"] = "avg",
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        memory_len: int = 16,
+        pack_heads: int | None = None,
+        mlp_ratio: float = 4.0,
+        tie_kv: bool = True,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        norm_first: bool = True,
+        local_mixing: bool = True,
+        memory_mlp: bool = False,
+        pos_embed: Literal["fourier", "learn", "none"] = "fourier",
+        init_values: float | None = None,
+        final_norm: bool | None = None,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        patch_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: LayerType | None = None,
+        act_layer: LayerType | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        """
+        Args:
+            img_size: Image size that the model is meant for, pixels. Nothing depends on it: any size runs.
+            patch_size: Side of a patch, pixels.
+            in_chans: Image channels.
+            num_classes: Classes of the head; 0 for none.
+            global_pool: What the head reads: the patches ("avg", "max", "avgmax", or "map" for attention pooling), the
+                mean memory slot ("token", timm's word for prefix tokens), the mean of both means ("both"), or "" for all
+                tokens. With "token" the last block only packs, since nobody reads its patches.
+            embed_dim: Width C.
+            depth: Number of blocks.
+            num_heads: Heads of the unpack.
+            memory_len: L, the number of memory slots.
+            pack_heads: Heads of the pack; as many as `num_heads` if None.
+            mlp_ratio: Hidden width of the MLP over `embed_dim`.
+            tie_kv: One projection for key and value.
+            qkv_bias: Bias on queries, keys and values where it can be learned.
+            proj_bias: Bias on the attention's output projection.
+            norm_first: Pre-norm blocks; post-norm as in the paper if False.
+            local_mixing: Depthwise 3x3 convolution in every block.
+            memory_mlp: An MLP on the memory in every block.
+            pos_embed: "fourier" (computed), "learn" (a reference grid, resampled) or "none".
+            init_values: Initial LayerScale; none if None.
+            final_norm: Norm after the last block; if None, only with `norm_first`.
+            drop_rate: Dropout before the head.
+            pos_drop_rate: Dropout after the position embedding.
+            patch_drop_rate: Share of patches whose content is hidden in training.
+            proj_drop_rate: Dropout after projections and in the MLPs.
+            attn_drop_rate: Dropout of attention weights.
+            drop_path_rate: Stochastic depth, rising to this rate in the last block.
+            norm_layer: LayerNorm (eps 1e-6) if None.
+            act_layer: GELU if None.
+
+        Raises:
+            ValueError: An unknown name, no blocks or slots, or a width that the heads do not divide.
+        """
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        for name, value, options in (
+            ("global_pool", global_pool, POOL_TYPES),
+            ("pos_embed", pos_embed, tuple(POS_EMBEDS)),
+        ):
+            if value not in options:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+        for name, value in (("memory_len", memory_len), ("depth", depth)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        norm_layer = get_norm_layer(norm_layer) or get_norm_layer("layernorm")
+        act_layer = get_act_layer(act_layer) or nn.GELU
+        final_norm = norm_first if final_norm is None else final_norm
+
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.global_pool = global_pool
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.num_prefix_tokens = self.memory_len = memory_len
+        self.grad_checkpointing = False
+
+        self.patch_embed = PatchEmbed(
+            img_size,
+            patch_size,
+            in_chans,
+            embed_dim,
+            output_fmt="NHWC",
+            strict_img_size=False,
+            dynamic_img_pad=True,
+            **dd,
+        )
+        self.pos_embed = POS_EMBEDS[pos_embed](embed_dim, **dd) if pos_embed != "none" else None
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.patch_drop = PatchMaskDrop(patch_drop_rate) if patch_drop_rate > 0.0 else None
+        self.memory = nn.Parameter(torch.empty(1, memory_len, embed_dim, **dd))
+
+        drop_paths = calculate_drop_path_rates(drop_path_rate, depth)
+        self.blocks = nn.ModuleList(
+            LunaBlock(
+                embed_dim,
+                num_heads,
+                pack_heads,
+                mlp_ratio,
+                tie_kv,
+                qkv_bias,
+                proj_bias,
+                norm_first,
+                local_mixing,
+                memory_mlp,
+                proj_drop_rate,
+                attn_drop_rate,
+                init_values,
+                drop_paths[i],
+                act_layer,
+                norm_layer,
+                # what nobody reads after the last block gets no parameters: they would have no gradient
+                memory_read=i < depth - 1 or global_pool in ("token", "both"),
+                patches_read=i < depth - 1 or global_pool != "token",
+                **dd,
+            )
+            for i in range(depth)
+        )
+        reduction = self.patch_embed.feat_ratio()
+        self.feature_info = [dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=reduction) for i in range(depth)]
+        self.norm = norm_layer(embed_dim, **dd) if final_norm else nn.Identity()
+
+        self.attn_pool = None
+        if global_pool == "map":
+            self.attn_pool = AttentionPoolLatent(
+                embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio, norm_layer=norm_layer, act_layer=act_layer, **dd
+            )
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Initialise as timm's ViT; the memory to unit scale, so that slots stay apart once packs are added to them."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if module is not self and hasattr(module, "init_weights"):
+                module.init_weights()
+        nn.init.normal_(self.memory, std=1.0)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay should leave alone: the memory and the positions."""
+        return {"memory", "pos_embed.rows.weight", "pos_embed.columns.weight", "pos_embed.ref_grid"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups for layer decay; the initial memory belongs to the stem."""
+        return dict(
+            stem=r"^(memory|pos_embed|patch_embed)",
+            blocks=[(r"^blocks\.(\d+)", None), (r"^(norm|attn_pool)", (99999,))],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head.
+
+        Args:
+            num_classes: Classes of the new head; 0 for none.
+            global_pool: As in the constructor; unchanged if None. The last block keeps the parts that it was built with.
+
+        Raises:
+            ValueError: An unknown pooling, or "map" for a model that was built without it.
+        """
+        if global_pool is not None:
+            if global_pool not in POOL_TYPES:
+                raise ValueError(f"global_pool must be one of {', '.join(map(repr, POOL_TYPES))}, got {global_pool!r}")
+            if global_pool == "map" and self.attn_pool is None:
+                raise ValueError("global_pool='map' has weights of its own: choose it when the model is created")
+            if global_pool != "map":
+                self.attn_pool = None
+            self.global_pool = global_pool
+            update_model_args(self, global_pool=global_pool)
+        self.num_classes = num_classes
+        dd = get_device_dtype(self)
+        self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head.train(self.training)
+
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        """Change the image size that the model is meant for (any size runs anyway), or resample to another patch size."""
+        self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
+        for info in self.feature_info:
+            info["reduction"] = self.patch_embed.feat_ratio()
+        update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
+
+    def _embed(
+        self, x: Tensor, patch_valid: Tensor | None, memory: Tensor | None
+    ) -> tuple[Tensor, Tensor, tuple[int, int], Tensor | None]:
+        """Images to patches (B, N, C), memory (B, L, C), grid size, and the mask of the patches that are to be read."""
+        x = check_image(x, self.in_chans)
+        x = self.patch_embed(x)
+        B, H, W, C = x.shape
+        if self.pos_embed is not None:
+            x = self.pos_embed(x, patch_valid)
+        x = self.pos_drop(x.reshape(B, H * W, C))
+        if self.patch_drop is not None:
+            x, patch_valid = self.patch_drop(x, patch_valid)
+        return x, initial_memory(self.memory, memory, B), (H, W), patch_valid
+
+    def encode(
+        self, x: Tensor, patch_valid: Tensor | None = None, memory: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run all blocks, and stop before the final norm.
+
+        Args:
+            x: Images (B, in_chans, height, width) of any size; sides are padded with zeros to whole patches.
+            patch_valid: (B, N) bool, True where a patch is part of the image, for images of different sizes in one batch.
+            memory: (B, L, C), takes the place of the learned initial memory; that of an earlier call carries over.
+
+        Returns:
+            Patches (B, N, C) and memory (B, L, C). This memory is the one to hand in again.
+
+        Raises:
+            ValueError: A shape does not fit, or (eager mode only) an image has no valid patch.
+        """
+        x, memory, grid_size, patch_valid = self._embed(x, patch_valid, memory)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x, memory = checkpoint(block, x, memory, grid_size, patch_valid)
+            else:
+                x, memory = block(x, memory, grid_size, patch_valid)
+        return x, memory
+
+    def forward_features(
+        self, x: Tensor, patch_valid: Tensor | None = None, memory: Tensor | None = None
+    ) -> Tensor:
+        """Memory and patches after the final norm, (B, L + N, C), the memory first. Arguments and errors as in `encode`."""
+        x, memory = self.encode(x, patch_valid, memory)
+        return self.norm(torch.cat([memory, x], dim=1))
+
+    def pool(self, x: Tensor, pool_type: str | None = None, patch_valid: Tensor | None = None) -> Tensor:
+        """Pool (B, L + N, C) to (B, C); `pool_type` overrides the model's `global_pool`."""
+        if self.attn_pool is not None:
+            return self.attn_pool(x[:, self.num_prefix_tokens :], attn_mask=key_mask(patch_valid))
+        pool_type = self.global_pool if pool_type is None else pool_type
+        return pool_tokens(x, pool_type, self.num_prefix_tokens, patch_valid)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False, patch_valid: Tensor | None = None) -> Tensor:
+        """Features (B, L + N, C) to logits (B, num_classes), or to the embedding (B, C) with `pre_logits`."""
+        x = self.pool(x, patch_valid=patch_valid)
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor, patch_valid: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
+        """Images to logits (B, num_classes). Arguments and errors as in `encode`."""
+        x = self.forward_features(x, patch_valid, memory)
+        return self.forward_head(x, patch_valid=patch_valid)
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        patch_valid: Tensor | None = None,
+        memory: Tensor | None = None,
+    ) -> Any:
+        """Features and the outputs of chosen blocks, as timm's models return them.
+
+        Args:
+            x, patch_valid, memory: As in `encode`.
+            indices: The last n blocks if an int, all if None, else these blocks.
+            return_prefix_tokens: Return (patches, memory) for each block instead of patches alone.
+            norm: Apply the final norm to the intermediates.
+            stop_early: Stop after the last block that is wanted.
+            output_fmt: "NCHW", (B, C, H', W'), or "NLC", (B, N, C).
+            intermediates_only: Leave out the final features.
+            output_dict: Return a dict with "image_features", "image_intermediates", "image_intermediates_prefix".
+
+        Returns:
+            (features (B, L + N, C), list of intermediates), the list alone, or the dict.
+
+        Raises:
+            ValueError: An unknown `output_fmt`, or as in `encode`.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        blocks = self.blocks[: max_index + 1] if stop_early else self.blocks
+        x, memory, (H, W), patch_valid = self._embed(x, patch_valid, memory)
+        spatial, prefix = [], []
+        for i, block in enumerate(blocks):
+            if self.grad_checkpointing:
+                x, memory = checkpoint(block, x, memory, (H, W), patch_valid)
+            else:
+                x, memory = block(x, memory, (H, W), patch_valid)
+            if i in take_indices:
+                y = self.norm(x) if norm else x
+                if output_fmt == "NCHW":
+                    y = y.reshape(y.shape[0], H, W, -1).permute(0, 3, 1, 2).contiguous()
+                spatial.append(y)
+                prefix.append(self.norm(memory) if norm else memory)
+        features = None if intermediates_only else self.norm(torch.cat([memory, x], dim=1))
+        if output_dict:
+            out = {"image_intermediates": spatial}
+            if return_prefix_tokens:
+                out["image_intermediates_prefix"] = prefix
+            return out if intermediates_only else {**out, "image_features": features}
+        intermediates = list(zip(spatial, prefix, strict=True)) if return_prefix_tokens else spatial
+        return intermediates if intermediates_only else (features, intermediates)
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the blocks after the last wanted one, and what nothing reads any more. Returns the indices kept."""
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: max_index + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    @torch.jit.ignore
+    def get_attention_maps(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        patch_valid: Tensor | None = None,
+        memory: Tensor | None = None,
+    ) -> list[AttentionMaps]:
+        """The attention maps of chosen blocks, to lie over the image (each patch is `patch_size` pixels).
+
+        Args:
+            x, patch_valid, memory: As in `encode`.
+            indices: The last n blocks if an int, all if None, else these blocks.
+
+        Returns:
+            `AttentionMaps` for each chosen block, in the order of depth.
+        """
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        x, memory, (H, W), patch_valid = self._embed(x, patch_valid, memory)
+        maps = []
+        for i, block in enumerate(self.blocks[: max_index + 1]):
+            if i in take_indices:
+                pack, unpack = block.attention_maps(x, memory, (H, W), patch_valid)
+                maps.append(AttentionMaps(pack.unflatten(-1, (H, W)), unpack.transpose(2, 3).unflatten(-1, (H, W))))
+            x, memory = block(x, memory, (H, W), patch_valid)
+        return maps
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "fixed_input_size": False,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+# there are no weights yet, and the tag says so
+default_cfgs = generate_default_cfgs(
+    {
+        "luna_vit_tiny.untrained": _cfg(),
+        "luna_vit_small.untrained": _cfg(),
+        "luna_vit_base.untrained": _cfg(),
+        "luna_vit_large.untrained": _cfg(),
+        "luna_vit_tiny_patch8.untrained": _cfg(),
+        "luna_vit_small_patch8.untrained": _cfg(),
+        "luna_vit_base_patch8.untrained": _cfg(),
+        "luna_vit_small_paper.untrained": _cfg(),
+        "test_luna_vit.untrained": _cfg(input_size=(3, 160, 160)),
+    }
+)
+
+_NO_WEIGHTS = (
+    "There are no pretrained weights for {} yet. Train it (configs/imagenet_small_224.yaml is the recipe for ImageNet; "
+    "any other data set works the same way), or load a checkpoint of your own: "
+    "timm.create_model({!r}, checkpoint_path='best.safetensors') or timm.create_model('local-dir:FOLDER', pretrained=True)"
+)
+
+
+def _create_luna_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> LunaVit:
+    if pretrained:
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        if not (cfg.has_weights or cfg.state_dict):
+            raise RuntimeError(_NO_WEIGHTS.format(variant, variant))
+    return build_model_with_cfg(
+        LunaVit,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=kwargs.pop("out_indices", 3), feature_cls="getter"),
+        **kwargs,
+    )
+
+
+@register_model
+def luna_vit_tiny(pretrained: bool = False, **kwargs: Any) -> LunaVit:
+    """Luna ViT-Tiny, patch 16."""
+    model_args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=3)
+    return _create_luna_vit("luna_vit_tiny", pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def luna_vit_small(pretrained: bool = False, **kwargs: Any) -> LunaVit:
+    """Luna ViT-Small, patch 16."""
+    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6)
+    return _create_luna_vit("luna_vit_small", pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def luna_vit_base(pretrained: bool = False, **kwargs: Any) -> LunaVit:
+    """Luna ViT-Base, patch 16."""
+    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12)
+    return _create_luna_vit("luna_vit_base", pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def luna_vit_large(pretrained: bool = False, **kwargs: Any) -> LunaVit:
+    """Luna ViT-Large, patch 16."""
+    model_args = dict(patch_size=16, embed_dim=1024, depth=24, num_heads=16)
+    return _create_luna_vit("luna_vit_large", pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def luna_vit_tiny_patch8(pretrained: bool = False, **kwargs: Any) -> LunaVit:
+    """Luna ViT-Tiny, patch 8."""
+    model_args = dict(patch_size=8, embed_dim=192, depth=12, num_heads=3)
+    return _create_luna_vit("luna_vit_tiny_patch8", pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def luna_vit_small_patch8(pretrained: bool = False, **kwargs: Any) -> LunaVit:
+    """Luna ViT-Small, patch 8."""
+    model_args = dict(patch_size=8, embed_dim=384, depth=12, num_heads=6)
+    return _create_luna_vit("luna_vit_small_patch8", pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def luna_vit_base_patch8(pretrained: bool = False, **kwargs: Any) -> LunaVit:
+    """Luna ViT-Base, patch 8."""
+    model_args = dict(patch_size=8, embed_dim=768, depth=12, num_heads=12)
+    return _create_luna_vit("luna_vit_base_patch8", pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def luna_vit_small_paper(pretrained: bool = False, **kwargs: Any) -> LunaVit:
+    """Luna ViT-Small with the paper's block as it is: post-norm, no local mixing, no MLP on the memory."""
+    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6, norm_first=False, local_mixing=False)
+    return _create_luna_vit("luna_vit_small_paper", pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_luna_vit(pretrained: bool = False, **kwargs: Any) -> LunaVit:
+    """A model for tests."""
+    model_args = dict(patch_size=16, embed_dim=64, depth=4, num_heads=2, mlp_ratio=3.0, memory_len=8)
+    return _create_luna_vit("test_luna_vit", pretrained=pretrained, **dict(model_args, **kwargs))

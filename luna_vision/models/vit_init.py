@@ -1,0 +1,108 @@
+"""Start a Luna ViT from the weights of a plain ViT of the same width and depth."""
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+from timm.layers import resample_patch_embed
+from timm.models import load_state_dict
+from torch import Tensor
+
+from .luna_vit import LunaVit
+
+__all__ = ["VitInit", "init_from_vit"]
+
+_logger = logging.getLogger(__name__)
+
+
+class VitInit(NamedTuple):
+    """What `init_from_vit` did, as lists of parameter names."""
+
+    loaded: list[str]
+    """Parameters of the Luna ViT that now hold ViT weights."""
+    new: list[str]
+    """Parameters of the Luna ViT without a counterpart, left as they were."""
+    unused: list[str]
+    """Parameters of the ViT without a counterpart."""
+
+
+def _vit_state_dict(source: str | os.PathLike | dict[str, Tensor]) -> dict[str, Tensor]:
+    if isinstance(source, dict):
+        return source
+    if Path(source).is_file():
+        return load_state_dict(str(source))
+    name = str(source)
+    if timm.is_model(name.split(".")[0]):
+        return timm.create_model(name, pretrained=True).state_dict()
+    raise ValueError(f"{name!r} is neither a file nor the name of a timm model; give a state dict, a file or a name")
+
+
+def _candidates(vit: dict[str, Tensor], tied: bool) -> dict[str, tuple[str, Tensor]]:
+    """ViT parameters under the names that they would have in a Luna ViT: {luna name: (ViT name, value)}.
+
+    Query, key and value keep their part: queries of patches and memory, keys and values of patches. The output projection
+    follows the values. Nothing in a ViT projects a packed memory, so the unpack's keys and values stay new; and a tied
+    projection of the pack is its value, which is what the output projection expects.
+    """
+    qkv = {"q": ["unpack_q"], "k": [], "v": ["pack_kv"]} if tied else {"q": ["pack_q", "unpack_q"], "k": ["pack_k"]}
+    qkv.setdefault("v", ["pack_v"])
+    out = {}
+    for key, value in vit.items():
+        match = re.fullmatch(r"(blocks\.\d+\.attn\.)qkv\.(weight|bias)", key)
+        if match:
+            for part, chunk in zip("qkv", value.chunk(3, dim=0), strict=True):
+                for name in qkv[part]:
+                    out[f"{match[1]}{name}.{match[2]}"] = (key, chunk)
+        else:
+            out[re.sub(r"^fc_norm\.", "norm.", key)] = (key, value)
+    return out
+
+
+@torch.no_grad()
+def init_from_vit(
+    model: LunaVit, source: str | os.PathLike | dict[str, Tensor], verbose: bool = True
+) -> VitInit:
+    """Load into `model` what a plain ViT has a counterpart for.
+
+    That is the patch embedding (resampled to the model's patch size), MLPs, norms, LayerScale, the head if it has as many
+    classes, and the attention projections whose part is the same in both (see the source of this module).
+
+    Args:
+        model: The Luna ViT, changed in place.
+        source: Name of a timm model (`vit_*_patch16_*`; its pretrained weights are used), a state dict, or a file.
+        verbose: Print what was loaded and what was left new.
+
+    Returns:
+        The names of the parameters that were loaded, left new, and not used.
+
+    Raises:
+        ValueError: `source` is not a ViT, or its width or depth is not the model's.
+    """
+    vit = _vit_state_dict(source)
+    if "patch_embed.proj.weight" not in vit or "blocks.0.attn.qkv.weight" not in vit:
+        raise ValueError("source is not a plain ViT: it lacks patch_embed.proj.weight or blocks.0.attn.qkv.weight")
+    width = vit["patch_embed.proj.weight"].shape[0]
+    depth = 1 + max(int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", k) for k in vit) if m)
+    if (width, depth) != (model.embed_dim, len(model.blocks)):
+        raise ValueError(
+            f"the ViT has width {width} and depth {depth}, the model {model.embed_dim} and {len(model.blocks)}; "
+            "both must be equal"
+        )
+    own = model.state_dict()
+    loaded, used = [], set()
+    for name, (key, value) in _candidates(vit, tied=model.blocks[0].attn.tie_kv).items():
+        if name == "patch_embed.proj.weight" and name in own and value.shape[2:] != own[name].shape[2:]:
+            value = resample_patch_embed(value, list(own[name].shape[2:]))
+        if name in own and own[name].shape == value.shape:
+            own[name].copy_(value)
+            loaded.append(name)
+            used.add(key)
+    result = VitInit(loaded, [n for n in own if n not in set(loaded)], [k for k in vit if k not in used])
+    if verbose:
+        kinds = sorted({re.sub(r"blocks\.\d+\.", "blocks.*.", n) for n in result.new})
+        print(f"init_from_vit: loaded {len(loaded)} of {len(own)} tensors; left new: {', '.join(kinds)}")
+    return result
