@@ -1,8 +1,8 @@
 """Luna attention and the Luna block: self-attention replaced by two cross-attentions through a short memory.
 
-Source: Ma et al., "Luna: Linear Unified Nested Attention", NeurIPS 2021 (arXiv 2106.01540), and the authors' code, which
-fixes what the text leaves open: unpack reads the packed memory as it is (before residual and norm), the output projection
-exists for X only, the memory has a residual and a norm and no MLP, one projection serves as key and value.
+Source: Ma et al., "Luna: Linear Unified Nested Attention", NeurIPS 2021 (arXiv 2106.01540), and the authors' code,
+which fixes what the text leaves open: unpack reads the packed memory as it is (before residual and norm), the output
+projection exists for X only, the memory has a residual and a norm and no MLP, one projection serves as key and value.
 
 Shapes: B batch, N patches, L memory slots, C width, H heads, H', W' patch grid with N = H' * W'.
 """
@@ -10,13 +10,14 @@ Shapes: B batch, N patches, L memory slots, C width, H heads, H', W' patch grid 
 from typing import Final
 
 import torch
-from timm.layers import DropPath, LayerScale, LayerType, Mlp, get_act_layer, get_norm_layer, trunc_normal_
+from timm.layers import DropPath, LayerScale, LayerType, Mlp, get_act_layer, get_norm_layer
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..functional import attend, attention_weights, check_valid, saturate, split_heads
+from .local_mixing import LocalMixing
 
-__all__ = ["LocalMixing", "LunaAttention", "LunaBlock"]
+__all__ = ["LunaAttention", "LunaBlock"]
 
 
 @register_notrace_module  # validity checks and masks are branches that fx cannot trace
@@ -166,42 +167,9 @@ class LunaAttention(nn.Module):
         return pack, attention_weights(q, k, memory_valid)
 
 
-@register_notrace_module
-class LocalMixing(nn.Module):
-    """Depthwise 3x3 convolution over the patch grid, the local mixing that Luna itself lacks.
-
-    Source: conditional position encoding, Chu et al. 2021 (arXiv 2102.10882), section 3.
-    """
-
-    def __init__(self, dim: int, device=None, dtype=None) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
-
-    def init_weights(self) -> None:
-        """Start near zero, so that the block starts as plain Luna."""
-        trunc_normal_(self.conv.weight, std=0.02)
-        nn.init.zeros_(self.conv.bias)
-
-    def forward(self, x: Tensor, grid_size: tuple[int, int], patch_valid: Tensor | None = None) -> Tensor:
-        """Map (B, N, C) to (B, N, C). Invalid patches count as zeros, as the border of the image does.
-
-        Raises:
-            ValueError: The grid does not have N patches.
-        """
-        B, N, C = x.shape
-        H, W = grid_size
-        if H * W != N:
-            raise ValueError(f"grid_size {H} x {W} does not have the {N} patches of x")
-        if patch_valid is not None:
-            check_valid(patch_valid, B, N, "patch_valid")
-            x = x.masked_fill(~patch_valid[:, :, None], 0.0)
-        # a channels-last view, not a copy
-        x = self.conv(x.reshape(B, H, W, C).permute(0, 3, 1, 2))
-        return saturate(x.permute(0, 2, 3, 1).reshape(B, N, C))
-
-
 class LunaBlock(nn.Module):
-    """Local mixing, Luna attention and an MLP, with residuals on patches and memory. The memory goes on to the next block.
+    """Local mixing, Luna attention and an MLP, with residuals on patches and memory. The memory goes on to the next
+    block.
 
     Pre-norm (`norm_first`) or post-norm; the paper's block is post-norm, without local mixing and memory MLP.
     """
@@ -243,7 +211,8 @@ class LunaBlock(nn.Module):
             drop_path: Stochastic depth rate.
             act_layer: Activation of the MLP, GELU if None.
             norm_layer: LayerNorm (eps 1e-6) if None.
-            memory_read: Whether anything reads the memory after this block. If not, its update gets no parameters of its
+            memory_read: Whether anything reads the memory after this block. If not, its update gets no parameters of
+                its
                 own: they could not be learned.
             patches_read: Whether anything reads the patches after this block. If not, they are only packed.
 
@@ -271,11 +240,8 @@ class LunaBlock(nn.Module):
         self.ls1 = layer_scale(patches_read)
         self.drop_path1 = stochastic_depth()
 
-        if norm_first or memory_read:
-            self.norm1_memory = norm_layer(dim, **dd)
-        else:  # the memory that is returned keeps its scale, without parameters that nothing would train
-            self.norm1_memory = nn.LayerNorm(dim, elementwise_affine=False)
-        self.ls1_memory = layer_scale(memory_read)
+        self.norm1_memory = norm_layer(dim, **dd)
+        self.ls1_memory = layer_scale()
         self.drop_memory = nn.Dropout(proj_drop)
 
         self.mlp = None
@@ -290,6 +256,18 @@ class LunaBlock(nn.Module):
             self.norm2_memory = norm_layer(dim, **dd)
             self.mlp_memory = Mlp(dim, hidden, act_layer=act_layer, drop=proj_drop, **dd)
             self.ls2_memory = layer_scale()
+        if not memory_read:
+            self.prune_memory_update()
+
+    @torch.jit.ignore
+    def prune_memory_update(self) -> None:
+        """Remove the parameters of the memory's update, in a last block whose memory nobody reads: they would get no
+        gradient. The memory that is returned keeps its scale.
+        """
+        self.mlp_memory = self.norm2_memory = self.ls2_memory = None
+        self.ls1_memory = nn.Identity()
+        if not self.norm_first:
+            self.norm1_memory = nn.LayerNorm(self.attn.dim, elementwise_affine=False)
 
     def _local(self, x: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None) -> Tensor:
         if self.local is not None:
@@ -348,7 +326,8 @@ class LunaBlock(nn.Module):
         patch_valid: Tensor | None = None,
         memory_valid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The attention matrices of this block for its inputs. Arguments as in `forward`, result as in `LunaAttention`."""
+        """The attention matrices of this block for its inputs. Arguments as in `forward`, result as in
+        `LunaAttention`."""
         x = self._local(x, grid_size, patch_valid)
         if self.norm_first:
             x, memory = self.norm1(x), self.norm1_memory(memory)

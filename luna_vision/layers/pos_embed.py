@@ -1,7 +1,7 @@
 """Positions for a patch grid of any size, with nothing in the state dict that depends on the size.
 
-A position is the centre of a patch in the coordinates of its own image, -1 to 1 from edge to edge. In a batch of images of
-different sizes each image's coordinates are those of its own valid patches.
+A position is the centre of a patch in the coordinates of its own image, -1 to 1 from edge to edge. In a batch of
+images of different sizes each image's coordinates are those of its own valid patches.
 
 Shapes: B batch, H', W' patch grid, N = H' * W' patches, C width, K frequencies.
 """
@@ -34,13 +34,14 @@ def grid_coords(x: Tensor, patch_valid: Tensor | None) -> tuple[Tensor, Tensor]:
         patch_valid: (B, N) bool, or None if every patch is valid.
 
     Returns:
-        rows (B or 1, H') and columns (B or 1, W'), -1 to 1 from edge to edge of each image's own valid grid.
+        rows (H') and columns (W'), or (B, H') and (B, W') with a mask, -1 to 1 from edge to edge of each image's own
+        valid grid.
     """
     B, H, W, _ = x.shape
     if patch_valid is None:
         rows = (torch.arange(H, device=x.device) + 0.5) / H * 2.0 - 1.0
         columns = (torch.arange(W, device=x.device) + 0.5) / W * 2.0 - 1.0
-        return rows.unsqueeze(0), columns.unsqueeze(0)
+        return rows, columns
     check_valid(patch_valid, B, H * W, "patch_valid")
     grid = patch_valid.reshape(B, H, W)
     return _axis_coords(grid.any(dim=2)), _axis_coords(grid.any(dim=1))
@@ -83,8 +84,8 @@ class FourierPosEmbed(nn.Module):
         """Add the positions to patches (B, H', W', C)."""
         rows, columns = grid_coords(x, patch_valid)
         dtype = self.rows.weight.dtype
-        y = self.rows(self._features(rows).to(dtype)).unsqueeze(2)
-        y = y + self.columns(self._features(columns).to(dtype)).unsqueeze(1)
+        y = self.rows(self._features(rows).to(dtype)).unsqueeze(-2)
+        y = y + self.columns(self._features(columns).to(dtype)).unsqueeze(-3)
         return x + y.to(x.dtype)
 
 
@@ -108,13 +109,11 @@ class LearnedPosEmbed(nn.Module):
     def forward(self, x: Tensor, patch_valid: Tensor | None = None) -> Tensor:
         """Add the positions to patches (B, H', W', C)."""
         rows, columns = grid_coords(x, patch_valid)
-        grid = torch.stack(
-            [
-                columns.unsqueeze(1).expand(-1, rows.shape[1], -1),
-                rows.unsqueeze(2).expand(-1, -1, columns.shape[1]),
-            ],
-            dim=-1,
-        )
+        if rows.dim() == 1:
+            rows, columns = rows.unsqueeze(0), columns.unsqueeze(0)
+        x_coords = columns.unsqueeze(1).expand(-1, rows.shape[1], -1)
+        y_coords = rows.unsqueeze(2).expand(-1, -1, columns.shape[1])
+        grid = torch.stack([x_coords, y_coords], dim=-1)
         ref = self.ref_grid.expand(grid.shape[0], -1, -1, -1)
         y = F.grid_sample(ref, grid.to(ref.dtype), mode="bilinear", padding_mode="border", align_corners=False)
         return x + y.permute(0, 2, 3, 1).to(x.dtype)

@@ -4,6 +4,7 @@ Shapes: B batch, N patches, L memory slots, C width.
 """
 
 import torch
+import torch.nn.functional as F
 from timm.layers import resample_patch_embed
 from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
@@ -24,6 +25,19 @@ def check_image(x: Tensor, in_chans: int) -> Tensor:
     if x.shape[2] < 1 or x.shape[3] < 1:
         raise ValueError(f"images must have at least one pixel a side, got {x.shape[2]} x {x.shape[3]}")
     return x
+
+
+@register_notrace_function
+def pad_to_patches(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Pad images (B, C, height, width) with zeros, below and to the right, to whole patches.
+
+    NOTE: what timm's PatchEmbed does with `dynamic_img_pad`, but without a copy where nothing is to be padded, and in
+    an expression whose bounds torch.export can prove.
+    """
+    rows, columns = patch_size
+    pad_h = (x.shape[2] + rows - 1) // rows * rows - x.shape[2]
+    pad_w = (x.shape[3] + columns - 1) // columns * columns - x.shape[3]
+    return F.pad(x, (0, pad_w, 0, pad_h))
 
 
 @register_notrace_function
@@ -79,7 +93,8 @@ def pool_tokens(x: Tensor, pool_type: str, num_prefix_tokens: int, patch_valid: 
 class PatchMaskDrop(nn.Module):
     """Hide a random share of the patches in training: their content is zero, the pack and local mixing skip them.
 
-    NOTE: timm's PatchDropout shortens the sequence. A grid for local mixing has to stay whole, so this one saves no work.
+    NOTE: timm's PatchDropout shortens the sequence. A grid for local mixing has to stay whole, so this one saves no
+        work.
     """
 
     def __init__(self, prob: float) -> None:
@@ -96,7 +111,8 @@ class PatchMaskDrop(nn.Module):
         self.prob = prob
 
     def forward(self, x: Tensor, patch_valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Map (B, N, C) to itself with hidden patches at zero, and the mask (B, N) of those that are still to be read."""
+        """Map (B, N, C) to itself with hidden patches at zero, and the mask (B, N) of those that are still to be
+        read."""
         if not self.training or self.prob == 0.0:
             return x, patch_valid
         score = torch.rand(x.shape[0], x.shape[1], device=x.device)
@@ -109,7 +125,8 @@ class PatchMaskDrop(nn.Module):
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     """Fit a checkpoint to `model`: unwrap it, resample a patch embedding of another patch size, and drop what the last
-    block of this model was built without (see `global_pool`). Anything else that does not fit is left for strict loading.
+    block of this model was built without (see `global_pool`). Anything else that does not fit is left for strict
+    loading.
     """
     for wrapper in ("state_dict_ema", "model_ema", "model", "state_dict"):
         if isinstance(state_dict.get(wrapper), dict):

@@ -1,7 +1,7 @@
-"""Luna ViT: a ViT shell in which a short memory, packed from the image and read by every patch, replaces self-attention.
+"""Luna ViT: a ViT shell in which a short memory, packed from the image and read by all patches, does the mixing.
 
-The cost is linear in the number of patches. Any image size works: positions are computed for the grid at hand, and sides
-that are not whole patches are padded up.
+The cost is linear in the number of patches. Any image size works: positions are computed for the grid at hand, and
+sides that are not whole patches are padded up.
 
 Source: Ma et al., "Luna: Linear Unified Nested Attention", NeurIPS 2021 (arXiv 2106.01540); the shell is that of the
 Vision Transformer, Dosovitskiy et al., ICLR 2021 (arXiv 2010.11929), as timm builds it.
@@ -41,6 +41,7 @@ from ._parts import (
     checkpoint_filter_fn,
     initial_memory,
     key_mask,
+    pad_to_patches,
     pool_tokens,
 )
 
@@ -99,8 +100,8 @@ class LunaVit(nn.Module):
             in_chans: Image channels.
             num_classes: Classes of the head; 0 for none.
             global_pool: What the head reads: the patches ("avg", "max", "avgmax", or "map" for attention pooling), the
-                mean memory slot ("token", timm's word for prefix tokens), the mean of both means ("both"), or "" for all
-                tokens. With "token" the last block only packs, since nobody reads its patches.
+                mean memory slot ("token", timm's word for prefix tokens), the mean of both means ("both"), or "" for
+                all tokens. With "token" the last block only packs, since nobody reads its patches.
             embed_dim: Width C.
             depth: Number of blocks.
             num_heads: Heads of the unpack.
@@ -157,7 +158,7 @@ class LunaVit(nn.Module):
             embed_dim,
             output_fmt="NHWC",
             strict_img_size=False,
-            dynamic_img_pad=True,
+            dynamic_img_pad=False,
             **dd,
         )
         self.pos_embed = POS_EMBEDS[pos_embed](embed_dim, **dd) if pos_embed != "none" else None
@@ -226,8 +227,8 @@ class LunaVit(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups for layer decay; the initial memory belongs to the stem."""
         return dict(
-            stem=r"^(memory|pos_embed|patch_embed)",
-            blocks=[(r"^blocks\.(\d+)", None), (r"^(norm|attn_pool)", (99999,))],
+            stem=r"^(?:memory|pos_embed|patch_embed)",
+            blocks=[(r"^blocks\.(\d+)", None), (r"^(?:norm|attn_pool)", (99999,))],
         )
 
     @torch.jit.ignore
@@ -245,7 +246,8 @@ class LunaVit(nn.Module):
 
         Args:
             num_classes: Classes of the new head; 0 for none.
-            global_pool: As in the constructor; unchanged if None. The last block keeps the parts that it was built with.
+            global_pool: As in the constructor; unchanged if None. The last block keeps the parts that it was built
+                with.
 
         Raises:
             ValueError: An unknown pooling, or "map" for a model that was built without it.
@@ -269,7 +271,7 @@ class LunaVit(nn.Module):
         img_size: int | tuple[int, int] | None = None,
         patch_size: int | tuple[int, int] | None = None,
     ) -> None:
-        """Change the image size that the model is meant for (any size runs anyway), or resample to another patch size."""
+        """Change the image size that the model is meant for (any runs anyway), or resample to another patch size."""
         self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
         for info in self.feature_info:
             info["reduction"] = self.patch_embed.feat_ratio()
@@ -280,7 +282,7 @@ class LunaVit(nn.Module):
     ) -> tuple[Tensor, Tensor, tuple[int, int], Tensor | None]:
         """Images to patches (B, N, C), memory (B, L, C), grid size, and the mask of the patches that are to be read."""
         x = check_image(x, self.in_chans)
-        x = self.patch_embed(x)
+        x = self.patch_embed(pad_to_patches(x, self.patch_embed.patch_size))
         B, H, W, C = x.shape
         if self.pos_embed is not None:
             x = self.pos_embed(x, patch_valid)
@@ -296,7 +298,8 @@ class LunaVit(nn.Module):
 
         Args:
             x: Images (B, in_chans, height, width) of any size; sides are padded with zeros to whole patches.
-            patch_valid: (B, N) bool, True where a patch is part of the image, for images of different sizes in one batch.
+            patch_valid: (B, N) bool, True where a patch is part of the image, for images of different sizes in one
+                batch.
             memory: (B, L, C), takes the place of the learned initial memory; that of an earlier call carries over.
 
         Returns:
@@ -313,10 +316,8 @@ class LunaVit(nn.Module):
                 x, memory = block(x, memory, grid_size, patch_valid)
         return x, memory
 
-    def forward_features(
-        self, x: Tensor, patch_valid: Tensor | None = None, memory: Tensor | None = None
-    ) -> Tensor:
-        """Memory and patches after the final norm, (B, L + N, C), the memory first. Arguments and errors as in `encode`."""
+    def forward_features(self, x: Tensor, patch_valid: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
+        """Memory, then patches, after the final norm: (B, L + N, C). Arguments and errors as in `encode`."""
         x, memory = self.encode(x, patch_valid, memory)
         return self.norm(torch.cat([memory, x], dim=1))
 
@@ -400,13 +401,23 @@ class LunaVit(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the blocks after the last wanted one, and what nothing reads any more. Returns the indices kept."""
+        """Drop the blocks after the last wanted one, and what nobody reads any more.
+
+        Args:
+            indices: The last n blocks if an int, else these blocks.
+            prune_norm: Drop the final norm.
+            prune_head: Drop the head, and the parameters of the last block's memory update.
+
+        Returns:
+            The indices of the wanted blocks.
+        """
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: max_index + 1]
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
             self.reset_classifier(0, "")
+            self.blocks[-1].prune_memory_update()
         return take_indices
 
     @torch.jit.ignore
@@ -470,9 +481,10 @@ default_cfgs = generate_default_cfgs(
 )
 
 _NO_WEIGHTS = (
-    "There are no pretrained weights for {} yet. Train it (configs/imagenet_small_224.yaml is the recipe for ImageNet; "
+    "There are no pretrained weights for {0} yet. Train it (configs/imagenet_small_224.yaml is the ImageNet recipe; "
     "any other data set works the same way), or load a checkpoint of your own: "
-    "timm.create_model({!r}, checkpoint_path='best.safetensors') or timm.create_model('local-dir:FOLDER', pretrained=True)"
+    "timm.create_model({0!r}, checkpoint_path='best.safetensors') or "
+    "timm.create_model('local-dir:FOLDER', pretrained=True)"
 )
 
 
@@ -480,7 +492,7 @@ def _create_luna_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> L
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         if not (cfg.has_weights or cfg.state_dict):
-            raise RuntimeError(_NO_WEIGHTS.format(variant, variant))
+            raise RuntimeError(_NO_WEIGHTS.format(variant))
     return build_model_with_cfg(
         LunaVit,
         variant,

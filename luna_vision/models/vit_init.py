@@ -44,9 +44,9 @@ def _vit_state_dict(source: str | os.PathLike | dict[str, Tensor]) -> dict[str, 
 def _candidates(vit: dict[str, Tensor], tied: bool) -> dict[str, tuple[str, Tensor]]:
     """ViT parameters under the names that they would have in a Luna ViT: {luna name: (ViT name, value)}.
 
-    Query, key and value keep their part: queries of patches and memory, keys and values of patches. The output projection
-    follows the values. Nothing in a ViT projects a packed memory, so the unpack's keys and values stay new; and a tied
-    projection of the pack is its value, which is what the output projection expects.
+    Query, key and value keep their part: queries of patches and memory, keys and values of patches. The output
+    projection follows the values. Nothing in a ViT projects a packed memory, so the unpack's keys and values stay new;
+    and a tied projection of the pack is its value, which is what the output projection expects.
     """
     qkv = {"q": ["unpack_q"], "k": [], "v": ["pack_kv"]} if tied else {"q": ["pack_q", "unpack_q"], "k": ["pack_k"]}
     qkv.setdefault("v", ["pack_v"])
@@ -63,13 +63,11 @@ def _candidates(vit: dict[str, Tensor], tied: bool) -> dict[str, tuple[str, Tens
 
 
 @torch.no_grad()
-def init_from_vit(
-    model: LunaVit, source: str | os.PathLike | dict[str, Tensor], verbose: bool = True
-) -> VitInit:
+def init_from_vit(model: LunaVit, source: str | os.PathLike | dict[str, Tensor], verbose: bool = True) -> VitInit:
     """Load into `model` what a plain ViT has a counterpart for.
 
-    That is the patch embedding (resampled to the model's patch size), MLPs, norms, LayerScale, the head if it has as many
-    classes, and the attention projections whose part is the same in both (see the source of this module).
+    That is the patch embedding (resampled to the model's patch size), MLPs, norms, LayerScale, the head if it has as
+    many classes, and the attention projections whose part is the same in both (see the source of this module).
 
     Args:
         model: The Luna ViT, changed in place.

@@ -1,7 +1,7 @@
 """timm's own tests for a model (tests/test_models.py of timm 1.0.31), for every registered name but large.
 
-Our names are treated as timm treats its ViTs: as non-standard models in the cfg tests (features are tokens, not a map) and
-as models with `forward_intermediates`. Nothing else is excluded.
+Our names are treated as timm treats its ViTs: as non-standard models in the cfg tests (features are tokens, not a map)
+and as models with `forward_intermediates`. Nothing else is excluded.
 """
 
 import math

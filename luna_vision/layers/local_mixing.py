@@ -1,0 +1,46 @@
+"""Local mixing over the patch grid.
+
+Shapes: B batch, H', W' patch grid, N = H' * W' patches, C width.
+"""
+
+from timm.layers import trunc_normal_
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+from ..functional import check_valid, saturate
+
+__all__ = ["LocalMixing"]
+
+
+@register_notrace_module
+class LocalMixing(nn.Module):
+    """Depthwise 3x3 convolution over the patch grid, the local mixing that Luna itself lacks.
+
+    Source: conditional position encoding, Chu et al. 2021 (arXiv 2102.10882), section 3.
+    """
+
+    def __init__(self, dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+
+    def init_weights(self) -> None:
+        """Start near zero, so that the block starts as plain Luna."""
+        trunc_normal_(self.conv.weight, std=0.02)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x: Tensor, grid_size: tuple[int, int], patch_valid: Tensor | None = None) -> Tensor:
+        """Map (B, N, C) to (B, N, C). Invalid patches count as zeros, as the border of the image does.
+
+        Raises:
+            ValueError: The grid does not have N patches.
+        """
+        B, N, C = x.shape
+        H, W = grid_size
+        if H * W != N:
+            raise ValueError(f"grid_size {H} x {W} does not have the {N} patches of x")
+        if patch_valid is not None:
+            check_valid(patch_valid, B, N, "patch_valid")
+            x = x.masked_fill(~patch_valid[:, :, None], 0.0)
+        # a channels-last view, not a copy
+        x = self.conv(x.reshape(B, H, W, C).permute(0, 3, 1, 2))
+        return saturate(x.permute(0, 2, 3, 1).reshape(B, N, C))

@@ -1,0 +1,131 @@
+"""Weights in and out: no pretrained ones yet, checkpoints of one's own, and initialisation from a plain ViT."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+
+from luna_vision import init_from_vit
+
+
+@pytest.fixture
+def trained():
+    torch.manual_seed(3)
+    return timm.create_model("test_luna_vit", num_classes=5).eval()
+
+
+X = torch.randn(1, 3, 40, 72, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", ["luna_vit_small", "luna_vit_small.untrained"])
+def test_pretrained_says_that_there_are_no_weights_and_what_to_do(name):
+    with pytest.raises(RuntimeError) as error:
+        timm.create_model(name, pretrained=True)
+    for part in ("no pretrained weights for luna_vit_small", "configs/", "checkpoint_path=", "local-dir:"):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_checkpoint_path(trained, tmp_path, suffix):
+    path = tmp_path / f"w.{suffix}"
+    save_file(trained.state_dict(), path) if suffix == "safetensors" else torch.save(trained.state_dict(), path)
+    model = timm.create_model("test_luna_vit", num_classes=5, checkpoint_path=path).eval()
+    torch.testing.assert_close(model(X), trained(X))
+
+
+def test_local_dir_round_trip(trained, tmp_path):
+    save_for_hf(trained, tmp_path, safe_serialization=True)
+    assert json.loads((tmp_path / "config.json").read_text())["architecture"] == "test_luna_vit"
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    torch.testing.assert_close(model(X), trained(X))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_overlay_file_goes_through_the_filter(trained, tmp_path, wrapped):
+    """A Lightning checkpoint's names, another patch size, and another number of classes."""
+    state = trained.state_dict()
+    torch.save({"state_dict": {f"model.{k}": v for k, v in state.items()}} if wrapped else state, tmp_path / "w.ckpt")
+    overlay = dict(file=str(tmp_path / "w.ckpt"), num_classes=5)
+    model = timm.create_model("test_luna_vit", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5).eval()
+    torch.testing.assert_close(model(X), trained(X))
+    model = timm.create_model(
+        "test_luna_vit", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=9, patch_size=8
+    ).eval()
+    assert model(X).shape == (1, 9)
+    torch.testing.assert_close(model.blocks[2].mlp.fc1.weight, trained.blocks[2].mlp.fc1.weight)
+
+
+def test_head_that_reads_the_memory_takes_a_checkpoint_of_one_that_reads_patches(trained, tmp_path):
+    torch.save(trained.state_dict(), tmp_path / "w.pth")
+    overlay = dict(file=str(tmp_path / "w.pth"), num_classes=5)
+    kwargs = dict(pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5, global_pool="token")
+    model = timm.create_model("test_luna_vit", **kwargs).eval()
+    torch.testing.assert_close(model.encode(X)[1], trained.encode(X)[1])
+
+
+def vit(**kwargs):
+    torch.manual_seed(5)
+    return timm.create_model(
+        "vit_tiny_patch16_224", embed_dim=64, depth=4, num_heads=2, mlp_ratio=3, num_classes=5, **kwargs
+    )
+
+
+@pytest.mark.parametrize("tie_kv", [True, False])
+def test_init_from_vit_loads_what_has_a_counterpart(tie_kv, capsys):
+    source, model = vit(), timm.create_model("test_luna_vit", num_classes=5, tie_kv=tie_kv)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    result = init_from_vit(model, source.state_dict())
+    own, theirs = model.state_dict(), source.state_dict()
+    for name in (
+        "patch_embed.proj.weight",
+        "blocks.2.mlp.fc1.weight",
+        "blocks.3.norm2.bias",
+        "norm.weight",
+        "head.bias",
+    ):
+        assert torch.equal(own[name], theirs[name]), name
+    q, k, v = theirs["blocks.1.attn.qkv.weight"].chunk(3)
+    want = {"pack_kv": v, "unpack_q": q} if tie_kv else {"pack_q": q, "pack_k": k, "pack_v": v, "unpack_q": q}
+    for name, value in want.items():
+        assert torch.equal(own[f"blocks.1.attn.{name}.weight"], value), name
+    assert torch.equal(own["blocks.1.attn.proj.weight"], theirs["blocks.1.attn.proj.weight"])
+    assert set(result.loaded) | set(result.new) == set(own) and not set(result.loaded) & set(result.new)
+    assert all(torch.equal(own[n], before[n]) for n in result.new)
+    assert "memory" in result.new and {"cls_token", "pos_embed"} <= set(result.unused)
+    printed = capsys.readouterr().out
+    assert "left new" in printed and "blocks.*.local.conv.weight" in printed
+
+
+def test_init_from_vit_takes_files_other_patch_sizes_and_other_heads(tmp_path):
+    save_file(vit().state_dict(), tmp_path / "vit.safetensors")
+    model = timm.create_model("test_luna_vit", num_classes=9, patch_size=8)
+    result = init_from_vit(model, tmp_path / "vit.safetensors", verbose=False)
+    assert "patch_embed.proj.weight" in result.loaded and "head.weight" in result.new
+
+
+def test_init_from_vit_says_what_does_not_fit():
+    model = timm.create_model("test_luna_vit")
+    with pytest.raises(ValueError, match="the ViT has width 192 and depth 12, the model 64 and 4"):
+        init_from_vit(model, timm.create_model("vit_tiny_patch16_224").state_dict())
+    with pytest.raises(ValueError, match="source is not a plain ViT"):
+        init_from_vit(model, timm.create_model("resnet18").state_dict())
+    with pytest.raises(ValueError, match="neither a file nor the name of a timm model"):
+        init_from_vit(model, "vit_tinny")
+
+
+def test_init_from_vit_takes_a_model_name(monkeypatch):
+    """The name is handed to timm with pretrained=True; the hub is replaced, since tests run without a network."""
+    calls, source = [], vit()
+
+    def create_model(name, pretrained=False, **kwargs):
+        calls.append((name, pretrained))
+        return source
+
+    model = timm.create_model("test_luna_vit")
+    monkeypatch.setattr(timm, "create_model", create_model)
+    init_from_vit(model, "vit_tiny_patch16_224.augreg_in21k", verbose=False)
+    assert calls == [("vit_tiny_patch16_224.augreg_in21k", True)]

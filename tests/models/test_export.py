@@ -1,0 +1,65 @@
+"""Compiled and exported models agree with eager ones, at sizes that were not seen when they were made."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from timm.utils.onnx import onnx_export
+from torch.export import Dim
+
+import luna_vision  # noqa: F401  registers the models
+
+SIZES = [(1, 3, 160, 160), (3, 3, 50, 99), (2, 3, 300, 65), (1, 3, 17, 224)]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return timm.create_model("test_luna_vit", num_classes=5).eval()
+
+
+def check_compiled(model, backend, sizes):
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for size in sizes:
+            x = torch.randn(*size)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    return compiled
+
+
+def test_compile_fullgraph_with_inductor():
+    """One block is enough for the code generator, which needs minutes for more on two cores."""
+    check_compiled(timm.create_model("test_luna_vit", num_classes=5, depth=1).eval(), "inductor", SIZES[1:2])
+
+
+def test_compile_fullgraph_at_several_sizes_and_with_a_mask(model):
+    compiled = check_compiled(model, "aot_eager", SIZES)
+    valid = torch.ones(1, 100, dtype=torch.bool)
+    valid[:, 90:] = False
+    x = torch.randn(*SIZES[0])
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, valid), model(x, valid), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["test_luna_vit", "luna_vit_small_paper"])
+def test_export_with_dynamic_batch_height_and_width(name):
+    model = timm.create_model(name, num_classes=5).eval()
+    dims = {0: Dim("batch", min=1, max=64), 2: Dim("height", min=17, max=8192), 3: Dim("width", min=17, max=8192)}
+    exported = torch.export.export(model, (torch.randn(2, 3, 160, 96),), dynamic_shapes={"x": dims}).module()
+    for size in SIZES:
+        x = torch.randn(*size)
+        torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pos_embed", ["fourier", "learn"])
+def test_onnx_with_dynamic_height_and_width(pos_embed, tmp_path):
+    model = timm.create_model("test_luna_vit", num_classes=5, pos_embed=pos_embed).eval()
+    path = str(tmp_path / "model.onnx")
+    example = torch.randn(2, 3, 160, 96)
+    onnx_export(model, path, example_input=example, use_dynamo=True, dynamic_size=True, check_forward=True)
+    session = onnxruntime.InferenceSession(path)
+    for size in SIZES:
+        x = torch.randn(*size)
+        (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        np.testing.assert_allclose(y, model(x).detach().numpy(), rtol=1e-3, atol=1e-5)
