@@ -1,0 +1,39 @@
+"""Lightning data modules for image classification, with augmentation that only depends on seed, epoch and sample."""
+
+from luna_vision.data.base import ImageDataModule
+from luna_vision.data.canvas import Canvas, CanvasDataset, CanvasSpec, make_canvas
+from luna_vision.data.canvas_module import CanvasDataModule
+from luna_vision.data.datasets import (
+    CIFAR10DataModule,
+    CIFAR100DataModule,
+    DigitsDataModule,
+    FashionMNISTDataModule,
+)
+from luna_vision.data.folders import ImageFolderDataModule
+from luna_vision.data.images import SampleError, find_images, read_image
+from luna_vision.data.sampling import EpochSampler, sample_seed
+from luna_vision.data.timm_module import TimmDataModule
+from luna_vision.data.transforms import AUGMENTATIONS, eval_transform, train_transform
+
+__all__ = [
+    "AUGMENTATIONS",
+    "CIFAR100DataModule",
+    "CIFAR10DataModule",
+    "Canvas",
+    "CanvasDataModule",
+    "CanvasDataset",
+    "CanvasSpec",
+    "DigitsDataModule",
+    "EpochSampler",
+    "FashionMNISTDataModule",
+    "ImageDataModule",
+    "ImageFolderDataModule",
+    "SampleError",
+    "TimmDataModule",
+    "eval_transform",
+    "find_images",
+    "make_canvas",
+    "read_image",
+    "sample_seed",
+    "train_transform",
+]

@@ -1,0 +1,265 @@
+"""The base of all data modules: common arguments, loaders, and the order of events."""
+
+import math
+import os
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from sklearn.model_selection import train_test_split
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+from luna_vision.data.images import PredictDataset, Source, StreamDataset, TransformedDataset, find_images, one_line
+from luna_vision.data.sampling import EpochSampler, StreamLoader
+from luna_vision.data.transforms import Augmentation, SeededTransform, eval_transform, train_transform
+
+SPLIT_SEED = 0  # of held-out splits; deliberately not the run's seed, see `hold_out`
+STAGE_SPLITS = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("test",),
+    None: ("train", "val", "test"),
+}
+
+
+class ImageDataModule(LightningDataModule):
+    """Image classification data: seeded augmentation, loaders, prediction on files.
+
+    Training, validation and test batches are ``(images, targets)``: float32 (B, C, H, W) and int64 (B,). Prediction
+    batches are ``(images, ids)`` with B strings: file paths if ``predict_path`` is given, else test set positions.
+
+    A subclass defines :meth:`make_source` and the class attributes, and passes its own defaults on to this constructor.
+    What an augmentation does is a function of (seed, epoch, sample index) alone, see :mod:`luna_vision.data.sampling`.
+
+    Attributes:
+        num_classes: Number of classes; labels are in [0, num_classes).
+        class_names: A name for each class.
+        in_chans: Channels C of the images.
+        img_size: (H, W) of the images, in pixels.
+        MEAN, STD: Default normalisation, of pixels in [0, 1], for one channel or three.
+
+    Args:
+        root: Folder of the data.
+        img_size: Side of the images in pixels, or [height, width].
+        in_chans: 1 (grey) or 3 (RGB); images are converted.
+        batch_size: Images in a batch, on each device.
+        eval_batch_size: The same for validation, test and prediction; ``batch_size`` if None.
+        num_workers: Processes that load images; 0 loads in the main process. The batches do not depend on it.
+        seed: Seed of the shuffle and of all augmentation.
+        val_fraction: Share of the training set that is held out for validation where the dataset has no validation
+            split of its own, so that the test set is touched by testing only. Stratified by class; the same images
+            whatever ``seed`` is. 0 trains on everything and validates on nothing.
+        mean: Mean by channel, of pixels in [0, 1], that is subtracted; one number counts for all channels.
+        std: Standard deviation to divide by, likewise.
+        crop_pct: How evaluation keeps the aspect ratio, see :func:`luna_vision.data.transforms.eval_transform`.
+        augmentation: What augments training images: a key of :data:`luna_vision.data.transforms.AUGMENTATIONS`.
+        crop: Random crop, see :class:`luna_vision.data.transforms.Augmentation`; likewise down to auto_augment.
+        crop_scale: [smallest, largest] share of the area that a "resized" crop keeps.
+        crop_padding: Padding of a "pad" crop in pixels.
+        hflip: Probability of a horizontal flip.
+        rotate: Largest rotation in degrees.
+        color_jitter: Largest relative change of brightness, contrast, saturation.
+        auto_augment: Policy of the timm or torchvision backend, for instance "rand-m9-mstd0.5-inc1".
+        random_erasing: Probability of random erasing.
+        drop_last: Skip the last, incomplete training batch, unless it is the only one (timm's Mixup needs even ones).
+        pin_memory: Page-lock batches; by default where there is a GPU.
+        persistent_workers: Keep the workers from one epoch to the next.
+        predict_path: What to predict: an image file, a folder (searched recursively) or a list of files; the test set
+            if None.
+
+    Raises:
+        ValueError: An argument is out of range.
+        FileNotFoundError: On setup: the data is not under ``root``.
+    """
+
+    num_classes: int
+    class_names: list[str]
+    MEAN: tuple[float, ...] = (0.5,)
+    STD: tuple[float, ...] = (0.5,)
+
+    def __init__(
+        self,
+        root: str = "data",
+        img_size: int | list[int] = 224,
+        in_chans: int = 3,
+        batch_size: int = 128,
+        eval_batch_size: int | None = None,
+        num_workers: int = 2,
+        seed: int = 0,
+        val_fraction: float = 0.1,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        crop_pct: float | None = None,
+        augmentation: str = "albumentations",
+        crop: str = "resized",
+        crop_scale: list[float] | None = None,
+        crop_padding: int = 4,
+        hflip: float = 0.5,
+        rotate: float = 0.0,
+        color_jitter: float = 0.3,
+        auto_augment: str | None = None,
+        random_erasing: float = 0.0,
+        drop_last: bool = True,
+        pin_memory: bool | None = None,
+        persistent_workers: bool = True,
+        predict_path: str | list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if in_chans not in (1, 3):
+            raise ValueError(f"in_chans must be 1 or 3, got {in_chans}")
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
+        if not 0 <= random_erasing <= 1:
+            raise ValueError(f"random_erasing is a probability, got {random_erasing}")
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("seed", seed, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.root = os.path.expanduser(root)
+        self.img_size = _height_width(img_size)
+        self.in_chans, self.seed, self.val_fraction = in_chans, seed, val_fraction
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.num_workers, self.drop_last = num_workers, drop_last
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.persistent_workers = persistent_workers and num_workers > 0
+        self.predict_path = predict_path
+        self.mean = _per_channel("mean", mean or self.MEAN, in_chans)
+        self.std = _per_channel("std", std or self.STD, in_chans)
+        augment = Augmentation(
+            size=self.img_size,
+            crop=crop,
+            crop_scale=tuple(crop_scale or (0.08, 1.0)),
+            crop_padding=crop_padding,
+            hflip=hflip,
+            rotate=rotate,
+            color_jitter=color_jitter,
+            auto_augment=auto_augment,
+            mean=self.mean,
+        )
+        self.train_transform: SeededTransform = train_transform(
+            augmentation, augment, self.mean, self.std, random_erasing
+        )
+        self.eval_transform: SeededTransform = eval_transform(self.img_size, self.mean, self.std, crop_pct)
+        self._datasets: dict[str, TransformedDataset | StreamDataset | None] = {}
+
+    def make_source(self, split: str) -> Source | IterableDataset | None:
+        """The images and labels of "train", "val" or "test"; None where there is no such split."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        if stage == "predict" and self.predict_path is not None:
+            return
+        for split in STAGE_SPLITS[stage]:
+            self.dataset(split)
+
+    def dataset(self, split: str) -> TransformedDataset | StreamDataset | None:
+        """The dataset behind the loader of "train", "val" or "test"; made once, then kept."""
+        if split not in self._datasets:
+            source = self.make_source(split)
+            transform = self.train_transform if split == "train" else self.eval_transform
+            wrapper = StreamDataset if isinstance(source, IterableDataset) else TransformedDataset
+            name = f"{type(self).__name__} {split}"
+            self._datasets[split] = (
+                None if source is None else wrapper(source, transform, self.in_chans, self.num_classes, self.seed, name)
+            )
+        return self._datasets[split]
+
+    def train_dataloader(self) -> DataLoader:
+        dataset = self.dataset("train")
+        if isinstance(dataset, StreamDataset):
+            return self._loader(dataset, self.batch_size, drop_last=self.drop_last)
+        trainer = self.trainer
+        sampler = EpochSampler(
+            dataset,
+            seed=self.seed,
+            num_replicas=trainer.world_size if trainer is not None else 1,
+            rank=trainer.global_rank if trainer is not None else 0,
+            current_epoch=self._current_epoch,
+        )
+        drop_last = self.drop_last and len(sampler) >= self.batch_size
+        return self._loader(dataset, self.batch_size, sampler=sampler, drop_last=drop_last)
+
+    def val_dataloader(self) -> DataLoader | list:
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader | list:
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        if self.predict_path is not None:
+            images = find_images(self.predict_path)
+        elif (images := self.make_source("test")) is None or isinstance(images, IterableDataset):
+            raise ValueError("there is no indexed test set to predict: give predict_path, a folder or files of images")
+        return self._loader(PredictDataset(images, self.eval_transform, self.in_chans), self.eval_batch_size)
+
+    def _eval_loader(self, split: str) -> DataLoader | list:
+        dataset = self.dataset(split)
+        return [] if dataset is None else self._loader(dataset, self.eval_batch_size)  # Lightning skips an empty list
+
+    def _loader(
+        self, dataset: Dataset, batch_size: int, sampler: EpochSampler | None = None, drop_last: bool = False
+    ) -> DataLoader:
+        arguments = {
+            "dataset": dataset,
+            "batch_size": batch_size,
+            "drop_last": drop_last,
+            "num_workers": self.num_workers,
+            "worker_init_fn": _one_thread,
+            "pin_memory": self.pin_memory,
+            "persistent_workers": self.persistent_workers,
+        }
+        if isinstance(dataset, StreamDataset):
+            dataset.stream.set_loader_cfg(self.num_workers)
+            return StreamLoader(current_epoch=self._current_epoch, **arguments)
+        return DataLoader(sampler=sampler, **arguments)
+
+    def _current_epoch(self) -> int | None:
+        # What Lightning gives to set_epoch. After a resume from a checkpoint that was written at the end of a training
+        # epoch, trainer.current_epoch is still that epoch when the loader is first iterated.
+        return self.trainer.fit_loop.epoch_progress.current.processed if self.trainer is not None else None
+
+
+def _one_thread(worker_id: int) -> None:
+    cv2.setNumThreads(0)  # each worker would start a thread for every core
+
+
+def hold_out(labels: Sequence[int] | np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Split positions into (kept, held out), stratified by label, both sorted.
+
+    The split is always the same: if it came from the run's seed, a second stage of training with another seed would
+    validate on images that the first has trained on.
+    """
+    indices = np.arange(len(labels))
+    if fraction == 0:
+        return indices, indices[:0]
+    try:
+        kept, held = train_test_split(indices, test_size=fraction, stratify=labels, random_state=SPLIT_SEED)
+    except ValueError as error:
+        raise ValueError(f"cannot hold out {fraction:g} of {len(indices)} samples: {one_line(error)}") from error
+    return np.sort(kept), np.sort(held)
+
+
+def train_or_val(source: Source, labels: Sequence[int], split: str, val_fraction: float) -> Subset | None:
+    """The "train" or "val" part of a training set that has no validation split of its own."""
+    kept, held = hold_out(labels, val_fraction)
+    indices = kept if split == "train" else held
+    return Subset(source, indices.tolist()) if len(indices) else None
+
+
+def _height_width(img_size: int | Sequence[int]) -> tuple[int, int]:
+    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"img_size must be a positive side or [height, width] in pixels, got {img_size}")
+    return size
+
+
+def _per_channel(name: str, values: Sequence[float], in_chans: int) -> tuple[float, ...]:
+    """Bring statistics to ``in_chans`` numbers: one is repeated, three are averaged for a grey image."""
+    values = tuple(float(v) for v in values)
+    if len(values) not in (1, 3) or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
+        raise ValueError(f"{name} must be 1 or 3 finite numbers{', above 0' if name == 'std' else ''}, got {values}")
+    if len(values) == in_chans:
+        return values
+    return values * 3 if in_chans == 3 else (sum(values) / 3,)

@@ -1,0 +1,197 @@
+"""Images from files and arrays, and the dataset wrapper that turns them into tensors with clear errors."""
+
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+from timm.data.readers.shared_count import SharedCount
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from luna_vision.data.sampling import sample_seed
+from luna_vision.data.transforms import SeededTransform
+
+
+class SampleError(ValueError):
+    """A sample cannot be used: its image does not decode, or its label is not one of the declared classes."""
+
+    def __init__(self, message: str) -> None:
+        # DataLoader re-raises a worker's exception with the worker's whole traceback as the message, whose last line
+        # is "module.SampleError: what happened": keep what happened.
+        super().__init__(message.rstrip().rsplit("\n", 1)[-1].rpartition(f"{__name__}.SampleError: ")[2])
+
+
+class Source(Protocol):
+    """What a data module draws from: a map-style dataset of (image, label); an image is PIL or uint8 (H, W[, 3])."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image | np.ndarray, int]: ...
+
+
+def read_image(path: str | os.PathLike) -> Image.Image:
+    """Decode an image file, see :func:`decode_image`; a missing one is a FileNotFoundError."""
+    with open(path, "rb") as file:
+        return decode_image(file, str(path))
+
+
+def decode_image(file: BinaryIO, name: str) -> Image.Image:
+    """Decode an image completely and turn it upright as its EXIF orientation says.
+
+    Raises:
+        SampleError: The file is empty or is not an image that Pillow can decode; the message calls it ``name``.
+    """
+    if not file.read(1):
+        raise SampleError(f"image file {name} is empty (0 bytes)")
+    file.seek(0)
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
+        raise SampleError(f"cannot decode image file {name}: {one_line(error)}") from error
+
+
+def to_channels(image: Image.Image | np.ndarray, in_chans: int) -> Image.Image:
+    """Convert to 8-bit grey (``in_chans=1``) or RGB (3); transparency is dropped, 16-bit greys are scaled to 8."""
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    if image.mode.startswith("I"):  # 16-bit greys (Pillow reads some as 32-bit); convert() would clip them at 255
+        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    elif image.mode in ("P", "PA"):  # a palette may carry transparency, which Pillow only resolves by way of RGBA
+        image = image.convert("RGBA")
+    mode = "L" if in_chans == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def find_images(path: str | Sequence[str]) -> list[str]:
+    """Image files named by a file, a folder (searched recursively, sorted) or a list of files.
+
+    Raises:
+        FileNotFoundError: A path does not exist.
+        ValueError: There is not a single image.
+    """
+    roots = [path] if isinstance(path, str | os.PathLike) else list(path)
+    files: list[str] = []
+    for root in map(Path, roots):
+        if root.is_dir():
+            files += sorted(str(p) for p in root.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+        elif root.is_file():
+            files.append(str(root))
+        else:
+            raise FileNotFoundError(f"there is no image file or folder {root}")
+    if not files:
+        raise ValueError(f"no images ({', '.join(IMG_EXTENSIONS)}) in {', '.join(map(str, roots)) or 'an empty list'}")
+    return files
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class TransformedDataset(Dataset):
+    """(image tensor, label) from a source, each sample augmented by its own seed.
+
+    Indices may be plain (epoch 0) or the ``(epoch, index)`` pairs of :class:`~luna_vision.data.EpochSampler`.
+
+    Args:
+        source: Where images and labels come from.
+        transform: Makes the float tensor (C, H, W) from a PIL image and a seed.
+        in_chans: Channels that images are converted to before the transform, 1 or 3.
+        num_classes: Labels must be in [0, num_classes).
+        seed: The run's seed, mixed with epoch and index.
+        name: Names the source in errors, for instance "train".
+
+    Raises:
+        SampleError: On access, if the source cannot deliver the sample or its label is out of range.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: SeededTransform,
+        in_chans: int,
+        num_classes: int,
+        seed: int = 0,
+        name: str = "data",
+    ) -> None:
+        self.source, self.transform, self.in_chans = source, transform, in_chans
+        self.num_classes, self.seed, self.name = num_classes, seed, name
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        try:
+            image, label = self.source[index]
+            image = to_channels(image, self.in_chans)
+        except IndexError:
+            raise  # ends iteration over a map-style dataset
+        except Exception as error:
+            raise SampleError(f"{self.name} sample {index}: {one_line(error)}") from error
+        check_label(label, self.num_classes, f"{self.name} sample {index}")
+        return self.transform(image, sample_seed(self.seed, epoch, index)), int(label)
+
+
+class StreamDataset(IterableDataset):
+    """As :class:`TransformedDataset`, from a stream of (image, label): an IterableDataset of timm.
+
+    A stream has no indices, so the checksum of the image stands in for one: the augmentation of an image is still the
+    same in whatever worker it turns up, and another one in each epoch.
+    """
+
+    def __init__(
+        self,
+        stream: IterableDataset,
+        transform: SeededTransform,
+        in_chans: int,
+        num_classes: int,
+        seed: int = 0,
+        name: str = "data",
+    ) -> None:
+        self.stream, self.transform, self.in_chans = stream, transform, in_chans
+        self.num_classes, self.seed, self.name = num_classes, seed, name
+        self.epoch = SharedCount()  # in shared memory, to reach workers that live on
+
+    def __len__(self) -> int:
+        return len(self.stream.reader)  # TypeError where timm's reader does not know; Lightning can do without
+
+    def set_epoch(self, epoch: int) -> None:
+        """To be called before the stream is iterated."""
+        self.epoch.value = epoch
+        self.stream.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        for image, label in self.stream:
+            image = to_channels(image, self.in_chans)
+            check_label(label, self.num_classes, f"{self.name} stream: an image")
+            seed = sample_seed(self.seed, self.epoch.value, zlib.crc32(image.tobytes()))
+            yield self.transform(image, seed), int(label)
+
+
+def check_label(label: int, num_classes: int, what: str) -> None:
+    if not 0 <= label < num_classes:
+        raise SampleError(
+            f"{what} has label {label}, outside the {num_classes} declared classes (0 to {num_classes - 1})"
+        )
+
+
+class PredictDataset(Dataset):
+    """(image tensor, id) for prediction: ids are the file paths, or the position in the source as a string."""
+
+    def __init__(self, source: Source | list[str], transform: SeededTransform, in_chans: int) -> None:
+        self.source, self.transform, self.in_chans = source, transform, in_chans
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        item = self.source[index]
+        image, name = (read_image(item), item) if isinstance(item, str) else (item[0], str(index))
+        return self.transform(to_channels(image, self.in_chans), 0), name

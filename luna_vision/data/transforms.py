@@ -1,0 +1,269 @@
+"""Image transforms: one evaluation transform, and training augmentation by a choice of libraries.
+
+An augmentation backend is a function from :class:`Augmentation` to a callable ``(PIL image, seed) -> image``;
+:data:`AUGMENTATIONS` lists them. What follows is the same for all: to float, random erasing, normalisation.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else the import below asks a server for its latest version
+
+import albumentations as A
+import cv2
+import numpy as np
+import timm.data
+import torch
+from PIL import Image, ImageOps
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from luna_vision.data.sampling import seeded_rng
+
+CROPS = ("resized", "pad", "none")
+ImageTransform = Callable[[Image.Image, int], Image.Image | np.ndarray | Tensor]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What training images go through; how, is up to the backend. Amounts of 0 switch a part off.
+
+    Attributes:
+        size: Height and width of the result in pixels.
+        crop: "resized" (a random part of the image, resized to ``size``), "pad" (the image resized to ``size``, zero
+            padding around it, a random crop of ``size``) or "none" (the image resized to ``size``).
+        crop_scale: Smallest and largest share of the image's area that "resized" keeps.
+        crop_ratio: Smallest and largest aspect ratio (width / height) of that part.
+        crop_padding: Padding of "pad" on each side, in pixels.
+        hflip: Probability of a horizontal flip.
+        rotate: Largest rotation in degrees, either way.
+        color_jitter: Largest relative change of brightness, contrast and (of colour images) saturation.
+        auto_augment: A policy by name: timm's strings such as "rand-m9-mstd0.5-inc1" with the timm backend,
+            a key of :data:`TORCHVISION_POLICIES` with the torchvision backend. It takes the place of ``color_jitter``.
+        mean: Mean of the pixels in [0, 1] by channel, the fill colour of timm's policies.
+    """
+
+    size: tuple[int, int]
+    crop: str = "resized"
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_padding: int = 4
+    hflip: float = 0.5
+    rotate: float = 0.0
+    color_jitter: float = 0.3
+    auto_augment: str | None = None
+    mean: tuple[float, ...] = (0.5,)
+
+    def __post_init__(self) -> None:
+        if self.crop not in CROPS:
+            raise ValueError(f"crop must be one of {', '.join(CROPS)}, got {self.crop!r}")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale must be 0 < smallest <= largest <= 1, got {self.crop_scale}")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError(f"crop_ratio must be 0 < smallest <= largest, got {self.crop_ratio}")
+        if not 0 <= self.hflip <= 1:
+            raise ValueError(f"hflip is a probability, got {self.hflip}")
+        for name in ("crop_padding", "rotate", "color_jitter"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+class _Albumentations:
+    """Seeds the pipeline's own generators for each image.
+
+    NOTE Left alone, albumentations 2.0.8 draws the same augmentations in all workers and in all epochs, whatever
+    seed_everything(workers=True) does.
+    """
+
+    def __init__(self, steps: list[A.BasicTransform], size: tuple[int, int] | None, padding: int) -> None:
+        self.compose = A.Compose(steps)
+        self.size, self.padding = size, padding
+
+    def __call__(self, image: Image.Image, seed: int) -> np.ndarray:
+        # What is not random stays outside of the pipeline, where each step costs more than the work on a small image.
+        if self.size is not None and (image.height, image.width) != self.size:
+            image = image.resize(self.size[::-1], Image.Resampling.BICUBIC)
+        if self.padding:
+            image = ImageOps.expand(image, self.padding)
+        self.compose.set_random_seed(seed)
+        array = np.asarray(image)
+        return self.compose(image=array[:, :, None] if array.ndim == 2 else array)["image"]
+
+
+def albumentations_backend(aug: Augmentation) -> ImageTransform:
+    padding = aug.crop_padding if aug.crop == "pad" else 0
+    steps = []
+    if aug.crop == "resized":
+        # "image" takes cv2.INTER_AREA when downscaling, where OpenCV's cubic interpolation would alias
+        resize = {"interpolation": cv2.INTER_CUBIC, "area_for_downscale": "image"}
+        steps.append(A.RandomResizedCrop(aug.size, scale=aug.crop_scale, ratio=aug.crop_ratio, **resize))
+    if aug.rotate:
+        steps.append(A.Rotate(aug.rotate, p=1.0))
+    if padding:
+        steps.append(A.RandomCrop(*aug.size))
+    if aug.hflip:
+        steps.append(A.HorizontalFlip(p=aug.hflip))
+    if aug.color_jitter:
+        jitter = aug.color_jitter
+        steps.append(A.ColorJitter(jitter, jitter, jitter if len(aug.mean) == 3 else 0, hue=0, p=1.0))
+    return _Albumentations(steps, None if aug.crop == "resized" else aug.size, padding)
+
+
+class _GlobalRNG:
+    """For libraries that draw from the global generators: seeds them for one image, then puts them back."""
+
+    def __init__(self, transform: Callable[[Image.Image], Image.Image | Tensor]) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Image.Image, seed: int) -> Image.Image | Tensor:
+        with seeded_rng(seed):
+            return self.transform(image)
+
+
+TORCHVISION_POLICIES: dict[str, type[torch.nn.Module]] = {
+    "randaugment": v2.RandAugment,
+    "trivialaugment": v2.TrivialAugmentWide,
+    "autoaugment": v2.AutoAugment,
+    "augmix": v2.AugMix,
+}
+
+
+def _torchvision_crop(aug: Augmentation) -> list[torch.nn.Module]:
+    """Crop and rotation, shared by the torchvision and timm backends."""
+    bicubic = InterpolationMode.BICUBIC
+    if aug.crop == "resized":
+        steps = [v2.RandomResizedCrop(aug.size, aug.crop_scale, aug.crop_ratio, interpolation=bicubic)]
+    else:
+        steps = [v2.Resize(aug.size, interpolation=bicubic)]
+    if aug.crop == "pad":
+        steps.append(v2.Pad(aug.crop_padding))
+    if aug.rotate:
+        steps.append(v2.RandomRotation(aug.rotate, interpolation=InterpolationMode.BILINEAR))
+    if aug.crop == "pad":
+        steps.append(v2.RandomCrop(aug.size))
+    return steps
+
+
+def torchvision_backend(aug: Augmentation) -> ImageTransform:
+    steps = _torchvision_crop(aug) + [v2.RandomHorizontalFlip(aug.hflip)]
+    if aug.auto_augment:
+        if aug.auto_augment not in TORCHVISION_POLICIES:
+            options = ", ".join(TORCHVISION_POLICIES)
+            raise ValueError(f"unknown auto_augment {aug.auto_augment!r} for torchvision; choose from {options}")
+        steps.append(TORCHVISION_POLICIES[aug.auto_augment]())
+    elif aug.color_jitter:
+        steps.append(v2.ColorJitter(aug.color_jitter, aug.color_jitter, aug.color_jitter))
+    return _GlobalRNG(v2.Compose(steps))
+
+
+def timm_backend(aug: Augmentation) -> ImageTransform:
+    try:
+        transform = timm.data.create_transform(
+            aug.size,
+            is_training=True,
+            scale=aug.crop_scale,
+            ratio=aug.crop_ratio,
+            hflip=aug.hflip,
+            color_jitter=aug.color_jitter or None,
+            auto_augment=aug.auto_augment,
+            interpolation="bicubic",
+            mean=aug.mean,
+            normalize=False,
+        )
+    except (AssertionError, KeyError, ValueError) as error:  # timm parses the policy string with assertions
+        raise ValueError(f"timm does not know auto_augment {aug.auto_augment!r} ({error})") from error
+    # Without a resized crop, the first transform is replaced, as DeiT's build_transform does for small images.
+    first = [] if aug.crop == "resized" and not aug.rotate else _torchvision_crop(aug)
+    return _GlobalRNG(v2.Compose(first + transform.transforms[bool(first) :]))
+
+
+def no_augmentation(aug: Augmentation) -> ImageTransform:
+    return partial(_resize, size=aug.size)
+
+
+AUGMENTATIONS: dict[str, Callable[[Augmentation], ImageTransform]] = {
+    "albumentations": albumentations_backend,
+    "torchvision": torchvision_backend,
+    "timm": timm_backend,
+    "none": no_augmentation,
+}
+
+
+class SeededTransform:
+    """PIL image and seed to a normalised float32 tensor (C, H, W).
+
+    Args:
+        transform: The part that keeps the image in 8 bits.
+        mean: Mean that is subtracted, by channel, for pixels in [0, 1].
+        std: Standard deviation to divide by, by channel.
+        random_erasing: Probability of replacing a random rectangle by noise after normalisation
+            (Zhong et al. 2017, arXiv 1708.04896).
+    """
+
+    def __init__(
+        self, transform: ImageTransform, mean: tuple[float, ...], std: tuple[float, ...], random_erasing: float = 0.0
+    ) -> None:
+        self.transform = transform
+        self.mean = torch.tensor(mean).view(-1, 1, 1)
+        self.std = torch.tensor(std).view(-1, 1, 1)
+        self.erasing = RandomErasing(random_erasing, mode="pixel", device="cpu") if random_erasing else None
+
+    def __call__(self, image: Image.Image, seed: int) -> Tensor:
+        tensor = to_tensor(self.transform(image, seed)).sub_(self.mean).div_(self.std)
+        if self.erasing is not None:
+            with seeded_rng(seed ^ 0xE7A5E):  # not the seed of the transform, whose draws would be repeated
+                tensor = self.erasing(tensor)
+        return tensor
+
+
+def train_transform(
+    backend: str, aug: Augmentation, mean: tuple[float, ...], std: tuple[float, ...], random_erasing: float = 0.0
+) -> SeededTransform:
+    """The training transform of a backend; an unknown one is a ValueError that lists :data:`AUGMENTATIONS`."""
+    if backend not in AUGMENTATIONS:
+        raise ValueError(f"unknown augmentation {backend!r}; choose from {', '.join(AUGMENTATIONS)}")
+    if aug.auto_augment and backend not in ("timm", "torchvision"):
+        raise ValueError(f"auto_augment needs augmentation 'timm' or 'torchvision': {backend!r} has no such policies")
+    return SeededTransform(AUGMENTATIONS[backend](aug), mean, std, random_erasing)
+
+
+def eval_transform(
+    size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...], crop_pct: float | None = None
+) -> SeededTransform:
+    """The deterministic transform of validation, test and prediction.
+
+    Args:
+        size: Height and width of the result in pixels.
+        mean: As in :class:`SeededTransform`.
+        std: As in :class:`SeededTransform`.
+        crop_pct: None resizes the whole image to ``size``, whatever its aspect ratio. A number keeps the aspect ratio:
+            the image is resized to cover ``size / crop_pct``, and the centre of ``size`` is cut out.
+    """
+    if crop_pct is None:
+        return SeededTransform(no_augmentation(Augmentation(size)), mean, std)
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct must be in (0, 1], got {crop_pct}")
+    return SeededTransform(partial(_resize_and_crop, size=size, crop_pct=crop_pct), mean, std)
+
+
+# Functions and not lambdas, as datasets must be picklable for worker processes that are spawned.
+def _resize(image: Image.Image, seed: int, size: tuple[int, int]) -> Image.Image:
+    return v2.functional.resize(image, list(size), interpolation=InterpolationMode.BICUBIC)
+
+
+def _resize_and_crop(image: Image.Image, seed: int, size: tuple[int, int], crop_pct: float) -> Image.Image:
+    scale = max(size[0] / image.height, size[1] / image.width) / crop_pct
+    resized = (max(size[0], round(image.height * scale)), max(size[1], round(image.width * scale)))
+    image = v2.functional.resize(image, list(resized), interpolation=InterpolationMode.BICUBIC)
+    return v2.functional.center_crop(image, list(size))
+
+
+def to_tensor(image: Image.Image | np.ndarray | Tensor) -> Tensor:
+    """8-bit image, (H, W) or (H, W, C) or a tensor (C, H, W), to float32 (C, H, W) in [0, 1]."""
+    if not isinstance(image, Tensor):
+        array = np.array(image)  # a copy: PIL's own buffer is read-only
+        image = torch.from_numpy(array[:, :, None] if array.ndim == 2 else array).permute(2, 0, 1)
+    return image.to(torch.float32, memory_format=torch.contiguous_format).div_(255)

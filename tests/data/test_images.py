@@ -1,0 +1,128 @@
+"""Decoding: every kind of image file, and every kind of broken one."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from luna_vision.data import DigitsDataModule, SampleError, find_images, read_image
+from luna_vision.data.images import TransformedDataset, to_channels
+from luna_vision.data.transforms import eval_transform
+
+RAMP = np.tile(np.arange(0, 256, 5, dtype=np.uint8), (20, 1))  # (20, 52)
+
+
+def round_trip(image: Image.Image, path: Path, **options) -> Image.Image:
+    image.save(path, **options)
+    return read_image(path)
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I"])
+def test_all_modes_give_the_same_grey_ramp(mode: str, in_chans: int, tmp_path: Path):
+    ramp = RAMP
+    if mode == "I;16":
+        image = Image.fromarray(ramp.astype(np.uint16) * 257)
+    elif mode == "I":
+        image = Image.fromarray(ramp.astype(np.int32) * 257)
+    elif mode == "1":
+        ramp = np.where(ramp > 127, 255, 0).astype(np.uint8)
+        image = Image.fromarray(ramp).convert("1")
+    else:
+        image = Image.fromarray(ramp).convert("L" if mode == "P" else "RGB").convert(mode)
+    result = to_channels(round_trip(image, tmp_path / f"ramp.{'tif' if mode in ('CMYK', 'I') else 'png'}"), in_chans)
+    assert result.mode == ("L" if in_chans == 1 else "RGB")
+    error = np.abs(np.asarray(result).astype(int) - (ramp if in_chans == 1 else ramp[..., None]))
+    assert error.max() <= 1
+
+
+def test_palette_with_transparency(tmp_path: Path):
+    image = Image.fromarray(RAMP // 64).convert("P")
+    result = to_channels(round_trip(image, tmp_path / "p.png", transparency=bytes([0, 128, 255, 255])), 3)
+    assert result.mode == "RGB" and result.size == image.size
+
+
+def test_exif_orientation_is_applied(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    image = round_trip(Image.fromarray(RAMP), tmp_path / "turned.png", exif=exif)
+    assert image.size == (20, 52)
+    assert np.array_equal(np.asarray(image), np.rot90(RAMP, -1))
+
+
+def test_broken_files_are_named(tmp_path: Path):
+    empty, text, cut = tmp_path / "empty.png", tmp_path / "text.jpg", tmp_path / "cut.png"
+    empty.touch()
+    text.write_text("this is no picture")
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 50), dtype=np.uint8)).save(buffer, "png")
+    cut.write_bytes(buffer.getvalue()[:900])
+    for path, message in (
+        (empty, f"image file {empty} is empty (0 bytes)"),
+        (text, f"cannot decode image file {text}: cannot identify"),
+        (cut, f"cannot decode image file {cut}: "),
+    ):
+        with pytest.raises(SampleError) as caught:
+            read_image(path)
+        assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="missing.png"):
+        read_image(tmp_path / "missing.png")
+
+
+class FileSource(list):
+    def __getitem__(self, index: int):
+        return read_image(super().__getitem__(index)), 0
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_error_is_one_line_even_from_a_worker(num_workers: int, tmp_path: Path, error_of: Callable):
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    Image.fromarray(RAMP).save(good)
+    bad.write_bytes(b"\x89PNG but not really")
+    transform = eval_transform((8, 8), (0.5,), (0.5,))
+    dataset = TransformedDataset(FileSource([good, bad]), transform, in_chans=1, num_classes=2, name="val")
+    assert dataset[0][0].shape == (1, 8, 8)
+    message = error_of(DataLoader(dataset, 2, num_workers=num_workers))
+    assert message.startswith(f"val sample 1: cannot decode image file {bad}: ") and "\n" not in message
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_label_outside_the_classes(label: int, num_workers: int, error_of: Callable):
+    dataset = DigitsDataModule(augmentation="none").dataset("train")
+    dataset.source.labels[4] = label
+    expected = f"DigitsDataModule train sample 4 has label {label}, outside the 10 declared classes (0 to 9)"
+    assert error_of(DataLoader(dataset, 8, num_workers=num_workers)) == expected
+
+
+def test_dataset_ends_like_a_sequence():
+    dataset = DigitsDataModule(augmentation="none").dataset("val")
+    assert sum(1 for _ in dataset) == len(dataset)
+
+
+def test_find_images(folder_root: Path, tmp_path: Path):
+    every = find_images(str(folder_root))
+    assert len(every) == 24 and every == sorted(every)
+    (folder_root / "notes.txt").write_text("not an image")
+    assert find_images(str(folder_root)) == every
+    assert find_images(every[3]) == every[3:4]
+    assert find_images(every[5:2:-1]) == every[5:2:-1]
+    with pytest.raises(FileNotFoundError, match="there is no image file or folder nowhere"):
+        find_images("nowhere")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(ValueError, match=r"no images \(.jpg, .*\) in .*bare"):
+        find_images(str(tmp_path / "bare"))
+    with pytest.raises(ValueError, match="no images .* in an empty list"):
+        find_images([])
+
+
+def test_tensors_are_writable_and_independent():
+    dataset = DigitsDataModule(augmentation="none").dataset("val")
+    first = dataset[0][0].clone()
+    dataset[0][0].zero_()
+    assert torch.equal(dataset[0][0], first)

@@ -1,0 +1,126 @@
+"""Augmentation backends, evaluation transform, and what they refuse."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from luna_vision.data import AUGMENTATIONS, eval_transform, train_transform
+from luna_vision.data.transforms import TORCHVISION_POLICIES, Augmentation, to_tensor
+
+
+def photo(height: int, width: int, in_chans: int = 3) -> Image.Image:
+    array = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(array).convert("RGB" if in_chans == 3 else "L")
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("crop", ["resized", "pad", "none"])
+@pytest.mark.parametrize("backend", AUGMENTATIONS)
+def test_every_backend_and_crop_at_odd_sizes(backend: str, crop: str, in_chans: int):
+    mean, std = (0.4,) * in_chans, (0.2,) * in_chans
+    aug = Augmentation(size=(23, 37), crop=crop, rotate=15, mean=mean)
+    transform = train_transform(backend, aug, mean, std, random_erasing=1.0)
+    for height, width in ((23, 37), (5, 61), (200, 90)):
+        image = transform(photo(height, width, in_chans), seed=3)
+        assert image.shape == (in_chans, 23, 37) and image.dtype == torch.float32 and image.isfinite().all()
+        assert torch.equal(image, transform(photo(height, width, in_chans), seed=3))
+        assert not torch.equal(image, transform(photo(height, width, in_chans), seed=4))  # "none" still erases
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize(
+    "backend, policy",
+    [("timm", p) for p in ("rand-m9-mstd0.5-inc1", "augmix-m3", "original", "3a")]
+    + [("torchvision", p) for p in TORCHVISION_POLICIES],
+)
+def test_auto_augment_policies(backend: str, policy: str, in_chans: int):
+    mean = (0.4,) * in_chans
+    transform = train_transform(backend, Augmentation((24, 24), auto_augment=policy, mean=mean), mean, mean)
+    images = [transform(photo(40, 30, in_chans), seed) for seed in range(12)]
+    assert all(image.shape == (in_chans, 24, 24) for image in images)
+    assert len({image.numpy().tobytes() for image in images}) == 12
+
+
+@pytest.mark.parametrize("backend", ["albumentations", "torchvision", "timm"])
+def test_flip_is_as_probable_as_asked(backend: str):
+    image = Image.fromarray(np.tile(np.arange(16, dtype=np.uint8) * 16, (16, 1)))
+    for p, expected in ((0.0, {False}), (1.0, {True}), (0.5, {False, True})):
+        aug = Augmentation((16, 16), crop="none", hflip=p, color_jitter=0, mean=(0.5,))
+        transform = train_transform(backend, aug, (0.0,), (1.0,))
+        flipped = {bool((transform(image, seed)[0, 0].diff() < 0).all()) for seed in range(20)}
+        assert flipped == expected
+
+
+@pytest.mark.parametrize("backend", ["albumentations", "torchvision", "timm"])
+def test_pad_crop_moves_by_at_most_the_padding(backend: str):
+    array = np.zeros((16, 16), np.uint8)
+    array[8, 8] = 255
+    aug = Augmentation((16, 16), crop="pad", crop_padding=3, hflip=0, color_jitter=0, mean=(0.5,))
+    transform = train_transform(backend, aug, (0.0,), (1.0,))
+    places = {divmod(int(transform(Image.fromarray(array), seed).argmax()), 16) for seed in range(200)}
+    assert {row for row, _ in places} == {column for _, column in places} == set(range(5, 12))
+
+
+def test_evaluation_resizes_and_normalises():
+    transform = eval_transform((8, 8), (0.5,) * 3, (0.25,) * 3)
+    assert torch.allclose(transform(Image.new("RGB", (30, 20), (255, 0, 51)), 0)[:, 4, 4], torch.tensor([2, -2, -1.2]))
+
+
+def test_evaluation_keeps_the_aspect_ratio_with_crop_pct():
+    """The centre 80 x 80 of a 100 x 200 image, whose left and right quarters are white."""
+    array = np.zeros((100, 200, 3), np.uint8)
+    array[:, :50] = array[:, 150:] = 255
+    whole = eval_transform((32, 32), (0.0,), (1.0,))(Image.fromarray(array), 0)
+    centre = eval_transform((32, 32), (0.0,), (1.0,), crop_pct=0.8)(Image.fromarray(array), 0)
+    assert whole.mean() == pytest.approx(0.5, abs=0.05) and centre.mean() < 0.01
+    for size in ((3, 500), (500, 3), (1, 1)):
+        assert eval_transform((24, 40), (0.0,), (1.0,), crop_pct=0.9)(photo(*size), 0).shape == (3, 24, 40)
+
+
+def test_to_tensor_accepts_what_backends_return():
+    array = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    expected = torch.from_numpy(array).permute(2, 0, 1) / 255
+    for image in (array, Image.fromarray(array), torch.from_numpy(array).permute(2, 0, 1)):
+        assert torch.equal(to_tensor(image), expected)
+    assert torch.equal(to_tensor(array[..., 0]), expected[:1])
+
+
+def test_unknown_names_list_the_options():
+    aug = Augmentation((8, 8))
+    with pytest.raises(
+        ValueError, match="unknown augmentation 'imgaug'; choose from albumentations, torchvision, timm"
+    ):
+        train_transform("imgaug", aug, (0.5,), (0.5,))
+    with pytest.raises(ValueError, match="crop must be one of resized, pad, none, got 'centre'"):
+        Augmentation((8, 8), crop="centre")
+    named = Augmentation((8, 8), auto_augment="handaugment", mean=(0.5,) * 3)
+    with pytest.raises(ValueError, match="unknown auto_augment 'handaugment' for torchvision; choose from randaugment"):
+        train_transform("torchvision", named, (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(ValueError, match="timm does not know auto_augment 'handaugment'"):
+        train_transform("timm", named, (0.5,) * 3, (0.5,) * 3)
+    for backend in ("albumentations", "none"):
+        with pytest.raises(ValueError, match="auto_augment needs augmentation 'timm' or 'torchvision'"):
+            train_transform(backend, named, (0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ({"crop_scale": (0.0, 1.0)}, "crop_scale must be 0 < smallest"),
+        ({"crop_scale": (0.9, 0.5)}, "crop_scale must be 0 < smallest"),
+        ({"crop_ratio": (2.0, 1.0)}, "crop_ratio must be 0 < smallest"),
+        ({"hflip": 1.5}, "hflip is a probability, got 1.5"),
+        ({"rotate": -1}, "rotate must not be negative, got -1"),
+        ({"crop_padding": -1}, "crop_padding must not be negative"),
+        ({"color_jitter": -0.1}, "color_jitter must not be negative"),
+    ],
+)
+def test_amounts_out_of_range(argument: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        Augmentation((8, 8), **argument)
+
+
+def test_crop_pct_out_of_range():
+    with pytest.raises(ValueError, match=r"crop_pct must be in \(0, 1\], got 1.5"):
+        eval_transform((8, 8), (0.5,), (0.5,), crop_pct=1.5)
