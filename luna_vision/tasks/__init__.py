@@ -1,0 +1,21 @@
+"""Training, evaluation and prediction with Lightning."""
+
+from .callbacks import EMA, ImagesPerSecond, NonFiniteGuard, NonFiniteLossError
+from .classification import ClassificationTask
+from .mixing import StepMixup
+from .reporting import EpochLines, ExportBest, PredictionWriter, export_weights
+from .weights import load_weights
+
+__all__ = [
+    "EMA",
+    "ClassificationTask",
+    "EpochLines",
+    "ExportBest",
+    "ImagesPerSecond",
+    "NonFiniteGuard",
+    "NonFiniteLossError",
+    "PredictionWriter",
+    "StepMixup",
+    "export_weights",
+    "load_weights",
+]

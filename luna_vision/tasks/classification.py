@@ -1,0 +1,300 @@
+"""Image classification with any timm model.
+
+Shapes: B batch, C channels, H x W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal
+
+import timm
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule, LightningModule
+from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import get_arch_name
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from luna_vision.models import init_from_vit  # with which the luna_vit models are registered, too
+
+from .mixing import StepMixup
+from .optimization import build_optimizer, build_scheduler
+from .weights import load_weights
+
+Batch = tuple[Tensor, Tensor]
+
+
+def build_model(name: str, num_classes: int, in_chans: int, model_kwargs: dict[str, Any]) -> nn.Module:
+    """``timm.create_model`` with a ``ValueError`` for a name or an argument that does not exist."""
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(get_arch_name(name), timm.list_models(), n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else "; timm.list_models() lists all of them"
+        raise ValueError(f"unknown model name {name!r}{hint}")
+    try:
+        return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **model_kwargs)
+    except TypeError as error:
+        raise ValueError(f"model_kwargs {model_kwargs} do not fit {name}: {error}") from error
+
+
+class ClassificationTask(LightningModule):
+    """Train, evaluate and apply a timm classifier.
+
+    Batches are (images (B, C, H, W) float, targets (B,) int64), and (images, ids) for prediction. Logged:
+    ``train_loss`` and ``train_acc1`` (with ``_epoch``: the epoch's mean), ``lr``; ``val_loss``, ``val_acc1`` and, with
+    more than five classes, ``val_acc5``; likewise for ``test``. Accuracies are shares in [0, 1].
+
+    Args:
+        model_name: name for ``timm.create_model``; the ``luna_vit`` models are registered.
+        num_classes: number of classes; must be that of the data.
+        in_chans: number of image channels; must be that of the data.
+        model_kwargs: further arguments of the model, such as ``patch_size`` or ``drop_path_rate``.
+        checkpoint: file to start from (timm, Lightning or safetensors). Not read when a run is resumed.
+        init_from_vit: start from a plain ViT: a timm model name or a file, see ``luna_vision.models.init_from_vit``.
+        loss: ``ce`` (softmax cross-entropy, with soft targets where MixUp or CutMix makes them) or ``bce`` (one binary
+            cross-entropy per class, averaged over classes).
+        label_smoothing: share of the target spread over all classes, in [0, 1).
+        bce_threshold: with ``bce``, targets above this value become 1, others 0; None keeps them soft.
+        optimizer: name from ``timm.optim.list_optimizers()``.
+        lr: peak learning rate of one optimizer step, whatever the batch size.
+        weight_decay: not applied to biases, norms and what the model's ``no_weight_decay()`` names.
+        layer_decay: learning rate factor from each layer to the one below; None trains all at the same rate.
+        optimizer_kwargs: further arguments of the optimizer, such as ``betas``, ``eps`` or ``momentum``.
+        scheduler: name of a timm schedule: cosine, constant, step, multistep, poly, tanh, wsd, rsqrt.
+        schedule_by: move the learning rate after every optimizer step (``update``) or every epoch.
+        warmup_epochs: length of the linear warm-up, part of ``max_epochs``.
+        warmup_lr: learning rate at which the warm-up begins.
+        min_lr: learning rate at the end.
+        scheduler_kwargs: further arguments of ``timm.scheduler.create_scheduler_v2``; lengths in epochs.
+        mixup: alpha of MixUp (arXiv 1710.09412); 0 is off.
+        cutmix: alpha of CutMix (arXiv 1905.04899); 0 is off.
+        mix_prob: probability that a batch is mixed.
+        mix_switch_prob: probability of CutMix rather than MixUp where both are on.
+        mix_mode: one draw for a batch, for each pair, or for each image.
+        mix_seed: seed of the draws, which are a function of it and of the step alone.
+        compile: run the model through ``torch.compile``, in place: names of the weights stay.
+        channels_last: keep images and convolutions in channels-last memory format.
+        grad_checkpointing: recompute activations in the backward pass, for less memory.
+
+    Raises:
+        ValueError: an argument out of its range, an unknown model, or (when a run starts) data that does not fit.
+    """
+
+    def __init__(
+        self,
+        model_name: str = "luna_vit_tiny",
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        model_kwargs: dict[str, Any] | None = None,
+        checkpoint: str | None = None,
+        init_from_vit: str | None = None,
+        loss: Literal["ce", "bce"] = "ce",
+        label_smoothing: float = 0.0,
+        bce_threshold: float | None = None,
+        optimizer: str = "adamw",
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        layer_decay: float | None = None,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        scheduler: str = "cosine",
+        schedule_by: Literal["update", "epoch"] = "update",
+        warmup_epochs: float = 0.0,
+        warmup_lr: float = 1e-6,
+        min_lr: float = 1e-6,
+        scheduler_kwargs: dict[str, Any] | None = None,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mix_prob: float = 1.0,
+        mix_switch_prob: float = 0.5,
+        mix_mode: Literal["batch", "pair", "elem"] = "batch",
+        mix_seed: int = 0,
+        compile: bool = False,
+        channels_last: bool = False,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()  # plain data, so that checkpoints load with weights_only=True
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        if checkpoint and init_from_vit:
+            raise ValueError("checkpoint and init_from_vit both name the starting weights: give one of them")
+        self.model = build_model(model_name, num_classes, in_chans, model_kwargs or {})
+        if grad_checkpointing:
+            self.model.set_grad_checkpointing(True)
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        if compile:
+            self.model.compile()  # at the first call
+        self.train_loss, self.train_loss_soft = self._losses()
+        self.mix = self._mixer()
+        accuracies = {"acc1": MulticlassAccuracy(num_classes, top_k=1, average="micro", validate_args=False)}
+        if num_classes > 5:
+            accuracies["acc5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro", validate_args=False)
+        self.val_metrics = MetricCollection(accuracies, prefix="val_")
+        self.test_metrics = MetricCollection(accuracies, prefix="test_").clone()
+        self._has_weights = False
+
+    def _losses(self) -> tuple[nn.Module, nn.Module]:
+        """The losses of class indices and of soft targets; mixing smooths soft targets itself."""
+        hp = self.hparams
+        if hp.loss == "bce":
+            bce = BinaryCrossEntropy(hp.label_smoothing, target_threshold=hp.bce_threshold)
+            return bce, bce
+        return LabelSmoothingCrossEntropy(hp.label_smoothing), SoftTargetCrossEntropy()
+
+    def _mixer(self) -> StepMixup | None:
+        hp = self.hparams
+        if hp.mixup == 0 and hp.cutmix == 0:
+            return None
+        mixup = Mixup(
+            mixup_alpha=hp.mixup,
+            cutmix_alpha=hp.cutmix,
+            prob=hp.mix_prob,
+            switch_prob=hp.mix_switch_prob,
+            mode=hp.mix_mode,
+            label_smoothing=hp.label_smoothing,
+            num_classes=hp.num_classes,
+        )
+        return StepMixup(mixup, hp.mix_seed)
+
+    # ---- start of a run
+
+    def setup(self, stage: str) -> None:
+        self.check_data(self.trainer.datamodule, stage)
+
+    def check_data(self, data: LightningDataModule | None, stage: str) -> None:
+        """Raise ``ValueError`` where the data module's channels or, unless there is nothing to compare them with in
+        ``predict``, its classes are not the model's."""
+        checks = [("in_chans", "image channels")] + [("num_classes", "classes")] * (stage != "predict")
+        for name, what in checks:
+            found, expected = getattr(data, name, None), self.hparams[name]
+            if found is not None and found != expected:
+                raise ValueError(f"the data has {found} {what}, but the model is built for {name}={expected}")
+
+    def _load_starting_weights(self) -> None:
+        """Once, and not if Lightning has loaded a checkpoint, which it does after ``setup`` and before these hooks."""
+        if self._has_weights:
+            return
+        self._has_weights = True
+        if self.hparams.checkpoint:
+            load_weights(self.model, self.hparams.checkpoint)
+        elif self.hparams.init_from_vit:
+            init_from_vit(self.model, self.hparams.init_from_vit)
+
+    on_fit_start = on_validation_start = on_test_start = on_predict_start = _load_starting_weights
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in one line that a checkpoint is another model's, before PyTorch says it in a hundred."""
+        self._has_weights = True
+        own = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        given = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+        differing = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
+        if differing:
+            name = differing[0]
+            raise ValueError(
+                f"the checkpoint holds another model's weights: {len(differing)} of {len(own)} differ, such as {name} "
+                f"(here {own.get(name)}, there {given.get(name)}); use the config.yaml of the run that wrote it"
+            )
+
+    # ---- optimisation
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        hp = self.hparams
+        optimizer = build_optimizer(
+            self.model, hp.optimizer, hp.lr, hp.weight_decay, hp.layer_decay, hp.optimizer_kwargs or {}
+        )
+        by_epoch = hp.schedule_by == "epoch"
+        schedule = (by_epoch, hp.warmup_epochs, hp.warmup_lr, hp.min_lr, hp.scheduler_kwargs or {})
+        scheduler = build_scheduler(optimizer, self.trainer, hp.scheduler, *schedule)
+        interval = "epoch" if by_epoch else "step"
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
+
+    def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:
+        # Lightning calls this after the optimizer step that global_step counts, but within the epoch that it ends.
+        if self.hparams.schedule_by == "update":
+            scheduler.step_update(num_updates=self.global_step)
+        else:
+            scheduler.step(epoch=self.current_epoch + 1)
+
+    # ---- batches
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, K) of images (B, C, H, W)."""
+        if self.hparams.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return self.model(images)
+
+    def _check_batch(self, images: Tensor, targets: Tensor) -> None:
+        if images.ndim != 4 or images.shape[1] != self.hparams.in_chans:
+            raise ValueError(f"images must be (B, {self.hparams.in_chans}, H, W), got {tuple(images.shape)}")
+        low, high = targets.aminmax()
+        if low < 0 or high >= self.hparams.num_classes:  # on a GPU, PyTorch would only say "device-side assert"
+            raise ValueError(f"targets must be in [0, {self.hparams.num_classes}), got {int(low)} to {int(high)}")
+
+    def compute_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Training loss of logits (B, K) for class indices (B,) or soft targets (B, K)."""
+        return (self.train_loss_soft if targets.ndim == 2 else self.train_loss)(logits.float(), targets)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, targets = batch
+        self._check_batch(images, targets)
+        if self.mix is not None:
+            images, targets = self.mix(images, targets, (self.global_step, batch_idx, self.global_rank))
+        logits = self(images)
+        loss = self.compute_loss(logits, targets)
+        self._log_training(loss.detach(), logits, targets)
+        return loss
+
+    def _log_training(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        # Against mixed targets, accuracy is how often the class with the largest share is found.
+        labels = targets.argmax(1) if targets.ndim == 2 else targets
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        values = {"train_loss": loss, "train_acc1": accuracy}
+        self.log_dict(values, prog_bar=True)
+        means = {f"{name}_epoch": value for name, value in values.items()}
+        self.log_dict(means, on_step=False, on_epoch=True, batch_size=len(logits))
+        # With layer decay the groups differ; the largest rate is that of the head, lr itself.
+        self.log("lr", max(group["lr"] for group in self.optimizers().param_groups))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, self.val_metrics, "val_loss")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, self.test_metrics, "test_loss")
+
+    def _evaluate(self, batch: Batch, metrics: MetricCollection, loss_name: str) -> None:
+        images, targets = batch
+        self._check_batch(images, targets)
+        logits = self(images).float()
+        metrics.update(logits, targets)
+        # Plain cross-entropy whatever the training loss is, so that runs can be compared.
+        self.log(loss_name, F.cross_entropy(logits, targets), sync_dist=True, batch_size=len(images))
+        for name, metric in metrics.items():
+            self.log(name, metric, prog_bar=name.endswith("acc1"), batch_size=len(images))
+
+    def predict_step(self, batch: tuple[Tensor, list[str]], batch_idx: int) -> dict[str, Any]:
+        """The five most probable classes (fewer where there are fewer), most probable first.
+
+        Returns:
+            ``ids`` list of B strings, ``labels`` (B, 5) int64, ``probabilities`` (B, 5) float in [0, 1]
+        """
+        images, ids = batch
+        logits = self(images).float()
+        probabilities = logits.sigmoid() if self.hparams.loss == "bce" else logits.softmax(1)
+        top = probabilities.topk(min(5, self.hparams.num_classes), dim=1)
+        return {"ids": list(ids), "labels": top.indices, "probabilities": top.values}
+
+    def load_line(self, path: str) -> str:
+        """One line of Python that builds this task's model with the weights in ``path`` (a timm state dict)."""
+        hp = self.hparams
+        arguments = {"num_classes": hp.num_classes, "in_chans": hp.in_chans, **(hp.model_kwargs or {})}
+        listed = "".join(f", {name}={value!r}" for name, value in arguments.items())
+        return (
+            f"import luna_vision, timm; model = timm.create_model({hp.model_name!r}, checkpoint_path={path!r}{listed})"
+        )

@@ -1,0 +1,138 @@
+"""The command line: ``python train.py {fit,validate,test,predict}``, LightningCLI with one-line errors.
+
+Exit codes: 0 success, 2 a mistake of the user (one line on stderr), 130 Ctrl-C, 1 anything else (with its traceback).
+``LUNA_VISION_TRACEBACK=1`` in the environment shows the traceback of the user's mistakes too.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+
+from jsonargparse import ArgumentError
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from .callbacks import NonFiniteLossError
+from .classification import ClassificationTask
+from .reporting import relative
+
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+USER_ERRORS = (ArgumentError, MisconfigurationException, NonFiniteLossError, OSError, ValueError)
+
+
+class LunaCLI(LightningCLI):
+    """LightningCLI for :class:`ClassificationTask` and any of the data modules.
+
+    After ``fit`` the best checkpoint is tested (``--test_after_fit false`` leaves that out). ``--ckpt_path`` brings
+    weights and, for ``fit``, the state of the optimizer; hyperparameters always come from the configuration, never from
+    the checkpoint, so that what is written in a config or on the command line is what runs.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--test_after_fit", type=bool, default=True, help="Test the best checkpoint after fit.")
+
+    def _parse_ckpt_path(self) -> None:
+        # The base class would let the checkpoint's hyperparameters win over the given ones without a word.
+        pass
+
+    def check_run(self) -> None:
+        """Find what is missing before the loggers create the run's folder."""
+        path = self._get(self.config, "ckpt_path")
+        if path and path not in ("best", "last", "hpc") and not Path(path).is_file():
+            raise FileNotFoundError(f"--ckpt_path: there is no file {path}")
+        if self.subcommand != "fit" and not path and not self.model.hparams.checkpoint:
+            raise ValueError(
+                f"{self.subcommand} needs weights: give --ckpt_path (or --model.checkpoint for a timm file)"
+            )
+        if self.datamodule is not None and self.trainer.world_size == 1:
+            self.datamodule.prepare_data()
+            self.datamodule.setup(self.subcommand)
+            self.model.check_data(self.datamodule, self.subcommand)
+
+    before_fit = before_validate = before_test = before_predict = check_run
+
+    def after_fit(self) -> None:
+        checkpoint = self.trainer.checkpoint_callback
+        if not self._get(self.config, "test_after_fit") or not isinstance(checkpoint, ModelCheckpoint):
+            return
+        best = checkpoint.best_model_path
+        if not best:
+            return
+        results = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True)
+        if results and self.trainer.is_global_zero:  # empty where the data has no test set
+            print(f"test accuracy:   {results[0]['test_acc1']:.4f} with {relative(best)}")
+
+
+def build(args: list[str] | None = None, run: bool = True) -> LunaCLI:
+    """Build task, data and trainer, and do what the subcommand says. Errors are raised.
+
+    Args:
+        args: the words of the command line; None takes those of this process.
+        run: False knows no subcommands and only builds.
+    """
+    return LunaCLI(
+        ClassificationTask,
+        LightningDataModule,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        # Errors reach main() as exceptions; jsonargparse would print its usage and leave.
+        parser_kwargs={"exit_on_error": False, **{name: {"exit_on_error": False} for name in SUBCOMMANDS if run}},
+        args=args,
+        run=run,
+    )
+
+
+def with_default_config(args: list[str], default_config: Path | None) -> list[str]:
+    """Insert ``--config default_config`` after ``fit`` unless a config is named."""
+    if "fit" not in args or default_config is None:
+        return args
+    if any(arg in ("-c", "--config", "-h", "--help") or arg.startswith(("--config=", "-c=")) for arg in args):
+        return args
+    position = args.index("fit") + 1
+    return [*args[:position], "--config", str(default_config), *args[position:]]
+
+
+def main(default_config: Path | None = None) -> None:
+    """Run the command line and exit with its code; see the module's text.
+
+    Args:
+        default_config: what ``fit`` runs when no config is named. It is never mixed into another one.
+    """
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's use of PyTorch, nothing a user can change
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+    # In place: with several devices, Lightning starts the other processes with these arguments.
+    sys.argv[1:] = with_default_config(sys.argv[1:], default_config)
+    try:
+        build()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except SystemExit as error:
+        # Lightning shuts down on Ctrl-C and then exits with 1.
+        sys.exit(130 if isinstance(error.__context__, KeyboardInterrupt) else error.code)
+    except USER_ERRORS as error:
+        if os.environ.get("LUNA_VISION_TRACEBACK") == "1":
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, in one line, out of messages that have many."""
+    text = str(error).strip()
+    if "Original Traceback" in text:  # raised in a data worker: the last line is the worker's own error
+        last = text.rsplit("\n", 1)[-1]
+        text = last.partition(": ")[2] or last
+    if "Problem with given class_path" in text:  # jsonargparse goes on to list all that the value might have been
+        text = re.split(r"\n\s*- |\n\s*Given value", text[text.index("Problem with given class_path") :])[0]
+    return " ".join(text.split()) or type(error).__name__

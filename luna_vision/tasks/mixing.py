@@ -1,0 +1,66 @@
+"""MixUp and CutMix whose draws depend on (seed, step) alone.
+
+``timm.data.Mixup`` draws from NumPy's global generator, so what a step sees would depend on everything drawn before it,
+and a resumed run would not repeat the run it resumes. Here each call seeds that generator for its own duration and puts
+the former state back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from timm.data.mixup import mixup_target
+from torch import Tensor
+
+
+@contextmanager
+def numpy_seed(*entropy: int) -> Iterator[None]:
+    """Seed NumPy's global generator with ``entropy`` inside the block; afterwards it stands where it stood before."""
+    state = np.random.get_state()  # noqa: NPY002  (timm reads the global generator)
+    np.random.seed(np.random.SeedSequence(entropy).generate_state(4))  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
+
+
+class StepMixup:
+    """``timm.data.Mixup`` as a function of (batch, seed, step), for batches of odd length too.
+
+    Args:
+        mixup: the mixer; its ``label_smoothing`` is applied to every target, mixed or not.
+        seed: first part of the entropy of every draw.
+    """
+
+    def __init__(self, mixup: Mixup, seed: int = 0) -> None:
+        self.mixup = mixup
+        self.seed = seed
+
+    def __call__(self, images: Tensor, targets: Tensor, step: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Mix a batch.
+
+        Args:
+            images: (B, C, H, W); overwritten.
+            targets: (B,) class indices.
+            step: what tells this call from all others, such as (global step, batch index, rank).
+
+        Returns:
+            the images and soft targets (B, K). timm pairs a batch with its reverse, which wants an even length: the
+            last image of an odd batch stays as it is.
+        """
+        even = len(images) // 2 * 2
+        if even == 0:
+            return images, self._soft(targets)
+        with numpy_seed(self.seed, *step):
+            mixed, soft = self.mixup(images[:even], targets[:even])
+        if even < len(images):
+            mixed = torch.cat([mixed, images[even:]])
+            soft = torch.cat([soft, self._soft(targets[even:])])
+        return mixed, soft
+
+    def _soft(self, targets: Tensor) -> Tensor:
+        return mixup_target(targets, self.mixup.num_classes, 1.0, self.mixup.label_smoothing)

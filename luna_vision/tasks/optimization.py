@@ -1,0 +1,91 @@
+"""timm's optimizers and schedules from a task's hyperparameters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+
+def build_optimizer(
+    model: nn.Module,
+    name: str,
+    lr: float,
+    weight_decay: float,
+    layer_decay: float | None,
+    arguments: dict[str, Any],
+) -> torch.optim.Optimizer:
+    """An optimizer by timm's name, with the parameter groups that weight decay and layer decay want.
+
+    Args:
+        model: the bare timm model, which timm asks for ``no_weight_decay()`` and ``group_matcher()``.
+        name: from ``timm.optim.list_optimizers()``.
+        lr: learning rate.
+        weight_decay: not applied to biases, norms and what ``no_weight_decay()`` names.
+        layer_decay: learning rate factor from each layer to the one below. NOTE it is a group's ``lr_scale``, on which
+            timm's schedules act, and nothing else.
+        arguments: further arguments of the optimizer.
+
+    Raises:
+        ValueError: no such optimizer, or it does not take these arguments.
+    """
+    try:
+        return create_optimizer_v2(
+            model, opt=name, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, **arguments
+        )
+    except TypeError as error:
+        raise ValueError(f"optimizer_kwargs {arguments} do not fit {name}: {error}") from error
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer,
+    trainer: Trainer,
+    name: str,
+    by_epoch: bool,
+    warmup_epochs: float,
+    warmup_lr: float,
+    min_lr: float,
+    arguments: dict[str, Any],
+) -> Scheduler:
+    """A timm schedule over the whole run of ``trainer``, to ``max_epochs`` or, if that comes first, ``max_steps``.
+
+    Args:
+        optimizer: whose learning rates it moves.
+        trainer: tells how many optimizer steps there are, accumulation counted.
+        name: cosine, constant, step, multistep, poly, tanh, wsd, rsqrt.
+        by_epoch: move once an epoch rather than once an optimizer step.
+        warmup_epochs: length of the linear warm-up, part of the run.
+        warmup_lr: learning rate at which the warm-up begins.
+        min_lr: learning rate at the end.
+        arguments: further arguments of ``create_scheduler_v2``; lengths in epochs.
+
+    Raises:
+        ValueError: no such schedule, arguments it does not take, or a run without end.
+    """
+    updates = trainer.estimated_stepping_batches  # also finds out num_training_batches
+    updates_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+    if not math.isfinite(updates) or updates < 0:
+        raise ValueError("a schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=name,
+            num_epochs=updates / updates_per_epoch,
+            warmup_epochs=warmup_epochs,
+            warmup_lr=warmup_lr,
+            min_lr=min_lr,
+            step_on_epochs=by_epoch,
+            updates_per_epoch=updates_per_epoch,
+            **arguments,
+        )
+    except TypeError as error:
+        raise ValueError(f"scheduler_kwargs {arguments} do not fit {name}: {error}") from error
+    if scheduler is None:
+        raise ValueError(f"scheduler {name!r} is none of timm's; 'constant' keeps the learning rate as it is")
+    return scheduler

@@ -1,0 +1,76 @@
+"""Starting weights for fine-tuning: any timm, Lightning or safetensors file, through timm's own loader."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from timm.models import load_pretrained
+from timm.models import load_state_dict as read_state_dict
+from torch import Tensor, nn
+
+# What a ClassificationTask puts in front of the names of its model's weights.
+TASK_PREFIX = "model."
+
+
+def bare_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's part of a Lightning state dict under the model's own names; a bare state dict comes back as it is."""
+    inner = {name[len(TASK_PREFIX) :]: value for name, value in state_dict.items() if name.startswith(TASK_PREFIX)}
+    return inner or state_dict
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a checkpoint into ``model``, adapting what may differ.
+
+    The model's ``checkpoint_filter_fn`` runs (so positions are resampled), the first convolution is adapted to another
+    number of channels, and a head for another number of classes is left as initialised, with a notice. EMA weights are
+    preferred where the file has both.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds no weights, or weights of another model.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
+    try:
+        state_dict = bare_state_dict(read_state_dict(str(path)))
+    except Exception as error:  # unpickling a file that is no checkpoint raises nearly anything
+        raise ValueError(f"{str(path)!r} is not a checkpoint that timm can read: {error}") from error
+    cfg = dict(model.pretrained_cfg, state_dict=state_dict, source="", num_classes=model.num_classes)
+    _keep_own_head(model, cfg, str(path))
+    _declare_channels(model, cfg)
+    try:
+        load_pretrained(
+            model,
+            pretrained_cfg=cfg,
+            num_classes=model.num_classes,
+            in_chans=model.patch_embed.proj.in_channels if hasattr(model, "patch_embed") else cfg["input_size"][0],
+            # timm keeps the filter beside the model class and hands it only to `create_model(pretrained=True)`.
+            filter_fn=getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None),
+        )
+    except RuntimeError as error:
+        raise ValueError(f"{str(path)!r} does not fit {type(model).__name__}: {error}") from error
+    rank_zero_info(f"weights loaded from {path}")
+
+
+def _keep_own_head(model: nn.Module, cfg: dict, path: str) -> None:
+    """Give a head of another size the model's own values, so that the rest can still be loaded strictly."""
+    own, given = model.state_dict(), cfg["state_dict"]
+    classifiers = cfg.get("classifier") or ()
+    for classifier in (classifiers,) if isinstance(classifiers, str) else classifiers:
+        weight = f"{classifier}.weight"
+        if weight not in given or weight not in own or given[weight].shape == own[weight].shape:
+            continue
+        rank_zero_info(
+            f"{path}: its head for {given[weight].shape[0]} classes is dropped; the model's own, for "
+            f"{own[weight].shape[0]}, starts fresh"
+        )
+        given.update({name: own[name] for name in (weight, f"{classifier}.bias") if name in own})
+
+
+def _declare_channels(model: nn.Module, cfg: dict) -> None:
+    """Tell timm how many channels the file's first convolution reads; the cfg declares the model's, not the file's."""
+    weight = cfg["state_dict"].get(f"{cfg.get('first_conv')}.weight")
+    if weight is not None and weight.ndim == 4:
+        cfg["input_size"] = (weight.shape[1], *cfg["input_size"][1:])

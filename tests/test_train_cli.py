@@ -1,0 +1,189 @@
+"""train.py from the outside: what it writes, what it prints, how it exits."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from luna_vision.tasks.cli import main, one_line, with_default_config
+
+ROOT = Path(__file__).parents[1]
+DEBUG = str(ROOT / "configs" / "debug.yaml")
+
+
+def call(monkeypatch, *args: str, default_config: Path | None = None) -> int:
+    """Run the command line in this process and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *args])
+    try:
+        main(default_config)
+    except SystemExit as error:
+        return int(error.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A folder in which the debug config has been trained, and what that printed."""
+    folder = tmp_path_factory.mktemp("run")
+    command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", DEBUG]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_fit_writes_logs_and_checkpoints_and_says_how_to_go_on(run_dir):
+    folder, stdout = run_dir
+    version = folder / "runs" / "debug" / "version_0"
+    files = {str(path.relative_to(version)) for path in version.rglob("*") if path.is_file()}
+    names = {f"checkpoints/{name}" for name in ("best.ckpt", "last.ckpt", "best.safetensors")}
+    assert names | {"config.yaml", "hparams.yaml", "metrics.csv"} == files
+    assert list((folder / "runs" / "debug" / "tensorboard").rglob("events.out.tfevents.*"))
+    columns = next(csv.reader((version / "metrics.csv").open()))
+    assert {"train_loss", "train_acc1", "val_acc1", "val_acc5", "test_acc1", "images_per_s", "lr"} <= set(columns)
+    assert "best checkpoint: runs/debug/version_0/checkpoints/best.ckpt" in stdout
+    assert re.search(r"^load it with: +import luna_vision, timm; model = timm.create_model\(", stdout, re.M)
+    assert re.search(r"^test accuracy: +0\.\d{4} with runs/debug", stdout, re.M)
+
+
+def test_checkpoint_holds_plain_data(run_dir):
+    checkpoint = torch.load(run_dir[0] / "runs/debug/version_0/checkpoints/best.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"]["model_name"] == "test_luna_vit"
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test"])
+def test_evaluation_of_a_checkpoint(run_dir, monkeypatch, tmp_path, capsys, subcommand):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = run_dir[0] / "runs/debug/version_0/checkpoints/best.ckpt"
+    config = run_dir[0] / "runs/debug/version_0/config.yaml"
+    assert call(monkeypatch, subcommand, "--config", str(config), "--ckpt_path", str(checkpoint)) == 0
+    assert ("val_acc1" if subcommand == "validate" else "test_acc1") in capsys.readouterr().out
+
+
+def test_predict_writes_csv(run_dir, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for index in range(3):
+        Image.new("L", (20, 30), 80 * index).save(tmp_path / f"{index}.png")
+    checkpoint = run_dir[0] / "runs/debug/version_0/checkpoints/best.ckpt"
+    arguments = ["predict", "--config", DEBUG, "--ckpt_path", str(checkpoint), f"--data.predict_path={tmp_path}"]
+    assert call(monkeypatch, *arguments) == 0
+    (path,) = tmp_path.rglob("*predictions*")
+    rows = list(csv.DictReader(path.open()))
+    assert [Path(row["image"]).name for row in rows] == ["0.png", "1.png", "2.png"]
+    assert list(rows[0]) == ["image", *(f"{name}{i}" for name in ("label", "probability") for i in range(1, 6))]
+    probabilities = [float(rows[0][f"probability{i}"]) for i in range(1, 6)]
+    assert probabilities == sorted(probabilities, reverse=True) and sum(probabilities) <= 1.0001
+    assert {rows[0][f"label{i}"] for i in range(1, 6)} <= {str(digit) for digit in range(10)}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_undecodable_image_is_named_and_no_csv_is_left(run_dir, monkeypatch, tmp_path, capsys, workers):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    Image.new("L", (20, 30)).save(tmp_path / "images" / "0.png")
+    (tmp_path / "images" / "1.png").write_bytes(b"no image")
+    checkpoint = run_dir[0] / "runs/debug/version_0/checkpoints/best.ckpt"
+    arguments = ["predict", "--config", DEBUG, "--ckpt_path", str(checkpoint), f"--data.predict_path={tmp_path}/images"]
+    assert call(monkeypatch, *arguments, f"--data.num_workers={workers}", "--data.batch_size=1") == 2
+    line = error_line(capsys)
+    assert "images/1.png" in line and "Traceback" not in line
+    assert not list(tmp_path.rglob("*predictions*"))
+
+
+def error_line(capsys) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "--config", DEBUG, "--model.learning_rate=1"], "learning_rate"),
+        (["fit", "--config", DEBUG, "--data.init_args.batch=1"], "Option .batch. is not accepted"),
+        (["fit", "--config", "missing.yaml"], "missing.yaml"),
+        (["fit", "--config", DEBUG, "--model.model_name=luna_vit_tinny"], "did you mean luna_vit_tiny"),
+        (
+            ["fit", "--config", DEBUG, "--model.num_classes=7"],
+            "the data has 10 classes, but the model .* num_classes=7",
+        ),
+        (["fit", "--config", DEBUG, "--data=ImageFolderDataModule", "--data.root=nowhere"], "nowhere"),
+        (["fit", "--config", DEBUG, "--ckpt_path=gone.ckpt"], "gone.ckpt"),
+        (["test", "--config", DEBUG], "test needs weights"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(monkeypatch, tmp_path, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *arguments) == 2
+    line = error_line(capsys)
+    assert re.search(message, line) and len(line) < 300
+    assert not list(tmp_path.iterdir())
+
+
+def test_non_finite_loss(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        "--model.lr=1e30",
+        "--model.warmup_epochs=0",
+        "--model.optimizer=sgd",
+        "--trainer.gradient_clip_val=null",
+    ]
+    assert call(monkeypatch, "fit", "--config", DEBUG, *arguments) == 2
+    assert re.search(r"loss is (nan|inf) at step \d+ \(epoch \d+\): training stopped", error_line(capsys))
+
+
+def test_traceback_on_request(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LUNA_VISION_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="num_classes=7"):
+        call(monkeypatch, "fit", "--config", DEBUG, "--model.num_classes=7")
+
+
+def test_default_config_only_where_none_is_named():
+    default = Path("default.yaml")
+    expected = ["fit", "--config", "default.yaml", "--model.lr=1"]
+    assert with_default_config(["fit", "--model.lr=1"], default) == expected
+    for args in (
+        ["fit", "--config", "a.yaml"],
+        ["fit", "-c", "a.yaml"],
+        ["fit", "--config=a.yaml"],
+        ["test"],
+        ["fit", "-h"],
+    ):
+        assert with_default_config(args, default) == args
+
+
+def test_error_of_a_data_worker_is_reduced_to_its_last_line():
+    error = ValueError(
+        "Caught SampleError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        '  File "x.py", line 1, in f\npackage.SampleError: cannot decode image file a.png: broken'
+    )
+    assert one_line(error) == "cannot decode image file a.png: broken"
+
+
+def test_ctrl_c_ends_cleanly_and_says_how_to_resume(tmp_path):
+    command = [sys.executable, "-u", str(ROOT / "train.py"), "fit", "--config", DEBUG, "--trainer.max_epochs=100000"]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "80"},
+    )
+    checkpoint = tmp_path / "runs/debug/version_0/checkpoints/last.ckpt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert "resume with --ckpt_path runs/debug/version_0/checkpoints/last.ckpt" in stderr
