@@ -49,7 +49,7 @@ def test_fit_writes_logs_and_checkpoints_and_says_how_to_go_on(run_dir):
     columns = next(csv.reader((version / "metrics.csv").open()))
     assert {"train_loss", "train_acc1", "val_acc1", "val_acc5", "test_acc1", "images_per_s", "lr"} <= set(columns)
     assert "best checkpoint: runs/debug/version_0/checkpoints/best.ckpt" in stdout
-    assert re.search(r"^load it with: +import luna_vision, timm; model = timm.create_model\(", stdout, re.M)
+    assert re.match(r"load it with: +import luna_vision, timm; model = timm.create_model\(", stdout.splitlines()[-1])
     assert re.search(r"^test accuracy: +0\.\d{4} with runs/debug", stdout, re.M)
 
 

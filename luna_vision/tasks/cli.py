@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from .callbacks import NonFiniteLossError
 from .classification import ClassificationTask
-from .reporting import relative
+from .reporting import ExportBest, relative
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 USER_ERRORS = (ArgumentError, MisconfigurationException, NonFiniteLossError, OSError, ValueError)
@@ -60,14 +60,14 @@ class LunaCLI(LightningCLI):
 
     def after_fit(self) -> None:
         checkpoint = self.trainer.checkpoint_callback
-        if not self._get(self.config, "test_after_fit") or not isinstance(checkpoint, ModelCheckpoint):
-            return
-        best = checkpoint.best_model_path
-        if not best:
-            return
-        results = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True)
-        if results and self.trainer.is_global_zero:  # empty where the data has no test set
-            print(f"test accuracy:   {results[0]['test_acc1']:.4f} with {relative(best)}")
+        best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+        if best and self._get(self.config, "test_after_fit"):
+            metrics = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True)[0]
+            if self.trainer.is_global_zero:
+                print(f"test accuracy:   {metrics['test_acc1']:.4f} with {relative(best)}")
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, ExportBest):
+                callback.announce()
 
 
 def build(args: list[str] | None = None, run: bool = True) -> LunaCLI:

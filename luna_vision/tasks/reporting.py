@@ -99,11 +99,14 @@ def export_weights(checkpoint: str | Path, output: str | Path) -> None:
 
 
 class ExportBest(Callback):
-    """When training ends, write the best checkpoint's weights for timm and print how to load them.
+    """When training ends, write the best checkpoint's weights for timm; `announce` prints how to load them.
 
     The file is ``best.safetensors`` beside the checkpoints. "Best" is what the run's ModelCheckpoint monitors.
     Training that Ctrl-C stops ends with the place of the last checkpoint instead.
     """
+
+    def __init__(self) -> None:
+        self._closing: list[str] = []
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: ClassificationTask) -> None:
@@ -114,8 +117,15 @@ class ExportBest(Callback):
         weights = best.with_name("best.safetensors")
         export_weights(best, weights)
         score = f" ({callback.monitor} {float(callback.best_model_score):.4f})" if callback.monitor else ""
-        print(f"best checkpoint: {relative(best)}{score}")
-        print(f"load it with:    {pl_module.load_line(relative(weights))}")
+        self._closing = [
+            f"best checkpoint: {relative(best)}{score}",
+            f"load it with:    {pl_module.load_line(relative(weights))}",
+        ]
+
+    def announce(self) -> None:
+        """Print where the best checkpoint is and the line that loads it; nothing if there is none."""
+        for line in self._closing:
+            print(line)
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

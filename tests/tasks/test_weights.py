@@ -16,6 +16,7 @@ def test_closing_line_gives_the_model_that_was_trained(tmp_path, data, capsys, m
     trainer = tiny_trainer(tmp_path, callbacks=callbacks, enable_checkpointing=True, max_epochs=3)
     task = tiny_task(lr=1e-2)
     trainer.fit(task, data)
+    callbacks[-1].announce()
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("best checkpoint: run/best.ckpt (val_acc1 ") for line in lines)
     statement = next(line for line in lines if line.startswith("load it with:")).partition(":")[2].strip()
