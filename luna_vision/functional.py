@@ -1,20 +1,46 @@
-"""The two attentions of Luna as functions on tensors.
+"""Pack and unpack as functions on tensors, in two exact forms and as a formula.
 
     pack:    Y_P = Attn(query P,  key/value X)        reads the image into the memory
     unpack:  Y_X = Attn(query X,  key/value Y_P)      lets every patch read the memory
 
-Both are the same operation, a softmax over the keys; they differ only in which side is short. Source: Ma et al., "Luna:
-Linear Unified Nested Attention", NeurIPS 2021 (arXiv 2106.01540), section 3.
+*Projected*: project X to queries, keys and values, and call `F.scaled_dot_product_attention`. *Absorbed*: fold the
+projections into the short side, so that no N x C query, key or value is ever formed; then both attentions are two GEMMs
+with X and a softmax between them. The two are equal up to rounding. `naive_attend` is the reference for both.
 
-Shapes: B batch, Q queries, K keys, H heads, C width, E = C / H head width.
+Absorbed, Luna's unpack is the read of External Attention, `normalise(X M_k^T) M_v`, with a memory that is written anew
+for each image (`slot_scores` and `weighted_slots` are that read; `external_read` is External Attention's own).
+
+Sources: Ma et al., "Luna: Linear Unified Nested Attention", NeurIPS 2021 (arXiv 2106.01540), section 3; Guo et al.,
+"External Attention", 2021 (arXiv 2105.02358), section 3.2; absorbed projections: DeepSeek-V2 (arXiv 2405.04434), 2.1.
+
+Shapes: B batch, N patches, L memory slots, C width, H heads, E = C / H head width, Q queries, K keys. Weights are those
+of `nn.Linear`, (C out, C in).
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor
 
-__all__ = ["attend", "attention_weights", "check_valid", "naive_attend", "saturate", "split_heads"]
+__all__ = [
+    "attend",
+    "attention_weights",
+    "check_valid",
+    "external_read",
+    "fold_heads",
+    "naive_attend",
+    "pack_absorbed",
+    "pack_projected",
+    "saturate",
+    "slot_scores",
+    "split_heads",
+    "unpack_absorbed",
+    "unpack_projected",
+    "use_absorbed",
+    "weighted_slots",
+]
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -58,17 +84,20 @@ def check_valid(valid: Tensor, batch: int, length: int, name: str) -> None:
             raise ValueError(f"{name} has a row without any valid token; every row needs at least one")
 
 
-def _key_mask(valid: Tensor) -> Tensor:
-    """Attention mask (B, 1, 1, K) of a key validity mask (B, K).
+def readable(valid: Tensor) -> Tensor:
+    """A mask (B, K) in which a row without any valid key is valid throughout.
 
-    A row without any valid key would be a softmax over nothing, which is NaN. Such a row attends to everything instead:
-    its output means nothing but stays finite, which is what compiled and exported code needs.
+    Such a row would be a softmax over nothing, which is NaN. Its output means nothing, but stays finite, which is what
+    compiled and exported code needs.
     """
-    return (valid | ~valid.any(dim=1, keepdim=True))[:, None, None, :]
+    return valid | ~valid.any(dim=1, keepdim=True)
+
+
+# ---------------------------------------------------------------- projected
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
-    """Multi-head attention in the projected form, by `F.scaled_dot_product_attention`.
+    """Multi-head attention by `F.scaled_dot_product_attention`.
 
     Args:
         q: Queries (B, H, Q, E).
@@ -80,7 +109,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, dropout
     Returns:
         (B, Q, C), heads joined.
     """
-    attn_mask = _key_mask(valid) if valid is not None else None
+    attn_mask = readable(valid)[:, None, None, :] if valid is not None else None
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
     return y.transpose(1, 2).flatten(2)
 
@@ -89,10 +118,335 @@ def attention_weights(q: Tensor, k: Tensor, valid: Tensor | None = None) -> Tens
     """The attention matrix itself, (B, H, Q, K), each row a distribution over the keys. Arguments as in `attend`."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if valid is not None:
-        scores = scores.masked_fill(~_key_mask(valid), float("-inf"))
+        scores = scores.masked_fill(~readable(valid)[:, None, None, :], float("-inf"))
     return scores.softmax(dim=-1)
 
 
-def naive_attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Reference for `attend`, written as the formula: every matrix is built. Arguments and result as in `attend`."""
-    return (attention_weights(q, k, valid) @ v).transpose(1, 2).flatten(2)
+def naive_attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+    """Reference for both forms, written as the formula: every matrix is built.
+
+    Args:
+        q, k, v, valid: As in `attend`.
+        keep: What dropout multiplies the weights with, (B, H, Q, K): 0 or 1 / (1 - p).
+
+    Returns:
+        (B, Q, C), heads joined.
+    """
+    weights = attention_weights(q, k, valid)
+    if keep is not None:
+        weights = weights * keep
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def key_value(
+    x: Tensor, w_key: Tensor, w_value: Tensor | None, bias: Tensor | None, heads: int
+) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, H, K, E) of tokens (B, K, C).
+
+    Args:
+        x: Tokens.
+        w_key: Weight of the keys, and of the values too where `w_value` is None (tied).
+        w_value: Weight of the values.
+        bias: Bias of the values (C). Keys need none: a constant along the softmax drops out of it.
+        heads: H.
+    """
+    if w_value is None:
+        k = split_heads(saturate(F.linear(x, w_key, bias)), heads)
+        return k, k
+    return split_heads(saturate(F.linear(x, w_key)), heads), split_heads(saturate(F.linear(x, w_value, bias)), heads)
+
+
+def pack_projected(
+    memory: Tensor,
+    x: Tensor,
+    w_query: Tensor,
+    b_query: Tensor | None,
+    w_key: Tensor,
+    w_value: Tensor | None,
+    bias: Tensor | None,
+    heads: int,
+    valid: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Pack patches (B, N, C) into the memory (B, L, C).
+
+    Args:
+        memory, x: What asks and what is read.
+        w_query, b_query: Projection of the memory to queries.
+        w_key, w_value, bias: As in `key_value`.
+        heads: H.
+        valid: Which patches count, (B, N) bool.
+        dropout_p: Probability of dropping an attention weight.
+
+    Returns:
+        The packed memory (B, L, C).
+    """
+    q = split_heads(saturate(F.linear(memory, w_query, b_query)), heads)
+    k, v = key_value(x, w_key, w_value, bias, heads)
+    return attend(q, k, v, valid, dropout_p)
+
+
+def unpack_projected(
+    x: Tensor,
+    packed: Tensor,
+    w_query: Tensor,
+    b_query: Tensor | None,
+    w_key: Tensor,
+    w_value: Tensor | None,
+    bias: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    heads: int,
+    valid: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Let every patch (B, N, C) read the packed memory (B, L, C), and project what it read.
+
+    Args:
+        x, packed: What asks and what is read.
+        w_query, b_query: Projection of the patches to queries.
+        w_key, w_value, bias: As in `key_value`.
+        w_out, b_out: Output projection.
+        heads: H.
+        valid: Which slots may be read, (B, L) bool.
+        dropout_p: Probability of dropping an attention weight.
+
+    Returns:
+        (B, N, C).
+    """
+    q = split_heads(saturate(F.linear(x, w_query, b_query)), heads)
+    k, v = key_value(packed, w_key, w_value, bias, heads)
+    return saturate(F.linear(attend(q, k, v, valid, dropout_p), w_out, b_out))
+
+
+# ---------------------------------------------------------------- absorbed
+
+# How much faster a FLOP of the projected form is than one of the absorbed form
+ABSORBED_EFFICIENCY = 1.0
+FORMS = ("auto", "projected", "absorbed")
+
+
+def use_absorbed(form: str, memory_len: int, heads: int, dim: int, projections: int) -> bool:
+    """Whether to run the absorbed form.
+
+    FLOPs a patch: projected 2 p C^2 + 4 L C, absorbed 4 H L C.
+
+    Args:
+        form: "projected" or "absorbed" forces it, "auto" takes the one with less work.
+        memory_len: L.
+        heads: H.
+        dim: C.
+        projections: p, the projections of the patches that absorbing saves: 1 for a tied pack, else 2.
+
+    Raises:
+        ValueError: An unknown form.
+    """
+    if form not in FORMS:
+        raise ValueError(f"the form must be one of {', '.join(map(repr, FORMS))}, got {form!r}")
+    if form == "auto":
+        return 2 * memory_len * (heads - 1) < ABSORBED_EFFICIENCY * projections * dim
+    return form == "absorbed"
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for x; never on the meta device, which does not know it."""
+    if x.is_meta:
+        return False
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """x in the type that autocast would give to a product with it; unchanged without autocast."""
+    if not torch.jit.is_scripting():
+        if autocasts(x) and x.dtype != torch.float64:
+            return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def wide(x: Tensor) -> Tensor:
+    """float32, or float64 as it is: the type in which the small matrices are folded."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """(B, L, C) to (H, B * L, E): one batched product over heads serves the whole batch, without copies of the
+    weight."""
+    B, L, C = x.shape
+    return x.reshape(B * L, heads, C // heads).transpose(0, 1)
+
+
+def fold_heads(x: Tensor, weight: Tensor, heads: int) -> Tensor:
+    """Multiply each head's part of x by that head's rows of a weight.
+
+    Args:
+        x: (B, L, C), heads side by side.
+        weight: (C, C) with the heads along its rows.
+        heads: H.
+
+    Returns:
+        (B, H * L, C): for head h and slot l the row x[l, h] @ weight[h].
+    """
+    B, L, C = x.shape
+    y = by_head(x, heads) @ weight.view(heads, C // heads, C)
+    return y.view(heads, B, L, C).transpose(0, 1).reshape(B, heads * L, C)
+
+
+def pack_queries(memory: Tensor, w_query: Tensor, b_query: Tensor | None, w_key: Tensor, heads: int) -> Tensor:
+    """The memory's queries with the keys' projection and the scale folded in, (B, H * L, C), in `wide` type."""
+    b_query = wide(b_query) if b_query is not None else None
+    q = F.linear(wide(memory), wide(w_query), b_query)
+    return fold_heads(q * math.sqrt(heads / q.shape[-1]), wide(w_key), heads)
+
+
+def pack_values(z: Tensor, w_value: Tensor, bias: Tensor | None, row_sum: Tensor | None, heads: int) -> Tensor:
+    """Project what was packed, (B, H * L, C) weighted sums of patches, to values, (B, L, C), in `wide` type.
+
+    Rows of attention sum to 1, so the bias passes through; under dropout it is multiplied by `row_sum` (B, H * L).
+    """
+    B, S, C = z.shape
+    L = S // heads
+    z = wide(z).view(B, heads, L, C).transpose(0, 1).reshape(heads, B * L, C)
+    y = z @ wide(w_value).view(heads, C // heads, C).transpose(1, 2)
+    y = y.view(heads, B, L, C // heads).permute(1, 2, 0, 3)
+    if bias is not None:
+        shift = wide(bias).view(heads, C // heads)
+        y = y + (shift if row_sum is None else wide(row_sum).view(B, heads, L, 1).transpose(1, 2) * shift)
+    return y.reshape(B, L, C)
+
+
+def _pack_absorbed(
+    memory: Tensor,
+    x: Tensor,
+    w_query: Tensor,
+    b_query: Tensor | None,
+    w_key: Tensor,
+    w_value: Tensor | None,
+    bias: Tensor | None,
+    heads: int,
+    valid: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    m = saturate(pack_queries(memory, w_query, b_query, w_key, heads).to(x.dtype))
+    scores = saturate(m @ x.transpose(1, 2))
+    if valid is not None:
+        scores = scores.masked_fill(~readable(valid)[:, None, :], float("-inf"))
+    weights = scores.softmax(dim=-1)
+    row_sum: Tensor | None = None
+    if dropout_p > 0.0:
+        weights = F.dropout(weights, dropout_p)
+        row_sum = weights.sum(dim=-1)
+    y = pack_values(weights @ x, w_key if w_value is None else w_value, bias, row_sum, heads)
+    return saturate(y.to(x.dtype))
+
+
+def pack_absorbed(
+    memory: Tensor,
+    x: Tensor,
+    w_query: Tensor,
+    b_query: Tensor | None,
+    w_key: Tensor,
+    w_value: Tensor | None,
+    bias: Tensor | None,
+    heads: int,
+    valid: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """`pack_projected` without keys and values of the patches: 4 H L C FLOPs a patch. Arguments and result are the
+    same.
+
+    Small matrices are folded in float32, under autocast too.
+    """
+    x = autocast_input(x)
+    if not torch.jit.is_scripting():
+        if autocasts(x):
+            with torch.autocast(x.device.type, enabled=False):
+                return _pack_absorbed(memory, x, w_query, b_query, w_key, w_value, bias, heads, valid, dropout_p)
+    return _pack_absorbed(memory, x, w_query, b_query, w_key, w_value, bias, heads, valid, dropout_p)
+
+
+def slot_scores(x: Tensor, m_key: Tensor, shift: Tensor | None = None) -> Tensor:
+    """X M_k^T, (B, N, S), of tokens (B, N, C) and the keys of S slots (B, S, C); `shift` (B, S) is added."""
+    if shift is None:
+        return x @ m_key.transpose(1, 2)
+    return torch.baddbmm(shift[:, None, :], x, m_key.transpose(1, 2))
+
+
+def weighted_slots(weights: Tensor, m_value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A M_v, (B, N, C), of weights (B, N, S) and the values of S slots (B, S, C); `bias` (C) is added."""
+    if bias is None:
+        return weights @ m_value
+    return torch.baddbmm(bias[None, None, :], weights, m_value)
+
+
+def external_read(x: Tensor, m_key: Tensor, m_value: Tensor) -> Tensor:
+    """External Attention: read a memory (S, C) that is the same for every image, with its double normalisation.
+
+    Softmax over the tokens, then L1 over the slots (arXiv 2105.02358, section 3.2). Luna's absorbed unpack is this
+    with a memory of the image's own and a softmax over each head's slots.
+    """
+    weights = slot_scores(x, m_key.expand(x.shape[0], -1, -1)).softmax(dim=1)
+    weights = weights / weights.sum(dim=2, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    return weighted_slots(weights, m_value.expand(x.shape[0], -1, -1))
+
+
+def _unpack_absorbed(
+    x: Tensor,
+    packed: Tensor,
+    w_query: Tensor,
+    b_query: Tensor | None,
+    w_key: Tensor,
+    w_value: Tensor | None,
+    bias: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    heads: int,
+    valid: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    B, L, C = packed.shape
+    bias = wide(bias) if bias is not None else None
+    k = F.linear(wide(packed), wide(w_key), bias if w_value is None else None)
+    v = k if w_value is None else F.linear(wide(packed), wide(w_value), bias)
+    k = k * math.sqrt(heads / C)
+    m_key = saturate(fold_heads(k, wide(w_query), heads).to(x.dtype))
+    m_value = saturate(fold_heads(v, wide(w_out).t().contiguous(), heads).to(x.dtype))
+    shift: Tensor | None = None
+    if b_query is not None:
+        shift = by_head(k, heads) @ wide(b_query).view(heads, C // heads, 1)
+        shift = saturate(shift.view(heads, B, L).transpose(0, 1).reshape(B, heads * L).to(x.dtype))
+
+    scores = saturate(slot_scores(x, m_key, shift)).unflatten(2, (heads, L))
+    if valid is not None:
+        scores = scores.masked_fill(~readable(valid)[:, None, None, :], float("-inf"))
+    weights = scores.softmax(dim=-1)
+    if dropout_p > 0.0:
+        weights = F.dropout(weights, dropout_p)
+    return saturate(weighted_slots(weights.flatten(2), m_value, b_out.to(x.dtype) if b_out is not None else None))
+
+
+def unpack_absorbed(
+    x: Tensor,
+    packed: Tensor,
+    w_query: Tensor,
+    b_query: Tensor | None,
+    w_key: Tensor,
+    w_value: Tensor | None,
+    bias: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    heads: int,
+    valid: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """`unpack_projected` without queries of the patches: 4 H L C FLOPs a patch. Arguments and result are the same.
+
+    Small matrices are folded in float32, under autocast too.
+    """
+    x = autocast_input(x)
+    if not torch.jit.is_scripting():
+        if autocasts(x):
+            with torch.autocast(x.device.type, enabled=False):
+                return _unpack_absorbed(
+                    x, packed, w_query, b_query, w_key, w_value, bias, w_out, b_out, heads, valid, dropout_p
+                )
+    return _unpack_absorbed(x, packed, w_query, b_query, w_key, w_value, bias, w_out, b_out, heads, valid, dropout_p)

@@ -14,7 +14,19 @@ from timm.layers import DropPath, LayerScale, LayerType, Mlp, get_act_layer, get
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..functional import attend, attention_weights, check_valid, saturate, split_heads
+from ..functional import (
+    attend,
+    attention_weights,
+    check_valid,
+    key_value,
+    pack_absorbed,
+    pack_projected,
+    saturate,
+    split_heads,
+    unpack_absorbed,
+    unpack_projected,
+    use_absorbed,
+)
 from .local_mixing import LocalMixing
 
 __all__ = ["LunaAttention", "LunaBlock"]
@@ -26,6 +38,8 @@ class LunaAttention(nn.Module):
 
     tie_kv: Final[bool]
     pack_only: Final[bool]
+    absorb_pack: Final[bool]
+    absorb_unpack: Final[bool]
 
     def __init__(
         self,
@@ -38,6 +52,9 @@ class LunaAttention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         pack_only: bool = False,
+        memory_len: int = 16,
+        pack_form: str = "auto",
+        unpack_form: str = "auto",
         device=None,
         dtype=None,
     ) -> None:
@@ -53,9 +70,12 @@ class LunaAttention(nn.Module):
             attn_drop: Dropout of attention weights, both attentions.
             proj_drop: Dropout after the output projection.
             pack_only: Leave out the unpack, for a last block whose patches nobody reads; `y` is then `x` itself.
+            memory_len: Number of slots that is expected; only the choice of the forms depends on it.
+            pack_form: "projected", "absorbed", or "auto" for the faster one (see `luna_vision.functional`).
+            unpack_form: The same for the unpack.
 
         Raises:
-            ValueError: `dim` is not a multiple of a head count.
+            ValueError: `dim` is not a multiple of a head count, or an unknown form.
         """
         super().__init__()
         dd = {"device": device, "dtype": dtype}
@@ -69,6 +89,8 @@ class LunaAttention(nn.Module):
         self.tie_kv = tie_kv
         self.pack_only = pack_only
         self.attn_drop = attn_drop
+        self.absorb_pack = use_absorbed(pack_form, memory_len, pack_heads, dim, 1 if tie_kv else 2)
+        self.absorb_unpack = use_absorbed(unpack_form, memory_len, num_heads, dim, 2)
 
         self.pack_q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
         if tie_kv:
@@ -96,25 +118,16 @@ class LunaAttention(nn.Module):
         if memory_valid is not None:
             check_valid(memory_valid, memory.shape[0], memory.shape[1], "memory_valid")
 
-    def _pack_qkv(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q = split_heads(saturate(self.pack_q(memory)), self.pack_heads)
+    def _pack_weights(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Weight of keys, of values (None if tied), and bias of values."""
         if self.tie_kv:
-            k = split_heads(saturate(self.pack_kv(x)), self.pack_heads)
-            v = k
-        else:
-            k = split_heads(saturate(self.pack_k(x)), self.pack_heads)
-            v = split_heads(saturate(self.pack_v(x)), self.pack_heads)
-        return q, k, v
+            return self.pack_kv.weight, None, self.pack_kv.bias
+        return self.pack_k.weight, self.pack_v.weight, self.pack_v.bias
 
-    def _unpack_qkv(self, x: Tensor, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q = split_heads(saturate(self.unpack_q(x)), self.num_heads)
+    def _unpack_weights(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if self.tie_kv:
-            k = split_heads(saturate(self.unpack_kv(packed)), self.num_heads)
-            v = k
-        else:
-            k = split_heads(saturate(self.unpack_k(packed)), self.num_heads)
-            v = split_heads(saturate(self.unpack_v(packed)), self.num_heads)
-        return q, k, v
+            return self.unpack_kv.weight, None, self.unpack_kv.bias
+        return self.unpack_k.weight, self.unpack_v.weight, self.unpack_v.bias
 
     def forward(
         self,
@@ -137,16 +150,25 @@ class LunaAttention(nn.Module):
             ValueError: A shape does not fit, a mask is not bool, or (eager mode only) a row has no valid token.
         """
         self._check(x, memory, patch_valid, memory_valid)
-        dropout_p = self.attn_drop if self.training else 0.0
+        drop = self.attn_drop if self.training else 0.0
 
-        q, k, v = self._pack_qkv(x, memory)
-        packed = attend(q, k, v, patch_valid, dropout_p)
+        w_k, w_v, b_v = self._pack_weights()
+        w_q, b_q = self.pack_q.weight, self.pack_q.bias
+        if self.absorb_pack:
+            packed = pack_absorbed(memory, x, w_q, b_q, w_k, w_v, b_v, self.pack_heads, patch_valid, drop)
+        else:
+            packed = pack_projected(memory, x, w_q, b_q, w_k, w_v, b_v, self.pack_heads, patch_valid, drop)
         if self.pack_only:
             return x, packed
 
-        q, k, v = self._unpack_qkv(x, packed)
-        y = attend(q, k, v, memory_valid, dropout_p)
-        return self.proj_drop(saturate(self.proj(y))), packed
+        w_k, w_v, b_v = self._unpack_weights()
+        w_q, b_q, w_o, b_o = self.unpack_q.weight, self.unpack_q.bias, self.proj.weight, self.proj.bias
+        heads = self.num_heads
+        if self.absorb_unpack:
+            y = unpack_absorbed(x, packed, w_q, b_q, w_k, w_v, b_v, w_o, b_o, heads, memory_valid, drop)
+        else:
+            y = unpack_projected(x, packed, w_q, b_q, w_k, w_v, b_v, w_o, b_o, heads, memory_valid, drop)
+        return self.proj_drop(y), packed
 
     @torch.jit.ignore
     def attention_maps(
@@ -159,12 +181,13 @@ class LunaAttention(nn.Module):
             distribution over the slots (empty, 0 heads, when the layer is `pack_only`).
         """
         self._check(x, memory, patch_valid, memory_valid)
-        q, k, v = self._pack_qkv(x, memory)
+        k, v = key_value(x, *self._pack_weights(), self.pack_heads)
+        q = split_heads(self.pack_q(memory), self.pack_heads)
         pack = attention_weights(q, k, patch_valid)
         if self.pack_only:
             return pack, pack.new_empty(x.shape[0], 0, x.shape[1], memory.shape[1])
-        q, k, _ = self._unpack_qkv(x, attend(q, k, v, patch_valid))
-        return pack, attention_weights(q, k, memory_valid)
+        k, _ = key_value(attend(q, k, v, patch_valid), *self._unpack_weights(), self.num_heads)
+        return pack, attention_weights(split_heads(self.unpack_q(x), self.num_heads), k, memory_valid)
 
 
 class LunaBlock(nn.Module):
@@ -196,12 +219,16 @@ class LunaBlock(nn.Module):
         norm_layer: LayerType | None = None,
         memory_read: bool = True,
         patches_read: bool = True,
+        memory_len: int = 16,
+        pack_form: str = "auto",
+        unpack_form: str = "auto",
         device=None,
         dtype=None,
     ) -> None:
         """
         Args:
             dim, num_heads, pack_heads, tie_kv, qkv_bias, proj_bias, attn_drop: See `LunaAttention`.
+            memory_len, pack_form, unpack_form: See `LunaAttention`.
             mlp_ratio: Hidden width of the MLP, and of the memory's, over `dim`.
             norm_first: Norm before attention and MLP (pre-norm) instead of after the residual (post-norm).
             local_mixing: Depthwise 3x3 convolution over the patch grid, with a residual, before the attention.
@@ -235,7 +262,19 @@ class LunaBlock(nn.Module):
         self.local = LocalMixing(dim, **dd) if local_mixing else None
         self.norm1 = norm_layer(dim, **dd) if norm_first or patches_read else nn.Identity()
         self.attn = LunaAttention(
-            dim, num_heads, pack_heads, tie_kv, qkv_bias, proj_bias, attn_drop, proj_drop, not patches_read, **dd
+            dim,
+            num_heads,
+            pack_heads,
+            tie_kv,
+            qkv_bias,
+            proj_bias,
+            attn_drop,
+            proj_drop,
+            pack_only=not patches_read,
+            memory_len=memory_len,
+            pack_form=pack_form,
+            unpack_form=unpack_form,
+            **dd,
         )
         self.ls1 = layer_scale(patches_read)
         self.drop_path1 = stochastic_depth()

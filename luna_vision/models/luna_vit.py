@@ -91,6 +91,8 @@ class LunaVit(nn.Module):
         drop_path_rate: float = 0.0,
         norm_layer: LayerType | None = None,
         act_layer: LayerType | None = None,
+        pack_form: Literal["auto", "projected", "absorbed"] = "auto",
+        unpack_form: Literal["auto", "projected", "absorbed"] = "auto",
         device=None,
         dtype=None,
     ) -> None:
@@ -126,6 +128,8 @@ class LunaVit(nn.Module):
             drop_path_rate: Stochastic depth, rising to this rate in the last block.
             norm_layer: LayerNorm (eps 1e-6) if None.
             act_layer: GELU if None.
+            pack_form: How the pack is computed; the result is the same, see `luna_vision.functional`.
+            unpack_form: The same for the unpack.
 
         Raises:
             ValueError: An unknown name, no blocks or slots, or a width that the heads do not divide.
@@ -189,6 +193,9 @@ class LunaVit(nn.Module):
                 # what nobody reads after the last block gets no parameters: they would have no gradient
                 memory_read=i < depth - 1 or global_pool in ("token", "both"),
                 patches_read=i < depth - 1 or global_pool != "token",
+                memory_len=memory_len,
+                pack_form=pack_form,
+                unpack_form=unpack_form,
                 **dd,
             )
             for i in range(depth)

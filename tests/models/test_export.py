@@ -28,6 +28,7 @@ def check_compiled(model, backend, sizes):
     return compiled
 
 
+@pytest.mark.slow
 def test_compile_fullgraph_with_inductor():
     """One block is enough for the code generator, which needs minutes for more on two cores."""
     check_compiled(timm.create_model("test_luna_vit", num_classes=5, depth=1).eval(), "inductor", SIZES[1:2])

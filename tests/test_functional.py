@@ -1,0 +1,135 @@
+"""The two exact forms of pack and unpack: equal to the formula and to each other, in values and gradients."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from luna_vision import functional as LF
+from luna_vision.layers import LunaAttention
+
+B, N, L, C, H = 3, 37, 5, 48, 4
+
+
+def pair(tie_kv=True, pack_heads=None, **kwargs) -> list[LunaAttention]:
+    """The same layer in both forms, with biases that are not zero."""
+    torch.manual_seed(0)
+    layers = [LunaAttention(C, H, pack_heads, tie_kv, pack_form=f, unpack_form=f, **kwargs) for f in LF.FORMS[1:]]
+    for p in layers[0].parameters():
+        nn.init.normal_(p, std=0.2)
+    layers[1].load_state_dict(layers[0].state_dict())
+    return [layer.double() for layer in layers]
+
+
+def tokens(dtype=torch.float64):
+    torch.manual_seed(1)
+    patch_valid, memory_valid = torch.rand(B, N) > 0.3, torch.rand(B, L) > 0.3
+    patch_valid[:, 0] = memory_valid[:, 0] = True
+    return torch.randn(B, N, C, dtype=dtype), torch.randn(B, L, C, dtype=dtype), patch_valid, memory_valid
+
+
+def outputs_and_gradients(layer, x, memory, *masks):
+    leaves = [t.clone().requires_grad_() for t in (x, memory)]
+    y, packed = layer(*leaves, *masks)
+    loss = y.sin().sum() + packed.cos().sum()
+    return [y, packed, *torch.autograd.grad(loss, [*leaves, *layer.parameters()])]
+
+
+@pytest.mark.parametrize("tie_kv, pack_heads", itertools.product([True, False], [None, 1, 2]))
+@pytest.mark.parametrize("masked", [True, False])
+def test_forms_agree(tie_kv, pack_heads, masked):
+    x, memory, *masks = tokens()
+    results = [outputs_and_gradients(f, x, memory, *(masks if masked else ())) for f in pair(tie_kv, pack_heads)]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_forms_agree_without_biases():
+    x, memory, *masks = tokens()
+    results = [outputs_and_gradients(f, x, memory, *masks) for f in pair(tie_kv=False, qkv_bias=False, proj_bias=False)]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("tie_kv", [True, False])
+def test_absorbed_dropout_equals_the_formula_with_the_same_weights_dropped(tie_kv, monkeypatch):
+    """The masks that dropout draws are recorded and handed to the reference; the value bias meets the dropped row
+    sum."""
+    keeps = []
+
+    real = F.dropout
+
+    def dropout(weights, p, training=True, inplace=False):
+        if weights.dim() == 3 and weights.shape[-1] == C:  # the projection's dropout, not attention's
+            return real(weights, p, training, inplace)
+        keep = (torch.rand(weights.shape, dtype=weights.dtype) > p) / (1 - p)
+        keeps.append(keep)
+        return weights * keep
+
+    layer = pair(tie_kv, attn_drop=0.5)[1].train()
+    x, memory, *masks = tokens()
+    monkeypatch.setattr(F, "dropout", dropout)
+    y, packed = layer(x, memory, *masks)
+
+    k, v = LF.key_value(x, *layer._pack_weights(), H)
+    q = LF.split_heads(layer.pack_q(memory), H)
+    want = LF.naive_attend(q, k, v, masks[0], keeps[0].view(B, H, L, N))
+    torch.testing.assert_close(packed, want, rtol=1e-10, atol=1e-10)
+    k, v = LF.key_value(want, *layer._unpack_weights(), H)
+    read = LF.naive_attend(LF.split_heads(layer.unpack_q(x), H), k, v, masks[1], keeps[1].transpose(1, 2))
+    torch.testing.assert_close(y, layer.proj(read), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", LF.FORMS[1:])
+def test_fully_masked_row_is_finite_where_it_cannot_be_checked(form):
+    layer = LunaAttention(C, H, pack_form=form, unpack_form=form)
+    x, memory, patch_valid, memory_valid = tokens(torch.float32)
+    patch_valid[1] = memory_valid[2] = False
+    outputs = torch.compile(layer, fullgraph=True, backend="eager")(x, memory, patch_valid, memory_valid)
+    assert all(torch.isfinite(t).all() for t in outputs)
+
+
+@pytest.mark.parametrize("form", LF.FORMS[1:])
+def test_autocast_gives_the_same_type_in_both_forms(form):
+    layer = LunaAttention(C, H, pack_form=form, unpack_form=form)
+    x, memory, *_ = tokens(torch.float32)
+    want = layer(x, memory)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = layer(x, memory)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a.float(), b, rtol=0.05, atol=0.05)
+
+
+def test_auto_takes_the_form_with_less_work():
+    """FLOPs counted on the meta device; the counter sees attention there."""
+
+    def flops(form, slots, heads, patches=4096):
+        layer = LunaAttention(384, heads, pack_form=form, unpack_form=form, memory_len=slots, device="meta")
+        shapes = [(1, n, 384) for n in (patches, slots)]
+        with FlopCounterMode(display=False) as counter:
+            layer(*(torch.empty(s, device="meta") for s in shapes))
+        return counter.get_total_flops()
+
+    for slots, heads in ((16, 6), (64, 12), (64, 1)):
+        assert flops("auto", slots, heads) <= min(flops(f, slots, heads) for f in ("projected", "absorbed"))
+    # a patch costs what the two formulas say: 4 H L C each, against 2 C^2 + 4 L C and 4 C^2 + 4 L C
+    for form, want in (("absorbed", 8 * 6 * 16 * 384), ("projected", 6 * 384**2 + 8 * 16 * 384)):
+        assert flops(form, 16, 6, 2000) - flops(form, 16, 6, 1000) == 1000 * want
+
+
+def test_unknown_form_is_said():
+    with pytest.raises(ValueError, match="the form must be one of 'auto', 'projected', 'absorbed', got 'fast'"):
+        LunaAttention(C, H, pack_form="fast")
+
+
+def test_external_attention_is_the_same_read_with_its_own_normalisation():
+    x = tokens()[0]
+    m_key, m_value = torch.randn(2, 7, C, dtype=x.dtype)
+    scores = x @ m_key.t()
+    weights = scores.softmax(dim=1)
+    weights = weights / weights.sum(dim=2, keepdim=True)
+    torch.testing.assert_close(LF.external_read(x, m_key, m_value), weights @ m_value, rtol=1e-10, atol=1e-10)
