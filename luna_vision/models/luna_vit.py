@@ -34,6 +34,7 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
+from ..functional import saturate
 from ..layers import POS_EMBEDS, LunaBlock
 from ._parts import (
     POOL_TYPES,
@@ -296,7 +297,7 @@ class LunaVit(nn.Module):
     ) -> tuple[Tensor, Tensor, tuple[int, int], Tensor | None]:
         """Images to patches (B, N, C), memory (B, L, C), grid size, and the mask of the patches that are to be read."""
         x = check_image(x, self.in_chans)
-        x = self.patch_embed(pad_to_patches(x, self.patch_embed.patch_size))
+        x = saturate(self.patch_embed(pad_to_patches(x, self.patch_embed.patch_size)))
         B, H, W, C = x.shape
         if self.pos_embed is not None:
             x = self.pos_embed(x, patch_valid)

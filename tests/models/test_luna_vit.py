@@ -286,6 +286,12 @@ def test_half_precision_is_finite_and_near(dtype):
         assert torch.isfinite(model(x)).all()
 
 
+@pytest.mark.parametrize("value", [0.0, 6e4, -6e4])
+def test_half_precision_is_finite_at_the_end_of_its_range(value):
+    x = torch.full((1, 3, 64, 48), value, dtype=torch.float16)
+    assert torch.isfinite(timm.create_model("test_luna_vit").half().eval()(x)).all()
+
+
 def test_device_and_dtype_are_factory_arguments():
     model = timm.create_model("test_luna_vit", device="meta", dtype=torch.bfloat16, init_values=0.1, memory_mlp=True)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
