@@ -301,7 +301,7 @@ class LunaBlock(nn.Module):
     @torch.jit.ignore
     def prune_memory_update(self) -> None:
         """Remove the parameters of the memory's update, in a last block whose memory nobody reads: they would get no
-        gradient. The memory that is returned keeps its scale.
+        gradient. The memory is still returned, but it is another one.
         """
         self.mlp_memory = self.norm2_memory = self.ls2_memory = None
         self.ls1_memory = nn.Identity()

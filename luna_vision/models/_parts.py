@@ -9,6 +9,8 @@ from timm.layers import resample_patch_embed
 from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
+from ..functional import check_valid
+
 # what `global_pool=` may name
 POOL_TYPES = ("", "avg", "max", "avgmax", "map", "token", "both")
 
@@ -38,6 +40,26 @@ def pad_to_patches(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
     pad_h = (x.shape[2] + rows - 1) // rows * rows - x.shape[2]
     pad_w = (x.shape[3] + columns - 1) // columns * columns - x.shape[3]
     return F.pad(x, (0, pad_w, 0, pad_h))
+
+
+@register_notrace_function
+def blank_invalid(x: Tensor, patch_valid: Tensor | None, patch_size: tuple[int, int]) -> Tensor:
+    """Set the pixels of invalid patches to zero, in images (B, C, height, width) of whole patches.
+
+    Their weight in the attention is zero, but zero times what uninitialised memory may hold, NaN, is NaN; in the
+    gradient of the patch embedding, too.
+
+    Raises:
+        ValueError: `patch_valid` is not (B, N) bool, or (eager mode only) an image has no valid patch.
+    """
+    if patch_valid is None:
+        return x
+    B, _, height, width = x.shape
+    rows, columns = height // patch_size[0], width // patch_size[1]
+    check_valid(patch_valid, B, rows * columns, "patch_valid")
+    grid = patch_valid.reshape(B, 1, rows, 1, columns, 1)
+    pixels = grid.expand(-1, -1, -1, patch_size[0], -1, patch_size[1]).reshape(B, 1, height, width)
+    return x.masked_fill(~pixels, 0.0)
 
 
 @register_notrace_function

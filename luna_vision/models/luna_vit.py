@@ -22,6 +22,7 @@ from timm.layers import (
     get_act_layer,
     get_device_dtype,
     get_norm_layer,
+    to_2tuple,
 )
 from timm.models import (
     build_model_with_cfg,
@@ -30,7 +31,7 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
@@ -39,6 +40,7 @@ from ..layers import POS_EMBEDS, LunaBlock
 from ._parts import (
     POOL_TYPES,
     PatchMaskDrop,
+    blank_invalid,
     check_image,
     checkpoint_filter_fn,
     initial_memory,
@@ -143,9 +145,16 @@ class LunaVit(nn.Module):
         ):
             if value not in options:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
-        for name, value in (("memory_len", memory_len), ("depth", depth)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        patch_side = min(to_2tuple(patch_size))
+        for name, value, least in (
+            ("memory_len", memory_len, 1),
+            ("depth", depth, 1),
+            ("patch_size", patch_side, 1),
+            ("in_chans", in_chans, 1),
+            ("num_classes", num_classes, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         norm_layer = get_norm_layer(norm_layer) or get_norm_layer("layernorm")
         act_layer = get_act_layer(act_layer) or nn.GELU
         final_norm = norm_first if final_norm is None else final_norm
@@ -297,7 +306,8 @@ class LunaVit(nn.Module):
     ) -> tuple[Tensor, Tensor, tuple[int, int], Tensor | None]:
         """Images to patches (B, N, C), memory (B, L, C), grid size, and the mask of the patches that are to be read."""
         x = check_image(x, self.in_chans)
-        x = saturate(self.patch_embed(pad_to_patches(x, self.patch_embed.patch_size)))
+        x = pad_to_patches(x, self.patch_embed.patch_size)
+        x = saturate(self.patch_embed(blank_invalid(x, patch_valid, self.patch_embed.patch_size)))
         B, H, W, C = x.shape
         if self.pos_embed is not None:
             x = self.pos_embed(x, patch_valid)
@@ -416,12 +426,12 @@ class LunaVit(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the blocks after the last wanted one, and what nobody reads any more.
+        """Drop the blocks after the last wanted one. What the others return stays as it is, the memory included.
 
         Args:
             indices: The last n blocks if an int, else these blocks.
             prune_norm: Drop the final norm.
-            prune_head: Drop the head, and the parameters of the last block's memory update.
+            prune_head: Drop the head.
 
         Returns:
             The indices of the wanted blocks.
@@ -432,7 +442,6 @@ class LunaVit(nn.Module):
             self.norm = nn.Identity()
         if prune_head:
             self.reset_classifier(0, "")
-            self.blocks[-1].prune_memory_update()
         return take_indices
 
     @torch.jit.ignore
@@ -508,7 +517,7 @@ def _create_luna_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> L
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         if not (cfg.has_weights or cfg.state_dict):
             raise RuntimeError(_NO_WEIGHTS.format(variant))
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         LunaVit,
         variant,
         pretrained,
@@ -516,6 +525,12 @@ def _create_luna_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> L
         feature_cfg=dict(out_indices=kwargs.pop("out_indices", 3), feature_cls="getter"),
         **kwargs,
     )
+    if isinstance(model, FeatureGetterNet):
+        # it returns patches alone, so the last block's memory update would have parameters without a gradient
+        blocks = model.model.blocks
+        if len(blocks) == max(model.out_indices) + 1:
+            blocks[-1].prune_memory_update()
+    return model
 
 
 @register_model

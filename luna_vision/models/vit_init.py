@@ -9,7 +9,7 @@ from typing import NamedTuple
 import timm
 import torch
 from timm.layers import resample_patch_embed
-from timm.models import load_state_dict
+from timm.models import adapt_input_conv, load_state_dict
 from torch import Tensor
 
 from .luna_vit import LunaVit
@@ -30,9 +30,14 @@ class VitInit(NamedTuple):
     """Parameters of the ViT without a counterpart."""
 
 
-def _vit_state_dict(source: str | os.PathLike | dict[str, Tensor]) -> dict[str, Tensor]:
+def _vit_state_dict(source: str | os.PathLike | dict) -> dict[str, Tensor]:
     if isinstance(source, dict):
+        for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
+            if isinstance(source.get(wrapper), dict):
+                return source[wrapper]
         return source
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"source must be a timm model name, a file or a state dict, got {type(source).__name__}")
     if Path(source).is_file():
         return load_state_dict(str(source))
     name = str(source)
@@ -62,12 +67,21 @@ def _candidates(vit: dict[str, Tensor], tied: bool) -> dict[str, tuple[str, Tens
     return out
 
 
+def _fit_patch_embed(weight: Tensor, own: Tensor) -> Tensor:
+    """Adapt a patch embedding to the patch size and, from RGB, to the image channels of another."""
+    if weight.shape[2:] != own.shape[2:]:
+        weight = resample_patch_embed(weight, list(own.shape[2:]))
+    if weight.shape[1] == 3 and own.shape[1] != 3:
+        weight = adapt_input_conv(own.shape[1], weight)
+    return weight
+
+
 @torch.no_grad()
 def init_from_vit(model: LunaVit, source: str | os.PathLike | dict[str, Tensor], verbose: bool = True) -> VitInit:
     """Load into `model` what a plain ViT has a counterpart for.
 
-    That is the patch embedding (resampled to the model's patch size), MLPs, norms, LayerScale, the head if it has as
-    many classes, and the attention projections whose part is the same in both (see the source of this module).
+    That is the patch embedding (adapted to the model's patch size and channels), MLPs, norms, LayerScale, the head
+    if it has as many classes, and the attention projections whose part is the same in both.
 
     Args:
         model: The Luna ViT, changed in place.
@@ -78,7 +92,7 @@ def init_from_vit(model: LunaVit, source: str | os.PathLike | dict[str, Tensor],
         The names of the parameters that were loaded, left new, and not used.
 
     Raises:
-        ValueError: `source` is not a ViT, or its width or depth is not the model's.
+        ValueError: `source` is not a ViT, or its width, depth or MLP width is not the model's; the model is unchanged.
     """
     vit = _vit_state_dict(source)
     if "patch_embed.proj.weight" not in vit or "blocks.0.attn.qkv.weight" not in vit:
@@ -91,14 +105,20 @@ def init_from_vit(model: LunaVit, source: str | os.PathLike | dict[str, Tensor],
             "both must be equal"
         )
     own = model.state_dict()
-    loaded, used = [], set()
+    matched = {}  # everything is checked before anything is written
     for name, (key, value) in _candidates(vit, tied=model.blocks[0].attn.tie_kv).items():
-        if name == "patch_embed.proj.weight" and name in own and value.shape[2:] != own[name].shape[2:]:
-            value = resample_patch_embed(value, list(own[name].shape[2:]))
-        if name in own and own[name].shape == value.shape:
-            own[name].copy_(value)
-            loaded.append(name)
-            used.add(key)
+        if name not in own:
+            continue
+        if name == "patch_embed.proj.weight":
+            value = _fit_patch_embed(value, own[name])
+        if own[name].shape == value.shape:
+            matched[name] = (key, value)
+        elif not name.startswith("head."):
+            want, got = list(own[name].shape), list(value.shape)
+            raise ValueError(f"the ViT's {key} has shape {got} where the model's {name} has {want}; both must be equal")
+    for name, (_, value) in matched.items():
+        own[name].copy_(value)
+    loaded, used = list(matched), {key for key, _ in matched.values()}
     result = VitInit(loaded, [n for n in own if n not in set(loaded)], [k for k in vit if k not in used])
     if verbose:
         kinds = sorted({re.sub(r"blocks\.\d+\.", "blocks.*.", n) for n in result.new})

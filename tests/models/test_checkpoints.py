@@ -107,8 +107,22 @@ def test_init_from_vit_takes_files_other_patch_sizes_and_other_heads(tmp_path):
     assert "patch_embed.proj.weight" in result.loaded and "head.weight" in result.new
 
 
+def test_init_from_vit_adapts_channels_and_unwraps_dicts():
+    source = vit().state_dict()
+    model = timm.create_model("test_luna_vit", num_classes=5, in_chans=1)
+    init_from_vit(model, {"model": source}, verbose=False)
+    want = source["patch_embed.proj.weight"].sum(dim=1, keepdim=True)
+    torch.testing.assert_close(model.patch_embed.proj.weight.data, want)
+
+
 def test_init_from_vit_says_what_does_not_fit():
-    model = timm.create_model("test_luna_vit")
+    model = timm.create_model("test_luna_vit", mlp_ratio=4)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"mlp.fc1.weight has shape \[192, 64\] where .* has \[256, 64\]"):
+        init_from_vit(model, vit().state_dict())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # nothing half-written
+    with pytest.raises(ValueError, match="source must be a timm model name, a file or a state dict, got VisionTransf"):
+        init_from_vit(model, vit())
     with pytest.raises(ValueError, match="the ViT has width 192 and depth 12, the model 64 and 4"):
         init_from_vit(model, timm.create_model("vit_tiny_patch16_224").state_dict())
     with pytest.raises(ValueError, match="source is not a plain ViT"):

@@ -80,6 +80,25 @@ def test_batch_of_sizes_equals_each_image_alone(pos_embed, pool, norm_first):
         close(logits[i], model(x)[0])
 
 
+@pytest.mark.parametrize("form", ["projected", "absorbed"])
+def test_padding_may_hold_anything(form):
+    """Also what is not a number, as uninitialised padding does; values and gradients."""
+    model = tiny(pack_form=form, unpack_form=form)
+    x = image(2, 3, 64, 48)
+    valid = torch.ones(2, 4, 3, dtype=torch.bool)
+    valid[1, 2:] = False
+    results = []
+    for fill in (0.0, float("nan"), float("inf")):
+        x[1, :, 32:] = fill
+        model.zero_grad()
+        y = model(x, valid.flatten(1))
+        y.square().sum().backward()
+        results.append([y, *(p.grad.clone() for p in model.parameters())])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            close(a, b)
+
+
 def test_positions_are_relative_to_the_image():
     """The corners of any two grids have nearly the same position, and the order of rows and columns counts."""
     model = tiny()
@@ -195,6 +214,9 @@ def test_reset_classifier():
         ({"global_pool": "cls"}, "global_pool must be one of '', 'avg', .*'both', got 'cls'"),
         ({"pos_embed": "rope"}, "pos_embed must be one of 'fourier', 'learn', 'none', got 'rope'"),
         ({"memory_len": 0}, "memory_len must be at least 1, got 0"),
+        ({"patch_size": 0}, "patch_size must be at least 1, got 0"),
+        ({"in_chans": 0}, "in_chans must be at least 1, got 0"),
+        ({"num_classes": -1}, "num_classes must be at least 0, got -1"),
         ({"num_heads": 5}, r"dim \(64\) must be a multiple of num_heads \(5\)"),
         ({"patch_drop_rate": 1.5}, r"patch_drop_rate must be in \[0, 1\), got 1.5"),
     ],
@@ -333,6 +355,20 @@ def test_features_only_equals_forward_intermediates_and_prunes():
     x = torch.randn(1, 3, 50, 70)
     for a, b in zip(model(x), whole.forward_intermediates(x, indices=[0, 2], intermediates_only=True), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"init_values": 1e-2}, {"memory_mlp": True}, {"norm_first": False}])
+def test_pruning_changes_nothing_that_is_still_returned(kwargs):
+    model = tiny(**kwargs)
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(p, 1.0, 0.3)
+    x = image(1, 3, 48, 64)
+    want = model.forward_intermediates(x, indices=[1], return_prefix_tokens=True, intermediates_only=True)
+    assert model.prune_intermediate_layers([1]) == [1] and len(model.blocks) == 2
+    got = model.forward_intermediates(x, indices=[1], return_prefix_tokens=True, intermediates_only=True)
+    for a, b in zip(want[0], got[0], strict=True):
+        close(a, b)
 
 
 def test_features_drive_a_feature_pyramid():
