@@ -187,3 +187,41 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_resume(tmp_path):
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
     assert "resume with --ckpt_path runs/debug/version_0/checkpoints/last.ckpt" in stderr
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--model.checkpoint=nope.safetensors", "checkpoint 'nope.safetensors' does not exist"),
+        ("--model.init_from_vit=vit_smal_patch16", "init_from_vit 'vit_smal_patch16' is neither a file nor"),
+        ("--model.optimizer=adamx", "adamx"),
+        ("--model.scheduler=cosinx", "cosinx"),
+        ("--model.model_kwargs.pretrained=true", "no pretrained weights"),
+        ("--model.model_kwargs.drop_path_rate=2.0", "drop_path_rate must be in [0, 1), got 2.0"),
+    ],
+)
+def test_mistakes_are_found_before_a_run_folder_is_made(argument, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "fit", "--config", DEBUG, argument) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_weights_that_a_last_step_broke_are_not_saved(tmp_path, monkeypatch, capsys):
+    """Without validation no loss follows the last step, so the weights themselves have to be looked at."""
+    monkeypatch.chdir(tmp_path)
+    options = "--model.lr=1e38 --model.weight_decay=1e3 --model.optimizer=sgd --model.warmup_epochs=0"
+    trainer = "--trainer.limit_train_batches=2 --trainer.gradient_clip_val=null --trainer.max_epochs=1"
+    arguments = [*options.split(), *trainer.split(), "--data.init_args.val_fraction=0"]
+    assert call(monkeypatch, "fit", "--config", DEBUG, *arguments) == 2
+    assert "training stopped, no checkpoint had been written yet" in capsys.readouterr().err
+    assert list(tmp_path.rglob("*.ckpt")) == []
+
+
+def test_run_without_validation_ends_with_its_last_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "fit", "--config", DEBUG, "--data.init_args.val_fraction=0") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("checkpoints/last.ckpt (the last one: val_acc1 was never measured" in line for line in lines)
+    assert lines[-1].startswith("load it with:") and list(tmp_path.rglob("best.safetensors"))

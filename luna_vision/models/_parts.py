@@ -122,14 +122,9 @@ class PatchMaskDrop(nn.Module):
     def __init__(self, prob: float) -> None:
         """
         Args:
-            prob: Share of patches to hide, below 1.
-
-        Raises:
-            ValueError: `prob` outside [0, 1).
+            prob: Share of patches to hide, in [0, 1).
         """
         super().__init__()
-        if not 0.0 <= prob < 1.0:
-            raise ValueError(f"patch_drop_rate must be in [0, 1), got {prob}")
         self.prob = prob
 
     def forward(self, x: Tensor, patch_valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

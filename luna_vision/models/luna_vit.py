@@ -151,10 +151,23 @@ class LunaVit(nn.Module):
             ("depth", depth, 1),
             ("patch_size", patch_side, 1),
             ("in_chans", in_chans, 1),
+            ("embed_dim", embed_dim, 1),
             ("num_classes", num_classes, 0),
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio must be above 0, got {mlp_ratio}")
+        for name, rate in (
+            ("drop_rate", drop_rate),
+            ("pos_drop_rate", pos_drop_rate),
+            ("patch_drop_rate", patch_drop_rate),
+            ("proj_drop_rate", proj_drop_rate),
+            ("attn_drop_rate", attn_drop_rate),
+            ("drop_path_rate", drop_path_rate),
+        ):
+            if not 0.0 <= rate < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {rate}")
         norm_layer = get_norm_layer(norm_layer) or get_norm_layer("layernorm")
         act_layer = get_act_layer(act_layer) or nn.GELU
         final_norm = norm_first if final_norm is None else final_norm
@@ -274,13 +287,19 @@ class LunaVit(nn.Module):
                 with.
 
         Raises:
-            ValueError: An unknown pooling, or "map" for a model that was built without it.
+            ValueError: An unknown pooling, "map" for a model that was built without it, or one that reads the patches
+                for a model that was built for "token".
         """
         if global_pool is not None:
             if global_pool not in POOL_TYPES:
                 raise ValueError(f"global_pool must be one of {', '.join(map(repr, POOL_TYPES))}, got {global_pool!r}")
             if global_pool == "map" and self.attn_pool is None:
                 raise ValueError("global_pool='map' has weights of its own: choose it when the model is created")
+            if global_pool not in ("", "token") and self.blocks[-1].attn.pack_only:
+                raise ValueError(
+                    f"the model was created with global_pool='token', so its last block does not update the patches "
+                    f"that global_pool={global_pool!r} reads: choose it when the model is created"
+                )
             if global_pool != "map":
                 self.attn_pool = None
             self.global_pool = global_pool
@@ -526,10 +545,15 @@ def _create_luna_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> L
         **kwargs,
     )
     if isinstance(model, FeatureGetterNet):
-        # it returns patches alone, so the last block's memory update would have parameters without a gradient
+        # it returns patches alone: what only updates the memory of the last block would have no gradient
         blocks = model.model.blocks
-        if len(blocks) == max(model.out_indices) + 1:
+        if len(blocks) == max(model.out_indices, default=-1) + 1:
             blocks[-1].prune_memory_update()
+            if blocks[-1].attn.pack_only:
+                for block in blocks[-2:]:
+                    block.prune_memory_update()
+                for module in (blocks[-1].attn, blocks[-1].norm1, blocks[-1].norm1_memory):
+                    module.requires_grad_(False)
     return model
 
 

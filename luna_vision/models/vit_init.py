@@ -31,19 +31,28 @@ class VitInit(NamedTuple):
 
 
 def _vit_state_dict(source: str | os.PathLike | dict) -> dict[str, Tensor]:
-    if isinstance(source, dict):
-        for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
-            if isinstance(source.get(wrapper), dict):
-                return source[wrapper]
-        return source
-    if not isinstance(source, (str, os.PathLike)):
+    if not isinstance(source, (str, os.PathLike, dict)):
         raise ValueError(f"source must be a timm model name, a file or a state dict, got {type(source).__name__}")
-    if Path(source).is_file():
-        return load_state_dict(str(source))
-    name = str(source)
-    if timm.is_model(name.split(".")[0]):
-        return timm.create_model(name, pretrained=True).state_dict()
-    raise ValueError(f"{name!r} is neither a file nor the name of a timm model; give a state dict, a file or a name")
+    if isinstance(source, dict):
+        state = source
+    elif Path(source).is_file():
+        try:
+            state = load_state_dict(str(source))
+        except Exception as error:  # unpickling a file that is no checkpoint raises nearly anything
+            line = " ".join(str(error).split())
+            raise ValueError(f"{str(source)!r} is not a checkpoint that timm can read: {line}") from error
+    elif timm.is_model(str(source).split(".")[0]):
+        state = timm.create_model(str(source), pretrained=True).state_dict()
+    else:
+        raise ValueError(
+            f"{str(source)!r} is neither a file nor the name of a timm model; give a state dict, a file or a name"
+        )
+    for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if any(k.startswith("model.") for k in state):  # a Lightning checkpoint of a task that holds the model
+        state = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+    return state
 
 
 def _candidates(vit: dict[str, Tensor], tied: bool) -> dict[str, tuple[str, Tensor]]:
@@ -94,6 +103,8 @@ def init_from_vit(model: LunaVit, source: str | os.PathLike | dict[str, Tensor],
     Raises:
         ValueError: `source` is not a ViT, or its width, depth or MLP width is not the model's; the model is unchanged.
     """
+    if not isinstance(model, LunaVit):
+        raise ValueError(f"model must be a Luna ViT, got {type(model).__name__}")
     vit = _vit_state_dict(source)
     if "patch_embed.proj.weight" not in vit or "blocks.0.attn.qkv.weight" not in vit:
         raise ValueError("source is not a plain ViT: it lacks patch_embed.proj.weight or blocks.0.attn.qkv.weight")

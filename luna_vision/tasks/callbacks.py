@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -85,18 +86,24 @@ class EMA(WeightAveraging):
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The training or validation loss is NaN or infinite."""
+    """The training loss, the validation loss or the weights are NaN or infinite."""
 
 
 class NonFiniteGuard(Callback):
     """Stop training at the first loss that is NaN or infinite, before it reaches the weights or a checkpoint.
 
     The training loss is looked at before ``backward``, the validation loss before ModelCheckpoint (which Lightning runs
-    last) sees it, so no checkpoint is written from broken weights. Costs one device synchronisation per batch.
+    last) sees it. A last step can break the weights without a loss to show it, so the weights themselves are looked at
+    before a checkpoint of them is written. Costs one device synchronisation per batch.
 
     Raises:
         NonFiniteLossError: says the step and the last checkpoint written.
     """
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        for name, value in checkpoint["state_dict"].items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                self._stop(trainer, f"{name} has values that are not finite")
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._check(trainer, "training loss", loss.item())
@@ -106,15 +113,25 @@ class NonFiniteGuard(Callback):
         if loss is not None:
             self._check(trainer, "validation loss", float(loss))
 
+    def _check(self, trainer: Trainer, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            self._stop(trainer, f"{name} is {value}")
+
     @staticmethod
-    def _check(trainer: Trainer, name: str, value: float) -> None:
-        if math.isfinite(value):
-            return
+    def _stop(trainer: Trainer, what: str) -> None:
         checkpoint = last_checkpoint(trainer)
         kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been written yet"
         raise NonFiniteLossError(
-            f"{name} is {value} at step {trainer.global_step} (epoch {trainer.current_epoch}): training stopped, {kept}"
+            f"{what} at step {trainer.global_step} (epoch {trainer.current_epoch}): training stopped, {kept}"
         )
+
+
+def best_checkpoint(trainer: Trainer) -> str:
+    """Path of the best checkpoint of this run; of the last where nothing was monitored (no validation); '' for none."""
+    callback = trainer.checkpoint_callback
+    if not isinstance(callback, ModelCheckpoint):
+        return ""
+    return callback.best_model_path or callback.last_model_path
 
 
 def last_checkpoint(trainer: Trainer) -> str:
@@ -122,7 +139,9 @@ def last_checkpoint(trainer: Trainer) -> str:
     callback = trainer.checkpoint_callback
     if not isinstance(callback, ModelCheckpoint):
         return ""
-    return callback.last_model_path or callback.best_model_path
+    # Lightning notes the path before it writes the file, which the guard may prevent.
+    paths = (callback.last_model_path, callback.best_model_path)
+    return next((path for path in paths if path and Path(path).exists()), "")
 
 
 class ImagesPerSecond(Callback):

@@ -6,6 +6,7 @@ Shapes: B batch, C channels, H x W pixels, K classes.
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
@@ -37,7 +38,7 @@ def build_model(name: str, num_classes: int, in_chans: int, model_kwargs: dict[s
         raise ValueError(f"unknown model name {name!r}{hint}")
     try:
         return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **model_kwargs)
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:  # RuntimeError: no pretrained weights, a checkpoint that does not fit
         raise ValueError(f"model_kwargs {model_kwargs} do not fit {name}: {error}") from error
 
 
@@ -100,7 +101,7 @@ class ClassificationTask(LightningModule):
         weight_decay: float = 0.05,
         layer_decay: float | None = None,
         optimizer_kwargs: dict[str, Any] | None = None,
-        scheduler: str = "cosine",
+        scheduler: Literal["cosine", "constant", "step", "multistep", "poly", "tanh", "wsd", "rsqrt"] = "cosine",
         schedule_by: Literal["update", "epoch"] = "update",
         warmup_epochs: float = 0.0,
         warmup_lr: float = 1e-6,
@@ -176,6 +177,25 @@ class ClassificationTask(LightningModule):
             found, expected = getattr(data, name, None), self.hparams[name]
             if found is not None and found != expected:
                 raise ValueError(f"the data has {found} {what}, but the model is built for {name}={expected}")
+
+    def check_start(self, optimizer: bool = True) -> None:
+        """Find mistakes in what is only used once the run has begun, and has made its folder.
+
+        Args:
+            optimizer: whether there will be one.
+
+        Raises:
+            ValueError: an unknown optimizer, or ``init_from_vit`` is neither a file nor a timm model.
+            FileNotFoundError: there is no such ``checkpoint``.
+        """
+        hp = self.hparams
+        if hp.checkpoint and not Path(hp.checkpoint).is_file():
+            raise FileNotFoundError(f"checkpoint {hp.checkpoint!r} does not exist")
+        vit = hp.init_from_vit
+        if vit and not Path(vit).is_file() and not timm.is_model(get_arch_name(vit)):
+            raise ValueError(f"init_from_vit {vit!r} is neither a file nor the name of a timm model")
+        if optimizer:
+            build_optimizer(self.model, hp.optimizer, hp.lr, hp.weight_decay, hp.layer_decay, hp.optimizer_kwargs or {})
 
     def _load_starting_weights(self) -> None:
         """Once, and not if Lightning has loaded a checkpoint, which it does after ``setup`` and before these hooks."""

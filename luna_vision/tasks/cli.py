@@ -15,11 +15,10 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from .callbacks import NonFiniteLossError
+from .callbacks import NonFiniteLossError, best_checkpoint
 from .classification import ClassificationTask
 from .reporting import ExportBest, relative
 
@@ -51,6 +50,7 @@ class LunaCLI(LightningCLI):
             raise ValueError(
                 f"{self.subcommand} needs weights: give --ckpt_path (or --model.checkpoint for a timm file)"
             )
+        self.model.check_start(optimizer=self.subcommand == "fit")
         if self.datamodule is not None and self.trainer.world_size == 1:
             self.datamodule.prepare_data()
             self.datamodule.setup(self.subcommand)
@@ -59,8 +59,7 @@ class LunaCLI(LightningCLI):
     before_fit = before_validate = before_test = before_predict = check_run
 
     def after_fit(self) -> None:
-        checkpoint = self.trainer.checkpoint_callback
-        best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+        best = best_checkpoint(self.trainer)
         if best and self._get(self.config, "test_after_fit"):
             metrics = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True)[0]
             if self.trainer.is_global_zero:

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors.torch import save_file
 
-from .callbacks import last_checkpoint
+from .callbacks import best_checkpoint, last_checkpoint
 from .classification import ClassificationTask
 from .weights import bare_state_dict
 
@@ -110,15 +110,18 @@ class ExportBest(Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: ClassificationTask) -> None:
-        callback = trainer.checkpoint_callback
-        if not isinstance(callback, ModelCheckpoint) or not callback.best_model_path:
+        path = best_checkpoint(trainer)
+        if not path:
             return
-        best = Path(callback.best_model_path)
-        weights = best.with_name("best.safetensors")
-        export_weights(best, weights)
-        score = f" ({callback.monitor} {float(callback.best_model_score):.4f})" if callback.monitor else ""
+        weights = Path(path).with_name("best.safetensors")
+        export_weights(path, weights)
+        callback = trainer.checkpoint_callback
+        if path == callback.best_model_path:
+            score = f" ({callback.monitor} {float(callback.best_model_score):.4f})" if callback.monitor else ""
+        else:
+            score = f" (the last one: {callback.monitor} was never measured, so none is best)"
         self._closing = [
-            f"best checkpoint: {relative(best)}{score}",
+            f"best checkpoint: {relative(path)}{score}",
             f"load it with:    {pl_module.load_line(relative(weights))}",
         ]
 

@@ -115,6 +115,19 @@ def test_init_from_vit_adapts_channels_and_unwraps_dicts():
     torch.testing.assert_close(model.patch_embed.proj.weight.data, want)
 
 
+def test_init_from_vit_takes_a_lightning_checkpoint_and_refuses_other_files(tmp_path):
+    source = vit().state_dict()
+    torch.save({"state_dict": {f"model.{k}": v for k, v in source.items()}}, tmp_path / "vit.ckpt")
+    model = timm.create_model("test_luna_vit", num_classes=5)
+    init_from_vit(model, tmp_path / "vit.ckpt", verbose=False)
+    assert torch.equal(model.blocks[1].mlp.fc1.weight, source["blocks.1.mlp.fc1.weight"])
+    (tmp_path / "junk.pth").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="junk.pth' is not a checkpoint that timm can read"):
+        init_from_vit(model, tmp_path / "junk.pth")
+    with pytest.raises(ValueError, match="model must be a Luna ViT, got FeatureGetterNet"):
+        init_from_vit(timm.create_model("test_luna_vit", features_only=True), source)
+
+
 def test_init_from_vit_says_what_does_not_fit():
     model = timm.create_model("test_luna_vit", mlp_ratio=4)
     before = {k: v.clone() for k, v in model.state_dict().items()}

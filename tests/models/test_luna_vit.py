@@ -191,11 +191,18 @@ def test_every_parameter_gets_a_gradient_whatever_the_head_reads(pool, norm_firs
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
 
-def test_features_only_leaves_no_parameter_without_gradient():
-    for norm_first in (True, False):
-        model = timm.create_model("test_luna_vit", features_only=True, norm_first=norm_first, memory_mlp=True)
-        sum(f.square().sum() for f in model(torch.randn(1, 3, 48, 64))).backward()
-        assert [n for n, p in model.named_parameters() if p.grad is None] == []
+@pytest.mark.parametrize("pool, norm_first", itertools.product(["avg", "token"], [True, False]))
+def test_features_only_leaves_no_trainable_parameter_without_gradient(pool, norm_first):
+    kwargs = dict(global_pool=pool, norm_first=norm_first, memory_mlp=True, init_values=0.1)
+    model = timm.create_model("test_luna_vit", features_only=True, out_indices=(1, 3), **kwargs)
+    sum(f.square().sum() for f in model(torch.randn(1, 3, 48, 64))).backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("pool", ["avg", "both", "max"])
+def test_model_that_only_packs_last_cannot_be_made_to_read_patches(pool):
+    with pytest.raises(ValueError, match="created with global_pool='token'.*choose it when the model is created"):
+        tiny(global_pool="token").reset_classifier(3, pool)
 
 
 def test_reset_classifier():
@@ -218,6 +225,8 @@ def test_reset_classifier():
         ({"in_chans": 0}, "in_chans must be at least 1, got 0"),
         ({"num_classes": -1}, "num_classes must be at least 0, got -1"),
         ({"num_heads": 5}, r"dim \(64\) must be a multiple of num_heads \(5\)"),
+        ({"mlp_ratio": 0}, "mlp_ratio must be above 0, got 0"),
+        ({"drop_path_rate": 2.0}, r"drop_path_rate must be in \[0, 1\), got 2.0"),
         ({"patch_drop_rate": 1.5}, r"patch_drop_rate must be in \[0, 1\), got 1.5"),
     ],
 )
