@@ -221,8 +221,6 @@ def unpack_projected(
 
 # ---------------------------------------------------------------- absorbed
 
-# How much faster a FLOP of the projected form is than one of the absorbed form
-ABSORBED_EFFICIENCY = 1.0
 FORMS = ("auto", "projected", "absorbed")
 
 
@@ -232,7 +230,7 @@ def use_absorbed(form: str, memory_len: int, heads: int, dim: int, projections: 
     FLOPs a patch: projected 2 p C^2 + 4 L C, absorbed 4 H L C.
 
     Args:
-        form: "projected" or "absorbed" forces it, "auto" takes the one with less work.
+        form: "projected" or "absorbed" forces it, "auto" takes the one with fewer FLOPs.
         memory_len: L.
         heads: H.
         dim: C.
@@ -244,7 +242,7 @@ def use_absorbed(form: str, memory_len: int, heads: int, dim: int, projections: 
     if form not in FORMS:
         raise ValueError(f"the form must be one of {', '.join(map(repr, FORMS))}, got {form!r}")
     if form == "auto":
-        return 2 * memory_len * (heads - 1) < ABSORBED_EFFICIENCY * projections * dim
+        return 2 * memory_len * (heads - 1) < projections * dim
     return form == "absorbed"
 
 

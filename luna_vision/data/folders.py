@@ -30,6 +30,7 @@ class ClassFolder(tvd.ImageFolder):
 
 
 def class_folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted: the classes."""
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
 
 

@@ -91,6 +91,7 @@ def find_images(path: str | Sequence[str]) -> list[str]:
 
 
 def one_line(error: Exception) -> str:
+    """The message of an error in one line; its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -176,6 +177,7 @@ class StreamDataset(IterableDataset):
 
 
 def check_label(label: int, num_classes: int, what: str) -> None:
+    """Raise a SampleError that names ``what`` unless the label is in [0, num_classes)."""
     if not 0 <= label < num_classes:
         raise SampleError(
             f"{what} has label {label}, outside the {num_classes} declared classes (0 to {num_classes - 1})"

@@ -94,6 +94,7 @@ class _Albumentations:
 
 
 def albumentations_backend(aug: Augmentation) -> ImageTransform:
+    """Augment with albumentations, its generator seeded for each sample."""
     padding = aug.crop_padding if aug.crop == "pad" else 0
     steps = []
     if aug.crop == "resized":
@@ -148,6 +149,7 @@ def _torchvision_crop(aug: Augmentation) -> list[torch.nn.Module]:
 
 
 def torchvision_backend(aug: Augmentation) -> ImageTransform:
+    """Augment with torchvision.transforms.v2; ``auto_augment`` names one of its policies."""
     steps = _torchvision_crop(aug) + [v2.RandomHorizontalFlip(aug.hflip)]
     if aug.auto_augment:
         if aug.auto_augment not in TORCHVISION_POLICIES:
@@ -160,6 +162,7 @@ def torchvision_backend(aug: Augmentation) -> ImageTransform:
 
 
 def timm_backend(aug: Augmentation) -> ImageTransform:
+    """Augment with timm.data.create_transform; ``auto_augment`` is one of its policy strings."""
     try:
         transform = timm.data.create_transform(
             aug.size,
@@ -181,6 +184,7 @@ def timm_backend(aug: Augmentation) -> ImageTransform:
 
 
 def no_augmentation(aug: Augmentation) -> ImageTransform:
+    """Resize to the wanted size, and nothing else."""
     return partial(_resize, size=aug.size)
 
 

@@ -71,7 +71,7 @@ class LunaAttention(nn.Module):
             proj_drop: Dropout after the output projection.
             pack_only: Leave out the unpack, for a last block whose patches nobody reads; `y` is then `x` itself.
             memory_len: Number of slots that is expected; only the choice of the forms depends on it.
-            pack_form: "projected", "absorbed", or "auto" for the faster one (see `luna_vision.functional`).
+            pack_form: "projected", "absorbed", or "auto" for the one with fewer FLOPs (`luna_vision.functional`).
             unpack_form: The same for the unpack.
 
         Raises:

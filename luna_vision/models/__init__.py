@@ -1,6 +1,7 @@
 """The models. Importing this registers them with timm."""
 
+from ._parts import unwrap_state_dict
 from .luna_vit import AttentionMaps, LunaVit
 from .vit_init import init_from_vit
 
-__all__ = ["AttentionMaps", "LunaVit", "init_from_vit"]
+__all__ = ["AttentionMaps", "LunaVit", "init_from_vit", "unwrap_state_dict"]

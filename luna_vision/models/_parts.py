@@ -3,6 +3,8 @@
 Shapes: B batch, N patches, L memory slots, C width.
 """
 
+import re
+
 import torch
 import torch.nn.functional as F
 from timm.layers import resample_patch_embed
@@ -128,8 +130,7 @@ class PatchMaskDrop(nn.Module):
         self.prob = prob
 
     def forward(self, x: Tensor, patch_valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Map (B, N, C) to itself with hidden patches at zero, and the mask (B, N) of those that are still to be
-        read."""
+        """Map (B, N, C) to itself with hidden patches at zero, and the mask (B, N) of those still to be read."""
         if not self.training or self.prob == 0.0:
             return x, patch_valid
         score = torch.rand(x.shape[0], x.shape[1], device=x.device)
@@ -140,21 +141,31 @@ class PatchMaskDrop(nn.Module):
         return x * keep[:, :, None].to(x.dtype), keep
 
 
+def unwrap_state_dict(state_dict: dict) -> dict[str, Tensor]:
+    """The model's own state dict in what a training script saved: under a key of its own (EMA first), with the prefix
+    that a Lightning task gives to the model that it holds, or bare.
+    """
+    for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(state_dict.get(wrapper), dict):
+            state_dict = state_dict[wrapper]
+    inner = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
+    return inner or state_dict
+
+
+# what a block has or has not, depending on who reads its memory and its patches
+_OPTIONAL = re.compile(r"(attn\.(unpack_|proj)|(norm|ls)[12](_memory)?\.|mlp(_memory)?\.)")
+
+
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     """Fit a checkpoint to `model`: unwrap it, resample a patch embedding of another patch size, and drop what the last
     block of this model was built without (see `global_pool`). Anything else that does not fit is left for strict
     loading.
     """
-    for wrapper in ("state_dict_ema", "model_ema", "model", "state_dict"):
-        if isinstance(state_dict.get(wrapper), dict):
-            state_dict = state_dict[wrapper]
-    if any(k.startswith("model.") for k in state_dict):  # a Lightning checkpoint of a task that holds the model
-        state_dict = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
     own = model.state_dict()
     last = f"blocks.{len(model.blocks) - 1}."
     out = {}
-    for key, value in state_dict.items():
-        if key.startswith(last) and key not in own:
+    for key, value in unwrap_state_dict(state_dict).items():
+        if key not in own and key.startswith(last) and _OPTIONAL.match(key, len(last)):
             continue
         if key == "patch_embed.proj.weight" and value.shape[-2:] != own[key].shape[-2:]:
             value = resample_patch_embed(value, list(own[key].shape[-2:]), verbose=True)

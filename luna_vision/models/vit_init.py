@@ -12,6 +12,7 @@ from timm.layers import resample_patch_embed
 from timm.models import adapt_input_conv, load_state_dict
 from torch import Tensor
 
+from ._parts import unwrap_state_dict
 from .luna_vit import LunaVit
 
 __all__ = ["VitInit", "init_from_vit"]
@@ -47,12 +48,7 @@ def _vit_state_dict(source: str | os.PathLike | dict) -> dict[str, Tensor]:
         raise ValueError(
             f"{str(source)!r} is neither a file nor the name of a timm model; give a state dict, a file or a name"
         )
-    for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if any(k.startswith("model.") for k in state):  # a Lightning checkpoint of a task that holds the model
-        state = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
-    return state
+    return unwrap_state_dict(state)
 
 
 def _candidates(vit: dict[str, Tensor], tied: bool) -> dict[str, tuple[str, Tensor]]:

@@ -15,9 +15,10 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors.torch import save_file
 
+from luna_vision.models import unwrap_state_dict
+
 from .callbacks import best_checkpoint, last_checkpoint
 from .classification import ClassificationTask
-from .weights import bare_state_dict
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -92,7 +93,7 @@ def export_weights(checkpoint: str | Path, output: str | Path) -> None:
         checkpoint: a checkpoint of a ClassificationTask.
         output: the ``.safetensors`` file to write, in one move.
     """
-    state_dict = bare_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+    state_dict = unwrap_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
     partial = Path(f"{output}.partial")
     save_file({name: value.contiguous() for name, value in state_dict.items()}, partial)
     os.replace(partial, output)

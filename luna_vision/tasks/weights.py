@@ -8,16 +8,9 @@ from pathlib import Path
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from timm.models import load_pretrained
 from timm.models import load_state_dict as read_state_dict
-from torch import Tensor, nn
+from torch import nn
 
-# What a ClassificationTask puts in front of the names of its model's weights.
-TASK_PREFIX = "model."
-
-
-def bare_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The model's part of a Lightning state dict under the model's own names; a bare state dict comes back as it is."""
-    inner = {name[len(TASK_PREFIX) :]: value for name, value in state_dict.items() if name.startswith(TASK_PREFIX)}
-    return inner or state_dict
+from luna_vision.models import unwrap_state_dict
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -34,7 +27,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
     try:
-        state_dict = bare_state_dict(read_state_dict(str(path)))
+        state_dict = unwrap_state_dict(read_state_dict(str(path)))
     except Exception as error:  # unpickling a file that is no checkpoint raises nearly anything
         raise ValueError(f"{str(path)!r} is not a checkpoint that timm can read: {error}") from error
     cfg = dict(model.pretrained_cfg, state_dict=state_dict, source="", num_classes=model.num_classes)

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 from luna_vision import init_from_vit
+from luna_vision.models.luna_vit import checkpoint_filter_fn
 
 
 @pytest.fixture
@@ -156,3 +157,9 @@ def test_init_from_vit_takes_a_model_name(monkeypatch):
     monkeypatch.setattr(timm, "create_model", create_model)
     init_from_vit(model, "vit_tiny_patch16_224.augreg_in21k", verbose=False)
     assert calls == [("vit_tiny_patch16_224.augreg_in21k", True)]
+
+
+def test_filter_drops_only_what_the_last_block_may_be_without(trained):
+    state = trained.state_dict() | {"blocks.3.typo.weight": torch.zeros(1)}
+    model = timm.create_model("test_luna_vit", num_classes=5, global_pool="token")
+    assert set(checkpoint_filter_fn(state, model)) - set(model.state_dict()) == {"blocks.3.typo.weight"}
