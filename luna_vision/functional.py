@@ -17,22 +17,40 @@ Shapes: B batch, N patches, L memory slots, C width, H heads, E = C / H head wid
 of `nn.Linear`, (C out, C in).
 """
 
+import dataclasses
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_notrace_function
 from torch import Tensor
 
+from ._tensors import (
+    add_residual,
+    autocast_input,
+    autocasts,
+    check_valid,
+    matmul_input,
+    readable,
+    saturate,
+    split_heads,
+    wide,
+)
+
 __all__ = [
+    "PackState",
+    "add_residual",
     "attend",
     "attention_weights",
     "check_valid",
     "external_read",
     "fold_heads",
+    "key_value",
     "naive_attend",
     "pack_absorbed",
     "pack_projected",
+    "pack_queries",
+    "readable",
     "saturate",
     "slot_scores",
     "split_heads",
@@ -41,56 +59,6 @@ __all__ = [
     "use_absorbed",
     "weighted_slots",
 ]
-
-
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """Cut the width into heads: (B, K, C) to (B, H, K, E)."""
-    return x.unflatten(-1, (num_heads, x.shape[-1] // num_heads)).transpose(1, 2)
-
-
-@register_notrace_function  # a branch on the type, which fx cannot trace
-def saturate(x: Tensor) -> Tensor:
-    """Clamp float16 to its finite range; every other type passes through.
-
-    float16 ends at 65,504, so a projection of large but finite inputs can reach infinity, and the next softmax or norm
-    would turn that into NaN. The other types have the range of float32 or more.
-    """
-    if x.dtype == torch.float16:
-        x = x.clamp(-65504.0, 65504.0)
-    return x
-
-
-def check_valid(valid: Tensor, batch: int, length: int, name: str) -> None:
-    """Check a validity mask (True = valid) against the tokens that it describes.
-
-    Args:
-        valid: Mask of shape (batch, length), bool.
-        batch: Batch size of the tokens.
-        length: Number of tokens.
-        name: How the caller knows the mask, for the message.
-
-    Raises:
-        ValueError: The mask is not bool, has another shape, or (in eager mode only, where values can be looked at)
-            leaves a row without a single valid token.
-    """
-    if valid.dim() != 2 or valid.shape[0] != batch or valid.shape[1] != length:
-        raise ValueError(f"{name} must have shape ({batch}, {length}), got {list(valid.shape)}")
-    if valid.dtype != torch.bool:
-        raise ValueError(f"{name} must be a bool tensor with True for valid tokens, got {valid.dtype}")
-    if not torch.jit.is_scripting():
-        if torch.jit.is_tracing() or torch.compiler.is_compiling() or valid.is_meta:
-            return
-        if not bool(valid.any(dim=1).all()):
-            raise ValueError(f"{name} has a row without any valid token; every row needs at least one")
-
-
-def readable(valid: Tensor) -> Tensor:
-    """A mask (B, K) in which a row without any valid key is valid throughout.
-
-    Such a row would be a softmax over nothing, which is NaN. Its output means nothing, but stays finite, which is what
-    compiled and exported code needs.
-    """
-    return valid | ~valid.any(dim=1, keepdim=True)
 
 
 # ---------------------------------------------------------------- projected
@@ -246,26 +214,6 @@ def use_absorbed(form: str, memory_len: int, heads: int, dim: int, projections: 
     return form == "absorbed"
 
 
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for x; never on the meta device, which does not know it."""
-    if x.is_meta:
-        return False
-    return torch.is_autocast_enabled(x.device.type)
-
-
-def autocast_input(x: Tensor) -> Tensor:
-    """x in the type that autocast would give to a product with it; unchanged without autocast."""
-    if not torch.jit.is_scripting():
-        if autocasts(x) and x.dtype != torch.float64:
-            return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
-
-
-def wide(x: Tensor) -> Tensor:
-    """float32, or float64 as it is: the type in which the small matrices are folded."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def by_head(x: Tensor, heads: int) -> Tensor:
     """(B, L, C) to (H, B * L, E): one batched product over heads serves the whole batch, without copies of the
     weight."""
@@ -273,19 +221,19 @@ def by_head(x: Tensor, heads: int) -> Tensor:
     return x.reshape(B * L, heads, C // heads).transpose(0, 1)
 
 
-def fold_heads(x: Tensor, weight: Tensor, heads: int) -> Tensor:
-    """Multiply each head's part of x by that head's rows of a weight.
+def fold_heads(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply each head's part of x by that head's part of a weight.
 
     Args:
         x: (B, L, C), heads side by side.
-        weight: (C, C) with the heads along its rows.
-        heads: H.
+        weight: (H, E, C).
 
     Returns:
         (B, H * L, C): for head h and slot l the row x[l, h] @ weight[h].
     """
     B, L, C = x.shape
-    y = by_head(x, heads) @ weight.view(heads, C // heads, C)
+    heads = weight.shape[0]
+    y = by_head(x, heads) @ weight
     return y.view(heads, B, L, C).transpose(0, 1).reshape(B, heads * L, C)
 
 
@@ -293,23 +241,30 @@ def pack_queries(memory: Tensor, w_query: Tensor, b_query: Tensor | None, w_key:
     """The memory's queries with the keys' projection and the scale folded in, (B, H * L, C), in `wide` type."""
     b_query = wide(b_query) if b_query is not None else None
     q = F.linear(wide(memory), wide(w_query), b_query)
-    return fold_heads(q * math.sqrt(heads / q.shape[-1]), wide(w_key), heads)
+    C = q.shape[-1]
+    return fold_heads(q * math.sqrt(heads / C), wide(w_key).view(heads, C // heads, C))
 
 
-def pack_values(z: Tensor, w_value: Tensor, bias: Tensor | None, row_sum: Tensor | None, heads: int) -> Tensor:
-    """Project what was packed, (B, H * L, C) weighted sums of patches, to values, (B, L, C), in `wide` type.
-
-    Rows of attention sum to 1, so the bias passes through; under dropout it is multiplied by `row_sum` (B, H * L).
-    """
+def project_packed(z: Tensor, w_value: Tensor, heads: int) -> Tensor:
+    """Project weighted sums of patches (B, H * L, C) to values: (B, L, H, E), in `wide` type, without the bias."""
     B, S, C = z.shape
     L = S // heads
     z = wide(z).view(B, heads, L, C).transpose(0, 1).reshape(heads, B * L, C)
     y = z @ wide(w_value).view(heads, C // heads, C).transpose(1, 2)
-    y = y.view(heads, B, L, C // heads).permute(1, 2, 0, 3)
+    return y.view(heads, B, L, C // heads).permute(1, 2, 0, 3)
+
+
+def pack_values(z: Tensor, w_value: Tensor, bias: Tensor | None, row_sum: Tensor | None, heads: int) -> Tensor:
+    """What was packed, (B, H * L, C) weighted sums of patches, as values with their bias, (B, L, C), in `wide` type.
+
+    Rows of attention sum to 1, so the bias passes through; under dropout it is multiplied by `row_sum` (B, H * L).
+    """
+    B, S, C = z.shape
+    y = project_packed(z, w_value, heads)
     if bias is not None:
         shift = wide(bias).view(heads, C // heads)
-        y = y + (shift if row_sum is None else wide(row_sum).view(B, heads, L, 1).transpose(1, 2) * shift)
-    return y.reshape(B, L, C)
+        y = y + (shift if row_sum is None else wide(row_sum).view(B, heads, S // heads, 1).transpose(1, 2) * shift)
+    return y.reshape(B, S // heads, C)
 
 
 def _pack_absorbed(
@@ -324,6 +279,8 @@ def _pack_absorbed(
     valid: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
+    dtype = x.dtype
+    x = matmul_input(x)
     m = saturate(pack_queries(memory, w_query, b_query, w_key, heads).to(x.dtype))
     scores = saturate(m @ x.transpose(1, 2))
     if valid is not None:
@@ -334,7 +291,7 @@ def _pack_absorbed(
         weights = F.dropout(weights, dropout_p)
         row_sum = weights.sum(dim=-1)
     y = pack_values(weights @ x, w_key if w_value is None else w_value, bias, row_sum, heads)
-    return saturate(y.to(x.dtype))
+    return saturate(y.to(dtype))
 
 
 def pack_absorbed(
@@ -402,15 +359,23 @@ def _unpack_absorbed(
     dropout_p: float = 0.0,
 ) -> Tensor:
     B, L, C = packed.shape
+    E = C // heads
+    dtype = x.dtype
+    x = matmul_input(x)
     bias = wide(bias) if bias is not None else None
     k = F.linear(wide(packed), wide(w_key), bias if w_value is None else None)
     v = k if w_value is None else F.linear(wide(packed), wide(w_value), bias)
     k = k * math.sqrt(heads / C)
-    m_key = saturate(fold_heads(k, wide(w_query), heads).to(x.dtype))
-    m_value = saturate(fold_heads(v, wide(w_out).t().contiguous(), heads).to(x.dtype))
+    m_key = saturate(fold_heads(k, wide(w_query).view(heads, E, C)).to(x.dtype))
+    m_value = fold_heads(v, wide(w_out).view(C, heads, E).permute(1, 2, 0))
+    if b_out is not None and dropout_p == 0.0:
+        # each head's weights sum to 1, so a share of the bias in every slot is the bias, and costs no pass over N x C
+        m_value = m_value + wide(b_out) / heads
+        b_out = None
+    m_value = saturate(m_value.to(x.dtype))
     shift: Tensor | None = None
     if b_query is not None:
-        shift = by_head(k, heads) @ wide(b_query).view(heads, C // heads, 1)
+        shift = by_head(k, heads) @ wide(b_query).view(heads, E, 1)
         shift = saturate(shift.view(heads, B, L).transpose(0, 1).reshape(B, heads * L).to(x.dtype))
 
     scores = saturate(slot_scores(x, m_key, shift)).unflatten(2, (heads, L))
@@ -419,7 +384,8 @@ def _unpack_absorbed(
     weights = scores.softmax(dim=-1)
     if dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)
-    return saturate(weighted_slots(weights.flatten(2), m_value, b_out.to(x.dtype) if b_out is not None else None))
+    y = weighted_slots(weights.flatten(2), m_value, b_out.to(x.dtype) if b_out is not None else None)
+    return saturate(y.to(dtype))
 
 
 def unpack_absorbed(
@@ -448,3 +414,115 @@ def unpack_absorbed(
                     x, packed, w_query, b_query, w_key, w_value, bias, w_out, b_out, heads, valid, dropout_p
                 )
     return _unpack_absorbed(x, packed, w_query, b_query, w_key, w_value, bias, w_out, b_out, heads, valid, dropout_p)
+
+
+# ---------------------------------------------------------------- the pack in parts
+
+
+@dataclass(frozen=True)
+class PackState:
+    """A pack of which only some of the patches have been read: a softmax over N in parts that merge exactly.
+
+    `init(...).update(tile).update(tile).finish()` equals `pack_absorbed` of all tiles together, and so does any order
+    and any tree of `merge`. Tiles of an image that fits in no memory, or strips of it on several machines, are packed
+    so. States are values: every method returns a new one, and gradients pass through all of them. After `project`, a
+    state is L x (C + 2 H) numbers an image, whatever was read.
+
+    Source: online normalizer calculation for softmax, Milakov and Gimelshein 2018 (arXiv 1805.02867), section 3.1.
+    """
+
+    maximum: Tensor
+    """(B, H, L), the largest score so far; -inf where nothing valid has been read. Carries no gradient."""
+    total: Tensor
+    """(B, H, L), the sum of exp(score - maximum)."""
+    weighted: Tensor
+    """(B, H, L, C), the sum of exp(score - maximum) times the patch; (B, H, L, E) after `project`."""
+    queries: Tensor
+    """(B, H * L, C), from `pack_queries`."""
+    w_value: Tensor
+    bias: Tensor | None
+    projected: bool = False
+
+    @classmethod
+    def init(
+        cls,
+        memory: Tensor,
+        w_query: Tensor,
+        b_query: Tensor | None,
+        w_key: Tensor,
+        w_value: Tensor | None,
+        bias: Tensor | None,
+        heads: int,
+    ) -> "PackState":
+        """The state before anything is read. Arguments as in `pack_projected`."""
+        queries = pack_queries(memory, w_query, b_query, w_key, heads)
+        B, L, C = memory.shape
+        return cls(
+            maximum=queries.new_full((B, heads, L), float("-inf"), requires_grad=False),
+            total=queries.new_zeros(B, heads, L),
+            weighted=queries.new_zeros(B, heads, L, C),
+            queries=queries,
+            w_value=w_key if w_value is None else w_value,
+            bias=bias,
+        )
+
+    def update(self, x: Tensor, valid: Tensor | None = None) -> "PackState":
+        """Read more patches.
+
+        Args:
+            x: Patches (B, n, C); n may be 0.
+            valid: Which of them count, (B, n) bool. A tile without any valid patch changes nothing.
+
+        Raises:
+            ValueError: The state was projected already.
+        """
+        if self.projected:
+            raise ValueError("a projected PackState reads no more patches: update first, then project and merge")
+        B, H, L, C = self.weighted.shape
+        x = matmul_input(x)
+        scores = wide(saturate(self.queries.to(x.dtype) @ x.transpose(1, 2)))
+        if valid is not None:
+            scores = scores.masked_fill(~valid[:, None, :], float("-inf"))
+        scores = scores.view(B, H, L, -1)
+        tile_max = scores.detach().amax(dim=-1) if x.shape[1] else torch.full_like(self.maximum, float("-inf"))
+        weights = (scores - _finite(tile_max)[..., None]).exp()
+        weighted = (weights.view(B, H * L, -1).to(x.dtype) @ x).view(B, H, L, C)
+        tile = dataclasses.replace(self, maximum=tile_max, total=weights.sum(dim=-1), weighted=wide(weighted))
+        return self.merge(tile)
+
+    def merge(self, other: "PackState") -> "PackState":
+        """Both states' patches in one state. Associative and commutative, up to rounding.
+
+        Raises:
+            ValueError: One state is projected and the other is not.
+        """
+        if self.projected != other.projected:
+            raise ValueError("a projected PackState merges with projected ones only")
+        maximum = torch.maximum(self.maximum, other.maximum)
+        mine, theirs = ((s.maximum - _finite(maximum)).exp() for s in (self, other))
+        return dataclasses.replace(
+            self,
+            maximum=maximum,
+            total=self.total * mine + other.total * theirs,
+            weighted=self.weighted * mine[..., None] + other.weighted * theirs[..., None],
+        )
+
+    def project(self) -> "PackState":
+        """Apply the value projection, which makes the state H times smaller; it can still be merged."""
+        if self.projected:
+            return self
+        B, H, L, C = self.weighted.shape
+        values = project_packed(self.weighted.view(B, H * L, C), self.w_value, H)
+        return dataclasses.replace(self, weighted=values.transpose(1, 2), projected=True)
+
+    def finish(self) -> Tensor:
+        """The packed memory (B, L, C), in `wide` type. Of an image without any valid patch it is the bias alone."""
+        state = self.project()
+        y = state.weighted / state.total.clamp(min=torch.finfo(state.total.dtype).tiny)[..., None]
+        y = y.transpose(1, 2).flatten(2)
+        return y if self.bias is None else y + wide(self.bias)
+
+
+def _finite(maximum: Tensor) -> Tensor:
+    """0 in the place of the -inf of a slot that has read nothing: exp(-inf - 0) is 0, where exp(-inf + inf) is NaN."""
+    return maximum.masked_fill(maximum == float("-inf"), 0.0)

@@ -15,6 +15,8 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..functional import (
+    PackState,
+    add_residual,
     attend,
     attention_weights,
     check_valid,
@@ -171,6 +173,12 @@ class LunaAttention(nn.Module):
         return self.proj_drop(y), packed
 
     @torch.jit.ignore
+    def pack_state(self, memory: Tensor) -> PackState:
+        """The pack of memory (B, L, C) before it has read any patch, to be fed in parts."""
+        w_k, w_v, b_v = self._pack_weights()
+        return PackState.init(memory, self.pack_q.weight, self.pack_q.bias, w_k, w_v, b_v, self.pack_heads)
+
+    @torch.jit.ignore
     def attention_maps(
         self, x: Tensor, memory: Tensor, patch_valid: Tensor | None = None, memory_valid: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -252,6 +260,7 @@ class LunaBlock(nn.Module):
         norm_layer = get_norm_layer(norm_layer) or get_norm_layer("layernorm")
         hidden = int(dim * mlp_ratio)
         self.norm_first = norm_first
+        self.updates_patches = patches_read
 
         def layer_scale(used: bool = True) -> nn.Module:
             return LayerScale(dim, init_values=init_values, **dd) if init_values and used else nn.Identity()
@@ -312,7 +321,7 @@ class LunaBlock(nn.Module):
         if self.local is not None:
             if grid_size is None:
                 raise ValueError("local mixing needs grid_size, the (rows, columns) of the patch grid")
-            x = saturate(x + self.local(x, grid_size, patch_valid))
+            x = add_residual(x, self.local(x, grid_size, patch_valid))
         return x
 
     def forward(
@@ -342,16 +351,16 @@ class LunaBlock(nn.Module):
             y, packed = self.attn(self.norm1(x), self.norm1_memory(memory), patch_valid, memory_valid)
             memory = saturate(memory + self.drop_path1(self.ls1_memory(self.drop_memory(packed))))
             if self.mlp is not None:
-                x = saturate(x + self.drop_path1(self.ls1(y)))
-                x = saturate(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
+                x = add_residual(x, self.drop_path1(self.ls1(y)))
+                x = add_residual(x, self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
             if self.mlp_memory is not None:
                 memory = saturate(memory + self.ls2_memory(self.mlp_memory(self.norm2_memory(memory))))
         else:
             y, packed = self.attn(x, memory, patch_valid, memory_valid)
             memory = self.norm1_memory(saturate(memory + self.drop_path1(self.ls1_memory(self.drop_memory(packed)))))
             if self.mlp is not None:
-                x = self.norm1(saturate(x + self.drop_path1(self.ls1(y))))
-                x = self.norm2(saturate(x + self.drop_path2(self.ls2(self.mlp(x)))))
+                x = self.norm1(add_residual(x, self.drop_path1(self.ls1(y))))
+                x = self.norm2(add_residual(x, self.drop_path2(self.ls2(self.mlp(x)))))
             if self.mlp_memory is not None:
                 memory = self.norm2_memory(saturate(memory + self.ls2_memory(self.mlp_memory(memory))))
         return x, memory

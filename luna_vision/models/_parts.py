@@ -65,18 +65,34 @@ def blank_invalid(x: Tensor, patch_valid: Tensor | None, patch_size: tuple[int, 
 
 
 @register_notrace_function
-def initial_memory(learned: Tensor, memory: Tensor | None, batch: int) -> Tensor:
+def initial_memory(learned: Tensor | None, memory: Tensor | None, x: Tensor) -> Tensor:
     """The memory that enters the first block, (B, L, C): the caller's if given, else the learned one (1, L, C).
 
+    Args:
+        learned: None for a mixer without memory; what enters is then (B, 0, C).
+        memory: The caller's.
+        x: Patches (B, N, C).
+
     Raises:
-        ValueError: The caller's has another shape than (B, L, C).
+        ValueError: The caller's has another shape than (B, L, C), or the model has no memory.
     """
+    batch = x.shape[0]
+    if learned is None:
+        if memory is not None:
+            raise ValueError("memory was given to a model whose mixer has none")
+        return x.new_empty(batch, 0, x.shape[2])
     if memory is None:
         return learned.expand(batch, -1, -1)
     if memory.dim() != 3 or memory.shape[0] != batch or memory.shape[1:] != learned.shape[1:]:
         want = [batch, learned.shape[1], learned.shape[2]]
         raise ValueError(f"memory must have shape {want}, got {list(memory.shape)}")
     return memory.to(learned.dtype)
+
+
+@register_notrace_function
+def join_tokens(memory: Tensor, x: Tensor) -> Tensor:
+    """Memory (B, L, C), then patches (B, N, C): (B, L + N, C); without a memory, the patches as they are."""
+    return torch.cat([memory, x], dim=1) if memory.shape[1] else x
 
 
 @register_notrace_function

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from ..functional import saturate
 from ..layers import POS_EMBEDS, LunaBlock
+from ..mixers import MixerBlock, create_mixer
 from ._parts import (
     POOL_TYPES,
     PatchMaskDrop,
@@ -44,6 +45,7 @@ from ._parts import (
     check_image,
     checkpoint_filter_fn,
     initial_memory,
+    join_tokens,
     key_mask,
     pad_to_patches,
     pool_tokens,
@@ -83,6 +85,8 @@ class LunaVit(nn.Module):
         norm_first: bool = True,
         local_mixing: bool = True,
         memory_mlp: bool = False,
+        mixer: str = "luna",
+        mixer_args: dict[str, Any] | None = None,
         pos_embed: Literal["fourier", "learn", "none"] = "fourier",
         init_values: float | None = None,
         final_norm: bool | None = None,
@@ -120,6 +124,9 @@ class LunaVit(nn.Module):
             norm_first: Pre-norm blocks; post-norm as in the paper if False.
             local_mixing: Depthwise 3x3 convolution in every block.
             memory_mlp: An MLP on the memory in every block.
+            mixer: What mixes the patches, a name in `luna_vision.mixers.MIXERS`. All but "luna" have no memory: no
+                prefix tokens, and `memory_len`, `pack_heads`, `tie_kv`, `memory_mlp` and the forms mean nothing.
+            mixer_args: Arguments of that mixer alone.
             pos_embed: "fourier" (computed), "learn" (a reference grid, resampled) or "none".
             init_values: Initial LayerScale; none if None.
             final_norm: Norm after the last block; if None, only with `norm_first`.
@@ -171,6 +178,10 @@ class LunaVit(nn.Module):
         norm_layer = get_norm_layer(norm_layer) or get_norm_layer("layernorm")
         act_layer = get_act_layer(act_layer) or nn.GELU
         final_norm = norm_first if final_norm is None else final_norm
+        if mixer != "luna":
+            memory_len = 0
+            if global_pool in ("token", "both"):
+                raise ValueError(f"global_pool={global_pool!r} reads the memory, and mixer={mixer!r} has none")
 
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -192,37 +203,34 @@ class LunaVit(nn.Module):
         self.pos_embed = POS_EMBEDS[pos_embed](embed_dim, **dd) if pos_embed != "none" else None
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.patch_drop = PatchMaskDrop(patch_drop_rate) if patch_drop_rate > 0.0 else None
-        self.memory = nn.Parameter(torch.empty(1, memory_len, embed_dim, **dd))
+        self.memory = nn.Parameter(torch.empty(1, memory_len, embed_dim, **dd)) if memory_len else None
 
         drop_paths = calculate_drop_path_rates(drop_path_rate, depth)
-        self.blocks = nn.ModuleList(
-            LunaBlock(
+        shell = dict(mlp_ratio=mlp_ratio, norm_first=norm_first, local_mixing=local_mixing, init_values=init_values)
+        shell.update(proj_drop=proj_drop_rate, act_layer=act_layer, norm_layer=norm_layer, **dd)
+        attention = dict(num_heads=num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop_rate)
+
+        def block(i: int) -> nn.Module:
+            mixing = create_mixer(mixer, mixer_args, dim=embed_dim, proj_drop=proj_drop_rate, **attention, **dd)
+            if mixer != "luna":
+                return MixerBlock(embed_dim, mixing, drop_path=drop_paths[i], **shell)
+            return LunaBlock(
                 embed_dim,
-                num_heads,
-                pack_heads,
-                mlp_ratio,
-                tie_kv,
-                qkv_bias,
-                proj_bias,
-                norm_first,
-                local_mixing,
-                memory_mlp,
-                proj_drop_rate,
-                attn_drop_rate,
-                init_values,
-                drop_paths[i],
-                act_layer,
-                norm_layer,
+                pack_heads=pack_heads,
+                tie_kv=tie_kv,
+                memory_mlp=memory_mlp,
+                drop_path=drop_paths[i],
                 # what nobody reads after the last block gets no parameters: they would have no gradient
                 memory_read=i < depth - 1 or global_pool in ("token", "both"),
                 patches_read=i < depth - 1 or global_pool != "token",
                 memory_len=memory_len,
                 pack_form=pack_form,
                 unpack_form=unpack_form,
-                **dd,
+                **attention,
+                **shell,
             )
-            for i in range(depth)
-        )
+
+        self.blocks = nn.ModuleList(block(i) for i in range(depth))
         reduction = self.patch_embed.feat_ratio()
         self.feature_info = [dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=reduction) for i in range(depth)]
         self.norm = norm_layer(embed_dim, **dd) if final_norm else nn.Identity()
@@ -253,7 +261,8 @@ class LunaVit(nn.Module):
         for module in self.modules():
             if module is not self and hasattr(module, "init_weights"):
                 module.init_weights()
-        nn.init.normal_(self.memory, std=1.0)
+        if self.memory is not None:
+            nn.init.normal_(self.memory, std=1.0)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -295,7 +304,9 @@ class LunaVit(nn.Module):
                 raise ValueError(f"global_pool must be one of {', '.join(map(repr, POOL_TYPES))}, got {global_pool!r}")
             if global_pool == "map" and self.attn_pool is None:
                 raise ValueError("global_pool='map' has weights of its own: choose it when the model is created")
-            if global_pool not in ("", "token") and self.blocks[-1].attn.pack_only:
+            if global_pool in ("token", "both") and self.memory is None:
+                raise ValueError(f"global_pool={global_pool!r} reads the memory, and this model's mixer has none")
+            if global_pool not in ("", "token") and not self.blocks[-1].updates_patches:
                 raise ValueError(
                     f"the model was created with global_pool='token', so its last block does not update the patches "
                     f"that global_pool={global_pool!r} reads: choose it when the model is created"
@@ -333,7 +344,7 @@ class LunaVit(nn.Module):
         x = self.pos_drop(x.reshape(B, H * W, C))
         if self.patch_drop is not None:
             x, patch_valid = self.patch_drop(x, patch_valid)
-        return x, initial_memory(self.memory, memory, B), (H, W), patch_valid
+        return x, initial_memory(self.memory, memory, x), (H, W), patch_valid
 
     def encode(
         self, x: Tensor, patch_valid: Tensor | None = None, memory: Tensor | None = None
@@ -363,7 +374,7 @@ class LunaVit(nn.Module):
     def forward_features(self, x: Tensor, patch_valid: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
         """Memory, then patches, after the final norm: (B, L + N, C). Arguments and errors as in `encode`."""
         x, memory = self.encode(x, patch_valid, memory)
-        return self.norm(torch.cat([memory, x], dim=1))
+        return self.norm(join_tokens(memory, x))
 
     def pool(self, x: Tensor, pool_type: str | None = None, patch_valid: Tensor | None = None) -> Tensor:
         """Pool (B, L + N, C) to (B, C); `pool_type` overrides the model's `global_pool`."""
@@ -432,7 +443,7 @@ class LunaVit(nn.Module):
                     y = y.reshape(y.shape[0], H, W, -1).permute(0, 3, 1, 2).contiguous()
                 spatial.append(y)
                 prefix.append(self.norm(memory) if norm else memory)
-        features = None if intermediates_only else self.norm(torch.cat([memory, x], dim=1))
+        features = None if intermediates_only else self.norm(join_tokens(memory, x))
         if output_dict:
             out = {"image_intermediates": spatial}
             if return_prefix_tokens:
@@ -479,7 +490,12 @@ class LunaVit(nn.Module):
 
         Returns:
             `AttentionMaps` for each chosen block, in the order of depth.
+
+        Raises:
+            ValueError: As in `encode`, or the model has no memory.
         """
+        if self.memory is None:
+            raise ValueError("get_attention_maps shows where a memory looks, and this model's mixer has none")
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         x, memory, (H, W), patch_valid = self._embed(x, patch_valid, memory)
         maps = []
@@ -549,7 +565,7 @@ def _create_luna_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> L
         blocks = model.model.blocks
         if len(blocks) == max(model.out_indices, default=-1) + 1:
             blocks[-1].prune_memory_update()
-            if blocks[-1].attn.pack_only:
+            if not blocks[-1].updates_patches:
                 for block in blocks[-2:]:
                     block.prune_memory_update()
                 for module in (blocks[-1].attn, blocks[-1].norm1, blocks[-1].norm1_memory):

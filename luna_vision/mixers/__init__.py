@@ -1,0 +1,51 @@
+"""Other systems in the place of Luna attention, behind one signature (`luna_vision.mixers.base`).
+
+`timm.create_model("luna_vit_small", mixer="softmax")` swaps the mixer and changes nothing else.
+"""
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from .base import SelfAttention
+from .block import MixerBlock
+from .softmax import SoftmaxMixer
+
+__all__ = ["MIXERS", "MixerBlock", "SelfAttention", "SoftmaxMixer", "create_mixer"]
+
+# name: class, or None for what needs no class here: Luna, which has a block of its own, and no mixing at all
+MIXERS: dict[str, type[nn.Module] | None] = {
+    "luna": None,
+    "softmax": SoftmaxMixer,
+    "identity": None,
+}
+
+# what the shell sets for every mixer
+_COMMON = ("self", "dim", "num_heads", "qkv_bias", "proj_bias", "attn_drop", "proj_drop", "device", "dtype")
+
+
+def create_mixer(name: str, mixer_args: dict[str, Any] | None = None, **common: Any) -> nn.Module | None:
+    """Build a mixer by its name.
+
+    Args:
+        name: A key of `MIXERS`.
+        mixer_args: Arguments of that mixer alone.
+        common: Arguments that all mixers take (`luna_vision.mixers.base`).
+
+    Returns:
+        The mixer; None for "luna" and "identity".
+
+    Raises:
+        ValueError: An unknown name or argument.
+    """
+    if name not in MIXERS:
+        raise ValueError(f"mixer must be one of {', '.join(map(repr, MIXERS))}, got {name!r}")
+    mixer_args = mixer_args or {}
+    cls = MIXERS[name]
+    allowed = [a for a in inspect.signature(cls.__init__).parameters if a not in _COMMON] if cls is not None else []
+    for argument in mixer_args:
+        if argument not in allowed:
+            options = ", ".join(map(repr, allowed)) or "no arguments"
+            raise ValueError(f"mixer {name!r} takes {options} in mixer_args, got {argument!r}")
+    return cls(**common, **mixer_args) if cls is not None else None
