@@ -3,12 +3,15 @@
 import itertools
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from luna_vision import _tensors
 from luna_vision import functional as LF
+from luna_vision.benchmarks.cell import saved_bytes
 from luna_vision.layers import LunaAttention
 
 B, N, L, C, H = 3, 37, 5, 48, 4
@@ -133,3 +136,80 @@ def test_external_attention_is_the_same_read_with_its_own_normalisation():
     weights = scores.softmax(dim=1)
     weights = weights / weights.sum(dim=2, keepdim=True)
     torch.testing.assert_close(LF.external_read(x, m_key, m_value), weights @ m_value, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("std", [1.0, 3.0])
+@pytest.mark.parametrize("tie_kv", [True, False])
+@pytest.mark.parametrize("dim, heads, slots, patches", [(384, 6, 16, 196), (192, 3, 32, 333), (48, 4, 5, 37)])
+def test_bfloat16_error_is_at_most_that_of_the_projected_form_by_half(dim, heads, slots, patches, tie_kv, std):
+    """Against float64, with the same bfloat16 weights and inputs; attention from soft (std 1) to sharp."""
+    torch.manual_seed(0)
+    exact, *layers = (
+        LunaAttention(dim, heads, None, tie_kv, pack_form=f, unpack_form=f) for f in ("projected", *LF.FORMS[1:])
+    )
+    for p in exact.parameters():
+        nn.init.normal_(p, std=std / dim**0.5 if p.dim() > 1 else 0.2)
+    weights = {k: v.bfloat16() for k, v in exact.state_dict().items()}
+    for layer in (exact.double(), *(layer.bfloat16() for layer in layers)):
+        layer.load_state_dict(weights)
+    x, memory = torch.randn(2, patches, dim).bfloat16(), torch.randn(2, slots, dim).bfloat16()
+    with torch.no_grad():
+        want = exact(x.double(), memory.double())
+        error = [[(a - b).norm() / b.norm() for a, b in zip(layer(x, memory), want, strict=True)] for layer in layers]
+    for projected, absorbed in zip(*error, strict=True):
+        assert absorbed <= 1.5 * projected
+
+
+@pytest.mark.parametrize("form", LF.FORMS[1:])
+def test_half_precision_on_a_cpu_with_instructions_for_it(form, monkeypatch):
+    """What other machines run: products in bfloat16 itself. The result is the same up to its rounding."""
+    layer = LunaAttention(C, H, pack_form=form, unpack_form=form)
+    x, memory, *masks = tokens(torch.float32)
+    want = layer(x, memory, *masks)
+    monkeypatch.setattr(_tensors, "_SLOW_HALF_ON_CPU", False)
+    got = layer.bfloat16()(x.bfloat16(), memory.bfloat16(), *masks)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a.float(), b, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("slow", [True, False])
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_a_half_precision_model_gives_what_float32_gives(slow, name, monkeypatch):
+    monkeypatch.setattr(_tensors, "_SLOW_HALF_ON_CPU", slow)
+    torch.manual_seed(0)
+    model = timm.create_model("test_luna_vit", num_classes=7).eval()
+    x = torch.randn(2, 3, 50, 70)
+    want, dtype = model(x), getattr(torch, name)
+    with torch.autocast("cpu", dtype=dtype):
+        autocast = model(x)
+    half = model.to(dtype)(x.to(dtype))
+    assert half.dtype == autocast.dtype == dtype
+    for got in (half, autocast):
+        torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05)
+
+
+def test_block_saves_less_for_the_backward_pass_than_a_vit_and_adds_in_place():
+    """Bytes that autograd keeps, at 512 pixels: no N x C query, key, value, or second residual."""
+    x, size = torch.randn(1, 3, 512, 512), {}
+    for name, args in (
+        ("vit_small_patch16_224", {"img_size": 512}),
+        ("luna_vit_small", {}),
+        ("luna_vit_small", {"mixer": "identity"}),
+    ):
+        model = timm.create_model(name, depth=2, **args).train()
+        size[name + args.get("mixer", "")] = saved_bytes(lambda model=model: model(x), model)
+    assert size["luna_vit_small"] < 0.9 * size["vit_small_patch16_224"]
+    # a layer keeps one normed copy of the patches, the residual, and the weights of both attentions, H L a patch each
+    a_layer = 1024 * 4 * (2 * 384 + 2 * 96)
+    small = 2**21  # folded matrices
+    assert size["luna_vit_small"] - size["luna_vit_smallidentity"] < 2 * (a_layer + small)
+
+
+def test_residual_is_written_over_what_a_layer_returned():
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+    want = x + y
+    got = LF.add_residual(x, y)
+    torch.testing.assert_close(got, want)
+    assert got.data_ptr() == y.data_ptr()
+    assert LF.add_residual(x, y.bfloat16()).dtype == torch.float32  # the residual stream keeps its type

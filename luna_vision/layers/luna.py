@@ -10,7 +10,7 @@ Shapes: B batch, N patches, L memory slots, C width, H heads, H', W' patch grid 
 from typing import Final
 
 import torch
-from timm.layers import DropPath, LayerScale, LayerType, Mlp, get_act_layer, get_norm_layer
+from timm.layers import DropPath, LayerScale, LayerType, get_act_layer, get_norm_layer
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
@@ -30,6 +30,7 @@ from ..functional import (
     use_absorbed,
 )
 from .local_mixing import LocalMixing
+from .mlp import Mlp
 
 __all__ = ["LunaAttention", "LunaBlock"]
 

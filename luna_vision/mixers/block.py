@@ -6,11 +6,11 @@ Shapes: B batch, N patches, C width, H', W' patch grid with N = H' * W'.
 from typing import Final
 
 import torch
-from timm.layers import DropPath, LayerScale, LayerType, Mlp, get_act_layer, get_norm_layer
+from timm.layers import DropPath, LayerScale, LayerType, get_act_layer, get_norm_layer
 from torch import Tensor, nn
 
 from ..functional import add_residual
-from ..layers import LocalMixing
+from ..layers import LocalMixing, Mlp
 
 __all__ = ["MixerBlock"]
 
