@@ -1,7 +1,9 @@
-"""Small operations on tokens that every layer shares: heads, masks, number types, residuals.
+"""Small things that every layer shares: options, heads, masks, number types, residuals.
 
 Shapes: B batch, K tokens, C width, H heads, E = C / H head width.
 """
+
+from collections.abc import Iterable
 
 import torch
 from timm.models import register_notrace_function
@@ -10,6 +12,16 @@ from torch import Tensor
 # Without AVX-512, PyTorch multiplies half-precision matrices on an x86 CPU by scalar loops, many times slower than
 # float32 ones, so it pays to convert. (On other CPUs the answer is the same, or they say DEFAULT and it does no harm.)
 _SLOW_HALF_ON_CPU = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
+
+
+def check_option(name: str, value: str, options: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: `value` is not among the options that the argument `name` has.
+    """
+    options = tuple(options)
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -20,6 +20,7 @@ of `nn.Linear`, (C out, C in).
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ from ._tensors import (
     add_residual,
     autocast_input,
     autocasts,
+    check_option,
     check_valid,
     matmul_input,
     readable,
@@ -38,7 +40,12 @@ from ._tensors import (
 )
 
 __all__ = [
+    "FormCost",
+    "PACK_COST",
     "PackState",
+    "UNPACK_COST",
+    "absorb_from",
+    "absorbs",
     "add_residual",
     "attend",
     "attention_weights",
@@ -56,7 +63,6 @@ __all__ = [
     "split_heads",
     "unpack_absorbed",
     "unpack_projected",
-    "use_absorbed",
     "weighted_slots",
 ]
 
@@ -192,26 +198,57 @@ def unpack_projected(
 FORMS = ("auto", "projected", "absorbed")
 
 
-def use_absorbed(form: str, memory_len: int, heads: int, dim: int, projections: int) -> bool:
-    """Whether to run the absorbed form.
+class FormCost(NamedTuple):
+    """What a multiply-add of a form's parts costs, in multiply-adds of the projection of the patches."""
 
-    FLOPs a patch: projected 2 p C^2 + 4 L C, absorbed 4 H L C.
+    absorbed: float
+    """Of the products of the patches with the folded matrices."""
+    folding: float
+    """Of folding, which happens once an image."""
+    attention: float
+    """Of the projected form's attention."""
+
+
+# fitted to docs/results/benchmark/forms.json by `python -m luna_vision.benchmarks.forms --fit-only`
+PACK_COST = FormCost(0.8, 5.0, 1.0)
+UNPACK_COST = FormCost(0.5, 2.0, 0.0)
+
+
+def absorb_from(
+    form: str, memory_len: int, heads: int, dim: int, projections: int, cost: FormCost = PACK_COST
+) -> float:
+    """The number of patches from which on the absorbed form runs: 0 for always, infinity for never.
+
+    Multiply-adds: projected p C^2 + 2 L C a patch; absorbed 2 H L C a patch, and 2 L C^2 an image for folding.
 
     Args:
-        form: "projected" or "absorbed" forces it, "auto" takes the one with fewer FLOPs.
+        form: "projected" or "absorbed" forces it, "auto" takes the one that should be faster.
         memory_len: L.
         heads: H.
         dim: C.
         projections: p, the projections of the patches that absorbing saves: 1 for a tied pack, else 2.
+        cost: `PACK_COST` or `UNPACK_COST`.
 
     Raises:
         ValueError: An unknown form.
     """
-    if form not in FORMS:
-        raise ValueError(f"the form must be one of {', '.join(map(repr, FORMS))}, got {form!r}")
-    if form == "auto":
-        return 2 * memory_len * (heads - 1) < projections * dim
-    return form == "absorbed"
+    check_option("the form", form, FORMS)
+    if form != "auto":
+        return 0.0 if form == "absorbed" else math.inf
+    L, H, C = memory_len, heads, dim
+    gain = projections * C * C + cost.attention * 2 * L * C - cost.absorbed * 2 * H * L * C
+    return cost.folding * 2 * L * C * C / gain if gain > 0 else math.inf
+
+
+def absorbs(patches: int, start: float) -> bool:
+    """Whether to run the absorbed form for so many patches, given what `absorb_from` said.
+
+    Compiled and exported code serves any number of patches, and takes the form that is right for many.
+    """
+    if not torch.jit.is_scripting():
+        if not torch.jit.is_tracing() and not torch.compiler.is_compiling():
+            return patches >= start
+    return start < float("inf")
 
 
 def by_head(x: Tensor, heads: int) -> Tensor:

@@ -1,6 +1,9 @@
 """The two exact forms of pack and unpack: equal to the formula and to each other, in values and gradients."""
 
 import itertools
+import json
+import statistics
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from luna_vision import _tensors
 from luna_vision import functional as LF
+from luna_vision.benchmarks import forms
 from luna_vision.benchmarks.cell import saved_bytes
 from luna_vision.layers import LunaAttention
 
@@ -107,21 +111,47 @@ def test_autocast_gives_the_same_type_in_both_forms(form):
         torch.testing.assert_close(a.float(), b, rtol=0.05, atol=0.05)
 
 
-def test_auto_takes_the_form_with_less_work():
-    """FLOPs counted on the meta device; the counter sees attention there."""
+def flops(form, slots, heads, patches=4096, dim=384):
+    """Counted on the meta device; the counter sees attention there."""
+    layer = LunaAttention(dim, heads, pack_form=form, unpack_form=form, memory_len=slots, device="meta")
+    shapes = [(1, n, dim) for n in (patches, slots)]
+    with FlopCounterMode(display=False) as counter:
+        layer(*(torch.empty(s, device="meta") for s in shapes))
+    return counter.get_total_flops()
 
-    def flops(form, slots, heads, patches=4096):
-        layer = LunaAttention(384, heads, pack_form=form, unpack_form=form, memory_len=slots, device="meta")
-        shapes = [(1, n, 384) for n in (patches, slots)]
-        with FlopCounterMode(display=False) as counter:
-            layer(*(torch.empty(s, device="meta") for s in shapes))
-        return counter.get_total_flops()
 
-    for slots, heads in ((16, 6), (64, 12), (64, 1)):
-        assert flops("auto", slots, heads) <= min(flops(f, slots, heads) for f in ("projected", "absorbed"))
-    # a patch costs what the two formulas say: 4 H L C each, against 2 C^2 + 4 L C and 4 C^2 + 4 L C
+def test_a_patch_costs_what_the_two_formulas_say():
+    """4 H L C each, against 2 C^2 + 4 L C and 4 C^2 + 4 L C; and no N x C query, key or value in the absorbed form."""
     for form, want in (("absorbed", 8 * 6 * 16 * 384), ("projected", 6 * 384**2 + 8 * 16 * 384)):
         assert flops(form, 16, 6, 2000) - flops(form, 16, 6, 1000) == 1000 * want
+
+
+def test_auto_takes_the_form_that_is_faster():
+    """Far from where the two are equal, that is the one with less work. Folding is paid once, by many patches."""
+    for slots, heads, dim in ((16, 6, 384), (16, 12, 768), (64, 1, 384)):
+        assert flops("auto", slots, heads, 4096, dim) == flops("absorbed", slots, heads, 4096, dim)
+    for slots, heads, patches in ((128, 6, 4096), (256, 12, 4096), (64, 6, 64), (16, 6, 4)):
+        assert flops("auto", slots, heads, patches) == flops("projected", slots, heads, patches)
+
+
+def test_auto_loses_little_against_the_committed_measurement():
+    """`docs/results/benchmark/forms.json`: the rule is close to the better form of every pair that was timed."""
+    rows = json.loads((Path(__file__).parents[1] / "docs/results/benchmark/forms.json").read_text())["rows"]
+    for part, cost in (("pack", LF.PACK_COST), ("unpack", LF.UNPACK_COST)):
+        mine = [r for r in rows if r["part"].startswith(part)]
+        assert len(mine) > 50
+        assert statistics.mean(forms.regret(r, cost) for r in mine) < 1.02
+        assert forms.fit(mine)[0] == cost
+
+
+def test_compiled_code_takes_one_form_for_any_number_of_patches():
+    layer = LunaAttention(C, H, memory_len=L).double()
+    assert 4 < layer.absorb_pack_from < float("inf")  # eager code runs either form below
+    x, memory, *_ = tokens()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=True)
+    for n in (3, N):
+        for a, b in zip(compiled(x[:, :n], memory), layer(x[:, :n], memory), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_unknown_form_is_said():

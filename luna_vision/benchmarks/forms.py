@@ -1,11 +1,12 @@
 """Which exact form of pack and unpack is faster where: `python -m luna_vision.benchmarks.forms --help`.
 
-`luna_vision.functional.use_absorbed` takes its constants from what this prints.
+`luna_vision.functional.absorb_from` takes its constants from what this prints.
 """
 
 import argparse
 import datetime
 import itertools
+import json
 import statistics
 import sys
 import time
@@ -19,7 +20,7 @@ from torch import Tensor
 from .. import functional as LF
 from .__main__ import machine, write
 
-__all__ = ["best_limit", "main", "regret"]
+__all__ = ["fit", "main", "regret"]
 
 PARTS = ("pack", "pack, untied", "unpack")
 
@@ -61,20 +62,39 @@ def interleaved(runs: dict[str, Callable[[], Any]], seconds: float) -> dict[str,
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def regret(row: dict[str, Any], limit: float) -> float:
-    """How many times slower than the better form the rule is: absorbed if H L < limit p C."""
-    ratio = row["heads"] * row["memory_len"] / (row["projections"] * row["dim"])
-    chosen = row["absorbed"] if ratio < limit else row["projected"]
-    return chosen / min(row["absorbed"], row["projected"])
+def regret(row: dict[str, Any], cost: LF.FormCost) -> float:
+    """How many times slower than the better form the one is that the rule takes with these constants."""
+    part = LF.absorb_from("auto", row["memory_len"], row["heads"], row["dim"], row["projections"], cost)
+    return row["absorbed" if row["patches"] >= part else "projected"] / min(row["absorbed"], row["projected"])
 
 
-def best_limit(rows: list[dict[str, Any]]) -> tuple[float, float]:
-    """The limit with the smallest mean regret over the rows, half-way between two measured ratios; and that regret."""
-    ratios = sorted({r["heads"] * r["memory_len"] / (r["projections"] * r["dim"]) for r in rows})
-    limits = [ratios[0] / 2, *((a * b) ** 0.5 for a, b in itertools.pairwise(ratios)), ratios[-1] * 2]
-    costs = {limit: statistics.mean(regret(r, limit) for r in rows) for limit in limits}
-    best = min(costs, key=costs.__getitem__)
-    return best, costs[best]
+def fit(rows: list[dict[str, Any]]) -> tuple[LF.FormCost, float, float]:
+    """The constants with the smallest mean regret over the rows; that, and the largest regret."""
+    grid = itertools.product(
+        [0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2], [0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0], [0.0, 0.5, 1.0, 1.5]
+    )
+    costs = {c: [regret(r, c) for r in rows] for c in itertools.starmap(LF.FormCost, grid)}
+    best = min(costs, key=lambda c: statistics.mean(costs[c]))
+    return best, statistics.mean(costs[best]), max(costs[best])
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time both forms of every part over the grid of sizes, printing as it goes."""
+    rows: list[dict[str, Any]] = []
+    print("| part | mode | width | slots | patches | projected (ms) | absorbed (ms) | projected / absorbed |")
+    print("|---|---|---|---|---|---|---|---|")
+    grid = itertools.product(PARTS, args.modes, args.dims, args.memory_lens, args.patches)
+    for part, mode, dim, slots, patches in grid:
+        heads = max(dim // 64, 1)
+        x, memory = (torch.randn(1, n, dim).to(getattr(torch, args.dtype)) for n in (patches, slots))
+        runs = {form: closure(part, form, x, memory, heads, mode == "training") for form in LF.FORMS[1:]}
+        row = dict(part=part, mode=mode, dim=dim, heads=heads, memory_len=slots, patches=patches)
+        row.update(projections=1 if part == "pack" else 2, **interleaved(runs, args.seconds))
+        rows.append(row)
+        ms = [1e3 * row[form] for form in LF.FORMS[1:]]
+        cells = f"{ms[0]:.3g} | {ms[1]:.3g} | {ms[0] / ms[1]:.2f}"
+        print(f"| {part} | {mode} | {dim} | {slots} | {patches} | {cells} |", flush=True)
+    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -90,30 +110,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
     parser.add_argument("--seconds", type=float, default=0.4, help="of timing for one pair (%(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--fit-only", action="store_true", help="fit the constants to the rows that --out has")
     args = parser.parse_args(argv)
+    if args.fit_only and not (args.out and args.out.is_file()):
+        parser.error("--fit-only needs --out, a file that this command wrote")
 
-    rows: list[dict[str, Any]] = []
-    print("| part | mode | width | slots | patches | projected (ms) | absorbed (ms) | projected / absorbed |")
-    print("|---|---|---|---|---|---|---|---|")
-    grid = itertools.product(PARTS, args.modes, args.dims, args.memory_lens, args.patches)
-    for part, mode, dim, slots, patches in grid:
-        heads = max(dim // 64, 1)
-        x, memory = (torch.randn(1, n, dim).to(getattr(torch, args.dtype)) for n in (patches, slots))
-        runs = {form: closure(part, form, x, memory, heads, mode == "training") for form in LF.FORMS[1:]}
-        row = dict(part=part, mode=mode, dim=dim, heads=heads, memory_len=slots, patches=patches)
-        row.update(projections=1 if part == "pack" else 2, **interleaved(runs, args.seconds))
-        rows.append(row)
-        ms = [1e3 * row[form] for form in LF.FORMS[1:]]
-        cells = f"{ms[0]:.3g} | {ms[1]:.3g} | {ms[0] / ms[1]:.2f}"
-        print(f"| {part} | {mode} | {dim} | {slots} | {patches} | {cells} |", flush=True)
-    for part in PARTS:
-        mine = [r for r in rows if r["part"] == part]
-        limit, cost = best_limit(mine)
-        print(f"{part}: absorbed if H L < {limit:.2f} p C; mean regret {100 * (cost - 1):.1f}%")
-    if args.out:
+    rows = json.loads(args.out.read_text())["rows"] if args.fit_only else measure(args)
+    fitted = {}
+    for part in ("pack", "unpack"):
+        mine = [r for r in rows if r["part"].startswith(part)]
+        cost, mean, worst = fit(mine)
+        fitted[part] = {**cost._asdict(), "mean_regret": mean, "largest_regret": worst}
+        print(f"{part}: {cost}; slower than the better form by {mean - 1:.1%} on average, {worst - 1:.0%} at most")
+    if args.out and not args.fit_only:
         result = {"date": datetime.date.today().isoformat(), "machine": machine("cpu"), "dtype": args.dtype}
         result["threads"] = torch.get_num_threads()
-        write(args.out, {**result, "rows": rows})
+        write(args.out, {**result, "constants": fitted, "rows": rows})
 
 
 if __name__ == "__main__":

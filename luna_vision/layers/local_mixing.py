@@ -42,13 +42,15 @@ class LocalMixing(nn.Module):
                 return y.to(half.dtype)
         return self.conv(x)
 
-    def forward(self, x: Tensor, grid_size: tuple[int, int], patch_valid: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None = None) -> Tensor:
         """Map (B, N, C) to (B, N, C). Invalid patches count as zeros, as the border of the image does.
 
         Raises:
-            ValueError: The grid does not have N patches.
+            ValueError: There is no grid, or it does not have N patches.
         """
         B, N, C = x.shape
+        if grid_size is None:
+            raise ValueError("local mixing needs grid_size, the (rows, columns) of the patch grid")
         H, W = grid_size
         if H * W != N:
             raise ValueError(f"grid_size {H} x {W} does not have the {N} patches of x")

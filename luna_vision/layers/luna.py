@@ -1,38 +1,36 @@
-"""Luna attention and the Luna block: self-attention replaced by two cross-attentions through a short memory.
+"""Luna attention: self-attention replaced by two cross-attentions through a short memory.
 
 Source: Ma et al., "Luna: Linear Unified Nested Attention", NeurIPS 2021 (arXiv 2106.01540), and the authors' code,
 which fixes what the text leaves open: unpack reads the packed memory as it is (before residual and norm), the output
 projection exists for X only, the memory has a residual and a norm and no MLP, one projection serves as key and value.
 
-Shapes: B batch, N patches, L memory slots, C width, H heads, H', W' patch grid with N = H' * W'.
+Shapes: B batch, N patches, L memory slots, C width, H heads.
 """
 
 from typing import Final
 
 import torch
-from timm.layers import DropPath, LayerScale, LayerType, get_act_layer, get_norm_layer
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..functional import (
+    PACK_COST,
+    UNPACK_COST,
     PackState,
-    add_residual,
+    absorb_from,
+    absorbs,
     attend,
     attention_weights,
     check_valid,
     key_value,
     pack_absorbed,
     pack_projected,
-    saturate,
     split_heads,
     unpack_absorbed,
     unpack_projected,
-    use_absorbed,
 )
-from .local_mixing import LocalMixing
-from .mlp import Mlp
 
-__all__ = ["LunaAttention", "LunaBlock"]
+__all__ = ["LunaAttention"]
 
 
 @register_notrace_module  # validity checks and masks are branches that fx cannot trace
@@ -41,8 +39,8 @@ class LunaAttention(nn.Module):
 
     tie_kv: Final[bool]
     pack_only: Final[bool]
-    absorb_pack: Final[bool]
-    absorb_unpack: Final[bool]
+    absorb_pack_from: Final[float]
+    absorb_unpack_from: Final[float]
 
     def __init__(
         self,
@@ -74,7 +72,7 @@ class LunaAttention(nn.Module):
             proj_drop: Dropout after the output projection.
             pack_only: Leave out the unpack, for a last block whose patches nobody reads; `y` is then `x` itself.
             memory_len: Number of slots that is expected; only the choice of the forms depends on it.
-            pack_form: "projected", "absorbed", or "auto" for the one with fewer FLOPs (`luna_vision.functional`).
+            pack_form: "projected", "absorbed", or "auto" for the faster one (`luna_vision.functional.absorb_from`).
             unpack_form: The same for the unpack.
 
         Raises:
@@ -92,8 +90,9 @@ class LunaAttention(nn.Module):
         self.tie_kv = tie_kv
         self.pack_only = pack_only
         self.attn_drop = attn_drop
-        self.absorb_pack = use_absorbed(pack_form, memory_len, pack_heads, dim, 1 if tie_kv else 2)
-        self.absorb_unpack = use_absorbed(unpack_form, memory_len, num_heads, dim, 2)
+        projections = 1 if tie_kv else 2
+        self.absorb_pack_from = absorb_from(pack_form, memory_len, pack_heads, dim, projections, PACK_COST)
+        self.absorb_unpack_from = absorb_from(unpack_form, memory_len, num_heads, dim, 2, UNPACK_COST)
 
         self.pack_q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
         if tie_kv:
@@ -157,7 +156,7 @@ class LunaAttention(nn.Module):
 
         w_k, w_v, b_v = self._pack_weights()
         w_q, b_q = self.pack_q.weight, self.pack_q.bias
-        if self.absorb_pack:
+        if absorbs(x.shape[1], self.absorb_pack_from):
             packed = pack_absorbed(memory, x, w_q, b_q, w_k, w_v, b_v, self.pack_heads, patch_valid, drop)
         else:
             packed = pack_projected(memory, x, w_q, b_q, w_k, w_v, b_v, self.pack_heads, patch_valid, drop)
@@ -167,7 +166,7 @@ class LunaAttention(nn.Module):
         w_k, w_v, b_v = self._unpack_weights()
         w_q, b_q, w_o, b_o = self.unpack_q.weight, self.unpack_q.bias, self.proj.weight, self.proj.bias
         heads = self.num_heads
-        if self.absorb_unpack:
+        if absorbs(x.shape[1], self.absorb_unpack_from):
             y = unpack_absorbed(x, packed, w_q, b_q, w_k, w_v, b_v, w_o, b_o, heads, memory_valid, drop)
         else:
             y = unpack_projected(x, packed, w_q, b_q, w_k, w_v, b_v, w_o, b_o, heads, memory_valid, drop)
@@ -197,187 +196,3 @@ class LunaAttention(nn.Module):
             return pack, pack.new_empty(x.shape[0], 0, x.shape[1], memory.shape[1])
         k, _ = key_value(attend(q, k, v, patch_valid), *self._unpack_weights(), self.num_heads)
         return pack, attention_weights(split_heads(self.unpack_q(x), self.num_heads), k, memory_valid)
-
-
-class LunaBlock(nn.Module):
-    """Local mixing, Luna attention and an MLP, with residuals on patches and memory. The memory goes on to the next
-    block.
-
-    Pre-norm (`norm_first`) or post-norm; the paper's block is post-norm, without local mixing and memory MLP.
-    """
-
-    norm_first: Final[bool]
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        pack_heads: int | None = None,
-        mlp_ratio: float = 4.0,
-        tie_kv: bool = True,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        norm_first: bool = True,
-        local_mixing: bool = True,
-        memory_mlp: bool = False,
-        proj_drop: float = 0.0,
-        attn_drop: float = 0.0,
-        init_values: float | None = None,
-        drop_path: float = 0.0,
-        act_layer: LayerType | None = None,
-        norm_layer: LayerType | None = None,
-        memory_read: bool = True,
-        patches_read: bool = True,
-        memory_len: int = 16,
-        pack_form: str = "auto",
-        unpack_form: str = "auto",
-        device=None,
-        dtype=None,
-    ) -> None:
-        """
-        Args:
-            dim, num_heads, pack_heads, tie_kv, qkv_bias, proj_bias, attn_drop: See `LunaAttention`.
-            memory_len, pack_form, unpack_form: See `LunaAttention`.
-            mlp_ratio: Hidden width of the MLP, and of the memory's, over `dim`.
-            norm_first: Norm before attention and MLP (pre-norm) instead of after the residual (post-norm).
-            local_mixing: Depthwise 3x3 convolution over the patch grid, with a residual, before the attention.
-            memory_mlp: An MLP on the memory.
-            proj_drop: Dropout after projections, in the MLP, and on the memory's update.
-            init_values: Initial LayerScale; none if None.
-            drop_path: Stochastic depth rate.
-            act_layer: Activation of the MLP, GELU if None.
-            norm_layer: LayerNorm (eps 1e-6) if None.
-            memory_read: Whether anything reads the memory after this block. If not, its update gets no parameters of
-                its
-                own: they could not be learned.
-            patches_read: Whether anything reads the patches after this block. If not, they are only packed.
-
-        Raises:
-            ValueError: `dim` is not a multiple of a head count.
-        """
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        act_layer = get_act_layer(act_layer) or nn.GELU
-        norm_layer = get_norm_layer(norm_layer) or get_norm_layer("layernorm")
-        hidden = int(dim * mlp_ratio)
-        self.norm_first = norm_first
-        self.updates_patches = patches_read
-
-        def layer_scale(used: bool = True) -> nn.Module:
-            return LayerScale(dim, init_values=init_values, **dd) if init_values and used else nn.Identity()
-
-        def stochastic_depth() -> nn.Module:
-            return DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-
-        self.local = LocalMixing(dim, **dd) if local_mixing else None
-        self.norm1 = norm_layer(dim, **dd) if norm_first or patches_read else nn.Identity()
-        self.attn = LunaAttention(
-            dim,
-            num_heads,
-            pack_heads,
-            tie_kv,
-            qkv_bias,
-            proj_bias,
-            attn_drop,
-            proj_drop,
-            pack_only=not patches_read,
-            memory_len=memory_len,
-            pack_form=pack_form,
-            unpack_form=unpack_form,
-            **dd,
-        )
-        self.ls1 = layer_scale(patches_read)
-        self.drop_path1 = stochastic_depth()
-
-        self.norm1_memory = norm_layer(dim, **dd)
-        self.ls1_memory = layer_scale()
-        self.drop_memory = nn.Dropout(proj_drop)
-
-        self.mlp = None
-        if patches_read:
-            self.norm2 = norm_layer(dim, **dd)
-            self.mlp = Mlp(dim, hidden, act_layer=act_layer, drop=proj_drop, **dd)
-            self.ls2 = layer_scale()
-            self.drop_path2 = stochastic_depth()
-
-        self.mlp_memory = None
-        if memory_mlp and memory_read:
-            self.norm2_memory = norm_layer(dim, **dd)
-            self.mlp_memory = Mlp(dim, hidden, act_layer=act_layer, drop=proj_drop, **dd)
-            self.ls2_memory = layer_scale()
-        if not memory_read:
-            self.prune_memory_update()
-
-    @torch.jit.ignore
-    def prune_memory_update(self) -> None:
-        """Remove the parameters of the memory's update, in a last block whose memory nobody reads: they would get no
-        gradient. The memory is still returned, but it is another one.
-        """
-        self.mlp_memory = self.norm2_memory = self.ls2_memory = None
-        self.ls1_memory = nn.Identity()
-        if not self.norm_first:
-            self.norm1_memory = nn.LayerNorm(self.attn.dim, elementwise_affine=False)
-
-    def _local(self, x: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None) -> Tensor:
-        if self.local is not None:
-            if grid_size is None:
-                raise ValueError("local mixing needs grid_size, the (rows, columns) of the patch grid")
-            x = add_residual(x, self.local(x, grid_size, patch_valid))
-        return x
-
-    def forward(
-        self,
-        x: Tensor,
-        memory: Tensor,
-        grid_size: tuple[int, int] | None = None,
-        patch_valid: Tensor | None = None,
-        memory_valid: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """
-        Args:
-            x: Patches (B, N, C).
-            memory: Memory (B, L, C).
-            grid_size: Rows and columns of the patch grid, row by row in N; needed by local mixing.
-            patch_valid: (B, N) bool, True where a patch is part of the image. A patch that is not changes nothing.
-            memory_valid: (B, L) bool, True where a slot may be read.
-
-        Returns:
-            Patches (B, N, C) and memory (B, L, C) for the next block.
-
-        Raises:
-            ValueError: A shape does not fit, a mask is not bool, or (eager mode only) a row has no valid token.
-        """
-        x = self._local(x, grid_size, patch_valid)
-        if self.norm_first:
-            y, packed = self.attn(self.norm1(x), self.norm1_memory(memory), patch_valid, memory_valid)
-            memory = saturate(memory + self.drop_path1(self.ls1_memory(self.drop_memory(packed))))
-            if self.mlp is not None:
-                x = add_residual(x, self.drop_path1(self.ls1(y)))
-                x = add_residual(x, self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
-            if self.mlp_memory is not None:
-                memory = saturate(memory + self.ls2_memory(self.mlp_memory(self.norm2_memory(memory))))
-        else:
-            y, packed = self.attn(x, memory, patch_valid, memory_valid)
-            memory = self.norm1_memory(saturate(memory + self.drop_path1(self.ls1_memory(self.drop_memory(packed)))))
-            if self.mlp is not None:
-                x = self.norm1(add_residual(x, self.drop_path1(self.ls1(y))))
-                x = self.norm2(add_residual(x, self.drop_path2(self.ls2(self.mlp(x)))))
-            if self.mlp_memory is not None:
-                memory = self.norm2_memory(saturate(memory + self.ls2_memory(self.mlp_memory(memory))))
-        return x, memory
-
-    @torch.jit.ignore
-    def attention_maps(
-        self,
-        x: Tensor,
-        memory: Tensor,
-        grid_size: tuple[int, int] | None = None,
-        patch_valid: Tensor | None = None,
-        memory_valid: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The attention matrices of this block for its inputs. Arguments as in `forward`, result as in
-        `LunaAttention`."""
-        x = self._local(x, grid_size, patch_valid)
-        if self.norm_first:
-            x, memory = self.norm1(x), self.norm1_memory(memory)
-        return self.attn.attention_maps(x, memory, patch_valid, memory_valid)

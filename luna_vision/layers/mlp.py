@@ -1,7 +1,9 @@
-"""The MLP of the blocks: timm's, with a way around slow half precision.
+"""The MLP of the blocks: timm's, with local mixing inside if asked, and a way around slow half precision.
 
-Shapes: B batch, N patches, C width.
+Shapes: B batch, N patches, C width, H', W' patch grid with N = H' * W'.
 """
+
+from typing import Any
 
 import timm.layers
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from .._tensors import autocast_input, matmul_input
+from .local_mixing import LocalMixing
 
 __all__ = ["Mlp"]
 
@@ -19,13 +22,27 @@ class Mlp(timm.layers.Mlp):
     """timm's MLP. In bfloat16 or float16 on a CPU without instructions for them it runs in float32, many times faster,
     and returns the half-precision type."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, N, C) to (B, N, C)."""
+    def __init__(self, in_features: int, hidden_features: int, local_mixing: bool = False, **kwargs: Any) -> None:
+        """
+        Args:
+            in_features: Width C.
+            hidden_features: Width of the hidden layer.
+            local_mixing: Local mixing of the hidden layer, with a residual, after the activation.
+            kwargs: Others of timm's `Mlp`.
+        """
+        super().__init__(in_features, hidden_features, **kwargs)
+        dd = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+        self.local = LocalMixing(hidden_features, **dd) if local_mixing else None
+
+    def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None, patch_valid: Tensor | None = None) -> Tensor:
+        """Map (B, N, C) to (B, N, C). Without a grid, as for a memory, there is no local mixing."""
         if not torch.jit.is_scripting():
             half = autocast_input(x)
             if matmul_input(half).dtype != half.dtype:
                 params = {name: p.float() for name, p in self.named_parameters()}
                 with torch.autocast("cpu", enabled=False):
-                    return functional_call(self, params, (x.float(),)).to(half.dtype)
-        x = self.drop1(self.act(self.fc1(x)))
-        return self.drop2(self.fc2(self.norm(x)))
+                    return functional_call(self, params, (x.float(), grid_size, patch_valid)).to(half.dtype)
+        x = self.act(self.fc1(x))
+        if self.local is not None and grid_size is not None:
+            x = x + self.local(x, grid_size, patch_valid)
+        return self.drop2(self.fc2(self.norm(self.drop1(x))))

@@ -9,15 +9,44 @@ from typing import Any
 from torch import nn
 
 from .base import SelfAttention
-from .block import MixerBlock
+from .external import ExternalMixer
+from .linear import LinearMixer
+from .linformer import LinformerMixer
+from .local import LocalMixer
+from .longformer import LongformerMixer
+from .performer import PerformerMixer
+from .rfa import RfaMixer
+from .routing import RoutingMixer
 from .softmax import SoftmaxMixer
+from .star import StarMixer
+from .strided import StridedMixer
 
-__all__ = ["MIXERS", "MixerBlock", "SelfAttention", "SoftmaxMixer", "create_mixer"]
+__all__ = [
+    "MIXERS",
+    "ExternalMixer",
+    "LinearMixer",
+    "LinformerMixer",
+    "PerformerMixer",
+    "RfaMixer",
+    "SelfAttention",
+    "SoftmaxMixer",
+    "create_mixer",
+]
 
 # name: class, or None for what needs no class here: Luna, which has a block of its own, and no mixing at all
 MIXERS: dict[str, type[nn.Module] | None] = {
     "luna": None,
     "softmax": SoftmaxMixer,
+    "local": LocalMixer,
+    "strided": StridedMixer,
+    "longformer": LongformerMixer,
+    "star": StarMixer,
+    "routing": RoutingMixer,
+    "external": ExternalMixer,
+    "linformer": LinformerMixer,
+    "linear": LinearMixer,
+    "performer": PerformerMixer,
+    "rfa": RfaMixer,
     "identity": None,
 }
 

@@ -10,7 +10,7 @@ Shapes: B batch, N patches, L memory slots, C width, H', W' patch grid with N = 
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -35,9 +35,9 @@ from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
-from ..functional import saturate
-from ..layers import POS_EMBEDS, LunaBlock
-from ..mixers import MixerBlock, create_mixer
+from .._tensors import check_option, saturate
+from ..layers import POS_EMBEDS, ConvPatchEmbed, LunaBlock, MixerBlock
+from ..mixers import create_mixer
 from ._parts import (
     POOL_TYPES,
     PatchMaskDrop,
@@ -66,6 +66,8 @@ class AttentionMaps(NamedTuple):
 class LunaVit(nn.Module):
     """Luna ViT backbone, with the contract of timm's `VisionTransformer`; the memory is its prefix tokens."""
 
+    mask_stem: Final[bool]
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -83,8 +85,9 @@ class LunaVit(nn.Module):
         qkv_bias: bool = True,
         proj_bias: bool = True,
         norm_first: bool = True,
-        local_mixing: bool = True,
-        memory_mlp: bool = False,
+        local_mixing: Literal["none", "before", "attn", "mlp"] = "before",
+        memory_mlp: Literal["none", "own", "shared"] = "none",
+        stem: Literal["patch", "conv"] = "patch",
         mixer: str = "luna",
         mixer_args: dict[str, Any] | None = None,
         pos_embed: Literal["fourier", "learn", "none"] = "fourier",
@@ -122,8 +125,10 @@ class LunaVit(nn.Module):
             qkv_bias: Bias on queries, keys and values where it can be learned.
             proj_bias: Bias on the attention's output projection.
             norm_first: Pre-norm blocks; post-norm as in the paper if False.
-            local_mixing: Depthwise 3x3 convolution in every block.
-            memory_mlp: An MLP on the memory in every block.
+            local_mixing: Where a depthwise 3x3 convolution stands in every block, if anywhere: see
+                `luna_vision.layers.block.Shell`.
+            memory_mlp: An MLP on the memory in every block: none, one of its own, or that of the patches.
+            stem: "patch", one linear map of each patch, or "conv", 3x3 convolutions of stride 2.
             mixer: What mixes the patches, a name in `luna_vision.mixers.MIXERS`. All but "luna" have no memory: no
                 prefix tokens, and `memory_len`, `pack_heads`, `tie_kv`, `memory_mlp` and the forms mean nothing.
             mixer_args: Arguments of that mixer alone.
@@ -148,10 +153,10 @@ class LunaVit(nn.Module):
         dd = {"device": device, "dtype": dtype}
         for name, value, options in (
             ("global_pool", global_pool, POOL_TYPES),
-            ("pos_embed", pos_embed, tuple(POS_EMBEDS)),
+            ("pos_embed", pos_embed, POS_EMBEDS),
+            ("stem", stem, ("patch", "conv")),
         ):
-            if value not in options:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+            check_option(name, value, options)
         patch_side = min(to_2tuple(patch_size))
         for name, value, least in (
             ("memory_len", memory_len, 1),
@@ -190,16 +195,14 @@ class LunaVit(nn.Module):
         self.num_prefix_tokens = self.memory_len = memory_len
         self.grad_checkpointing = False
 
-        self.patch_embed = PatchEmbed(
-            img_size,
-            patch_size,
-            in_chans,
-            embed_dim,
-            output_fmt="NHWC",
-            strict_img_size=False,
-            dynamic_img_pad=False,
-            **dd,
-        )
+        if stem == "conv":
+            self.patch_embed = ConvPatchEmbed(img_size, patch_size, in_chans, embed_dim, **dd)
+        else:
+            any_size = dict(strict_img_size=False, dynamic_img_pad=False)
+            self.patch_embed = PatchEmbed(
+                img_size, patch_size, in_chans, embed_dim, output_fmt="NHWC", **any_size, **dd
+            )
+        self.mask_stem = stem == "conv"
         self.pos_embed = POS_EMBEDS[pos_embed](embed_dim, **dd) if pos_embed != "none" else None
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.patch_drop = PatchMaskDrop(patch_drop_rate) if patch_drop_rate > 0.0 else None
@@ -300,8 +303,7 @@ class LunaVit(nn.Module):
                 for a model that was built for "token".
         """
         if global_pool is not None:
-            if global_pool not in POOL_TYPES:
-                raise ValueError(f"global_pool must be one of {', '.join(map(repr, POOL_TYPES))}, got {global_pool!r}")
+            check_option("global_pool", global_pool, POOL_TYPES)
             if global_pool == "map" and self.attn_pool is None:
                 raise ValueError("global_pool='map' has weights of its own: choose it when the model is created")
             if global_pool in ("token", "both") and self.memory is None:
@@ -337,7 +339,8 @@ class LunaVit(nn.Module):
         """Images to patches (B, N, C), memory (B, L, C), grid size, and the mask of the patches that are to be read."""
         x = check_image(x, self.in_chans)
         x = pad_to_patches(x, self.patch_embed.patch_size)
-        x = saturate(self.patch_embed(blank_invalid(x, patch_valid, self.patch_embed.patch_size)))
+        x = blank_invalid(x, patch_valid, self.patch_embed.patch_size)
+        x = saturate(self.patch_embed(x, patch_valid) if self.mask_stem else self.patch_embed(x))
         B, H, W, C = x.shape
         if self.pos_embed is not None:
             x = self.pos_embed(x, patch_valid)
@@ -625,7 +628,7 @@ def luna_vit_base_patch8(pretrained: bool = False, **kwargs: Any) -> LunaVit:
 @register_model
 def luna_vit_small_paper(pretrained: bool = False, **kwargs: Any) -> LunaVit:
     """Luna ViT-Small with the paper's block as it is: post-norm, no local mixing, no MLP on the memory."""
-    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6, norm_first=False, local_mixing=False)
+    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6, norm_first=False, local_mixing="none")
     return _create_luna_vit("luna_vit_small_paper", pretrained=pretrained, **dict(model_args, **kwargs))
 
 

@@ -127,25 +127,14 @@ def test_names_are_said_as_people_say_them():
     assert short_name("luna_vit_small,mixer=identity") == "luna_vit_small (no mixing)"
 
 
-def test_form_limit_is_the_one_that_costs_least(tmp_path, capsys):
-    base = dict(dim=64, heads=1, projections=1)
-    rows = [dict(base, memory_len=m, absorbed=m, projected=20) for m in (8, 16, 32, 64)]
-    limit, cost = forms.best_limit(rows)
-    assert 16 / 64 < limit < 32 / 64 and cost == 1.0
-    assert forms.regret(rows[3], 2.0) == 64 / 20
+def test_form_constants_are_those_that_cost_least(tmp_path, capsys):
+    shape = dict(dim=64, heads=2, projections=2, patches=4096, projected=1.0)
+    rows = [dict(shape, memory_len=m, absorbed=t) for m, t in ((16, 0.5), (32, 0.9), (64, 2.0))]
+    cost, mean, worst = forms.fit(rows)
+    assert mean == worst == 1.0
+    assert forms.regret(rows[2], cost._replace(absorbed=0.0)) == 2.0
 
-    argv = [
-        "--dims",
-        "64",
-        "--memory-lens",
-        "8",
-        "--patches",
-        "20",
-        "--seconds",
-        "0",
-        "--out",
-        str(tmp_path / "f.json"),
-    ]
-    forms.main(argv)
-    assert len(json.loads((tmp_path / "f.json").read_text())["rows"]) == 6
-    assert "pack: absorbed if H L <" in capsys.readouterr().out
+    argv = ["--dims", "64", "--memory-lens", "8", "--patches", "20", "--seconds", "0"]
+    forms.main([*argv, "--out", str(tmp_path / "forms.json")])
+    assert len(json.loads((tmp_path / "forms.json").read_text())["rows"]) == 6
+    assert "unpack: FormCost(absorbed=" in capsys.readouterr().out

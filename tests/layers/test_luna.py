@@ -53,7 +53,7 @@ def test_padded_patch_changes_nothing_in_attention(tie_kv, pack_heads):
     torch.testing.assert_close(y_padded[valid].view_as(y), y, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("norm_first, memory_mlp", itertools.product([True, False], repeat=2))
+@pytest.mark.parametrize("norm_first, memory_mlp", itertools.product([True, False], ["none", "own", "shared"]))
 def test_padded_patch_changes_nothing_in_block(norm_first, memory_mlp):
     """Local mixing included: beyond the valid grid it must see what it sees beyond the border of an image."""
     b = block(norm_first=norm_first, memory_mlp=memory_mlp)
@@ -91,7 +91,9 @@ def test_local_mixing_is_a_convolution_over_the_grid():
     assert reached.tolist() == [0, 1, W, W + 1]
 
 
-@pytest.mark.parametrize("norm_first, tie_kv, memory_mlp", itertools.product([True, False], repeat=3))
+@pytest.mark.parametrize(
+    "norm_first, tie_kv, memory_mlp", itertools.product([True, False], [True, False], ["none", "own", "shared"])
+)
 @pytest.mark.parametrize("memory_read, patches_read", [(True, True), (True, False), (False, True)])
 def test_every_parameter_gets_a_gradient(norm_first, tie_kv, memory_mlp, memory_read, patches_read):
     b = block(

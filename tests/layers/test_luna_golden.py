@@ -86,7 +86,7 @@ def test_block_equals_authors(case):
         mlp_ratio=2.0,
         tie_kv="attn.pack_kv.weight" in state,
         norm_first="prenorm" in case,
-        local_mixing=False,
+        local_mixing="none",
         act_layer="relu" if "relu" in case else "gelu",
         norm_layer=nn.LayerNorm,  # eps 1e-5, as the authors have it
     )

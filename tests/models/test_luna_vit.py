@@ -9,6 +9,7 @@ from timm.optim import create_optimizer_v2
 from torchvision.ops import FeaturePyramidNetwork
 
 from luna_vision import LunaVit
+from luna_vision.layers import LOCAL_MIXING, MEMORY_MLP
 
 POOLS = ["avg", "max", "avgmax", "map", "token", "both"]
 
@@ -54,12 +55,20 @@ def test_state_dict_does_not_depend_on_the_image_size(pos_embed):
     close(large(image(2, 3, 80, 48)), small(image(2, 3, 80, 48)))
 
 
-@pytest.mark.parametrize(
-    "pos_embed, pool", [*itertools.product(["fourier", "learn", "none"], ["avg"]), *(("fourier", p) for p in POOLS)]
-)
+VARIANTS = [
+    *({"pos_embed": p} for p in ("fourier", "learn", "none")),
+    *({"global_pool": p} for p in POOLS),
+    *({"local_mixing": m} for m in LOCAL_MIXING),
+    *({"memory_mlp": m} for m in MEMORY_MLP),
+    {"stem": "conv"},
+    {"stem": "conv", "local_mixing": "mlp", "memory_mlp": "shared", "global_pool": "both", "pack_heads": 1},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("norm_first", [True, False])
-def test_batch_of_sizes_equals_each_image_alone(pos_embed, pool, norm_first):
-    model = tiny(pos_embed=pos_embed, global_pool=pool, norm_first=norm_first)
+def test_batch_of_sizes_equals_each_image_alone(variant, norm_first):
+    model = tiny(**variant, norm_first=norm_first)
     sizes = [(48, 80), (64, 33), (5, 96)]
     batch = image(3, 3, 64, 96) * 100  # what lies outside an image must not matter
     valid = torch.zeros(3, 4, 6, dtype=torch.bool)
@@ -184,16 +193,40 @@ def test_pooling(pool):
     close(model.head(embedding), model(x))
 
 
-@pytest.mark.parametrize("pool, norm_first, memory_mlp", itertools.product([*POOLS, ""], [True, False], [True, False]))
+@pytest.mark.parametrize(
+    "pool, norm_first, memory_mlp", itertools.product([*POOLS, ""], [True, False], ["none", "own", "shared"])
+)
 def test_every_parameter_gets_a_gradient_whatever_the_head_reads(pool, norm_first, memory_mlp):
     model = tiny(global_pool=pool, norm_first=norm_first, memory_mlp=memory_mlp, init_values=0.1, depth=3).train()
     model(image(2, 3, 48, 64)).square().mean().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
 
+@pytest.mark.parametrize("pool, local_mixing", itertools.product(["avg", "token"], ["attn", "mlp"]))
+@pytest.mark.parametrize("mixer", ["luna", "identity"])
+def test_every_parameter_gets_a_gradient_wherever_local_mixing_stands(pool, local_mixing, mixer):
+    pool = pool if mixer == "luna" else "avg"
+    model = tiny(global_pool=pool, local_mixing=local_mixing, mixer=mixer, stem="conv", depth=2).train()
+    torch.jit.script(model)
+    model(image(2, 3, 48, 64)).square().mean().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("patch_size", [12, (16, 8), 1])
+def test_conv_stem_says_which_patches_it_can_make(patch_size):
+    with pytest.raises(ValueError, match="a conv stem needs a square patch of 2, 4, 8, ... pixels"):
+        tiny(stem="conv", patch_size=patch_size)
+
+
+@pytest.mark.parametrize("name", ["local_mixing", "memory_mlp", "stem", "pos_embed", "global_pool"])
+def test_unknown_option_lists_the_options(name):
+    with pytest.raises(ValueError, match=f"{name} must be one of '.*', '.*', got 'nowhere'"):
+        tiny(**{name: "nowhere"})
+
+
 @pytest.mark.parametrize("pool, norm_first", itertools.product(["avg", "token"], [True, False]))
 def test_features_only_leaves_no_trainable_parameter_without_gradient(pool, norm_first):
-    kwargs = dict(global_pool=pool, norm_first=norm_first, memory_mlp=True, init_values=0.1)
+    kwargs = dict(global_pool=pool, norm_first=norm_first, memory_mlp="own", init_values=0.1)
     model = timm.create_model("test_luna_vit", features_only=True, out_indices=(1, 3), **kwargs)
     sum(f.square().sum() for f in model(torch.randn(1, 3, 48, 64))).backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
@@ -249,7 +282,7 @@ def test_wrong_images_are_said(shape, message):
 
 
 def test_wrong_patch_valid_is_said():
-    for pos_embed, local_mixing in itertools.product(["fourier", "none"], [True, False]):
+    for pos_embed, local_mixing in itertools.product(["fourier", "none"], ["before", "none"]):
         model = tiny(pos_embed=pos_embed, local_mixing=local_mixing)
         with pytest.raises(ValueError, match=r"patch_valid must have shape \(1, 4\), got \[1, 5\]"):
             model(image(1, 3, 32, 32), torch.ones(1, 5, dtype=torch.bool))
@@ -269,7 +302,7 @@ def test_drop_rates_act_in_training_only(rate):
 
 
 def test_hidden_patches_hide_their_content():
-    model = tiny(patch_drop_rate=0.5, local_mixing=False).train()
+    model = tiny(patch_drop_rate=0.5, local_mixing="none").train()
     x = image(1, 3, 64, 64)
     _, _, _, keep = model._embed(x, None, None)
     assert 0 < keep.sum() < 16
@@ -324,7 +357,7 @@ def test_half_precision_is_finite_at_the_end_of_its_range(value):
 
 
 def test_device_and_dtype_are_factory_arguments():
-    model = timm.create_model("test_luna_vit", device="meta", dtype=torch.bfloat16, init_values=0.1, memory_mlp=True)
+    model = timm.create_model("test_luna_vit", device="meta", dtype=torch.bfloat16, init_values=0.1, memory_mlp="own")
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
     assert timm.create_model("test_luna_vit", in_chans=5)(torch.randn(1, 5, 32, 32)).shape == (1, 1000)
 
@@ -366,7 +399,7 @@ def test_features_only_equals_forward_intermediates_and_prunes():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"init_values": 1e-2}, {"memory_mlp": True}, {"norm_first": False}])
+@pytest.mark.parametrize("kwargs", [{}, {"init_values": 1e-2}, {"memory_mlp": "own"}, {"norm_first": False}])
 def test_pruning_changes_nothing_that_is_still_returned(kwargs):
     model = tiny(**kwargs)
     for name, p in model.named_parameters():

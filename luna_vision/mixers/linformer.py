@@ -1,0 +1,141 @@
+"""Linformer: softmax attention to K projections of all keys and values, E k and F v with E, F in R^(K x N).
+
+Source: Wang et al., "Linformer: Self-Attention with Linear Complexity", 2020 (arXiv 2006.04768), section 4.
+
+Shapes: B batch, H heads, N patches on a grid H' x W', C width, D = C / H head width, R side of the reference grid,
+K projections.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+from .._tensors import autocasts, saturate, wide
+from ..functional import readable
+from .base import SelfAttention
+
+__all__ = ["LinformerMixer"]
+
+
+def _overlap(used: Tensor, cells: int, dtype: torch.dtype) -> Tensor:
+    """Share of each of R cells that each row (or column) of a grid covers, (B, R, length), of a mask (B, length) of the
+    rows in use. They divide the image evenly, and so do the cells; shares in a cell sum to 1."""
+    index = (used.cumsum(dim=1) - 1).clamp(min=0)[:, None, :]
+    count = used.sum(dim=1).clamp(min=1)[:, None, None]
+    cell = torch.arange(cells, device=used.device)[:, None]
+    # in whole numbers, with an edge of 1 / (R count): then a row that just touches a cell covers nothing of it
+    start = torch.maximum(index * cells, cell * count)
+    end = torch.minimum((index + 1) * cells, (cell + 1) * count)
+    return (end - start).clamp(min=0).to(dtype) / count
+
+
+def _pool(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Sum patches (B, H, H', W', D) into cells (B, H, R * R, D) by the shares (B, R, H') and (B, R, W')."""
+    B, heads, height, width, D = x.shape
+    x = rows[:, None] @ x.reshape(B, heads, height, width * D)
+    x = columns[:, None, None] @ x.view(B, heads, -1, width, D)
+    return x.flatten(2, 3)
+
+
+def _covered_norm(weight: Tensor, filled: Tensor) -> Tensor:
+    """L1 norm of each projection over the cells that have a valid patch, (B, 1, K, 1), of filled (B, 1, R * R, 1)."""
+    return weight.abs() @ filled.to(weight.dtype)
+
+
+@register_notrace_module
+class LinformerMixer(SelfAttention):
+    """Linformer, for grids of any size. Cost O(N C (K + R)), and O(K R^2 C) an image.
+
+    Parameters: qkv and output projection, 4 C^2; projections, K R^2 or 2 K R^2, the same for all heads.
+    NOTE: the paper's E has a column for each of a fixed number of tokens. Here it has one for each cell of a reference
+        grid, and is resampled to the grid at hand by area, which is linear: (E A) x = E (A x). So the patches are
+        averaged into the cells, each by the area that it covers of the image's own valid grid, and no K x N matrix is
+        formed. On a grid of the reference size the two are the paper's.
+    NOTE: invalid patches are left out of the averages. Where a cell has no valid patch, each projection is scaled up to
+        the L1 norm that it has over all cells, and one that has only such cells is not attended to.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        proj_len: int = 64,
+        ref_size: int = 14,
+        share_kv: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        """
+        Args:
+            dim, num_heads, qkv_bias, proj_bias, attn_drop, proj_drop: See `SelfAttention`.
+            proj_len: K.
+            ref_size: R, the side of the reference grid; 14 is that of an image of 224 pixels in patches of 16.
+            share_kv: Project values with the projection of the keys.
+
+        Raises:
+            ValueError: As `SelfAttention` does, or a size below 1.
+        """
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, qkv_bias, proj_bias, attn_drop, proj_drop, **dd)
+        for name, value in (("proj_len", proj_len), ("ref_size", ref_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.ref_size = ref_size
+        self.proj_k = nn.Parameter(torch.empty(proj_len, ref_size**2, **dd))
+        self.proj_v = None if share_kv else nn.Parameter(torch.empty(proj_len, ref_size**2, **dd))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """A scale that keeps that of keys and values."""
+        nn.init.normal_(self.proj_k, std=1.0 / self.ref_size)
+        if self.proj_v is not None:
+            nn.init.normal_(self.proj_v, std=1.0 / self.ref_size)
+
+    def _project(
+        self, k: Tensor, v: Tensor, grid_size: tuple[int, int], patch_valid: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """K projections of keys and values (B, H, N, D), each (B, H, K, D), and which may be attended to, (B, K)."""
+        height, width = grid_size
+        weight_k = wide(self.proj_k)
+        weight_v = wide(self.proj_v) if self.proj_v is not None else weight_k
+        k, v = wide(k).unflatten(2, (height, width)), wide(v).unflatten(2, (height, width))
+        if patch_valid is not None:
+            grid = readable(patch_valid).view(-1, height, width)
+        else:
+            grid = torch.ones(1, height, width, dtype=torch.bool, device=k.device)
+        rows = _overlap(grid.any(dim=2), self.ref_size, k.dtype)
+        columns = _overlap(grid.any(dim=1), self.ref_size, k.dtype)
+        if patch_valid is None:
+            return weight_k @ _pool(k, rows, columns), weight_v @ _pool(v, rows, columns), None
+
+        grid = grid[:, None, :, :, None]
+        area = _pool(grid.to(k.dtype), rows, columns)  # of the valid patches in each cell, (B, 1, R * R, 1)
+        filled = area > 0
+        area = area.masked_fill(~filled, 1.0)
+        k = _pool(k.masked_fill(~grid, 0.0), rows, columns) / area
+        v = _pool(v.masked_fill(~grid, 0.0), rows, columns) / area
+        norm_k, norm_v = _covered_norm(weight_k, filled), _covered_norm(weight_v, filled)
+        k = (weight_k @ k) * (weight_k.abs().sum(dim=1, keepdim=True) / norm_k.clamp(min=1e-9))
+        v = (weight_v @ v) * (weight_v.abs().sum(dim=1, keepdim=True) / norm_v.clamp(min=1e-9))
+        return k, v, readable((norm_k > 0).flatten(1))
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], patch_valid: Tensor | None = None
+    ) -> Tensor:
+        if not torch.jit.is_scripting():
+            if autocasts(k):  # sums over N are not for half precision
+                with torch.autocast(k.device.type, enabled=False):
+                    k, v, covered = self._project(k, v, grid_size, patch_valid)
+            else:
+                k, v, covered = self._project(k, v, grid_size, patch_valid)
+        else:
+            k, v, covered = self._project(k, v, grid_size, patch_valid)
+        k, v = saturate(k.to(q.dtype)), saturate(v.to(q.dtype))
+        mask = covered[:, None, None, :] if covered is not None else None
+        drop = self.attn_drop if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
