@@ -57,6 +57,7 @@ __all__ = [
     "pack_absorbed",
     "pack_projected",
     "pack_queries",
+    "project_by_head",
     "readable",
     "saturate",
     "slot_scores",
@@ -210,7 +211,7 @@ class FormCost(NamedTuple):
 
 
 # fitted to docs/results/benchmark/forms.json by `python -m luna_vision.benchmarks.forms --fit-only`
-PACK_COST = FormCost(0.8, 5.0, 1.0)
+PACK_COST = FormCost(1.1, 2.0, 1.0)
 UNPACK_COST = FormCost(0.5, 2.0, 0.0)
 
 
@@ -251,35 +252,41 @@ def absorbs(patches: int, start: float) -> bool:
     return start < float("inf")
 
 
-def by_head(x: Tensor, heads: int) -> Tensor:
-    """(B, L, C) to (H, B * L, E): one batched product over heads serves the whole batch, without copies of the
-    weight."""
+def project_by_head(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+    """A linear map of (B, L, C) to (H, B * L, E), in `wide` type.
+
+    One batched product over heads serves the whole batch, is faster than a linear layer for so few rows, and gives
+    what `fold_heads` takes.
+    """
     B, L, C = x.shape
-    return x.reshape(B * L, heads, C // heads).transpose(0, 1)
+    x = wide(x).reshape(1, B * L, C).expand(heads, -1, -1)
+    weight = wide(weight).view(heads, C // heads, C).transpose(1, 2)
+    if bias is None:
+        return torch.bmm(x, weight)
+    return torch.baddbmm(wide(bias).view(heads, 1, C // heads), x, weight)
 
 
-def fold_heads(x: Tensor, weight: Tensor) -> Tensor:
+def fold_heads(x: Tensor, weight: Tensor, batch: int) -> Tensor:
     """Multiply each head's part of x by that head's part of a weight.
 
     Args:
-        x: (B, L, C), heads side by side.
+        x: (H, B * L, E).
         weight: (H, E, C).
+        batch: B.
 
     Returns:
-        (B, H * L, C): for head h and slot l the row x[l, h] @ weight[h].
+        (B, H * L, C): for head h and slot l the row x[h, l] @ weight[h].
     """
-    B, L, C = x.shape
-    heads = weight.shape[0]
-    y = by_head(x, heads) @ weight
-    return y.view(heads, B, L, C).transpose(0, 1).reshape(B, heads * L, C)
+    heads, rows, _ = x.shape
+    y = torch.bmm(x, weight).view(heads, batch, rows // batch, -1)
+    return y.transpose(0, 1).reshape(batch, heads * (rows // batch), -1)
 
 
 def pack_queries(memory: Tensor, w_query: Tensor, b_query: Tensor | None, w_key: Tensor, heads: int) -> Tensor:
     """The memory's queries with the keys' projection and the scale folded in, (B, H * L, C), in `wide` type."""
-    b_query = wide(b_query) if b_query is not None else None
-    q = F.linear(wide(memory), wide(w_query), b_query)
-    C = q.shape[-1]
-    return fold_heads(q * math.sqrt(heads / C), wide(w_key).view(heads, C // heads, C))
+    B, _, C = memory.shape
+    q = project_by_head(memory, w_query, b_query, heads) * math.sqrt(heads / C)
+    return fold_heads(q, wide(w_key).view(heads, C // heads, C), B)
 
 
 def project_packed(z: Tensor, w_value: Tensor, heads: int) -> Tensor:
@@ -287,7 +294,7 @@ def project_packed(z: Tensor, w_value: Tensor, heads: int) -> Tensor:
     B, S, C = z.shape
     L = S // heads
     z = wide(z).view(B, heads, L, C).transpose(0, 1).reshape(heads, B * L, C)
-    y = z @ wide(w_value).view(heads, C // heads, C).transpose(1, 2)
+    y = torch.bmm(z, wide(w_value).view(heads, C // heads, C).transpose(1, 2))
     return y.view(heads, B, L, C // heads).permute(1, 2, 0, 3)
 
 
@@ -319,15 +326,18 @@ def _pack_absorbed(
     dtype = x.dtype
     x = matmul_input(x)
     m = saturate(pack_queries(memory, w_query, b_query, w_key, heads).to(x.dtype))
-    scores = saturate(m @ x.transpose(1, 2))
+    # a GPU's softmax wants its rows whole; on a CPU (B, N, S) makes both products faster, by a sixth of the pack
+    axis = 2 if x.is_cuda else 1
+    scores = saturate(torch.bmm(x, m.transpose(1, 2)) if axis == 1 else torch.bmm(m, x.transpose(1, 2)))
     if valid is not None:
-        scores = scores.masked_fill(~readable(valid)[:, None, :], float("-inf"))
-    weights = scores.softmax(dim=-1)
+        scores = scores.masked_fill(~readable(valid).unsqueeze(3 - axis), float("-inf"))
+    weights = scores.softmax(dim=axis)
     row_sum: Tensor | None = None
     if dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)
-        row_sum = weights.sum(dim=-1)
-    y = pack_values(weights @ x, w_key if w_value is None else w_value, bias, row_sum, heads)
+        row_sum = weights.sum(dim=axis)
+    z = torch.bmm(weights.transpose(1, 2) if axis == 1 else weights, x)
+    y = pack_values(z, w_key if w_value is None else w_value, bias, row_sum, heads)
     return saturate(y.to(dtype))
 
 
@@ -359,14 +369,14 @@ def pack_absorbed(
 def slot_scores(x: Tensor, m_key: Tensor, shift: Tensor | None = None) -> Tensor:
     """X M_k^T, (B, N, S), of tokens (B, N, C) and the keys of S slots (B, S, C); `shift` (B, S) is added."""
     if shift is None:
-        return x @ m_key.transpose(1, 2)
+        return torch.bmm(x, m_key.transpose(1, 2))
     return torch.baddbmm(shift[:, None, :], x, m_key.transpose(1, 2))
 
 
 def weighted_slots(weights: Tensor, m_value: Tensor, bias: Tensor | None = None) -> Tensor:
     """A M_v, (B, N, C), of weights (B, N, S) and the values of S slots (B, S, C); `bias` (C) is added."""
     if bias is None:
-        return weights @ m_value
+        return torch.bmm(weights, m_value)
     return torch.baddbmm(bias[None, None, :], weights, m_value)
 
 
@@ -399,12 +409,11 @@ def _unpack_absorbed(
     E = C // heads
     dtype = x.dtype
     x = matmul_input(x)
-    bias = wide(bias) if bias is not None else None
-    k = F.linear(wide(packed), wide(w_key), bias if w_value is None else None)
-    v = k if w_value is None else F.linear(wide(packed), wide(w_value), bias)
+    k = project_by_head(packed, w_key, bias if w_value is None else None, heads)
+    v = k if w_value is None else project_by_head(packed, w_value, bias, heads)
     k = k * math.sqrt(heads / C)
-    m_key = saturate(fold_heads(k, wide(w_query).view(heads, E, C)).to(x.dtype))
-    m_value = fold_heads(v, wide(w_out).view(C, heads, E).permute(1, 2, 0))
+    m_key = saturate(fold_heads(k, wide(w_query).view(heads, E, C), B).to(x.dtype))
+    m_value = fold_heads(v, wide(w_out).view(C, heads, E).permute(1, 2, 0), B)
     if b_out is not None and dropout_p == 0.0:
         # each head's weights sum to 1, so a share of the bias in every slot is the bias, and costs no pass over N x C
         m_value = m_value + wide(b_out) / heads
@@ -412,8 +421,8 @@ def _unpack_absorbed(
     m_value = saturate(m_value.to(x.dtype))
     shift: Tensor | None = None
     if b_query is not None:
-        shift = by_head(k, heads) @ wide(b_query).view(heads, E, 1)
-        shift = saturate(shift.view(heads, B, L).transpose(0, 1).reshape(B, heads * L).to(x.dtype))
+        shift = torch.bmm(k, wide(b_query).view(heads, E, 1)).view(heads, B, L)
+        shift = saturate(shift.transpose(0, 1).reshape(B, heads * L).to(x.dtype))
 
     scores = saturate(slot_scores(x, m_key, shift)).unflatten(2, (heads, L))
     if valid is not None:

@@ -83,7 +83,7 @@ def test_absorbed_dropout_equals_the_formula_with_the_same_weights_dropped(tie_k
 
     k, v = LF.key_value(x, *layer._pack_weights(), H)
     q = LF.split_heads(layer.pack_q(memory), H)
-    want = LF.naive_attend(q, k, v, masks[0], keeps[0].view(B, H, L, N))
+    want = LF.naive_attend(q, k, v, masks[0], keeps[0].transpose(1, 2).reshape(B, H, L, N))
     torch.testing.assert_close(packed, want, rtol=1e-10, atol=1e-10)
     k, v = LF.key_value(want, *layer._unpack_weights(), H)
     read = LF.naive_attend(LF.split_heads(layer.unpack_q(x), H), k, v, masks[1], keeps[1].transpose(1, 2))

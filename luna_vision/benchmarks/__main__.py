@@ -33,7 +33,7 @@ MODELS = (
     "luna_vit_small,mixer=softmax",
     "luna_vit_small,mixer=identity",
 )
-KEYS = ("model", "height", "width", "dtype", "device", "execution", "mode", "batch_size")
+KEYS = ("model", "height", "width", "dtype", "device", "execution", "mode", "batch_size", "allocator")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -57,9 +57,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--execution", nargs="+", default=["eager"], choices=["eager", "compiled"])
     parser.add_argument("--modes", nargs="+", default=["inference"], choices=["inference", "training"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--allocator",
+        default="keep",
+        choices=["keep", "default"],
+        help="'keep' tells glibc to keep freed memory, for all models alike: handing it back and getting it again "
+        "takes a tenth or so of the time, and varies (%(default)s)",
+    )
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; torch's choice if left out")
-    parser.add_argument("--repeats", type=int, default=11, help="timed runs of each model, at most (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=11, help="turns of each model, at most (%(default)s)")
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="of timing for all models of one size, type and mode (%(default)s)"
     )
@@ -137,13 +144,13 @@ class Cell:
         return "error" not in self.report
 
     def run(self) -> None:
-        """Run the model once and keep the time."""
+        """Give the model its turn and keep the times."""
         self.connection.send("run")
         answer = self._receive()
         if "error" in answer:
             self.report["error"] = answer["error"]
         else:
-            self.times.append(answer["seconds"])
+            self.times += answer["seconds"]
 
     def close(self) -> None:
         """End the process."""
@@ -177,7 +184,7 @@ def measure(context: Any, cells: list[dict[str, Any]], repeats: int, seconds: fl
                 cell.close()
         started = time.perf_counter()
         for i in range(repeats):
-            for cell in running:
+            for cell in running[i % len(running) :] + running[: i % len(running)]:  # each goes first once
                 if cell.alive and cell.report["first_seconds"] <= seconds:
                     cell.run()
             if time.perf_counter() - started > seconds and i >= 2:
@@ -205,7 +212,11 @@ def main(argv: list[str] | None = None) -> int:
     code = 0
     if not args.report_only:
         shell = " ".join(sys.argv[1:] if argv is None else argv)
-        result.update(machine=machine(args.device), command=f"python -m luna_vision.benchmarks {shell}".strip())
+        command = f"python -m luna_vision.benchmarks {shell}".strip()
+        commands = result.setdefault("commands", [])
+        if command not in commands:
+            commands.append(command)
+        result.update(machine=machine(args.device))
         try:
             run(args, result)
         except KeyboardInterrupt:
@@ -221,6 +232,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, result: dict[str, Any]) -> None:
     """Measure what `result` lacks, and write it after every group."""
+    if args.allocator == "keep":  # read when the server of the cells starts
+        os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**30), MALLOC_TRIM_THRESHOLD_=str(2**40))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["luna_vision.benchmarks.cell"])
     have = {tuple(row[k] for k in KEYS) for row in result["rows"]}
@@ -228,7 +241,7 @@ def run(args: argparse.Namespace, result: dict[str, Any]) -> None:
     groups = list(itertools.product(args.dtypes, args.execution, args.modes, args.sizes))
     for n, (dtype, execution, mode, (height, width)) in enumerate(groups, 1):
         common = dict(height=height, width=width, dtype=dtype, device=args.device, execution=execution, mode=mode)
-        common.update(batch_size=args.batch_size, threads=threads)
+        common.update(batch_size=args.batch_size, threads=threads, allocator=args.allocator)
         cells = [{"model": m, **common} for m in args.models]
         if all(tuple(c[k] for k in KEYS) in have for c in cells):
             continue

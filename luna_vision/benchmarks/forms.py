@@ -25,25 +25,33 @@ __all__ = ["fit", "main", "regret"]
 PARTS = ("pack", "pack, untied", "unpack")
 
 
+LAYERS = 12  # of a model; every call takes the weights of the next, which lie in no cache
+
+
 def closure(part: str, form: str, x: Tensor, memory: Tensor, heads: int, training: bool) -> Callable[[], Any]:
-    """One call of a part in a form, forward alone or with the backward pass."""
+    """A call of a part in a form, forward alone or with the backward pass."""
     C = x.shape[-1]
     torch.manual_seed(0)
-    w_q, w_k, w_v, w_o = ((torch.randn(C, C) / C**0.5).to(x.dtype).requires_grad_(training) for _ in range(4))
+    layers = [
+        [(torch.randn(C, C) / C**0.5).to(x.dtype).requires_grad_(training) for _ in "qkvo"] for _ in range(LAYERS)
+    ]
     b = torch.zeros(C, dtype=x.dtype, requires_grad=training)
-    if part == "unpack":
-        run = LF.unpack_absorbed if form == "absorbed" else LF.unpack_projected
-        args = (x, memory, w_q, b, w_k, None, b, w_o, b, heads)
-    else:
-        run = LF.pack_absorbed if form == "absorbed" else LF.pack_projected
-        args = (memory, x, w_q, b, w_k, w_v if "untied" in part else None, b, heads)
+    turn = itertools.cycle(layers)
+
+    def run() -> Tensor:
+        w_q, w_k, w_v, w_o = next(turn)
+        if part == "unpack":
+            unpack = LF.unpack_absorbed if form == "absorbed" else LF.unpack_projected
+            return unpack(x, memory, w_q, b, w_k, None, b, w_o, b, heads)
+        pack = LF.pack_absorbed if form == "absorbed" else LF.pack_projected
+        return pack(memory, x, w_q, b, w_k, w_v if "untied" in part else None, b, heads)
 
     def infer() -> None:
         with torch.inference_mode():
-            run(*args)
+            run()
 
     def train() -> None:
-        run(*args).sum().backward()
+        run().sum().backward()
 
     return train if training else infer
 

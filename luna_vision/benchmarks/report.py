@@ -9,7 +9,7 @@ import numpy as np
 
 __all__ = ["exponent", "plot", "short_name", "table"]
 
-GROUP = ("dtype", "device", "execution", "mode", "batch_size")
+GROUP = ("dtype", "device", "execution", "mode", "batch_size", "allocator")
 
 
 def short_name(text: str) -> str:
@@ -33,11 +33,11 @@ def table(result: dict[str, Any], baselines: list[str]) -> str:
     rows = sorted(result["rows"], key=lambda r: [str(r[k]) for k in GROUP] + [r["height"] * r["width"]])
     for key, group in groupby(rows, key=lambda r: tuple(r[k] for k in GROUP)):
         group = list(group)
-        dtype, device, execution, mode, batch = key
+        dtype, device, execution, mode, batch, allocator = key
         used = [b for b in baselines if any(r["model"] == b for r in group)]
         memory = "saved for backward (MB)" if mode == "training" else "peak memory (MB)"
         lines += [
-            f"\n### {dtype}, {device}, {execution}, {mode}, batch {batch}\n",
+            f"\n### {dtype}, {device}, {execution}, {mode}, batch {batch}, allocator: {allocator}\n",
             "| pixels | model | ms | quartiles | images/s | "
             + "".join(f"{short_name(b)} / it | " for b in used)
             + f"{memory} | GMACs | share of GEMM rate |",
@@ -114,7 +114,7 @@ def plot(result: dict[str, Any], folder: Path) -> list[Path]:
         axes[2].set_ylim(0, 1.05)
         axes[0].legend(fontsize=8, title="model, and power of the pixels\nwith which its time grows", title_fontsize=8)
         fig.suptitle(f"{key[0]}, {key[1]}, {key[2]}, {mode}, batch {key[4]} ({result['machine']['cpu']})", fontsize=10)
-        path = folder / ("-".join(str(k) for k in key[:4]) + f"-batch{key[4]}.png")
+        path = folder / ("-".join(str(k) for k in key[:4]) + f"-batch{key[4]}-{key[5]}.png")
         fig.savefig(path, dpi=110)
         plt.close(fig)
         paths.append(path)

@@ -26,10 +26,15 @@ __all__ = [
     "ExternalMixer",
     "LinearMixer",
     "LinformerMixer",
+    "LocalMixer",
+    "LongformerMixer",
     "PerformerMixer",
     "RfaMixer",
+    "RoutingMixer",
     "SelfAttention",
     "SoftmaxMixer",
+    "StarMixer",
+    "StridedMixer",
     "create_mixer",
 ]
 

@@ -73,6 +73,7 @@ class SelfAttention(nn.Module):
         B, N, C = x.shape
         if patch_valid is not None:
             check_valid(patch_valid, B, N, "patch_valid")
+            x = x.masked_fill(~patch_valid[:, :, None], 0.0)  # zero times what is not a number is not a number
         q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
         y = self.mix(q, k, v, grid_size, patch_valid)
         return self.proj_drop(self.proj(y.transpose(1, 2).reshape(B, N, C)))

@@ -88,6 +88,7 @@ class StarMixer(SelfAttention):
         if patch_valid is not None:
             check_valid(patch_valid, B, N, "patch_valid")
             valid = readable(patch_valid)
+            x = x.masked_fill(~patch_valid[:, :, None], 0.0)
 
         relay = self._relay(x, valid, drop)
         bias = self.qkv.bias[C:] if self.qkv.bias is not None else None

@@ -269,8 +269,9 @@ class LunaVit(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay should leave alone: the memory and the positions."""
-        return {"memory", "pos_embed.rows.weight", "pos_embed.columns.weight", "pos_embed.ref_grid"}
+        """Parameters that weight decay should leave alone: the memory, the positions, and a mixer's global tokens."""
+        tokens = {name for name, _ in self.named_parameters() if name.endswith("global_tokens")}
+        return tokens | {"memory", "pos_embed.rows.weight", "pos_embed.columns.weight", "pos_embed.ref_grid"}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

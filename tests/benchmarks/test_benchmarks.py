@@ -109,7 +109,16 @@ def test_mistakes_are_one_line_and_exit_code_2(argv, said, capsys):
 
 def row(model, side, seconds, **kwargs):
     shape = dict(height=side, width=side, dtype="float32", device="cpu", execution="eager", mode="inference")
-    return dict(model=model, **shape, batch_size=1, seconds=seconds, quartiles=[seconds] * 2, macs=1e9, peak_bytes=1e8)
+    return dict(
+        model=model,
+        **shape,
+        batch_size=1,
+        allocator="keep",
+        seconds=seconds,
+        quartiles=[seconds] * 2,
+        macs=1e9,
+        peak_bytes=1e8,
+    )
 
 
 def test_ratios_and_exponent_are_those_of_the_numbers(tmp_path):
