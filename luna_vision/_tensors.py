@@ -4,10 +4,12 @@ Shapes: B batch, K tokens, C width, H heads, E = C / H head width.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from timm.models import register_notrace_function
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 # Without AVX-512, PyTorch multiplies half-precision matrices on an x86 CPU by scalar loops, many times slower than
 # float32 ones, so it pays to convert. (On other CPUs the answer is the same, or they say DEFAULT and it does no harm.)
@@ -113,3 +115,17 @@ def matmul_input(x: Tensor) -> Tensor:
         if _SLOW_HALF_ON_CPU and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
             return x.float()
     return x
+
+
+def half_is_slow(x: Tensor) -> bool:
+    """Whether a layer would work on x, under autocast if that is on, in half precision that is slow here."""
+    half = autocast_input(x)
+    return matmul_input(half).dtype != half.dtype
+
+
+def run_in_float32(module: nn.Module, x: Tensor, *args: Any) -> Tensor:
+    """Run a module in float32, and return what it would have returned, in the type in which it would have worked."""
+    dtype = autocast_input(x).dtype
+    params = {name: p.float() for name, p in module.named_parameters()}
+    with torch.autocast("cpu", enabled=False):
+        return functional_call(module, params, (x.float(), *args)).to(dtype)

@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="of timing for all models of one size, type and mode (%(default)s)"
     )
-    parser.add_argument("--out", type=Path, help="folder for results.json and the plots")
+    parser.add_argument("--out", type=Path, help="folder for results.json, table.md and the plots")
     parser.add_argument("--fresh", action="store_true", help="measure again what --out has already")
     parser.add_argument("--report-only", action="store_true", help="table and plots of what --out has")
     args = parser.parse_args(argv)
@@ -222,9 +222,11 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("\ninterrupted; what was measured is kept", file=sys.stderr)
             code = 130
-    print(table(result, args.baselines))
+    text = table(result, args.baselines)
+    print(text)
     if args.out:
         write(args.out / "results.json", result)
+        (args.out / "table.md").write_text(text.lstrip() + "\n")
         for path in plot(result, args.out):
             print(path)
     return code

@@ -6,6 +6,7 @@ from .conv_stem import ConvPatchEmbed
 from .local_mixing import LocalMixing
 from .luna import LunaAttention
 from .mlp import Mlp
+from .patch_embed import PatchEmbed
 from .pos_embed import POS_EMBEDS, FourierPosEmbed, LearnedPosEmbed
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "LunaBlock",
     "MixerBlock",
     "Mlp",
+    "PatchEmbed",
 ]

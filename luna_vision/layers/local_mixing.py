@@ -4,12 +4,11 @@ Shapes: B batch, H', W' patch grid, N = H' * W' patches, C width.
 """
 
 import torch
-import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from .._tensors import autocast_input, check_valid, matmul_input, saturate
+from .._tensors import check_valid, half_is_slow, run_in_float32, saturate
 
 __all__ = ["LocalMixing"]
 
@@ -30,24 +29,16 @@ class LocalMixing(nn.Module):
         trunc_normal_(self.conv.weight, std=0.02)
         nn.init.zeros_(self.conv.bias)
 
-    def _conv(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            half = autocast_input(x)
-            if matmul_input(half).dtype != half.dtype:
-                # without instructions for it, PyTorch's CPU runs a half-precision depthwise convolution channel by
-                # channel, several times slower than a float32 one
-                bias = self.conv.bias.float() if self.conv.bias is not None else None
-                with torch.autocast("cpu", enabled=False):
-                    y = F.conv2d(x.float(), self.conv.weight.float(), bias, padding=1, groups=self.conv.groups)
-                return y.to(half.dtype)
-        return self.conv(x)
-
     def forward(self, x: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None = None) -> Tensor:
         """Map (B, N, C) to (B, N, C). Invalid patches count as zeros, as the border of the image does.
 
         Raises:
             ValueError: There is no grid, or it does not have N patches.
         """
+        if not torch.jit.is_scripting():
+            if half_is_slow(x):
+                # PyTorch's CPU runs a half-precision depthwise convolution channel by channel
+                return run_in_float32(self, x, grid_size, patch_valid)
         B, N, C = x.shape
         if grid_size is None:
             raise ValueError("local mixing needs grid_size, the (rows, columns) of the patch grid")
@@ -58,5 +49,5 @@ class LocalMixing(nn.Module):
             check_valid(patch_valid, B, N, "patch_valid")
             x = x.masked_fill(~patch_valid[:, :, None], 0.0)
         # a channels-last view, not a copy
-        x = self._conv(x.reshape(B, H, W, C).permute(0, 3, 1, 2))
+        x = self.conv(x.reshape(B, H, W, C).permute(0, 3, 1, 2))
         return saturate(x.permute(0, 2, 3, 1).reshape(B, N, C))

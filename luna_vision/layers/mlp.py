@@ -9,9 +9,8 @@ import timm.layers
 import torch
 from timm.models import register_notrace_module
 from torch import Tensor
-from torch.func import functional_call
 
-from .._tensors import autocast_input, matmul_input
+from .._tensors import half_is_slow, run_in_float32
 from .local_mixing import LocalMixing
 
 __all__ = ["Mlp"]
@@ -37,11 +36,8 @@ class Mlp(timm.layers.Mlp):
     def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None, patch_valid: Tensor | None = None) -> Tensor:
         """Map (B, N, C) to (B, N, C). Without a grid, as for a memory, there is no local mixing."""
         if not torch.jit.is_scripting():
-            half = autocast_input(x)
-            if matmul_input(half).dtype != half.dtype:
-                params = {name: p.float() for name, p in self.named_parameters()}
-                with torch.autocast("cpu", enabled=False):
-                    return functional_call(self, params, (x.float(), grid_size, patch_valid)).to(half.dtype)
+            if half_is_slow(x):
+                return run_in_float32(self, x, grid_size, patch_valid)
         x = self.act(self.fc1(x))
         if self.local is not None and grid_size is not None:
             x = x + self.local(x, grid_size, patch_valid)

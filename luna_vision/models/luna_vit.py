@@ -17,7 +17,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     AttentionPoolLatent,
     LayerType,
-    PatchEmbed,
     calculate_drop_path_rates,
     get_act_layer,
     get_device_dtype,
@@ -36,7 +35,7 @@ from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
 from .._tensors import check_option, saturate
-from ..layers import POS_EMBEDS, ConvPatchEmbed, LunaBlock, MixerBlock
+from ..layers import POS_EMBEDS, ConvPatchEmbed, LunaBlock, MixerBlock, PatchEmbed
 from ..mixers import create_mixer
 from ._parts import (
     POOL_TYPES,
