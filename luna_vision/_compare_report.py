@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ._compare_run import write_json
+from .benchmarks.record import write_json
 
 Rows = dict[str, list[dict[str, Any]]]  # by task
 NOTE = (
@@ -158,7 +158,8 @@ def _draw_resolution(axes: Any, rows: list[dict[str, Any]]) -> None:
         axes.set_xticks(sides, [str(side) for side in sides])
     axes.set_xlabel("side of test images (px), trained at the first")
     axes.set_ylabel("test accuracy (%)")
-    axes.legend(fontsize="small")
+    if axes.has_data():
+        axes.legend(fontsize="small")
 
 
 def _error_bar(found: dict[str, Any]) -> tuple[list[float], list[float]]:

@@ -8,8 +8,6 @@ import datetime
 import hashlib
 import json
 import logging
-import os
-import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import timm
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from timm.models import create_model
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 import luna_vision.data
+from luna_vision.benchmarks.cell import saved_bytes
 from luna_vision.benchmarks.model_table import count_macs
+from luna_vision.benchmarks.record import machine
 from luna_vision.data import EpochSampler, ImageDataModule
 from luna_vision.tasks import ClassificationTask, NonFiniteGuard
 
@@ -219,55 +218,19 @@ def describe(config: dict[str, Any]) -> dict[str, Any]:
     task, side = make_task(config), config["model"]["img_size"]
     on_meta = create_model(MODEL, num_classes=10, in_chans=task.hparams.in_chans, device="meta", **config["model"])
     images = torch.randn(config["batch_size"], task.hparams.in_chans, side, side)
+    model = task.model.train()
     return {
         "params": sum(p.numel() for p in task.model.parameters()),
         "macs": count_macs(on_meta, side, side),
-        "saved_bytes": saved_bytes(task.model, images),
+        "saved_bytes": saved_bytes(lambda: model(images), model),
         "batch_size": config["batch_size"],
     }
 
 
-def saved_bytes(model: nn.Module, images: Tensor) -> int:
-    """Bytes that autograd keeps from forward to backward: each storage once, parameters and buffers not counted."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    seen: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor  # kept by the graph, so that its address stays taken
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        logits = model.train()(images)
-    total = sum(seen.values())
-    logits.sum().backward()
-    return total
-
-
 def provenance() -> dict[str, Any]:
     """Where and with what a number came about."""
-    versions = {"python": platform.python_version()}
-    versions.update({package.__name__: package.__version__ for package in (torch, timm, lightning)})
-    machine = {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system()}
-    return {"date": datetime.date.today().isoformat(), "machine": machine, "versions": versions}
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write in one move, so that a file of this name is always complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    about = {**machine(), "lightning": lightning.__version__, "threads": torch.get_num_threads()}
+    return {"date": datetime.date.today().isoformat(), "machine": about}
 
 
 def _be_quiet() -> None:

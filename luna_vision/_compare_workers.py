@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from ._compare_run import Run, execute, provenance, write_json
+from ._compare_run import Run, execute, provenance
+from .benchmarks.record import write_json
 
 
 @dataclass

@@ -3,7 +3,9 @@
 Shapes: B batch, K tokens, C width, H heads, E = C / H head width.
 """
 
+import platform
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,8 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 # Without AVX-512, PyTorch multiplies half-precision matrices on an x86 CPU by scalar loops, many times slower than
-# float32 ones, so it pays to convert. (On other CPUs the answer is the same, or they say DEFAULT and it does no harm.)
-_SLOW_HALF_ON_CPU = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
+# float32 ones, so it pays to convert.
+_X86 = platform.machine() in ("x86_64", "AMD64")
+_SLOW_HALF_ON_CPU = _X86 and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def check_option(name: str, value: str, options: Iterable[str]) -> None:
@@ -105,6 +108,11 @@ def autocast_input(x: Tensor) -> Tensor:
         if autocasts(x) and x.dtype != torch.float64:
             return x.to(torch.get_autocast_dtype(x.device.type))
     return x
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """Work on x in the types that are given, autocast or not."""
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
 
 
 @register_notrace_function

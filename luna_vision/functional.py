@@ -33,6 +33,7 @@ from ._tensors import (
     check_option,
     check_valid,
     matmul_input,
+    no_autocast,
     readable,
     saturate,
     split_heads,
@@ -50,6 +51,7 @@ __all__ = [
     "attend",
     "attention_weights",
     "check_valid",
+    "double_normalise",
     "external_read",
     "fold_heads",
     "key_value",
@@ -326,7 +328,7 @@ def _pack_absorbed(
     dtype = x.dtype
     x = matmul_input(x)
     m = saturate(pack_queries(memory, w_query, b_query, w_key, heads).to(x.dtype))
-    # a GPU's softmax wants its rows whole; on a CPU (B, N, S) makes both products faster, by a sixth of the pack
+    # a GPU's softmax wants its rows whole; on a CPU (B, N, S) makes both products faster
     axis = 2 if x.is_cuda else 1
     scores = saturate(torch.bmm(x, m.transpose(1, 2)) if axis == 1 else torch.bmm(m, x.transpose(1, 2)))
     if valid is not None:
@@ -380,14 +382,27 @@ def weighted_slots(weights: Tensor, m_value: Tensor, bias: Tensor | None = None)
     return torch.baddbmm(bias[None, None, :], weights, m_value)
 
 
+def double_normalise(scores: Tensor, valid: Tensor | None = None) -> Tensor:
+    """External Attention's normalisation: softmax over the patches, then L1 over the slots, of scores (B, N, S).
+
+    Patches that are not valid (B, N) are left out of the first. NOTE: computed as one softmax over the slots, in
+    float32 or wider. It needs no small constant in the L1 norm, as the authors' code does, and is right even for a
+    patch whose share of every slot underflows.
+    """
+    scores = wide(scores)
+    counted = scores
+    if valid is not None:
+        counted = scores.masked_fill(~readable(valid)[:, :, None], float("-inf"))
+    return (scores - counted.logsumexp(dim=1, keepdim=True)).softmax(dim=2)
+
+
 def external_read(x: Tensor, m_key: Tensor, m_value: Tensor) -> Tensor:
     """External Attention: read a memory (S, C) that is the same for every image, with its double normalisation.
 
     Softmax over the tokens, then L1 over the slots (arXiv 2105.02358, section 3.2). Luna's absorbed unpack is this
     with a memory of the image's own and a softmax over each head's slots.
     """
-    weights = slot_scores(x, m_key.expand(x.shape[0], -1, -1)).softmax(dim=1)
-    weights = weights / weights.sum(dim=2, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    weights = double_normalise(slot_scores(x, m_key.expand(x.shape[0], -1, -1))).to(x.dtype)
     return weighted_slots(weights, m_value.expand(x.shape[0], -1, -1))
 
 
@@ -501,7 +516,8 @@ class PackState:
         heads: int,
     ) -> "PackState":
         """The state before anything is read. Arguments as in `pack_projected`."""
-        queries = pack_queries(memory, w_query, b_query, w_key, heads)
+        with no_autocast(memory):
+            queries = pack_queries(memory, w_query, b_query, w_key, heads)
         B, L, C = memory.shape
         return cls(
             maximum=queries.new_full((B, heads, L), float("-inf"), requires_grad=False),
@@ -525,14 +541,16 @@ class PackState:
         if self.projected:
             raise ValueError("a projected PackState reads no more patches: update first, then project and merge")
         B, H, L, C = self.weighted.shape
-        x = matmul_input(x)
-        scores = wide(saturate(self.queries.to(x.dtype) @ x.transpose(1, 2)))
+        x = matmul_input(autocast_input(x))
+        with no_autocast(x):
+            scores = wide(saturate(torch.bmm(self.queries.to(x.dtype), x.transpose(1, 2))))
         if valid is not None:
             scores = scores.masked_fill(~valid[:, None, :], float("-inf"))
         scores = scores.view(B, H, L, -1)
         tile_max = scores.detach().amax(dim=-1) if x.shape[1] else torch.full_like(self.maximum, float("-inf"))
         weights = (scores - _finite(tile_max)[..., None]).exp()
-        weighted = (weights.view(B, H * L, -1).to(x.dtype) @ x).view(B, H, L, C)
+        with no_autocast(x):
+            weighted = torch.bmm(weights.view(B, H * L, -1).to(x.dtype), x).view(B, H, L, C)
         tile = dataclasses.replace(self, maximum=tile_max, total=weights.sum(dim=-1), weighted=wide(weighted))
         return self.merge(tile)
 
@@ -558,7 +576,8 @@ class PackState:
         if self.projected:
             return self
         B, H, L, C = self.weighted.shape
-        values = project_packed(self.weighted.view(B, H * L, C), self.w_value, H)
+        with no_autocast(self.weighted):
+            values = project_packed(self.weighted.view(B, H * L, C), self.w_value, H)
         return dataclasses.replace(self, weighted=values.transpose(1, 2), projected=True)
 
     def finish(self) -> Tensor:

@@ -11,8 +11,9 @@ from torch import nn
 from luna_vision import _compare_workers, compare
 from luna_vision._compare_measure import measure
 from luna_vision._compare_report import wilson
-from luna_vision._compare_run import MODEL, BudgetSampler, execute, make_data, make_task, saved_bytes, train_loader
+from luna_vision._compare_run import MODEL, BudgetSampler, execute, make_data, make_task, train_loader
 from luna_vision._compare_workers import result_path
+from luna_vision.benchmarks.cell import saved_bytes
 from luna_vision.compare import SUITES, TASKS, main, plan, unfinished
 
 TINY = ["--tasks", "digits", "--width", "32", "--depth", "1", "--samples", "320", "--test-images", "40"]
@@ -189,7 +190,7 @@ def test_measure(tmp_path, capsys, monkeypatch):
 def test_saved_bytes_counts_a_storage_once_and_no_parameters():
     x = torch.randn(4, 8)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
-    assert saved_bytes(model, x) == 2 * 4 * 8 * 4  # the input, and the result of the ReLU
+    assert saved_bytes(lambda: model(x), model) == 2 * 4 * 8 * 4  # the input, and the result of the ReLU
     assert measure([], None, 1) == 0
 
 

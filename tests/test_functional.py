@@ -236,6 +236,18 @@ def test_block_saves_less_for_the_backward_pass_than_a_vit_and_adds_in_place():
     assert size["luna_vit_small"] - size["luna_vit_smallidentity"] < 2 * (a_layer + small)
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_precision_compiles_as_one_graph(autocast):
+    """The way around slow half precision calls modules with other weights."""
+    torch.manual_seed(0)
+    model, x = timm.create_model("test_luna_vit", depth=2).eval(), torch.randn(1, 3, 48, 64)
+    if not autocast:
+        model, x = model.bfloat16(), x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got = torch.compile(model, fullgraph=True, backend="eager")(x)
+        torch.testing.assert_close(got, model(x), rtol=0.05, atol=0.02)  # compiled code may take the other form
+
+
 def test_residual_is_written_over_what_a_layer_returned():
     x, y = torch.randn(2, 3), torch.randn(2, 3)
     want = x + y

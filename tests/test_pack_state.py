@@ -126,6 +126,20 @@ def test_a_projected_state_is_small_and_reads_no_more():
         projected.merge(state)
 
 
+def test_autocast_folds_in_float32():
+    """As in `pack_absorbed`: what is folded and summed is not rounded to the type of autocast."""
+    attn = layer().float()
+    x, memory, _ = (t.float() for t in tokens(40))
+    want = attn.pack_state(memory)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = attn.pack_state(memory)
+        packed = got.update(x).finish()
+        whole = attn(x, memory)[1]
+    torch.testing.assert_close(got.queries, want.queries)
+    assert packed.dtype == torch.float32
+    torch.testing.assert_close(packed, whole.float(), rtol=0.01, atol=0.01)
+
+
 def test_bfloat16_patches_are_packed_in_float32():
     attn = layer().float()
     x, memory, _ = tokens(40)

@@ -6,7 +6,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import platform
 import re
 import statistics
 import sys
@@ -15,12 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 
-import luna_vision
-
 from .cell import Spec, gemm_rate, run_cell
+from .record import machine, write_json
 from .report import plot, table
 
 # the models of the README's table, and what they are measured against
@@ -62,7 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="keep",
         choices=["keep", "default"],
         help="'keep' tells glibc to keep freed memory, for all models alike: handing it back and getting it again "
-        "takes a tenth or so of the time, and varies (%(default)s)",
+        "takes time, and not always the same (%(default)s)",
     )
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; torch's choice if left out")
@@ -102,20 +99,6 @@ def parse_size(text: str) -> tuple[int, int]:
     if not match or int(match[1]) < 1 or int(match[2] or 1) < 1:
         raise ValueError(f"a size is PIXELS or HEIGHTxWIDTH, got {text!r}")
     return int(match[1]), int(match[2] or match[1])
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What the numbers were taken on, and with."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
-        pass
-    out = {"cpu": cpu, "cores": os.cpu_count(), "instructions": torch.backends.cpu.get_cpu_capability()}
-    if device == "cuda":
-        out["gpu"] = torch.cuda.get_device_name()
-    versions = {"torch": torch.__version__, "timm": timm.__version__, "luna_vision": luna_vision.__version__}
-    return {**out, "system": platform.platform(), "python": platform.python_version(), **versions}
 
 
 class Cell:
@@ -195,14 +178,6 @@ def measure(context: Any, cells: list[dict[str, Any]], repeats: int, seconds: fl
     yield from (cell.row() for cell in running)
 
 
-def write(path: Path, result: dict[str, Any]) -> None:
-    """Write JSON so that a kill leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    part.replace(path)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Measure, print the table, write JSON and plots. Returns the exit code: 130 after Ctrl-C."""
     args = parse_args(argv)
@@ -225,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     text = table(result, args.baselines)
     print(text)
     if args.out:
-        write(args.out / "results.json", result)
+        write_json(args.out / "results.json", result)
         (args.out / "table.md").write_text(text.lstrip() + "\n")
         for path in plot(result, args.out):
             print(path)
@@ -257,7 +232,7 @@ def run(args: argparse.Namespace, result: dict[str, Any]) -> None:
         mine = {tuple(c[k] for k in KEYS) for c in cells}
         result["rows"] = [r for r in result["rows"] if tuple(r[k] for k in KEYS) not in mine] + rows
         if args.out:
-            write(args.out / "results.json", result)
+            write_json(args.out / "results.json", result)
 
 
 if __name__ == "__main__":

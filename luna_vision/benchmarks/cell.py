@@ -76,8 +76,9 @@ def build(spec: Spec, height: int, width: int, **kwargs: Any) -> nn.Module:
 
 
 def saved_bytes(step: Callable[[], Any], model: nn.Module) -> int:
-    """Bytes that autograd saves for the backward pass in `step`, parameters and shared storage not counted twice."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    """Bytes that autograd saves for the backward pass in `step`, each storage once, those of the model's own
+    parameters and buffers not counted."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     sizes: dict[int, tuple[int, Tensor]] = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -186,7 +187,6 @@ def run_cell(connection: Connection, cell: dict[str, Any]) -> None:
         model, step = _prepare(cell)
         if cell["execution"] == "compiled":
             step()  # compiles, whose memory is not the model's
-            idle = 0 if device == "cuda" else idle
             _reset_peak(device)
 
         def timed() -> float:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as LF
-from .__main__ import machine, write
+from .record import machine, write_json
 
 __all__ = ["fit", "main", "regret"]
 
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.out and not args.fit_only:
         result = {"date": datetime.date.today().isoformat(), "machine": machine("cpu"), "dtype": args.dtype}
         result["threads"] = torch.get_num_threads()
-        write(args.out, {**result, "constants": fitted, "rows": rows})
+        write_json(args.out, {**result, "constants": fitted, "rows": rows})
 
 
 if __name__ == "__main__":

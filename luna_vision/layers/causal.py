@@ -18,7 +18,6 @@ Shapes: B batch, N tokens, L memory slots, C width, H heads, E = C / H head widt
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Final, NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from .._tensors import autocasts, check_valid, saturate, split_heads, wide
+from .._tensors import check_valid, no_autocast, saturate, split_heads, wide
 
 __all__ = ["CausalLunaAttention", "CausalState", "causal_attend", "naive_causal"]
 
@@ -102,10 +101,6 @@ def _check(tokens: Tensor, name: str, *shape: int | None) -> None:
         raise ValueError(f"{name} must have shape {list(shape)} (None: any), got {list(tokens.shape)}")
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager:
-    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
-
-
 @register_notrace_module  # validity checks and masks are branches that fx cannot trace
 class CausalLunaAttention(nn.Module):
     """Luna attention in which no token sees a later one. O(N) in time and memory, O(1) a generated token.
@@ -170,7 +165,7 @@ class CausalLunaAttention(nn.Module):
         else:
             kv = torch.cat([self._heads(self.unpack_k(x)), self._heads(self.unpack_v(x))], dim=-1)
         k = self._heads(self.pack_k(x))
-        with _no_autocast(x):
+        with no_autocast(x):
             weights = F.softplus(k @ queries.transpose(-2, -1), beta=math.log(2.0))
         return self._heads(self.unpack_q(x)), F.dropout(weights, self.attn_drop, self.training), kv
 
@@ -228,7 +223,7 @@ class CausalLunaAttention(nn.Module):
             total = state.count + patch_valid.sum(dim=1)
         count = (state.count[:, None] + read).clamp(min=1)  # where nothing valid has been read, the sums are 0
         drop = self.attn_drop if self.training else 0.0
-        with _no_autocast(x):
+        with no_autocast(x):
             y, sums = causal_attend(q, kv, weights, count, state.sums, self.chunk, drop)
         return self._output(y, x.dtype), CausalState(state.queries, sums, total)
 
@@ -241,7 +236,7 @@ class CausalLunaAttention(nn.Module):
         q, weights, kv = self._project(x[:, None], state.queries)
         E = q.shape[-1]
         count = state.count + 1
-        with _no_autocast(x):
+        with no_autocast(x):
             sums = state.sums + weights.transpose(-2, -1) @ kv
             means = sums / count[:, None, None, None]
             slots = (q * E**-0.5 @ means[..., :E].transpose(-2, -1)).softmax(dim=-1)

@@ -16,24 +16,9 @@ import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from .._tensors import wide
-from ..functional import check_valid, readable, slot_scores, split_heads, weighted_slots
+from ..functional import check_valid, double_normalise, slot_scores, split_heads, weighted_slots
 
 __all__ = ["ExternalMixer"]
-
-
-def double_normalise(scores: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Softmax over the patches, then L1 over the slots, of scores (B, N, S); patches that are not valid (B, N) are left
-    out of the first.
-
-    NOTE: computed as one softmax, in float32 or wider. It needs no small constant in the L1 norm, as the authors' code
-        does, and is right even for a patch whose share of every slot underflows.
-    """
-    scores = wide(scores)
-    counted = scores
-    if valid is not None:
-        counted = scores.masked_fill(~readable(valid)[:, :, None], float("-inf"))
-    return (scores - counted.logsumexp(dim=1, keepdim=True)).softmax(dim=2)
 
 
 @register_notrace_module

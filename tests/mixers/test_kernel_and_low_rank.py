@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from luna_vision.functional import external_read
-from luna_vision.mixers.external import ExternalMixer, double_normalise
+from luna_vision.functional import double_normalise, external_read
+from luna_vision.mixers.external import ExternalMixer
 from luna_vision.mixers.linear import LinearMixer
 from luna_vision.mixers.linformer import LinformerMixer
 from luna_vision.mixers.performer import PerformerMixer
