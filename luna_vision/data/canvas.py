@@ -65,6 +65,9 @@ class CanvasSpec:
         item_size: Side of an item in pixels.
         cued: Frames, a cue, and the class of the cued item as the label; else the class of the majority.
         noise: Standard deviation of Gaussian noise over the whole canvas, in grey levels of 0 to 255.
+        frame: Thickness of a frame, and of the gap between frame and item, in pixels; by default a 14th of the item.
+        cue_size: Side of the cue in pixels, at most that of an item with its frame; by default a quarter of the item.
+        grid: Items with their frames, and the cue, stand at multiples of so many pixels.
     """
 
     side: int = 512
@@ -72,6 +75,9 @@ class CanvasSpec:
     item_size: int = 28
     cued: bool = False
     noise: float = 0.0
+    frame: int | None = None
+    cue_size: int | None = None
+    grid: int = 1
 
     def __post_init__(self) -> None:
         most = len(FRAME_COLORS) if self.cued else 254
@@ -81,18 +87,32 @@ class CanvasSpec:
             raise ValueError(f"item_size must be at least 4 pixels, got {self.item_size}")
         if self.noise < 0:
             raise ValueError(f"noise must not be negative, got {self.noise}")
-        # Each placed square keeps at most (2 * outer)^2 positions from the next one: below the bound there is always
-        # room left, and drawing places until one is free ends quickly.
-        taken, free = (self.num_items + self.cued) * (2 * self.outer) ** 2, (self.side - self.outer) ** 2
-        if self.side <= self.outer or taken > 0.9 * free:
+        if self.grid < 1:
+            raise ValueError(f"grid must be at least 1 pixel, got {self.grid}")
+        for name in ("frame", "cue_size"):
+            value = getattr(self, name)
+            if value is not None and not self.cued:
+                raise ValueError(f"{name} is for cued canvases alone, got {value}")
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 pixel, got {value}")
+        if self.cued and self.cue > self.outer:
+            raise ValueError(f"cue_size must be at most {self.outer}, an item with its frame, got {self.cue_size}")
+        # Each placed square keeps at most taken positions from the next one: below the bound there is always room left,
+        # and drawing places until one is free ends quickly.
+        taken = (self.num_items + self.cued) * (2 * ((self.outer - 1) // self.grid) + 1) ** 2
+        free = ((self.side - self.outer) // self.grid + 1) ** 2
+        # the worst place for an item is the middle, which leaves the corners for the cue
+        cue_fits = not self.cued or self.cue + (self.side - self.cue) % self.grid <= self.side / 3
+        if self.side <= self.outer or taken > 0.9 * free or not cue_fits:
+            grid = f", on a grid of {self.grid}," if self.grid > 1 else ""
             raise ValueError(
-                f"{self.num_items} items of {self.item_size} pixels do not fit loosely on a canvas of side {self.side}"
+                f"{self.num_items} items of {self.item_size} pixels{grid} do not fit loosely on a canvas of side {self.side}"
             )
 
     @property
     def border(self) -> int:
         """Thickness of a frame, and of the gap between frame and item, in pixels; 0 if not cued."""
-        return max(1, self.item_size // 14) if self.cued else 0
+        return (self.frame or max(1, self.item_size // 14)) if self.cued else 0
 
     @property
     def outer(self) -> int:
@@ -100,9 +120,9 @@ class CanvasSpec:
         return self.item_size + 4 * self.border
 
     @property
-    def cue_size(self) -> int:
+    def cue(self) -> int:
         """Side of the cue, at least ``side / 3`` away from the item it stands for (between centres, along one axis)."""
-        return max(3, self.item_size // 4)
+        return self.cue_size or max(3, self.item_size // 4)
 
 
 def make_canvas(rng: np.random.Generator, images: np.ndarray, labels: np.ndarray, spec: CanvasSpec) -> Canvas:
@@ -150,8 +170,8 @@ def make_canvas(rng: np.random.Generator, images: np.ndarray, labels: np.ndarray
     cue_box = None
     if spec.cued:
         top, left = cue_corner
-        _fill(image, top, left, spec.cue_size, colors[target])
-        cue_box = np.array([left, top, left + spec.cue_size, top + spec.cue_size])
+        _fill(image, top, left, spec.cue, colors[target])
+        cue_box = np.array([left, top, left + spec.cue, top + spec.cue])
     if spec.noise:
         noise = rng.standard_normal(image.shape, dtype=np.float32) * spec.noise
         image = np.clip(image + noise, 0, 255).round().astype(np.uint8)
@@ -165,7 +185,7 @@ def _place(rng: np.random.Generator, spec: CanvasSpec, target: int | None) -> tu
 
     def draw(size: int, far_from: np.ndarray | None = None) -> np.ndarray:
         while True:
-            corner = rng.integers(0, spec.side - size + 1, 2)
+            corner = rng.integers(0, (spec.side - size) // spec.grid + 1, 2) * spec.grid
             overlaps = any((corner < c + s).all() and (c < corner + size).all() for c, s in placed)
             far = far_from is None or np.abs(corner + size / 2 - far_from).max() >= spec.side / 3
             if far and not overlaps:
@@ -175,7 +195,7 @@ def _place(rng: np.random.Generator, spec: CanvasSpec, target: int | None) -> tu
     cue = None
     if target is not None:  # first, while there is room far off for the cue
         corners[target] = draw(spec.outer)
-        cue = draw(spec.cue_size, far_from=corners[target] + spec.outer / 2)
+        cue = draw(spec.cue, far_from=corners[target] + spec.outer / 2)
     for i in range(spec.num_items):
         if i != target:
             corners[i] = draw(spec.outer)

@@ -46,6 +46,9 @@ class CanvasDataModule(ImageDataModule):
         item_size: Side of an item in pixels.
         cued: The harder twin, which needs ``in_chans=3``.
         noise: Standard deviation of Gaussian noise in grey levels of 0 to 255.
+        frame: Thickness of frames, and of the gap between frame and item, in pixels; by default a 14th of the item.
+        cue_size: Side of the cue in pixels; by default a quarter of the item.
+        grid: What stands on a canvas does so at multiples of so many pixels.
         num_train: Canvases for training.
         num_val: Canvases for validation.
         num_test: Canvases for testing.
@@ -66,6 +69,9 @@ class CanvasDataModule(ImageDataModule):
         item_size: int = 28,
         cued: bool = False,
         noise: float = 0.0,
+        frame: int | None = None,
+        cue_size: int | None = None,
+        grid: int = 1,
         num_train: int = 5000,
         num_val: int = 1000,
         num_test: int = 1000,
@@ -97,7 +103,7 @@ class CanvasDataModule(ImageDataModule):
         for split, length in self.lengths.items():
             if length < 1:
                 raise ValueError(f"num_{split} must be at least 1, got {length}")
-        self.spec = CanvasSpec(side, num_items, item_size, cued, noise)
+        self.spec = CanvasSpec(side, num_items, item_size, cued, noise, frame, cue_size, grid)
         self.item_source, self.download, self.canvas_seed = source, download, canvas_seed
         names = tvd.FashionMNIST.classes if source == "fashion_mnist" else range(10)
         self.class_names = [str(name) for name in names]

@@ -18,9 +18,12 @@ def canvases(count: int, **spec):
 
 PLAIN = {"side": 160, "num_items": 5, "item_size": 20}
 CUED = {"side": 200, "num_items": 5, "item_size": 17, "cued": True}
+GRID = {"side": 130, "num_items": 2, "item_size": 16, "cued": True, "frame": 4, "cue_size": 16, "grid": 16}
 
 
-@pytest.mark.parametrize("spec", [PLAIN, CUED, {"side": 512, "cued": True, "noise": 0.0}], ids=["plain", "cued", "512"])
+@pytest.mark.parametrize(
+    "spec", [PLAIN, CUED, GRID, {"side": 512, "cued": True, "noise": 0.0}], ids=["plain", "cued", "grid", "512"]
+)
 def test_boxes_and_masks_are_exact(spec: dict):
     for canvas in canvases(20, **spec):
         n, side = len(canvas.classes), spec["side"]
@@ -57,10 +60,11 @@ def test_plain_label_is_the_class_of_more_than_half():
             assert canvas.cued_item is None and canvas.cue_box is None
 
 
-def test_cued_canvas_is_solved_by_its_pixels_alone():
+@pytest.mark.parametrize("spec", [CUED, GRID], ids=["cued", "grid"])
+def test_cued_canvas_is_solved_by_its_pixels_alone(spec: dict):
     """Find the lone square, take its colour, find the frame of that colour, read the item inside: that is the label."""
     colors = [tuple(color) for color in FRAME_COLORS.tolist()]
-    for canvas in canvases(40, **CUED):
+    for canvas in canvases(40, **spec):
         left, top, right, bottom = canvas.cue_box
         cue = canvas.image[top:bottom, left:right].reshape(-1, 3)
         color = tuple(cue[0].tolist())
@@ -77,7 +81,7 @@ def test_cued_canvas_is_solved_by_its_pixels_alone():
         assert canvas.classes[canvas.cued_item] == canvas.label
         assert len(set(canvas.classes)) == len(canvas.classes)  # no majority gives the label away
         centre = np.array([columns[0] + columns[-1] + 1, rows[0] + rows[-1] + 1]) / 2
-        assert np.abs(centre - [(left + right) / 2, (top + bottom) / 2]).max() >= CUED["side"] / 3
+        assert np.abs(centre - [(left + right) / 2, (top + bottom) / 2]).max() >= spec["side"] / 3
 
 
 def test_labels_and_cued_positions_are_balanced():
@@ -86,6 +90,17 @@ def test_labels_and_cued_positions_are_balanced():
         assert counts.min() > 30  # 60 each on average, standard deviation 7
     targets = np.bincount([canvas.cued_item for canvas in canvases(600, **CUED)], minlength=5)
     assert targets.min() > 80
+
+
+def test_frames_and_cue_have_the_stated_size_and_stand_on_the_grid():
+    for canvas in canvases(40, **GRID):
+        left, top, right, bottom = canvas.cue_box
+        assert right - left == bottom - top == 16 and left % 16 == top % 16 == 0
+        rows, columns = np.nonzero((canvas.image > 0).any(2))  # with the cue and all frames
+        assert rows.min() % 16 == columns.min() % 16 == 0 and rows.max() % 16 == columns.max() % 16 == 15
+        colored = (canvas.image.max(2) > 0) & (canvas.image.min(2) == 0)
+        frames = 2 * (32**2 - 24**2)  # each is 4 px thick, and so far from its item
+        assert colored.sum() == frames + 16**2
 
 
 def test_noise_changes_the_image_and_not_the_truth():
@@ -120,6 +135,12 @@ def test_canvases_are_a_function_of_seed_split_and_index():
         ({"item_size": 3}, "item_size must be at least 4 pixels, got 3"),
         ({"noise": -1.0}, "noise must not be negative, got -1.0"),
         ({"side": 64}, "5 items of 28 pixels do not fit loosely on a canvas of side 64"),
+        ({"grid": 0}, "grid must be at least 1 pixel, got 0"),
+        ({"frame": 2}, "frame is for cued canvases alone, got 2"),
+        ({"frame": 0, "cued": True}, "frame must be at least 1 pixel, got 0"),
+        ({"cue_size": -1, "cued": True}, "cue_size must be at least 1 pixel, got -1"),
+        ({"cue_size": 37, "cued": True}, "cue_size must be at most 36, an item with its frame, got 37"),
+        ({"side": 200, "grid": 128}, "5 items of 28 pixels, on a grid of 128, do not fit loosely on a canvas of side 200"),
         ({"side": 10}, "do not fit loosely on a canvas of side 10"),
     ],
 )
@@ -128,15 +149,27 @@ def test_bad_specs(spec: dict, message: str):
         CanvasSpec(**spec)
 
 
-def test_the_fullest_canvas_that_is_allowed_can_be_drawn():
-    for side in range(20, 200):
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"num_items": 8},
+        {"num_items": 1, "frame": 1, "cue_size": 12},
+        {"num_items": 1, "frame": 6, "grid": 16, "cue_size": 30},
+        {"num_items": 3, "frame": 2, "grid": 7, "cue_size": 16},
+    ],
+)
+def test_the_fullest_canvas_that_is_allowed_can_be_drawn(spec: dict):
+    accepted = 0
+    for side in range(20, 250):
         try:
-            spec = CanvasSpec(side=side, num_items=8, item_size=8, cued=True)
+            full = CanvasSpec(side=side, item_size=8, cued=True, **spec)
         except ValueError:
             continue
         for i in range(20):
-            make_canvas(np.random.default_rng(i), IMAGES, LABELS, spec)
-        return
+            make_canvas(np.random.default_rng(i), IMAGES, LABELS, full)
+        accepted += 1
+        if accepted == 20:  # on a grid, not only the smallest one is tight
+            return
     pytest.fail("no side was accepted")
 
 
