@@ -106,7 +106,8 @@ class CanvasSpec:
         if self.side <= self.outer or taken > 0.9 * free or not cue_fits:
             grid = f", on a grid of {self.grid}," if self.grid > 1 else ""
             raise ValueError(
-                f"{self.num_items} items of {self.item_size} pixels{grid} do not fit loosely on a canvas of side {self.side}"
+                f"{self.num_items} items of {self.item_size} pixels{grid} do not fit loosely on a canvas of side "
+                f"{self.side}"
             )
 
     @property

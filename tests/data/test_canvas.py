@@ -140,7 +140,7 @@ def test_canvases_are_a_function_of_seed_split_and_index():
         ({"frame": 0, "cued": True}, "frame must be at least 1 pixel, got 0"),
         ({"cue_size": -1, "cued": True}, "cue_size must be at least 1 pixel, got -1"),
         ({"cue_size": 37, "cued": True}, "cue_size must be at most 36, an item with its frame, got 37"),
-        ({"side": 200, "grid": 128}, "5 items of 28 pixels, on a grid of 128, do not fit loosely on a canvas of side 200"),
+        ({"side": 200, "grid": 128}, "5 items of 28 pixels, on a grid of 128, do not fit loosely on a canvas"),
         ({"side": 10}, "do not fit loosely on a canvas of side 10"),
     ],
 )
