@@ -3,5 +3,6 @@
 from ._parts import unwrap_state_dict
 from .luna_vit import AttentionMaps, LunaVit
 from .vit_init import init_from_vit
+from .weights import load_weights
 
-__all__ = ["AttentionMaps", "LunaVit", "init_from_vit", "unwrap_state_dict"]
+__all__ = ["AttentionMaps", "LunaVit", "init_from_vit", "load_weights", "unwrap_state_dict"]

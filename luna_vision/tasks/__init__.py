@@ -4,7 +4,6 @@ from .callbacks import EMA, ImagesPerSecond, NonFiniteGuard, NonFiniteLossError
 from .classification import ClassificationTask
 from .mixing import StepMixup
 from .reporting import EpochLines, ExportBest, PredictionWriter, export_weights
-from .weights import load_weights
 
 __all__ = [
     "EMA",
@@ -17,5 +16,4 @@ __all__ = [
     "PredictionWriter",
     "StepMixup",
     "export_weights",
-    "load_weights",
 ]

@@ -5,7 +5,6 @@ Shapes: B batch, C channels, H x W pixels, K classes.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import get_arch_name
@@ -21,25 +21,13 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from luna_vision.models import init_from_vit  # with which the luna_vit models are registered, too
+from luna_vision._commands import build_model
+from luna_vision.models import init_from_vit, load_weights  # with which the luna_vit models are registered, too
 
 from .mixing import StepMixup
 from .optimization import build_optimizer, build_scheduler
-from .weights import load_weights
 
 Batch = tuple[Tensor, Tensor]
-
-
-def build_model(name: str, num_classes: int, in_chans: int, model_kwargs: dict[str, Any]) -> nn.Module:
-    """``timm.create_model`` with a ``ValueError`` for a name or an argument that does not exist."""
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(get_arch_name(name), timm.list_models(), n=3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else "; timm.list_models() lists all of them"
-        raise ValueError(f"unknown model name {name!r}{hint}")
-    try:
-        return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **model_kwargs)
-    except (TypeError, RuntimeError) as error:  # RuntimeError: no pretrained weights, a checkpoint that does not fit
-        raise ValueError(f"model_kwargs {model_kwargs} do not fit {name}: {error}") from error
 
 
 class ClassificationTask(LightningModule):
@@ -125,7 +113,7 @@ class ClassificationTask(LightningModule):
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
         if checkpoint and init_from_vit:
             raise ValueError("checkpoint and init_from_vit both name the starting weights: give one of them")
-        self.model = build_model(model_name, num_classes, in_chans, model_kwargs or {})
+        self.model = build_model(model_name, num_classes, in_chans, **model_kwargs or {})
         if grad_checkpointing:
             self.model.set_grad_checkpointing(True)
         if channels_last:
@@ -203,7 +191,7 @@ class ClassificationTask(LightningModule):
             return
         self._has_weights = True
         if self.hparams.checkpoint:
-            load_weights(self.model, self.hparams.checkpoint)
+            load_weights(self.model, self.hparams.checkpoint, say=rank_zero_info)
         elif self.hparams.init_from_vit:
             init_from_vit(self.model, self.hparams.init_from_vit)
 

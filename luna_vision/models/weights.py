@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from timm.models import load_pretrained
 from timm.models import load_state_dict as read_state_dict
 from torch import nn
 
-from luna_vision.models import unwrap_state_dict
+from ._parts import unwrap_state_dict
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | Path, say: Callable[[str], None] = print) -> None:
     """Load a checkpoint into ``model``, adapting what may differ.
 
     The model's ``checkpoint_filter_fn`` runs (so positions are resampled), the first convolution is adapted to another
-    number of channels, and a head for another number of classes is left as initialised, with a notice. EMA weights are
+    number of channels, and a head for another number of classes is left as initialised, with a notice (a model
+    without a head takes none). EMA weights are
     preferred where the file has both.
+
+    Args:
+        model: a timm model.
+        path: a timm, Lightning or safetensors file.
+        say: what notices go to.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -31,7 +37,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     except Exception as error:  # unpickling a file that is no checkpoint raises nearly anything
         raise ValueError(f"{str(path)!r} is not a checkpoint that timm can read: {error}") from error
     cfg = dict(model.pretrained_cfg, state_dict=state_dict, source="", num_classes=model.num_classes)
-    _keep_own_head(model, cfg, str(path))
+    _keep_own_head(model, cfg, str(path), say)
     _declare_channels(model, cfg)
     try:
         load_pretrained(
@@ -44,22 +50,26 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         )
     except RuntimeError as error:
         raise ValueError(f"{str(path)!r} does not fit {type(model).__name__}: {error}") from error
-    rank_zero_info(f"weights loaded from {path}")
+    say(f"weights loaded from {path}")
 
 
-def _keep_own_head(model: nn.Module, cfg: dict, path: str) -> None:
+def _keep_own_head(model: nn.Module, cfg: dict, path: str, say: Callable[[str], None]) -> None:
     """Give a head of another size the model's own values, so that the rest can still be loaded strictly."""
     own, given = model.state_dict(), cfg["state_dict"]
     classifiers = cfg.get("classifier") or ()
     for classifier in (classifiers,) if isinstance(classifiers, str) else classifiers:
         weight = f"{classifier}.weight"
-        if weight not in given or weight not in own or given[weight].shape == own[weight].shape:
+        if weight not in given:
             continue
-        rank_zero_info(
-            f"{path}: its head for {given[weight].shape[0]} classes is dropped; the model's own, for "
-            f"{own[weight].shape[0]}, starts fresh"
-        )
-        given.update({name: own[name] for name in (weight, f"{classifier}.bias") if name in own})
+        if weight not in own:  # a model for features
+            for name in (weight, f"{classifier}.bias"):
+                given.pop(name, None)
+        elif given[weight].shape != own[weight].shape:
+            say(
+                f"{path}: its head for {given[weight].shape[0]} classes is dropped; the model's own, for "
+                f"{own[weight].shape[0]}, starts fresh"
+            )
+            given.update({name: own[name] for name in (weight, f"{classifier}.bias") if name in own})
 
 
 def _declare_channels(model: nn.Module, cfg: dict) -> None:

@@ -1,0 +1,178 @@
+"""What the commands of the package share: one-line errors with exit code 2, and the model that a user names."""
+
+import argparse
+import ast
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import timm
+import torch
+from timm.models import get_arch_name
+from torch import nn
+
+from .models import load_weights
+
+USER_ERRORS = (ValueError, OSError)
+DEVICES = ("auto", "cpu", "cuda")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argument type: a whole number of at least `least`."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        return value
+
+    return convert
+
+
+def run_command(command: Callable[[], int | None]) -> NoReturn:
+    """Exit with what `command` returns (None is 0); a user's mistake is one line on stderr and 2, Ctrl-C is 130.
+
+    `LUNA_VISION_TRACEBACK=1` in the environment shows the traceback of a mistake too.
+    """
+    try:
+        sys.exit(command())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except USER_ERRORS as error:
+        if os.environ.get("LUNA_VISION_TRACEBACK") == "1":
+            raise
+        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        sys.exit(2)
+
+
+def build_model(name: str, num_classes: int | None = None, in_chans: int = 3, **model_kwargs: Any) -> nn.Module:
+    """`timm.create_model`, with a `ValueError` for a name or an argument that does not exist."""
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(get_arch_name(name), timm.list_models(), n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else "; timm.list_models() lists all of them"
+        raise ValueError(f"unknown model name {name!r}{hint}")
+    classes = {} if num_classes is None else {"num_classes": num_classes}
+    try:
+        return timm.create_model(name, in_chans=in_chans, **classes, **model_kwargs)
+    except (TypeError, RuntimeError) as error:  # RuntimeError: no pretrained weights, a checkpoint that does not fit
+        raise ValueError(f"model_kwargs {model_kwargs} do not fit {name}: {error}") from error
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, default: str | None = "luna_vit_small") -> None:
+    """Add --model, --model-args, --checkpoint and --device, which `load_model` reads."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        help="timm name, or local-dir:FOLDER with what save_for_hf wrote; by default that of a training checkpoint, "
+        f"else {default}",
+    )
+    group.add_argument(
+        "--model-args",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="arguments of the model, such as memory_len=32",
+    )
+    group.add_argument("--checkpoint", type=Path, help="weights: .safetensors, a timm or a Lightning checkpoint")
+    group.add_argument("--device", choices=DEVICES, default="auto", help="auto takes a GPU if there is one")
+    parser.set_defaults(default_model=default)
+
+
+def parse_pairs(pairs: list[str]) -> dict[str, Any]:
+    """Arguments from `name=value` words; values are Python literals, else strings.
+
+    Raises:
+        ValueError: A word without an equals sign.
+    """
+    arguments: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--model-args are NAME=VALUE, got {pair!r}")
+        try:
+            arguments[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[key] = value
+    return arguments
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that --device names.
+
+    Raises:
+        ValueError: "cuda" where there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def load_model(args: argparse.Namespace, **overrides: Any) -> nn.Module:
+    """The model that the arguments of `add_model_arguments` name, with its weights, in eval mode on its device.
+
+    A Lightning checkpoint of `train.py` says which model it holds and with which arguments; `--model` and
+    `--model-args` go over them. A model without weights is announced loudly on stderr.
+
+    Args:
+        args: The parsed command line.
+        **overrides: Arguments of the model that go over all others.
+
+    Raises:
+        ValueError: An unknown model or argument, or a checkpoint of another model.
+        FileNotFoundError: There is no such checkpoint.
+    """
+    recorded = _recorded(args.checkpoint) if args.checkpoint else {}
+    name = args.model or recorded.get("model_name") or args.default_model
+    same = name == recorded.get("model_name")
+    arguments = dict(recorded.get("model_kwargs") or {}) if same else {}
+    if same:
+        arguments |= {key: recorded[key] for key in ("num_classes", "in_chans") if key in recorded}
+    arguments |= parse_pairs(args.model_args) | overrides
+    local = name.startswith("local-dir:")
+    if local and not Path(name.partition(":")[2], "config.json").is_file():
+        raise FileNotFoundError(f"--model {name}: there is no {Path(name.partition(':')[2], 'config.json')}")
+    if local:
+        model = _from_folder(name, arguments)
+    else:
+        model = build_model(name, **arguments)
+    if args.checkpoint:
+        load_weights(model, args.checkpoint, say=lambda text: print(text, file=sys.stderr))
+    elif not local and not arguments.get("pretrained"):
+        print(
+            f"WARNING: {name} has RANDOM WEIGHTS: what comes out says nothing about the images. Give --checkpoint.",
+            file=sys.stderr,
+        )
+    return model.eval().to(pick_device(args.device))
+
+
+def _from_folder(name: str, arguments: dict[str, Any]) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=True, **arguments)
+    except (TypeError, RuntimeError, KeyError) as error:
+        raise ValueError(f"--model {name}: {error}") from error
+
+
+def _recorded(checkpoint: Path) -> dict[str, Any]:
+    """The hyperparameters in a Lightning checkpoint of this package; empty for any other file."""
+    if checkpoint.suffix == ".safetensors" or not checkpoint.is_file():
+        return {}
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # load_weights says what is wrong with the file
+        return {}
+    parameters = content.get("hyper_parameters") if isinstance(content, dict) else None
+    return parameters if isinstance(parameters, dict) and "model_name" in parameters else {}

@@ -1,0 +1,103 @@
+"""What the commands share: a mistake is one line and exit code 2, and the model that is named is the one that runs."""
+
+import argparse
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from luna_vision._commands import Parser, add_model_arguments, at_least, load_model, run_command
+from luna_vision.tasks import ClassificationTask
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 1}
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = Parser()
+    add_model_arguments(parser, default="test_luna_vit")
+    return parser.parse_args(words)
+
+
+def test_model_arguments_reach_the_model(capsys):
+    model = load_model(parse("--model-args", "memory_len=3", "num_classes=7", "local_mixing=none", "--device", "cpu"))
+    assert (model.memory_len, model.num_classes, model.training) == (3, 7, False)
+    assert model.blocks[0].local is None
+    assert "test_luna_vit has RANDOM WEIGHTS" in capsys.readouterr().err
+
+
+def test_weights_of_a_file(tmp_path, capsys):
+    trained = timm.create_model("test_luna_vit", num_classes=5)
+    save_file(trained.state_dict(), tmp_path / "best.safetensors")
+    model = load_model(parse("--checkpoint", str(tmp_path / "best.safetensors"), "--model-args", "num_classes=5"))
+    torch.testing.assert_close(model.state_dict(), trained.state_dict(), rtol=0, atol=0)
+    assert "RANDOM" not in capsys.readouterr().err
+
+
+def test_a_training_checkpoint_says_what_model_it_holds(tmp_path):
+    task = ClassificationTask("test_luna_vit", num_classes=6, in_chans=1, model_kwargs=SMALL)
+    torch.save({"state_dict": task.state_dict(), "hyper_parameters": dict(task.hparams)}, tmp_path / "last.ckpt")
+    model = load_model(parse("--checkpoint", str(tmp_path / "last.ckpt")))
+    torch.testing.assert_close(model.state_dict(), task.model.state_dict(), rtol=0, atol=0)
+    features = load_model(parse("--checkpoint", str(tmp_path / "last.ckpt")), num_classes=0)
+    assert features(torch.zeros(1, 1, 32, 32)).shape == (1, 32)
+
+
+def test_a_folder_of_save_for_hf(tmp_path, capsys):
+    trained = timm.create_model("test_luna_vit", num_classes=5)
+    timm.models.save_for_hf(trained, tmp_path)
+    model = load_model(parse("--model", f"local-dir:{tmp_path}"))
+    torch.testing.assert_close(model.state_dict(), trained.state_dict(), rtol=0, atol=0)
+    assert "RANDOM" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--model", "luna_vit_smal"], "unknown model name 'luna_vit_smal'; did you mean luna_vit_small"),
+        (["--model-args", "memory"], "--model-args are NAME=VALUE, got 'memory'"),
+        (["--model-args", "slots=3"], "slots"),
+        (["--model-args", "memory_len=0"], "memory_len must be at least 1, got 0"),
+        (["--checkpoint", "gone.ckpt"], "checkpoint 'gone.ckpt' does not exist"),
+        (["--model", "local-dir:gone"], "there is no gone/config.json"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: load_model(parse(*words)) and None)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_a_checkpoint_of_another_model(tmp_path):
+    save_file(timm.create_model("test_luna_vit", embed_dim=32).state_dict(), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="does not fit LunaVit"):
+        load_model(parse("--checkpoint", str(tmp_path / "a.safetensors")))
+    (tmp_path / "b.ckpt").write_text("no checkpoint")
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        load_model(parse("--checkpoint", str(tmp_path / "b.ckpt")))
+
+
+def test_the_parser_and_its_numbers(capsys):
+    parser = Parser()
+    parser.add_argument("--slots", type=at_least(1))
+    assert parser.parse_args(["--slots", "3"]).slots == 3
+    for word in ("0", "x", "1.5"):
+        with pytest.raises(SystemExit) as end:
+            parser.parse_args(["--slots", word])
+        assert end.value.code == 2
+        assert (
+            capsys.readouterr().err == f"error: argument --slots: must be a whole number of at least 1, got {word!r}\n"
+        )
+
+
+@pytest.mark.parametrize("raised, code", [(KeyboardInterrupt(), 130), (PermissionError(13, "denied", "x.npz"), 2)])
+def test_exit_codes(raised, code):
+    def command():
+        raise raised
+
+    with pytest.raises(SystemExit) as end:
+        run_command(command)
+    assert end.value.code == code
