@@ -9,6 +9,7 @@ made from whatever is there. A run that was stopped goes on from its last checkp
 """
 
 import argparse
+import inspect
 import json
 import signal
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from luna_vision.mixers import MIXERS
+from luna_vision.models import LunaVit
 
 from ._compare_measure import measure
 from ._compare_report import write_report
@@ -44,14 +46,28 @@ TASKS: dict[str, dict[str, Any]] = {
         "test_images": {"1": 10_000, "2": 2_000, "4": 1_000},
     },
     "canvas": {
-        "title": "cued canvas, 56 px",
-        "about": "",
+        "title": "cued canvas, 128 px",
+        "about": "64 patches of 16 px. Two Fashion-MNIST items in frames of different colours, and a square of one of "
+        "the two colours far off: the label is the item in the frame of that colour. Each item lies across four "
+        "patches. Tests at 256 and 512 px are larger canvases with as many items, of the same size.",
         "class": "CanvasDataModule",
-        "args": {"source": "fashion_mnist", "side": 56, "num_items": 2, "item_size": 8, "cued": True, "in_chans": 3},
-        "scaled": ["side", "item_size"],
+        "args": {
+            "source": "fashion_mnist",
+            "side": 128,
+            "num_items": 2,
+            "item_size": 16,
+            "cued": True,
+            "frame": 4,
+            "cue_size": 16,
+            "grid": 16,
+            "num_train": 40_000,
+            "num_test": 4_000,
+            "in_chans": 3,
+        },
+        "scaled": ["side"],
         "has_root": True,
-        "model": {"patch_size": 4},
-        "optimization": {"lr": 2e-3},
+        "model": {"patch_size": 16},
+        "optimization": {"lr": 1e-3},
         "samples": 40_000,
         "batch_size": 32,
         "test_images": {"1": 4_000, "2": 1_000, "4": 500},
@@ -78,13 +94,22 @@ OPTIMIZATION = {
     "min_lr": 1e-5,
 }
 HEAD_WIDTH = 32
+# defaults of the model that go into a result, so that results of other defaults are not taken for those of these
+RECORDED = ("global_pool", "memory_len", "pack_heads", "tie_kv", "local_mixing", "memory_mlp", "stem", "pos_embed")
+RECORDED += ("query_gain",)
 PIECES = 20  # of a run: after each there is a line of progress and a checkpoint; the warm-up is the first
 
 # name: arguments of the model, over those of the task; a variant may change anything
 SUITES: dict[str, dict[str, dict[str, Any]]] = {
-    "mixers": {name: {"mixer": name} for name in MIXERS},
+    "mixers": {
+        **{name: {"mixer": name} for name in MIXERS},
+        # with the initial queries that Luna has by default
+        "softmax-query-gain-8": {"mixer": "softmax", "mixer_args": {"query_gain": 8.0}},
+    },
     "ablation": {
-        "luna": {},  # the default block: 16 slots, as many pack heads as unpack heads, tied, local mixing, average pool
+        "luna": {},  # the defaults of LunaVit
+        "query-gain-1": {"query_gain": 1.0},
+        "query-gain-4": {"query_gain": 4.0},
         "memory-8": {"memory_len": 8},
         "memory-32": {"memory_len": 32},
         "memory-64": {"memory_len": 64},
@@ -103,7 +128,10 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
         "pool-both": {"global_pool": "both"},
     },
 }
-REPEATED = {"mixers": ["luna", "softmax", "external"], "ablation": ["luna"]}  # what seeds after the first are for
+REPEATED = {
+    "mixers": ["luna", "softmax", "softmax-query-gain-8", "external"],
+    "ablation": ["luna"],
+}  # what seeds after the first are for
 
 
 def plan(args: argparse.Namespace) -> list[Run]:
@@ -149,7 +177,9 @@ def configuration(args: argparse.Namespace, task: str, variant: dict[str, Any], 
     pieces = min(PIECES, steps)
     if not pieces:
         raise ValueError(f"--samples must be at least one batch, {batch_size} for {task}")
-    shell = {"embed_dim": args.width, "depth": args.depth, "num_heads": args.width // HEAD_WIDTH}
+    defaults = inspect.signature(LunaVit.__init__).parameters
+    shell = {name: defaults[name].default for name in RECORDED}
+    shell |= {"embed_dim": args.width, "depth": args.depth, "num_heads": args.width // HEAD_WIDTH}
     side = recipe["args"][recipe["scaled"][0]]
     optimization = {**OPTIMIZATION, **recipe["optimization"], **({"lr": args.lr} if args.lr else {})}
     limit = args.test_images or max(recipe["test_images"].values())

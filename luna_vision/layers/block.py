@@ -188,13 +188,14 @@ class LunaBlock(Shell):
         memory_len: int = 16,
         pack_form: str = "auto",
         unpack_form: str = "auto",
+        query_gain: float = 1.0,
         device=None,
         dtype=None,
     ) -> None:
         """
         Args:
             dim, num_heads, pack_heads, tie_kv, qkv_bias, proj_bias, attn_drop: See `LunaAttention`.
-            memory_len, pack_form, unpack_form: See `LunaAttention`.
+            memory_len, pack_form, unpack_form, query_gain: See `LunaAttention`.
             mlp_ratio, norm_first, local_mixing, init_values, drop_path, act_layer, norm_layer: See `Shell`.
             memory_mlp: An MLP on the memory: "none", one of its "own", or "shared" with the patches.
             proj_drop: Dropout after projections, in the MLP, and on the memory's update.
@@ -220,6 +221,7 @@ class LunaBlock(Shell):
             memory_len=memory_len,
             pack_form=pack_form,
             unpack_form=unpack_form,
+            query_gain=query_gain,
             **dd,
         )
         shell = (mlp_ratio, norm_first, local_mixing, proj_drop, init_values, drop_path, act_layer, norm_layer)

@@ -56,6 +56,7 @@ class LunaAttention(nn.Module):
         memory_len: int = 16,
         pack_form: str = "auto",
         unpack_form: str = "auto",
+        query_gain: float = 1.0,
         device=None,
         dtype=None,
     ) -> None:
@@ -74,9 +75,10 @@ class LunaAttention(nn.Module):
             memory_len: Number of slots that is expected; only the choice of the forms depends on it.
             pack_form: "projected", "absorbed", or "auto" for the faster one (`luna_vision.functional.absorb_from`).
             unpack_form: The same for the unpack.
+            query_gain: What the initial weights of both query projections are multiplied by.
 
         Raises:
-            ValueError: `dim` is not a multiple of a head count, or an unknown form.
+            ValueError: `dim` is not a multiple of a head count, an unknown form, or a gain that is not positive.
         """
         super().__init__()
         dd = {"device": device, "dtype": dtype}
@@ -84,12 +86,15 @@ class LunaAttention(nn.Module):
         for name, heads in (("num_heads", num_heads), ("pack_heads", pack_heads)):
             if heads < 1 or dim % heads:
                 raise ValueError(f"dim ({dim}) must be a multiple of {name} ({heads})")
+        if not query_gain > 0.0:
+            raise ValueError(f"query_gain must be above 0, got {query_gain}")
         self.dim = dim
         self.num_heads = num_heads
         self.pack_heads = pack_heads
         self.tie_kv = tie_kv
         self.pack_only = pack_only
         self.attn_drop = attn_drop
+        self.query_gain = query_gain
         projections = 1 if tie_kv else 2
         self.absorb_pack_from = absorb_from(pack_form, memory_len, pack_heads, dim, projections, PACK_COST)
         self.absorb_unpack_from = absorb_from(unpack_form, memory_len, num_heads, dim, 2, UNPACK_COST)
@@ -109,6 +114,19 @@ class LunaAttention(nn.Module):
                 self.unpack_v = nn.Linear(dim, dim, bias=qkv_bias, **dd)
             self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
             self.proj_drop = nn.Dropout(proj_drop)
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Multiply the query projections, as they have been initialised, by `query_gain`.
+
+        NOTE: with the usual small weights all slots start as nearly the same average of the image, and the patches read
+        nearly the same from it: the slots then take long to tell apart what they read (docs/ablation.md).
+        """
+        with torch.no_grad():
+            self.pack_q.weight.mul_(self.query_gain)
+            if not self.pack_only:
+                self.unpack_q.weight.mul_(self.query_gain)
 
     def _check(self, x: Tensor, memory: Tensor, patch_valid: Tensor | None, memory_valid: Tensor | None) -> None:
         if x.dim() != 3 or x.shape[-1] != self.dim:

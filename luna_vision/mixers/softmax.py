@@ -5,6 +5,7 @@ Source: Vaswani et al., "Attention Is All You Need", NeurIPS 2017 (arXiv 1706.03
 Shapes: B batch, H heads, N patches, E head width.
 """
 
+import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor
@@ -21,6 +22,38 @@ class SoftmaxMixer(SelfAttention):
 
     Parameters: qkv and output projection, 4 C^2.
     """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        query_gain: float = 1.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        """
+        Args:
+            dim, num_heads, qkv_bias, proj_bias, attn_drop, proj_drop: See `SelfAttention`.
+            query_gain: What the initial query projection is multiplied by.
+
+        Raises:
+            ValueError: As in `SelfAttention`, or a gain that is not positive.
+        """
+        super().__init__(dim, num_heads, qkv_bias, proj_bias, attn_drop, proj_drop, device=device, dtype=dtype)
+        if not query_gain > 0.0:
+            raise ValueError(f"query_gain must be above 0, got {query_gain}")
+        self.query_gain = query_gain
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Multiply the query projection, as it has been initialised, by `query_gain`."""
+        with torch.no_grad():
+            self.qkv.weight[: self.dim].mul_(self.query_gain)
 
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], patch_valid: Tensor | None = None

@@ -102,6 +102,7 @@ class LunaVit(nn.Module):
         act_layer: LayerType | None = None,
         pack_form: Literal["auto", "projected", "absorbed"] = "auto",
         unpack_form: Literal["auto", "projected", "absorbed"] = "auto",
+        query_gain: float = 8.0,
         device=None,
         dtype=None,
     ) -> None:
@@ -129,7 +130,8 @@ class LunaVit(nn.Module):
             memory_mlp: An MLP on the memory in every block: none, one of its own, or that of the patches.
             stem: "patch", one linear map of each patch, or "conv", 3x3 convolutions of stride 2.
             mixer: What mixes the patches, a name in `luna_vision.mixers.MIXERS`. All but "luna" have no memory: no
-                prefix tokens, and `memory_len`, `pack_heads`, `tie_kv`, `memory_mlp` and the forms mean nothing.
+                prefix tokens, and `memory_len`, `pack_heads`, `tie_kv`, `memory_mlp`, `query_gain` and the forms mean
+                nothing.
             mixer_args: Arguments of that mixer alone.
             pos_embed: "fourier" (computed), "learn" (a reference grid, resampled) or "none".
             init_values: Initial LayerScale; none if None.
@@ -144,6 +146,7 @@ class LunaVit(nn.Module):
             act_layer: GELU if None.
             pack_form: How the pack is computed; the result is the same, see `luna_vision.functional`.
             unpack_form: The same for the unpack.
+            query_gain: What the initial query projections are multiplied by, see `LunaAttention.init_weights`.
 
         Raises:
             ValueError: An unknown name, no blocks or slots, or a width that the heads do not divide.
@@ -228,6 +231,7 @@ class LunaVit(nn.Module):
                 memory_len=memory_len,
                 pack_form=pack_form,
                 unpack_form=unpack_form,
+                query_gain=query_gain,
                 **attention,
                 **shell,
             )
@@ -628,7 +632,9 @@ def luna_vit_base_patch8(pretrained: bool = False, **kwargs: Any) -> LunaVit:
 @register_model
 def luna_vit_small_paper(pretrained: bool = False, **kwargs: Any) -> LunaVit:
     """Luna ViT-Small with the paper's block as it is: post-norm, no local mixing, no MLP on the memory."""
-    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6, norm_first=False, local_mixing="none")
+    model_args = dict(
+        patch_size=16, embed_dim=384, depth=12, num_heads=6, norm_first=False, local_mixing="none", query_gain=1.0
+    )
     return _create_luna_vit("luna_vit_small_paper", pretrained=pretrained, **dict(model_args, **kwargs))
 
 

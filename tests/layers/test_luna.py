@@ -201,3 +201,15 @@ def test_cost_is_linear_in_patches():
 
     per_image = flops(2000) - 2 * (flops(2000) - flops(1000))  # the part that does not grow
     assert flops(4000) - per_image == 4 * (flops(1000) - per_image)
+
+
+def test_query_gain_scales_the_initial_queries_and_nothing_else():
+    torch.manual_seed(0)
+    plain = LunaAttention(32, 2)
+    torch.manual_seed(0)
+    sharp = LunaAttention(32, 2, query_gain=8.0)
+    for (name, a), b in zip(plain.named_parameters(), sharp.parameters(), strict=True):
+        scale = 8.0 if name in ("pack_q.weight", "unpack_q.weight") else 1.0
+        torch.testing.assert_close(b, scale * a, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="query_gain must be above 0, got 0"):
+        LunaAttention(32, 2, query_gain=0)

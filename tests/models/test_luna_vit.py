@@ -419,3 +419,18 @@ def test_features_drive_a_feature_pyramid():
     out = fpn({str(i): f for i, f in enumerate(model(torch.randn(1, 3, 100, 150)))})
     assert [v.shape for v in out.values()] == [(1, 32, 7, 10)] * 3
     assert model.feature_info.reduction() == [16, 16, 16]
+
+
+def test_query_gain_is_applied_once_whatever_the_initialisation_is_called():
+    """Slots that start sharp tell apart what they read; the paper's variant starts as the authors' code does."""
+    model = timm.create_model("luna_vit_tiny", depth=2, embed_dim=64, num_heads=2)
+    model.init_weights()  # again
+    for block in model.blocks:
+        for query, other in ((block.attn.pack_q, block.attn.pack_kv), (block.attn.unpack_q, block.attn.unpack_kv)):
+            assert 7.0 < query.weight.std() / other.weight.std() < 9.0
+    paper = timm.create_model("luna_vit_small_paper", depth=2, embed_dim=64, num_heads=2)
+    attn = paper.blocks[0].attn
+    assert 0.9 < attn.pack_q.weight.std() / attn.pack_kv.weight.std() < 1.1
+    softmax = timm.create_model("test_luna_vit", mixer="softmax", mixer_args={"query_gain": 4.0})
+    weight = softmax.blocks[0].attn.qkv.weight
+    assert 3.5 < weight[:64].std() / weight[64:].std() < 4.5
