@@ -1,4 +1,4 @@
-"""Train, evaluate or apply a classifier: ``python train.py fit`` trains the default, ``--config`` names another run."""
+"""Train, evaluate or apply a model: ``python train.py fit`` trains the default, ``--config`` names another run."""
 
 from pathlib import Path
 

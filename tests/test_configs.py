@@ -21,7 +21,7 @@ def test_config_builds(path, tmp_path, monkeypatch):
         assert hparams.num_classes == data.num_classes == len(data.class_names)
     sides = hparams.model_kwargs.get("img_size", 224)
     assert data.img_size == (sides, sides)
-    assert cli.trainer.checkpoint_callback.monitor == "val_acc1"
+    assert cli.trainer.checkpoint_callback.monitor == cli.model.headline[0].replace("test_", "val_")
     assert [logger.root_dir for logger in cli.trainer.loggers][0] == f"runs/{path.stem}"
     assert not list(tmp_path.iterdir()), "building a run must not write anything"
 

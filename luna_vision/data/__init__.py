@@ -2,6 +2,7 @@
 
 from luna_vision.data.base import ImageDataModule
 from luna_vision.data.canvas import Canvas, CanvasDataset, CanvasSpec, make_canvas
+from luna_vision.data.canvas_dense import CanvasDetectionDataModule, CanvasSegmentationDataModule
 from luna_vision.data.canvas_module import CanvasDataModule
 from luna_vision.data.datasets import (
     CIFAR10DataModule,
@@ -22,6 +23,8 @@ __all__ = [
     "Canvas",
     "CanvasDataModule",
     "CanvasDataset",
+    "CanvasDetectionDataModule",
+    "CanvasSegmentationDataModule",
     "CanvasSpec",
     "DigitsDataModule",
     "EpochSampler",

@@ -50,7 +50,7 @@ from ._parts import (
     pool_tokens,
 )
 
-__all__ = ["AttentionMaps", "LunaVit"]
+__all__ = ["AttentionMaps", "LunaVit", "prune_memory_update"]
 
 
 class AttentionMaps(NamedTuple):
@@ -554,6 +554,18 @@ _NO_WEIGHTS = (
 )
 
 
+def prune_memory_update(model: LunaVit) -> None:
+    """Remove what only updates the memory of the last block, in a model of which nothing but patches is read: it would
+    get no gradient."""
+    blocks = model.blocks
+    blocks[-1].prune_memory_update()
+    if not blocks[-1].updates_patches:
+        for block in blocks[-2:]:
+            block.prune_memory_update()
+        for module in (blocks[-1].attn, blocks[-1].norm1, blocks[-1].norm1_memory):
+            module.requires_grad_(False)
+
+
 def _create_luna_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> LunaVit:
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
@@ -568,15 +580,8 @@ def _create_luna_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> L
         **kwargs,
     )
     if isinstance(model, FeatureGetterNet):
-        # it returns patches alone: what only updates the memory of the last block would have no gradient
-        blocks = model.model.blocks
-        if len(blocks) == max(model.out_indices, default=-1) + 1:
-            blocks[-1].prune_memory_update()
-            if not blocks[-1].updates_patches:
-                for block in blocks[-2:]:
-                    block.prune_memory_update()
-                for module in (blocks[-1].attn, blocks[-1].norm1, blocks[-1].norm1_memory):
-                    module.requires_grad_(False)
+        if len(model.model.blocks) == max(model.out_indices, default=-1) + 1:
+            prune_memory_update(model.model)
     return model
 
 

@@ -2,18 +2,21 @@
 
 from .callbacks import EMA, ImagesPerSecond, NonFiniteGuard, NonFiniteLossError
 from .classification import ClassificationTask
+from .dense import DetectionTask, SegmentationTask
 from .mixing import StepMixup
 from .reporting import EpochLines, ExportBest, PredictionWriter, export_weights
 
 __all__ = [
     "EMA",
     "ClassificationTask",
+    "DetectionTask",
     "EpochLines",
     "ExportBest",
     "ImagesPerSecond",
     "NonFiniteGuard",
     "NonFiniteLossError",
     "PredictionWriter",
+    "SegmentationTask",
     "StepMixup",
     "export_weights",
 ]

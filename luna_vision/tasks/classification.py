@@ -5,32 +5,25 @@ Shapes: B batch, C channels, H x W pixels, K classes.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.models import get_arch_name
-from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from luna_vision._commands import build_model
-from luna_vision.models import init_from_vit, load_weights  # with which the luna_vit models are registered, too
 
+from .base import TimmTask
 from .mixing import StepMixup
-from .optimization import build_optimizer, build_scheduler
 
 Batch = tuple[Tensor, Tensor]
 
 
-class ClassificationTask(LightningModule):
+class ClassificationTask(TimmTask):
     """Train, evaluate and apply a timm classifier.
 
     Batches are (images (B, C, H, W) float, targets (B,) int64), and (images, ids) for prediction. Logged:
@@ -72,6 +65,8 @@ class ClassificationTask(LightningModule):
     Raises:
         ValueError: an argument out of its range, an unknown model, or (when a run starts) data that does not fit.
     """
+
+    headline = ("test_acc1", "test accuracy")
 
     def __init__(
         self,
@@ -127,7 +122,6 @@ class ClassificationTask(LightningModule):
             accuracies["acc5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro", validate_args=False)
         self.val_metrics = MetricCollection(accuracies, prefix="val_")
         self.test_metrics = MetricCollection(accuracies, prefix="test_").clone()
-        self._has_weights = False
 
     def _losses(self) -> tuple[nn.Module, nn.Module]:
         """The losses of class indices and of soft targets; mixing smooths soft targets itself."""
@@ -151,84 +145,6 @@ class ClassificationTask(LightningModule):
             num_classes=hp.num_classes,
         )
         return StepMixup(mixup, hp.mix_seed)
-
-    # ---- start of a run
-
-    def setup(self, stage: str) -> None:
-        self.check_data(self.trainer.datamodule, stage)
-
-    def check_data(self, data: LightningDataModule | None, stage: str) -> None:
-        """Raise ``ValueError`` where the data module's channels or, unless there is nothing to compare them with in
-        ``predict``, its classes are not the model's."""
-        checks = [("in_chans", "image channels")] + [("num_classes", "classes")] * (stage != "predict")
-        for name, what in checks:
-            found, expected = getattr(data, name, None), self.hparams[name]
-            if found is not None and found != expected:
-                raise ValueError(f"the data has {found} {what}, but the model is built for {name}={expected}")
-
-    def check_start(self, optimizer: bool = True) -> None:
-        """Find mistakes in what is only used once the run has begun, and has made its folder.
-
-        Args:
-            optimizer: whether there will be one.
-
-        Raises:
-            ValueError: an unknown optimizer, or ``init_from_vit`` is neither a file nor a timm model.
-            FileNotFoundError: there is no such ``checkpoint``.
-        """
-        hp = self.hparams
-        if hp.checkpoint and not Path(hp.checkpoint).is_file():
-            raise FileNotFoundError(f"checkpoint {hp.checkpoint!r} does not exist")
-        vit = hp.init_from_vit
-        if vit and not Path(vit).is_file() and not timm.is_model(get_arch_name(vit)):
-            raise ValueError(f"init_from_vit {vit!r} is neither a file nor the name of a timm model")
-        if optimizer:
-            build_optimizer(self.model, hp.optimizer, hp.lr, hp.weight_decay, hp.layer_decay, hp.optimizer_kwargs or {})
-
-    def _load_starting_weights(self) -> None:
-        """Once, and not if Lightning has loaded a checkpoint, which it does after ``setup`` and before these hooks."""
-        if self._has_weights:
-            return
-        self._has_weights = True
-        if self.hparams.checkpoint:
-            load_weights(self.model, self.hparams.checkpoint, say=rank_zero_info)
-        elif self.hparams.init_from_vit:
-            init_from_vit(self.model, self.hparams.init_from_vit)
-
-    on_fit_start = on_validation_start = on_test_start = on_predict_start = _load_starting_weights
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say in one line that a checkpoint is another model's, before PyTorch says it in a hundred."""
-        self._has_weights = True
-        own = {name: tuple(value.shape) for name, value in self.state_dict().items()}
-        given = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
-        differing = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
-        if differing:
-            name = differing[0]
-            raise ValueError(
-                f"the checkpoint holds another model's weights: {len(differing)} of {len(own)} differ, such as {name} "
-                f"(here {own.get(name)}, there {given.get(name)}); use the config.yaml of the run that wrote it"
-            )
-
-    # ---- optimisation
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        hp = self.hparams
-        optimizer = build_optimizer(
-            self.model, hp.optimizer, hp.lr, hp.weight_decay, hp.layer_decay, hp.optimizer_kwargs or {}
-        )
-        by_epoch = hp.schedule_by == "epoch"
-        schedule = (by_epoch, hp.warmup_epochs, hp.warmup_lr, hp.min_lr, hp.scheduler_kwargs or {})
-        scheduler = build_scheduler(optimizer, self.trainer, hp.scheduler, *schedule)
-        interval = "epoch" if by_epoch else "step"
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
-
-    def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:
-        # Lightning calls this after the optimizer step that global_step counts, but within the epoch that it ends.
-        if self.hparams.schedule_by == "update":
-            scheduler.step_update(num_updates=self.global_step)
-        else:
-            scheduler.step(epoch=self.current_epoch + 1)
 
     # ---- batches
 
@@ -267,8 +183,7 @@ class ClassificationTask(LightningModule):
         self.log_dict(values, prog_bar=True)
         means = {f"{name}_epoch": value for name, value in values.items()}
         self.log_dict(means, on_step=False, on_epoch=True, batch_size=len(logits))
-        # With layer decay the groups differ; the largest rate is that of the head, lr itself.
-        self.log("lr", max(group["lr"] for group in self.optimizers().param_groups))
+        self.log_learning_rate()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, self.val_metrics, "val_loss")
@@ -298,11 +213,9 @@ class ClassificationTask(LightningModule):
         top = probabilities.topk(min(5, self.hparams.num_classes), dim=1)
         return {"ids": list(ids), "labels": top.indices, "probabilities": top.values}
 
-    def load_line(self, path: str) -> str:
-        """One line of Python that builds this task's model with the weights in ``path`` (a timm state dict)."""
+    def load_line(self, checkpoint: str, weights: str) -> str:
         hp = self.hparams
         arguments = {"num_classes": hp.num_classes, "in_chans": hp.in_chans, **(hp.model_kwargs or {})}
         listed = "".join(f", {name}={value!r}" for name, value in arguments.items())
-        return (
-            f"import luna_vision, timm; model = timm.create_model({hp.model_name!r}, checkpoint_path={path!r}{listed})"
-        )
+        name = f"{hp.model_name!r}, checkpoint_path={weights!r}"
+        return f"import luna_vision, timm; model = timm.create_model({name}{listed})"

@@ -13,11 +13,13 @@ import sys
 import warnings
 from pathlib import Path
 
+import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from .base import TimmTask
 from .callbacks import NonFiniteLossError, best_checkpoint
 from .classification import ClassificationTask
 from .reporting import ExportBest, relative
@@ -27,7 +29,7 @@ USER_ERRORS = (ArgumentError, MisconfigurationException, NonFiniteLossError, OSE
 
 
 class LunaCLI(LightningCLI):
-    """LightningCLI for :class:`ClassificationTask` and any of the data modules.
+    """LightningCLI for the tasks of this package and any of the data modules.
 
     After ``fit`` the best checkpoint is tested (``--test_after_fit false`` leaves that out). ``--ckpt_path`` brings
     weights and, for ``fit``, the state of the optimizer; hyperparameters always come from the configuration, never from
@@ -63,7 +65,8 @@ class LunaCLI(LightningCLI):
         if best and self._get(self.config, "test_after_fit"):
             metrics = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True)[0]
             if self.trainer.is_global_zero:
-                print(f"test accuracy:   {metrics['test_acc1']:.4f} with {relative(best)}")
+                name, called = self.model.headline
+            print(f"{called + ':':<16} {metrics[name]:.4f} with {relative(best)}")
         for callback in self.trainer.callbacks:
             if isinstance(callback, ExportBest):
                 callback.announce()
@@ -76,9 +79,11 @@ def build(args: list[str] | None = None, run: bool = True) -> LunaCLI:
         args: the words of the command line; None takes those of this process.
         run: False knows no subcommands and only builds.
     """
+    named = names_its_task(sys.argv[1:] if args is None else args)
     return LunaCLI(
-        ClassificationTask,
+        TimmTask if named else ClassificationTask,
         LightningDataModule,
+        subclass_mode_model=named,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
@@ -88,6 +93,21 @@ def build(args: list[str] | None = None, run: bool = True) -> LunaCLI:
         args=args,
         run=run,
     )
+
+
+def names_its_task(args: list[str]) -> bool:
+    """Whether a config or an argument says by ``model.class_path`` what the task is; if not, it is classification."""
+    files = [value for name, value in zip(args, args[1:], strict=False) if name in ("-c", "--config")]
+    files += [arg.partition("=")[2] for arg in args if arg.startswith(("--config=", "-c="))]
+    for file in files:
+        try:
+            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            continue  # what is wrong with it is said when it is parsed
+        model = content.get("model") if isinstance(content, dict) else None
+        if isinstance(model, str) or (isinstance(model, dict) and "class_path" in model):
+            return True
+    return any(arg == "--model" or arg.startswith(("--model=", "--model.class_path")) for arg in args)
 
 
 def with_default_config(args: list[str], default_config: Path | None) -> list[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
@@ -24,7 +25,8 @@ def build_optimizer(
     """An optimizer by timm's name, with the parameter groups that weight decay and layer decay want.
 
     Args:
-        model: the bare timm model, which timm asks for ``no_weight_decay()`` and ``group_matcher()``.
+        model: the bare timm model, which timm asks for ``no_weight_decay()`` and ``group_matcher()``, or a module with
+            such a model in it, whose ``no_weight_decay()`` counts too.
         name: from ``timm.optim.list_optimizers()``.
         lr: learning rate.
         weight_decay: not applied to biases, norms and what ``no_weight_decay()`` names.
@@ -35,9 +37,20 @@ def build_optimizer(
     Raises:
         ValueError: no such optimizer, or it does not take these arguments.
     """
+    groups = {}
+    if not hasattr(model, "no_weight_decay"):
+        spared = [
+            f"{prefix}.{parameter}"
+            for prefix, module in model.named_modules()
+            if hasattr(module, "no_weight_decay")
+            for parameter in module.no_weight_decay()
+        ]
+        groups["param_group_fn"] = partial(
+            param_groups_weight_decay, weight_decay=weight_decay, no_weight_decay_list=spared
+        )
     try:
         return create_optimizer_v2(
-            model, opt=name, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, **arguments
+            model, opt=name, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, **groups, **arguments
         )
     except TypeError as error:
         raise ValueError(f"optimizer_kwargs {arguments} do not fit {name}: {error}") from error

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 from luna_vision.models import unwrap_state_dict
 
+from .base import TimmTask
 from .callbacks import best_checkpoint, last_checkpoint
-from .classification import ClassificationTask
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -90,7 +90,7 @@ def export_weights(checkpoint: str | Path, output: str | Path) -> None:
     """Write the model's weights (with EMA, the averaged ones) from a Lightning checkpoint as timm loads them.
 
     Args:
-        checkpoint: a checkpoint of a ClassificationTask.
+        checkpoint: a checkpoint of a task.
         output: the ``.safetensors`` file to write, in one move.
     """
     state_dict = unwrap_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
@@ -110,7 +110,7 @@ class ExportBest(Callback):
         self._closing: list[str] = []
 
     @rank_zero_only
-    def on_fit_end(self, trainer: Trainer, pl_module: ClassificationTask) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: TimmTask) -> None:
         path = best_checkpoint(trainer)
         if not path:
             return
@@ -123,7 +123,7 @@ class ExportBest(Callback):
             score = f" (the last one: {callback.monitor} was never measured, so none is best)"
         self._closing = [
             f"best checkpoint: {relative(path)}{score}",
-            f"load it with:    {pl_module.load_line(relative(weights))}",
+            f"load it with:    {pl_module.load_line(relative(path), relative(weights))}",
         ]
 
     def announce(self) -> None:
@@ -154,7 +154,8 @@ class EpochLines(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if sys.stdout.isatty():
             return
-        shown = ("train_loss_epoch", "train_acc1_epoch", "val_loss", "val_acc1", "lr", "images_per_s")
+        shown = ("train_loss_epoch", "train_acc1_epoch", "val_loss", "val_acc1", "val_map", "val_map_50", "val_miou")
+        shown += ("lr", "images_per_s")
         metrics = trainer.callback_metrics
         values = "  ".join(
             f"{name.removesuffix('_epoch')} {float(metrics[name]):.4g}" for name in shown if name in metrics

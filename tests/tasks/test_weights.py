@@ -110,9 +110,7 @@ def test_checkpoint_of_another_model(tmp_path, data):
 
 def test_init_from_vit_is_called_with_its_source(tmp_path, data, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        "luna_vision.tasks.classification.init_from_vit", lambda model, source: calls.append((model, source))
-    )
+    monkeypatch.setattr("luna_vision.tasks.base.init_from_vit", lambda model, source: calls.append((model, source)))
     task = tiny_task(init_from_vit="vit_tiny_patch16_224")
     tiny_trainer(tmp_path).validate(task, data, verbose=False)
     assert calls == [(task.model, "vit_tiny_patch16_224")]

@@ -1,0 +1,200 @@
+"""Feature maps at several strides from a backbone that has one, for detectors and segmentation heads.
+
+Shapes: B batch, H x W pixels, D width of the backbone, C channels of the pyramid, H' x W' patch grid.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+from luna_vision._commands import build_model
+from luna_vision.models import LunaVit, prune_memory_update
+
+__all__ = ["PyramidBackbone", "SimpleFeaturePyramid", "patches_of_images"]
+
+
+def patches_of_images(
+    sizes: Sequence[tuple[int, int]], padded: tuple[int, int], patch_size: tuple[int, int], device=None
+) -> Tensor:
+    """Which patches of a padded batch are part of an image: the ``patch_valid`` that the models take.
+
+    Args:
+        sizes: (height, width) of each image in pixels; it lies at the top left of its rectangle.
+        padded: (height, width) of the batch in pixels.
+        patch_size: (height, width) of a patch in pixels.
+        device: Of the mask.
+
+    Returns:
+        (B, N) bool, row by row; a patch that an image covers in part belongs to it.
+
+    Raises:
+        ValueError: An image is larger than the batch, or empty.
+    """
+    grid = [-(-side // patch) for side, patch in zip(padded, patch_size, strict=True)]
+    for size in sizes:
+        if not (1 <= size[0] <= padded[0] and 1 <= size[1] <= padded[1]):
+            raise ValueError(f"image sizes must be 1 x 1 to {padded[0]} x {padded[1]}, got {size[0]} x {size[1]}")
+    covered = [torch.tensor([-(-s[axis] // patch_size[axis]) for s in sizes], device=device) for axis in (0, 1)]
+    rows, columns = (torch.arange(grid[axis], device=device) < covered[axis][:, None] for axis in (0, 1))
+    return (rows[:, :, None] & columns[:, None, :]).flatten(1)
+
+
+class SimpleFeaturePyramid(nn.Module):
+    """Maps at several strides from maps of one stride, without lateral connections.
+
+    Finer maps by transposed convolutions of stride 2, coarser ones by max pooling; then a 1x1 and a 3x3 convolution,
+    each with a LayerNorm over channels.
+
+    Source: Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", ECCV 2022 (arXiv
+    2203.16527), section 3 and appendix A.2.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        stride: int,
+        strides: Sequence[int] = (4, 8, 16, 32),
+        out_channels: int = 256,
+        device=None,
+        dtype=None,
+    ) -> None:
+        """
+        Args:
+            dim: Channels D of the maps that come in.
+            stride: Their stride, pixels.
+            strides: Of the maps that go out, each `stride` times or divided by a power of two.
+            out_channels: Channels C of the maps that go out.
+
+        Raises:
+            ValueError: No strides, or one that cannot be reached by halving and doubling.
+        """
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        if not strides:
+            raise ValueError("strides must name at least one stride")
+        self.strides = tuple(strides)
+        self.levels = nn.ModuleList()
+        for wanted in self.strides:
+            larger, smaller = max(wanted, stride), min(wanted, stride)
+            ratio = larger // smaller if smaller > 0 else 0
+            if ratio < 1 or ratio * smaller != larger or ratio & (ratio - 1):
+                raise ValueError(f"strides must be {stride} times a power of two, or divided by one, got {wanted}")
+            steps, width = ratio.bit_length() - 1, dim
+            layers: list[nn.Module] = []
+            for step in range(steps if wanted < stride else 0):
+                if step:
+                    layers += [LayerNorm2d(width, **dd), nn.GELU()]
+                layers.append(nn.ConvTranspose2d(width, max(width // 2, 1), 2, 2, **dd))
+                width = max(width // 2, 1)
+            if wanted > stride:
+                layers.append(nn.MaxPool2d(ratio, ratio, ceil_mode=True))
+            layers += [nn.Conv2d(width, out_channels, 1, bias=False, **dd), LayerNorm2d(out_channels, **dd)]
+            layers.append(nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False, **dd))
+            layers.append(LayerNorm2d(out_channels, **dd))
+            self.levels.append(nn.Sequential(*layers))
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """
+        Args:
+            maps: One map (B, D, H', W') for all strides, or one for each.
+
+        Returns:
+            (B, C, height, width) for each stride.
+
+        Raises:
+            ValueError: Another number of maps.
+        """
+        if len(maps) not in (1, len(self.levels)):
+            raise ValueError(f"needs 1 map or {len(self.levels)}, one for each stride, got {len(maps)}")
+        maps = list(maps) * (len(self.levels) // len(maps))
+        return [level(x) for level, x in zip(self.levels, maps, strict=True)]
+
+
+class PyramidBackbone(nn.Module):
+    """A timm model with a `SimpleFeaturePyramid`, in the form that torchvision's detectors take.
+
+    Attributes:
+        out_channels: Channels of the maps.
+        strides: Their strides; the maps are called "0", "1", ...
+        body: The timm model, without what comes after the last layer that is used.
+    """
+
+    def __init__(
+        self,
+        model_name: str = "luna_vit_small",
+        strides: Sequence[int] = (4, 8, 16, 32),
+        out_channels: int = 256,
+        layers: Sequence[int] | None = None,
+        in_chans: int = 3,
+        **model_kwargs,
+    ) -> None:
+        """
+        Args:
+            model_name: Any timm model that has `forward_intermediates` with maps of one stride.
+            strides: Strides of the pyramid, pixels.
+            out_channels: Channels of the pyramid.
+            layers: Blocks whose outputs are used: one for all strides, or one for each; the last block if None.
+            in_chans: Image channels.
+            **model_kwargs: Further arguments of the model.
+
+        Raises:
+            ValueError: Unknown model or argument, a model that does not fit, or layers or strides that do not.
+        """
+        super().__init__()
+        self.arguments = dict(name=model_name, num_classes=0, in_chans=in_chans, **model_kwargs)
+        model = build_model(**self.arguments)
+        reductions = {info["reduction"] for info in getattr(model, "feature_info", [])}
+        if not hasattr(model, "forward_intermediates") or len(reductions) != 1:
+            raise ValueError(f"{model_name} has no maps of a single stride: torchvision builds pyramids on such models")
+        layers = [len(model.feature_info) - 1] if layers is None else list(layers)
+        if len(layers) not in (1, len(strides)):
+            raise ValueError(f"layers must name 1 block or {len(strides)}, one for each stride, got {len(layers)}")
+        self.layers = layers
+        self.stride = reductions.pop()
+        self.pyramid = SimpleFeaturePyramid(model.num_features, self.stride, strides, out_channels)
+        self.strides, self.out_channels = self.pyramid.strides, out_channels
+        try:
+            used = model.prune_intermediate_layers(sorted(set(layers)), prune_norm=False, prune_head=True)
+        except (AssertionError, ValueError, IndexError) as error:
+            raise ValueError(f"layers must be blocks of {model_name}, got {layers}: {error}") from error
+        self.used = used
+        if isinstance(model, LunaVit):
+            prune_memory_update(model)
+        self.body = model
+        self.masks = "patch_valid" in inspect.signature(model.forward_intermediates).parameters
+
+    def load_body(self, full: nn.Module) -> None:
+        """Take over the weights of a complete model of the same architecture (`build_model(**self.arguments)`)."""
+        weights = full.state_dict()
+        self.body.load_state_dict({name: weights[name] for name in self.body.state_dict()})
+
+    def forward(self, x: Tensor, image_sizes: Sequence[tuple[int, int]] | None = None) -> OrderedDict[str, Tensor]:
+        """
+        Args:
+            x: Images (B, in_chans, H, W), padded below and to the right if their sizes differ.
+            image_sizes: (height, width) of each image in pixels. The padding then changes nothing in a model that takes
+                `patch_valid`; others read it as part of the image.
+
+        Returns:
+            "0", "1", ...: (B, C, height, width) for each stride. Padded patches are zero before the pyramid.
+        """
+        valid = None
+        if image_sizes is not None and any(tuple(size) != tuple(x.shape[2:]) for size in image_sizes):
+            patch = (self.stride, self.stride)
+            valid = patches_of_images(image_sizes, tuple(x.shape[2:]), patch, x.device)
+        mask = {"patch_valid": valid} if self.masks else {}
+        maps = self.body.forward_intermediates(
+            x, indices=self.used, norm=True, output_fmt="NCHW", intermediates_only=True, **mask
+        )
+        if valid is not None:
+            rows, columns = maps[0].shape[2:]
+            maps = [y * valid.view(-1, 1, rows, columns) for y in maps]
+        by_layer = dict(zip(sorted(set(self.layers)), maps, strict=True))
+        levels = self.pyramid([by_layer[layer] for layer in self.layers])
+        return OrderedDict((str(i), level) for i, level in enumerate(levels))

@@ -1,0 +1,134 @@
+"""What all tasks have in common: starting weights, checks before a run, optimizer and schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import timm
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from timm.models import get_arch_name
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from luna_vision.models import init_from_vit, load_weights  # with which the luna_vit models are registered, too
+
+from .optimization import build_optimizer, build_scheduler
+
+
+class TimmTask(LightningModule):
+    """A task that trains ``self.model``, which is or contains a timm model.
+
+    Subclasses save hyperparameters of the names that are read here, in a constructor that builds ``self.model``.
+
+    Attributes:
+        model: what is trained.
+        headline: name of the metric that sums up a test, and what to call it.
+    """
+
+    headline: ClassVar[tuple[str, str]]
+    model: nn.Module
+    _has_weights = False
+
+    # ---- start of a run
+
+    def setup(self, stage: str) -> None:
+        self.check_data(self.trainer.datamodule, stage)
+
+    def check_data(self, data: LightningDataModule | None, stage: str) -> None:
+        """Raise ``ValueError`` where the data module's channels or, unless there is nothing to compare them with in
+        ``predict``, its classes are not the model's."""
+        checks = [("in_chans", "image channels")] + [("num_classes", "classes")] * (stage != "predict")
+        for name, what in checks:
+            found, expected = getattr(data, name, None), self.hparams[name]
+            if found is not None and found != expected:
+                raise ValueError(f"the data has {found} {what}, but the model is built for {name}={expected}")
+
+    def check_start(self, optimizer: bool = True) -> None:
+        """Find mistakes in what is only used once the run has begun, and has made its folder.
+
+        Args:
+            optimizer: whether there will be one.
+
+        Raises:
+            ValueError: an unknown optimizer, or ``init_from_vit`` is neither a file nor a timm model.
+            FileNotFoundError: there is no such ``checkpoint``.
+        """
+        hp = self.hparams
+        if hp.checkpoint and not Path(hp.checkpoint).is_file():
+            raise FileNotFoundError(f"checkpoint {hp.checkpoint!r} does not exist")
+        vit = hp.get("init_from_vit")
+        if vit and not Path(vit).is_file() and not timm.is_model(get_arch_name(vit)):
+            raise ValueError(f"init_from_vit {vit!r} is neither a file nor the name of a timm model")
+        if optimizer:
+            self._build_optimizer()
+
+    def load_starting_weights(self, load: Callable[[nn.Module], None]) -> None:
+        """Apply ``load``, which puts weights into a timm model, to the part of ``self.model`` that is one."""
+        load(self.model)
+
+    def _load_starting_weights(self) -> None:
+        """Once, and not if Lightning has loaded a checkpoint, which it does after ``setup`` and before these hooks."""
+        if self._has_weights:
+            return
+        self._has_weights = True
+        checkpoint, vit = self.hparams.checkpoint, self.hparams.get("init_from_vit")
+        if checkpoint:
+            self.load_starting_weights(lambda model: load_weights(model, checkpoint, say=rank_zero_info))
+        elif vit:
+            self.load_starting_weights(lambda model: init_from_vit(model, vit))
+
+    on_fit_start = on_validation_start = on_test_start = on_predict_start = _load_starting_weights
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in one line that a checkpoint is another model's, before PyTorch says it in a hundred."""
+        self._has_weights = True
+        own = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        given = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+        differing = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
+        if differing:
+            name = differing[0]
+            raise ValueError(
+                f"the checkpoint holds another model's weights: {len(differing)} of {len(own)} differ, such as {name} "
+                f"(here {own.get(name)}, there {given.get(name)}); use the config.yaml of the run that wrote it"
+            )
+
+    # ---- optimisation
+
+    def _build_optimizer(self):
+        hp = self.hparams
+        rates = (hp.lr, hp.weight_decay, hp.get("layer_decay"))
+        return build_optimizer(self.model, hp.optimizer, *rates, hp.optimizer_kwargs or {})
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        hp = self.hparams
+        optimizer = self._build_optimizer()
+        by_epoch = hp.schedule_by == "epoch"
+        schedule = (by_epoch, hp.warmup_epochs, hp.warmup_lr, hp.min_lr, hp.scheduler_kwargs or {})
+        scheduler = build_scheduler(optimizer, self.trainer, hp.scheduler, *schedule)
+        interval = "epoch" if by_epoch else "step"
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
+
+    def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:
+        # Lightning calls this after the optimizer step that global_step counts, but within the epoch that it ends.
+        if self.hparams.schedule_by == "update":
+            scheduler.step_update(num_updates=self.global_step)
+        else:
+            scheduler.step(epoch=self.current_epoch + 1)
+
+    def log_learning_rate(self) -> None:
+        """With layer decay the groups differ; the largest rate is that of the head, lr itself."""
+        self.log("lr", max(group["lr"] for group in self.optimizers().param_groups))
+
+    # ---- what comes out
+
+    def load_line(self, checkpoint: str, weights: str) -> str:
+        """One line of Python that builds this task's trained model.
+
+        Args:
+            checkpoint: Lightning's file.
+            weights: the state dict of ``self.model``, as `export_weights` writes it.
+        """
+        raise NotImplementedError

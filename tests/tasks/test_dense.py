@@ -1,0 +1,150 @@
+"""Detection and segmentation through Lightning: metrics are right, weights start where they should, YAMLs run."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from lightning.pytorch import Trainer, seed_everything
+
+from luna_vision.data import CanvasDetectionDataModule, CanvasSegmentationDataModule
+from luna_vision.tasks import DetectionTask, SegmentationTask
+from luna_vision.tasks.cli import names_its_task
+
+ROOT = Path(__file__).parents[2]
+DATA = {"side": 64, "num_items": 2, "item_size": 12, "num_train": 4, "num_val": 2, "num_test": 4, "num_workers": 0}
+DATA["batch_size"] = 2
+MODEL = {"model_name": "test_luna_vit", "pyramid_channels": 8, "model_kwargs": {"embed_dim": 32, "depth": 2}}
+TASKS = {
+    "detection": (DetectionTask, MODEL | {"strides": [8, 16], "min_size": 64}, CanvasDetectionDataModule),
+    "segmentation": (SegmentationTask, MODEL, CanvasSegmentationDataModule),
+}
+
+
+def make(name: str, **kwargs):
+    seed_everything(0, verbose=False)
+    task, arguments, data = TASKS[name]
+    return task(**arguments | kwargs), data(**DATA)
+
+
+def trainer(folder: Path, **kwargs) -> Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return Trainer(max_epochs=1, accelerator="cpu", default_root_dir=folder, **quiet, **kwargs)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_run_trains_everything_and_measures(name: str, tmp_path):
+    task, data = make(name)
+    before = {n: p.detach().clone() for n, p in task.named_parameters()}
+    run = trainer(tmp_path)
+    run.fit(task, data)
+    assert not [n for n, p in task.named_parameters() if p.requires_grad and torch.equal(p, before[n])]
+    metric = task.headline[0].removeprefix("test_")
+    assert {"train_loss", "lr", f"val_{metric}"} <= set(run.callback_metrics)
+    assert 0 <= run.test(task, data, verbose=False)[0][f"test_{metric}"] <= 1
+    checkpoint = tmp_path / "a.ckpt"
+    run.save_checkpoint(checkpoint)
+    namespace: dict = {}
+    exec(task.load_line(str(checkpoint), "unused"), namespace)
+    torch.testing.assert_close(namespace["model"].state_dict(), task.model.state_dict(), rtol=0, atol=0)
+
+
+def test_perfect_boxes_have_an_average_precision_of_one(tmp_path, monkeypatch):
+    task, data = make("detection")
+    data.setup("test")
+    truth = {image.numpy().tobytes(): target for image, target in data.dataset("test")}
+
+    def perfect(images):
+        found = [truth[image.numpy().tobytes()] for image in images]
+        return [{**target, "scores": torch.ones(len(target["labels"]))} for target in found]
+
+    monkeypatch.setattr(task, "forward", perfect)
+    assert trainer(tmp_path).test(task, data, verbose=False)[0]["test_map"] == 1.0
+
+
+def test_perfect_masks_have_an_iou_of_one_and_an_empty_prediction_has_not(tmp_path, monkeypatch):
+    task, data = make("segmentation")
+    data.setup("test")
+    truth = {image.numpy().tobytes(): mask for image, mask in data.dataset("test")}
+
+    def perfect(images):
+        masks = torch.stack([truth[image.numpy().tobytes()] for image in images])
+        return torch.nn.functional.one_hot(masks, 11).permute(0, 3, 1, 2).float()
+
+    monkeypatch.setattr(task, "forward", perfect)
+    assert trainer(tmp_path).test(task, data, verbose=False)[0]["test_miou"] == 1.0
+    monkeypatch.setattr(task, "forward", lambda images: perfect(images).index_fill(1, torch.arange(1, 11), 0.0))
+    assert trainer(tmp_path).test(task, data, verbose=False)[0]["test_miou"] < 0.3
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_weights_of_a_whole_model_start_the_backbone(name: str, tmp_path):
+    whole = timm.create_model("test_luna_vit", num_classes=7, embed_dim=32, depth=2)
+    torch.save(whole.state_dict(), tmp_path / "whole.pt")
+    task, data = make(name, checkpoint=str(tmp_path / "whole.pt"))
+    task.on_fit_start()
+    body = task.model.get_submodule(task.pyramid).body
+    assert torch.equal(body.blocks[0].attn.pack_q.weight, whole.blocks[0].attn.pack_q.weight)
+    assert torch.equal(body.norm.weight, whole.norm.weight)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_weight_decay_leaves_the_memory_alone(name: str):
+    task, _ = make(name)
+    memory = task.model.get_submodule(task.pyramid).body.memory
+    (group,) = [g for g in task._build_optimizer().param_groups if any(p is memory for p in g["params"])]
+    assert group["weight_decay"] == 0.0
+
+
+def test_targets_out_of_range():
+    task, _ = make("detection")
+    target = {"boxes": torch.tensor([[1.0, 1.0, 9.0, 9.0]]), "labels": torch.tensor([11])}
+    with pytest.raises(ValueError, match=r"labels must be in \[1, 10\], got 11 to 11"):
+        task.training_step(([torch.rand(3, 64, 64)], [target]), 0)
+    task, _ = make("segmentation")
+    with pytest.raises(ValueError, match="masks must be 0 to 10, or 255, got 0 to 12"):
+        task.training_step((torch.rand(1, 3, 8, 8), torch.tensor([[[0, 12, 255, 255]] * 8])), 0)
+
+
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        ("detection", {"model_name": "luna"}, "unknown model name 'luna'"),
+        (
+            "detection",
+            {"detector_kwargs": {"boxes": 3}},
+            "faster_rcnn has no argument .boxes.; it takes rpn_",
+        ),
+        ("detection", {"strides": [5]}, "strides must be 16 times a power of two"),
+        ("segmentation", {"background_weight": 0.0}, "background_weight must be above 0, got 0.0"),
+        ("segmentation", {"model_kwargs": {"slots": 3}}, "do not fit test_luna_vit"),
+    ],
+)
+def test_mistakes(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(name, **arguments)
+
+
+def test_which_words_name_a_task(tmp_path):
+    named, plain = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    named.write_text("model:\n  class_path: luna_vision.tasks.DetectionTask\n")
+    plain.write_text("model:\n  model_name: luna_vit_tiny\n")
+    assert names_its_task(["fit", "--config", str(named)]) and names_its_task([f"--config={named}"])
+    assert not names_its_task(["fit", "--config", str(plain), "--model.lr", "1e-3"])
+    assert names_its_task(["fit", "--model=DetectionTask"]) and not names_its_task(["fit", "--config", "gone.yaml"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_the_config_runs(name: str, tmp_path):
+    """The committed YAML, shortened, through train.py: trains, tests, and says how to load the result."""
+    short = ["data.source=digits", "data.num_train=4", "data.num_val=2", "data.num_test=2", "data.side=192"]
+    short += ["model.model_kwargs={img_size: 192, embed_dim: 32, depth: 1, num_heads: 1}", "model.pyramid_channels=8"]
+    short += ["model.min_size=192"] if name == "detection" else []
+    words = [f"--{s.replace('.', '.init_args.', 1)}" for s in short] + ["--trainer.max_epochs=1"]
+    command = [sys.executable, ROOT / "train.py", "fit", "--config", ROOT / f"configs/canvas_{name}.yaml", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"{TASKS[name][0].headline[1]}:" in done.stdout and "load it with:" in done.stdout
