@@ -92,8 +92,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, default: str | None = "
     parser.set_defaults(default_model=default)
 
 
-def parse_pairs(pairs: list[str]) -> dict[str, Any]:
-    """Arguments from `name=value` words; values are Python literals, else strings.
+def parse_pairs(pairs: list[str], option: str = "--model-args") -> dict[str, Any]:
+    """Arguments from the `name=value` words of a command-line option; values are Python literals, else strings.
 
     Raises:
         ValueError: A word without an equals sign.
@@ -102,7 +102,7 @@ def parse_pairs(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise ValueError(f"--model-args are NAME=VALUE, got {pair!r}")
+            raise ValueError(f"{option} are NAME=VALUE, got {pair!r}")
         try:
             arguments[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

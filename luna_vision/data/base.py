@@ -125,8 +125,8 @@ class ImageDataModule(LightningDataModule):
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.persistent_workers = persistent_workers and num_workers > 0
         self.predict_path = predict_path
-        self.mean = _per_channel("mean", mean or self.MEAN, in_chans)
-        self.std = _per_channel("std", std or self.STD, in_chans)
+        self.mean = per_channel("mean", mean or self.MEAN, in_chans)
+        self.std = per_channel("std", std or self.STD, in_chans)
         augment = Augmentation(
             size=self.img_size,
             crop=crop,
@@ -255,7 +255,7 @@ def _height_width(img_size: int | Sequence[int]) -> tuple[int, int]:
     return size
 
 
-def _per_channel(name: str, values: Sequence[float], in_chans: int) -> tuple[float, ...]:
+def per_channel(name: str, values: Sequence[float], in_chans: int) -> tuple[float, ...]:
     """Bring statistics to ``in_chans`` numbers: one is repeated, three are averaged for a grey image."""
     values = tuple(float(v) for v in values)
     if len(values) not in (1, 3) or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):

@@ -3,6 +3,7 @@
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -34,27 +35,51 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> tuple[Image.Image | np.ndarray, int]: ...
 
 
-def read_image(path: str | os.PathLike) -> Image.Image:
+def read_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.Image:
     """Decode an image file, see :func:`decode_image`; a missing one is a FileNotFoundError."""
     with open(path, "rb") as file:
-        return decode_image(file, str(path))
+        return decode_image(file, str(path), max_pixels)
 
 
-def decode_image(file: BinaryIO, name: str) -> Image.Image:
+def decode_image(file: BinaryIO, name: str, max_pixels: int | None = None) -> Image.Image:
     """Decode an image completely and turn it upright as its EXIF orientation says.
 
+    Args:
+        file: Where it is read from.
+        name: What errors call it.
+        max_pixels: The largest image that is decoded, height times width; by default what Pillow allows, twice
+            ``Image.MAX_IMAGE_PIXELS``: 179 megapixels. While the file is read, this number takes the place of that
+            setting of the whole process: threads must not read with different limits.
+
     Raises:
-        SampleError: The file is empty or is not an image that Pillow can decode; the message calls it ``name``.
+        SampleError: The file is empty, is larger than ``max_pixels`` or is not an image that Pillow can decode.
     """
     if not file.read(1):
         raise SampleError(f"image file {name} is empty (0 bytes)")
     file.seek(0)
     try:
-        with Image.open(file) as image:
+        with _open(file, max_pixels) as image:
             image.load()
             return ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
         raise SampleError(f"cannot decode image file {name}: {one_line(error)}") from error
+
+
+@contextmanager
+def _open(file: BinaryIO, max_pixels: int | None) -> Iterator[Image.Image]:
+    """`Image.open` with a limit of its own."""
+    allowed = Image.MAX_IMAGE_PIXELS
+    try:
+        if max_pixels is not None:
+            Image.MAX_IMAGE_PIXELS = None  # opening reads no pixels: the size is checked below
+        with Image.open(file) as image:
+            if max_pixels is not None:
+                if image.width * image.height > max_pixels:
+                    raise ValueError(f"{image.width} x {image.height} pixels are more than max_pixels={max_pixels}")
+                Image.MAX_IMAGE_PIXELS = max_pixels  # for parts of the file that declare a size of their own
+            yield image
+    finally:
+        Image.MAX_IMAGE_PIXELS = allowed
 
 
 def to_channels(image: Image.Image | np.ndarray, in_chans: int) -> Image.Image:

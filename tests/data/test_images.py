@@ -74,6 +74,19 @@ def test_broken_files_are_named(tmp_path: Path):
         read_image(tmp_path / "missing.png")
 
 
+def test_the_largest_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "large.png"
+    Image.fromarray(RAMP).save(path)
+    assert read_image(path, max_pixels=20 * 52).size == (52, 20)
+    with pytest.raises(SampleError, match="large.png: 52 x 20 pixels are more than max_pixels=1039"):
+        read_image(path, max_pixels=20 * 52 - 1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(SampleError, match="large.png: .* exceeds limit of 200 pixels"):
+        read_image(path)
+    assert read_image(path, max_pixels=2000).size == (52, 20)
+    assert Image.MAX_IMAGE_PIXELS == 100  # the setting of the process is as it was
+
+
 class FileSource(list):
     def __getitem__(self, index: int):
         return read_image(super().__getitem__(index)), 0
