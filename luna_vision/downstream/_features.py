@@ -1,0 +1,137 @@
+"""What a frozen model gives for images: its embedding, and of a Luna ViT the memory and the patch grid.
+
+Shapes: B batch, C width, L memory slots, H', W' patch grid, N = H' * W'.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from luna_vision.data.images import SampleError, one_line
+from luna_vision.models.luna_vit import LunaVit
+
+__all__ = ["Extractor", "Features"]
+
+
+class Features(NamedTuple):
+    """Of one image, float32."""
+
+    embedding: np.ndarray
+    """(C,): what the head reads, `forward_head(pre_logits=True)`."""
+    memory: np.ndarray | None
+    """(L, C): the memory slots after the final norm."""
+    grid: np.ndarray | None
+    """(H', W', C): the patches after the final norm."""
+
+
+class Extractor:
+    """Runs a frozen model on images.
+
+    A Luna ViT takes images of different sizes in one batch: they are padded to the largest, and a mask keeps the
+    padding out, so that the result is that of each image alone. Any other model takes batches of one size.
+
+    Attributes:
+        in_chans: Channels of the images.
+        patch_size: Sides (height, width) of a patch, for a model that takes mixed sizes; None for one that does not.
+    """
+
+    def __init__(self, model: nn.Module, memory: bool = False, grid: bool = False) -> None:
+        """
+        Args:
+            model: A timm classification model; it is put and left in eval mode.
+            memory: Return the memory.
+            grid: Return the patch grid (of a convolutional network, its last feature map).
+
+        Raises:
+            ValueError: It is no such model, has no memory where that is wanted, or reads other images than grey or RGB.
+        """
+        self.name = type(model).__name__
+        if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
+            raise ValueError(
+                f"{self.name} is not a timm classification model: it has no forward_features, forward_head"
+            )
+        if memory and not getattr(model, "memory_len", 0):
+            raise ValueError(f"memory is wanted, and {self.name} has none: it takes a Luna ViT with mixer='luna'")
+        self.model, self.memory, self.grid = model.eval(), memory, grid
+        self.patch_size: tuple[int, int] | None = model.patch_embed.patch_size if isinstance(model, LunaVit) else None
+        self.in_chans = _in_chans(model)
+        if self.in_chans not in (1, 3):
+            raise ValueError(f"{self.name} reads {self.in_chans} channels; images have 1 (grey) or 3 (RGB)")
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+
+    def __call__(self, images: Sequence[Tensor]) -> list[Features]:
+        """The features of normalised images (channels, height, width), as the module's docstring says of sizes.
+
+        Raises:
+            SampleError: The model does not take images of this size; or there is not enough memory for them.
+            ValueError: What it returns is not an embedding, or no grid where one is wanted.
+        """
+        batch, valid = self._batch(images)
+        tokens, embeddings = self._run(batch, valid)
+        if embeddings.ndim == 4 and embeddings.shape[2:] == (1, 1):
+            embeddings = embeddings.flatten(1)
+        if embeddings.ndim != 2:
+            shape = list(embeddings.shape[1:])
+            raise ValueError(f"{self.name} gives {shape} for an image, not one vector: create it with a global_pool")
+        embeddings = embeddings.float().cpu().numpy()
+        memories = tokens[:, : self.model.memory_len].float().cpu().numpy() if self.memory else [None] * len(batch)
+        grids: Any = self._grids(tokens, batch).float().cpu().numpy() if self.grid else [None] * len(batch)
+        if self.grid and self.patch_size:
+            own = [self._cells(image) for image in images]
+            # copies, for a view would keep the padding in memory
+            grids = [grid[:rows, :columns].copy() for grid, (rows, columns) in zip(grids, own, strict=True)]
+        return [Features(*of_image) for of_image in zip(embeddings, memories, grids, strict=True)]
+
+    def _cells(self, image: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches that an image takes, the last ones perhaps in part."""
+        return -(-image.shape[1] // self.patch_size[0]), -(-image.shape[2] // self.patch_size[1])
+
+    def _batch(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """One batch of them, and a mask (B, N) of the patches that are theirs if they do not all have the same grid."""
+        if len({image.shape for image in images}) == 1:
+            # a large image that is alone is not copied
+            return (torch.stack(list(images)) if len(images) > 1 else images[0].unsqueeze(0)), None
+        cells = [self._cells(image) for image in images]
+        rows, columns = (max(side) for side in zip(*cells, strict=True))
+        height, width = rows * self.patch_size[0], columns * self.patch_size[1]
+        batch = torch.zeros(len(images), self.in_chans, height, width)
+        valid = torch.zeros(len(images), rows, columns, dtype=torch.bool)
+        for i, (image, own) in enumerate(zip(images, cells, strict=True)):
+            batch[i, :, : image.shape[1], : image.shape[2]] = image
+            valid[i, : own[0], : own[1]] = True
+        return batch, None if valid.all() else valid.flatten(1)
+
+    def _run(self, batch: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tokens and embeddings."""
+        mask = {} if valid is None else {"patch_valid": valid.to(self.device)}
+        try:
+            with torch.inference_mode():
+                tokens = self.model.forward_features(batch.to(self.device, self.dtype), **mask)
+                return tokens, self.model.forward_head(tokens, pre_logits=True, **mask)
+        except (RuntimeError, AssertionError, ValueError) as error:  # which of them it is depends on the model
+            height, width = batch.shape[2:]
+            raise SampleError(f"{self.name} fails on {width} x {height} pixels: {one_line(error)}") from error
+
+    def _grids(self, tokens: Tensor, batch: Tensor) -> Tensor:
+        """(B, H', W', C) of the padded batch."""
+        if tokens.ndim == 4:
+            return tokens if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else tokens.permute(0, 2, 3, 1)
+        if tokens.ndim == 3 and hasattr(self.model, "patch_embed"):
+            # a Luna ViT pads to whole patches, a timm ViT may or may not
+            cells = self._cells if self.patch_size else lambda x: self.model.patch_embed.dynamic_feat_size(x.shape[1:])
+            size = cells(batch[0])
+            patches = tokens[:, getattr(self.model, "num_prefix_tokens", 0) :]
+            if patches.shape[1] == size[0] * size[1]:
+                return patches.unflatten(1, tuple(size))
+        raise ValueError(f"a grid is wanted, and {self.name} gives none: its features are {list(tokens.shape[1:])}")
+
+
+def _in_chans(model: nn.Module) -> int:
+    """What a Luna ViT says, else the channels of the first convolution: timm's models keep no other record."""
+    if hasattr(model, "in_chans"):
+        return model.in_chans
+    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)

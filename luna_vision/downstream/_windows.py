@@ -1,0 +1,225 @@
+"""Images from files to features, a window at a time: images of similar size share a batch, and few are held at once."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from PIL import Image
+from timm.data import resolve_model_data_config
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode, v2
+
+from luna_vision.data.base import per_channel
+from luna_vision.data.images import SampleError, one_line, read_image, to_channels
+from luna_vision.data.transforms import SeededTransform, eval_transform
+
+from ._features import Extractor, Features
+
+__all__ = ["Settings", "Window", "group", "normalisation", "read_windows"]
+
+# images in a window: read in the order of the input, then grouped by size
+WINDOW_IMAGES, WINDOW_PIXELS = 1024, 2**24
+BATCH_PIXELS = 2**22  # padding included; an image that is larger is a batch of its own
+MAX_PADDING = 1.25  # pixels of a padded batch over those of its images
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How images are read, and what is wanted of them.
+
+    Attributes:
+        max_size: Images whose longer side is longer are shrunk to this many pixels, their aspect ratio kept; the others
+            keep their size.
+        img_size: All images become squares of this side instead, by the evaluation transform with the model's own
+            `crop_pct`.
+        mean: Mean by channel that is subtracted from pixels in [0, 1], one number for all or three; the model's own,
+            from its `pretrained_cfg`, by default.
+        std: Standard deviation to divide by, likewise.
+        memory: The memory slots are wanted, too. It takes a Luna ViT.
+        grid: The patch grid is wanted, too.
+        batch_size: Most images in a batch.
+        max_pixels: Images with more pixels are not decoded; by default as many as Pillow allows, 179 megapixels.
+        workers: Processes that decode images; 0 decodes in this one.
+
+    Raises:
+        ValueError: A number out of its range, or both sizes.
+    """
+
+    max_size: int | None = None
+    img_size: int | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    memory: bool = False
+    grid: bool = False
+    batch_size: int = 32
+    max_pixels: int = 2 * (Image.MAX_IMAGE_PIXELS or 2**62)
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_size is not None and self.img_size is not None:
+            raise ValueError("max_size keeps the aspect ratio and img_size does not: give one of them")
+        for name, least in (("max_size", 1), ("img_size", 1), ("batch_size", 1), ("max_pixels", 1), ("workers", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+@dataclass
+class Window:
+    """The features of the images from `start` on, up to `stop`, in the order of the input.
+
+    Attributes:
+        start, stop: Positions in the input.
+        features: Of each image that could be used, by its position.
+        failures: Why an image could not be used, by its position.
+    """
+
+    start: int
+    stop: int
+    features: dict[int, Features] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+
+
+def normalisation(extractor: Extractor, settings: Settings) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation by channel: what the settings say, else the model."""
+    config = resolve_model_data_config(extractor.model)
+    return (
+        per_channel("mean", settings.mean or config["mean"], extractor.in_chans),
+        per_channel("std", settings.std or config["std"], extractor.in_chans),
+    )
+
+
+def read_windows(
+    extractor: Extractor,
+    paths: Sequence[str],
+    settings: Settings,
+    start: int = 0,
+    advance: Callable[[int], object] = lambda count: None,
+) -> Iterator[Window]:
+    """The features of image files, a window after the other.
+
+    Where a window ends follows from the files and from `start` alone, so what is left out by starting at the end of a
+    window changes nothing in those that follow.
+
+    Args:
+        extractor: The model.
+        paths: Image files.
+        settings: How they are read.
+        start: The first position in `paths` to be read.
+        advance: Is told how many images have been dealt with since it was last called.
+
+    Raises:
+        ValueError: From the start on, the model has failed on all images: it is not the images then.
+    """
+    dataset = ImageFiles(paths, _transform(extractor, settings), extractor.in_chans, settings.max_pixels)
+    order = range(start, len(paths))
+    loader = DataLoader(dataset, batch_size=None, sampler=order, num_workers=settings.workers)
+    window, images, pixels, worked = Window(start, start), {}, 0, start > 0
+    for index, image in zip(order, loader, strict=True):
+        if isinstance(image, str):
+            window.failures[index] = image
+            advance(1)
+        else:
+            # a worker's tensor is shared memory, which holds an open file: there can be too many of them
+            images[index] = image.clone() if settings.workers else image
+            pixels += image.shape[1] * image.shape[2]
+        window.stop = index + 1
+        if pixels >= WINDOW_PIXELS or window.stop - window.start >= WINDOW_IMAGES or window.stop == len(paths):
+            _extract(extractor, images, settings.batch_size, window, advance)
+            worked = worked or bool(window.features)
+            if images and not worked:
+                reason = window.failures[next(iter(images))].rstrip(".")
+                raise ValueError(f"{reason}; img_size (--img-size) brings all images to one size")
+            yield window
+            window, images, pixels = Window(window.stop, window.stop), {}, 0
+
+
+def group(
+    sizes: Sequence[tuple[int, int]], batch_size: int, max_padding: float = 1.0, max_pixels: int = BATCH_PIXELS
+) -> list[list[int]]:
+    """Divide images into batches, each to be padded to the largest height and width in it.
+
+    Args:
+        sizes: (height, width) of each image.
+        batch_size: Most images in a batch.
+        max_padding: Most pixels of a padded batch over those of its images; with 1 all are of one size.
+        max_pixels: Most pixels of a padded batch of more than one image.
+
+    Returns:
+        Positions in `sizes`, by batch.
+    """
+    batches: list[list[int]] = []
+    height = width = own = 0
+    for i in sorted(range(len(sizes)), key=lambda i: sizes[i]):
+        joint = max(height, sizes[i][0]), max(width, sizes[i][1])
+        area = sizes[i][0] * sizes[i][1]
+        if batches and len(batches[-1]) < batch_size:
+            padded = joint[0] * joint[1] * (len(batches[-1]) + 1)
+            if padded <= max_pixels and padded <= max_padding * (own + area):
+                batches[-1].append(i)
+                (height, width), own = joint, own + area
+                continue
+        batches.append([i])
+        (height, width), own = sizes[i], area
+    return batches
+
+
+def _extract(
+    extractor: Extractor,
+    images: dict[int, Tensor],
+    batch_size: int,
+    window: Window,
+    advance: Callable[[int], object],
+) -> None:
+    """Put the features of images into their window; of a batch that fails, only the images to blame are left out."""
+    indices, patch = list(images), extractor.patch_size
+    sizes = [(image.shape[1], image.shape[2]) for image in images.values()]
+    if patch:
+        sizes = [(-(-height // patch[0]) * patch[0], -(-width // patch[1]) * patch[1]) for height, width in sizes]
+    found: dict[int, Features] = {}
+    batches = [[indices[i] for i in positions] for positions in group(sizes, batch_size, MAX_PADDING if patch else 1.0)]
+    while batches:
+        batch = batches.pop()
+        try:
+            found.update(zip(batch, extractor([images[index] for index in batch]), strict=True))
+        except SampleError as error:
+            if len(batch) > 1:
+                batches += [[index] for index in batch]
+                continue
+            window.failures[batch[0]] = str(error)
+        advance(len(batch))
+    window.features, window.failures = dict(sorted(found.items())), dict(sorted(window.failures.items()))
+
+
+class ImageFiles(Dataset):
+    """The normalised image (channels, height, width) of each file; why not, a string, where there is none."""
+
+    def __init__(self, paths: Sequence[str], transform: SeededTransform, in_chans: int, max_pixels: int) -> None:
+        self.paths, self.transform, self.in_chans, self.max_pixels = paths, transform, in_chans, max_pixels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        try:
+            image = to_channels(read_image(self.paths[index], self.max_pixels), self.in_chans)
+            return self.transform(image, 0)
+        except (ValueError, OSError, MemoryError) as error:
+            return one_line(error)
+
+
+def _transform(extractor: Extractor, settings: Settings) -> SeededTransform:
+    mean, std = normalisation(extractor, settings)
+    if settings.img_size:
+        crop_pct = resolve_model_data_config(extractor.model)["crop_pct"]
+        return eval_transform((settings.img_size, settings.img_size), mean, std, crop_pct)
+    return SeededTransform(partial(_shrink, max_size=settings.max_size), mean, std)
+
+
+def _shrink(image: Image.Image, seed: int, max_size: int | None) -> Image.Image:
+    longer = max(image.size)
+    if max_size is None or longer <= max_size:
+        return image
+    sides = [max(1, round(side * max_size / longer)) for side in (image.height, image.width)]
+    return v2.functional.resize(image, sides, interpolation=InterpolationMode.BICUBIC)
