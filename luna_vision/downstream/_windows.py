@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from PIL import Image
-from timm.data import resolve_model_data_config
+from timm.data import resolve_data_config
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
@@ -83,7 +84,7 @@ class Window:
 
 def normalisation(extractor: Extractor, settings: Settings) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation by channel: what the settings say, else the model."""
-    config = resolve_model_data_config(extractor.model)
+    config = _data_config(extractor)
     return (
         per_channel("mean", settings.mean or config["mean"], extractor.in_chans),
         per_channel("std", settings.std or config["std"], extractor.in_chans),
@@ -209,10 +210,16 @@ class ImageFiles(Dataset):
             return one_line(error)
 
 
+def _data_config(extractor: Extractor) -> dict[str, Any]:
+    """What a model's `pretrained_cfg` says about its images, and timm's defaults where it says nothing."""
+    # without the model: timm would complain about statistics of three channels for a grey one
+    return resolve_data_config(pretrained_cfg=getattr(extractor.model, "pretrained_cfg", {}))
+
+
 def _transform(extractor: Extractor, settings: Settings) -> SeededTransform:
     mean, std = normalisation(extractor, settings)
     if settings.img_size:
-        crop_pct = resolve_model_data_config(extractor.model)["crop_pct"]
+        crop_pct = _data_config(extractor)["crop_pct"]
         return eval_transform((settings.img_size, settings.img_size), mean, std, crop_pct)
     return SeededTransform(partial(_shrink, max_size=settings.max_size), mean, std)
 

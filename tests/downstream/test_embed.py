@@ -35,20 +35,24 @@ def close(x, y):
 
 @pytest.mark.parametrize(
     "arguments",
-    [*({"mixer": name} for name in MIXERS), {"stem": "conv"}, {"pos_embed": "learn"}, {"patch_size": 7}]
+    [*({"mixer": name} for name in MIXERS), {"stem": "conv"}, {"pos_embed": "learn"}, {"patch_size": 5}]
     + [{"global_pool": name} for name in ("max", "map", "token", "both")]
     + [{"norm_first": False, "local_mixing": "none"}],
     ids=str,
 )
 @torch.no_grad()
 def test_a_padded_batch_gives_what_each_image_gives_alone(arguments, photos, tiny):
-    model = tiny(**arguments)
-    memory = model.memory_len > 0
-    rows = []
-    model.register_forward_hook(lambda *_: pytest.fail("the head's logits are not asked for"))
-    model.patch_embed.register_forward_hook(lambda _, inputs, out: rows.append(len(inputs[0])))
+    model = tiny(**{"patch_size": 4, **arguments})
+    memory, forward, batches = model.memory_len > 0, model.forward_features, []
+
+    def count(x, patch_valid=None):
+        batches.append((len(x), patch_valid is not None))
+        return forward(x, patch_valid)
+
+    model.forward_features = count
     result = embed_images(model, photos, Settings(**HALF, memory=memory, grid=True))
-    assert sum(rows) == 11 and len(rows) < 9, "images of different sizes share batches"
+    assert sum(n for n, _ in batches) == 11
+    assert sum(n for n, masked in batches if masked) >= 4, "images of different sizes share batches"
     assert result.paths == find_images(photos) and not result.failures
     for i, path in enumerate(result.paths):
         x = image(path)
@@ -60,6 +64,15 @@ def test_a_padded_batch_gives_what_each_image_gives_alone(arguments, photos, tin
         size = -(-x.shape[2] // patch), -(-x.shape[3] // patch)
         close(result.grid[i], tokens[0, model.memory_len :].unflatten(0, size))
     assert result.embedding.dtype == np.float32 and (result.memory is None) == (not memory)
+
+
+def test_images_of_one_patch_grid_need_no_mask(photos, tiny):
+    model = tiny()
+    forward, batches = model.forward_features, []
+    model.forward_features = lambda x: batches.append(len(x)) or forward(x)
+    together = embed_images(model, [photos / f"0{i}.png" for i in (0, 1, 6)])  # all are 3 x 4 patches
+    assert batches == [3]
+    close(together.embedding[1], embed_images(model, photos / "01.png").embedding[0])
 
 
 @pytest.mark.parametrize(
@@ -84,11 +97,12 @@ def test_other_timm_models(name, arguments, grid, photos):
 
 
 @torch.no_grad()
-def test_the_model_says_how_pixels_are_normalised(photos, tiny):
+def test_the_model_says_how_pixels_are_normalised(photos, tiny, caplog):
     path = photos / "02.png"
     for model, mean, std in ((tiny(), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), (tiny(in_chans=1), 0.449, 0.226)):
         x = image(path, torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1), model.in_chans)
         close(embed_images(model, path).embedding[0], model(x)[0])
+    assert not caplog.records
 
 
 @torch.no_grad()
@@ -98,7 +112,7 @@ def test_sizes(photos, tiny):
     close(embed_images(model, path, Settings(**HALF, max_size=48, grid=True)).grid[0].shape[:2], (3, 3))
     want = model((to_tensor(small)[None] - 0.5) / 0.5)
     close(embed_images(model, path, Settings(**HALF, max_size=48)).embedding, want)
-    close(embed_images(model, path, Settings(**HALF, max_size=96)).embedding, model(image(path)))  # never enlarged
+    close(embed_images(model, path, Settings(**HALF, max_size=200)).embedding, model(image(path)))  # never enlarged
     square = eval_transform((64, 64), (0.5,), (0.5,), model.pretrained_cfg["crop_pct"])(read_image(path), 0)
     close(embed_images(model, path, Settings(**HALF, img_size=64)).embedding, model(square[None]))
     assert len(embed_images(model, photos / "07.png", Settings(max_size=2, grid=True)).grid[0]) == 1

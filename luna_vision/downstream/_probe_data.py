@@ -1,0 +1,170 @@
+"""The labelled images of a probe: a training and a test set, both through the evaluation transform."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from luna_vision.data import (
+    CanvasDataModule,
+    CIFAR10DataModule,
+    CIFAR100DataModule,
+    DigitsDataModule,
+    FashionMNISTDataModule,
+    ImageDataModule,
+    ImageFolderDataModule,
+    TimmDataModule,
+)
+from luna_vision.data.datasets import ArraySource
+from luna_vision.data.folders import ClassFolder, class_folders
+from luna_vision.data.images import TransformedDataset, one_line
+
+__all__ = ["DATA", "ProbeData", "check_classes", "open_data"]
+
+
+class FolderPair(ImageFolderDataModule):
+    """Photos in two folders, TRAIN/<class>/<image> and TEST/<class>/<image>: by default train and val in `root`.
+
+    Arguments not listed here are those of `ImageFolderDataModule`.
+    """
+
+    def __init__(
+        self, root: str = "data/imagenet", folders: Sequence[str | os.PathLike] | None = None, **kwargs: Any
+    ) -> None:
+        """
+        Args:
+            root: Folder of train and val.
+            folders: The two folders, which may lie anywhere.
+        """
+        super().__init__(root=root, **kwargs)
+        train, test = folders or (Path(self.root, "train"), Path(self.root, "val"))
+        self.folders = {"train": Path(train), "test": Path(test)}
+
+    @property
+    def class_names(self) -> list[str]:
+        if self._class_names is None:
+            for folder in self.folders.values():
+                if not folder.is_dir():
+                    raise FileNotFoundError(f"no folder {folder}: it must contain <class>/<images>")
+            self._class_names = class_folders(self.folders["train"])
+            if not self._class_names:
+                raise ValueError(f"no class folders in {self.folders['train']}: it must contain <class>/<images>")
+        return self._class_names
+
+    def make_source(self, split: str) -> ClassFolder | None:
+        return ClassFolder(self.folders[split], self.class_names) if split in self.folders else None
+
+
+DATA: dict[str, Callable[..., ImageDataModule]] = {
+    "digits": DigitsDataModule,
+    "fashion_mnist": FashionMNISTDataModule,
+    "cifar10": CIFAR10DataModule,
+    "cifar100": CIFAR100DataModule,
+    "canvas": CanvasDataModule,
+    "imagefolder": FolderPair,
+    "timm": TimmDataModule,
+}
+
+
+@dataclass
+class ProbeData:
+    """What `open_data` returns.
+
+    Attributes:
+        train, test: Loaders of (images, labels), in the order of the data.
+        train_labels: The labels of the training images, if they are to be had without the images.
+        module: Where they come from.
+    """
+
+    train: DataLoader
+    test: DataLoader
+    train_labels: np.ndarray | None
+    module: ImageDataModule
+
+
+def open_data(
+    data: str,
+    arguments: dict[str, Any],
+    num_train: int | None = None,
+    num_test: int | None = None,
+    batch_size: int = 128,
+) -> ProbeData:
+    """All training images of a data module, and its test images (its validation images if it has no others).
+
+    Args:
+        data: A key of `DATA`.
+        arguments: Of the data module.
+        num_train: Training images at most, a fixed random choice with the classes in their proportions.
+        num_test: The same of test images.
+        batch_size: Images in a batch.
+
+    Raises:
+        ValueError: An argument that the module does not take, no test images, a stream, or test images of classes of
+            which there are no training images.
+        OSError: The data are not there, or cannot be fetched.
+    """
+    try:
+        # everything that the module would hold out of the training images belongs to them here
+        module = DATA[data](val_fraction=0.0, batch_size=batch_size, **arguments)
+    except TypeError as error:
+        raise ValueError(f"{arguments} do not fit {DATA[data].__name__}: {error}") from error
+    try:
+        module.prepare_data()
+    except RuntimeError as error:  # how torchvision says that a download has failed
+        raise OSError(f"cannot fetch {data}: {one_line(error)}") from error
+    sources = {"training": module.make_source("train"), "test": module.make_source("test") or module.make_source("val")}
+    labels, loaders = {}, {}
+    for split, limit in (("training", num_train), ("test", num_test)):
+        source = sources[split]
+        if source is None or isinstance(source, IterableDataset):
+            raise ValueError(f"{data} has no {split} images" if source is None else f"{data} must not be a stream")
+        dataset = TransformedDataset(
+            source, module.eval_transform, module.in_chans, module.num_classes, name=f"{data} {split}"
+        )
+        labels[split] = known_labels(source)
+        if limit is not None and limit < len(dataset):
+            chosen = choose(limit, len(dataset), labels[split])
+            dataset = Subset(dataset, chosen.tolist())
+            labels[split] = labels[split][chosen] if labels[split] is not None else None
+        loaders[split] = DataLoader(dataset, batch_size, num_workers=module.num_workers, pin_memory=module.pin_memory)
+    if labels["training"] is not None and labels["test"] is not None:
+        check_classes(labels["training"], labels["test"], module.class_names)
+    return ProbeData(loaders["training"], loaders["test"], labels["training"], module)
+
+
+def known_labels(source: Any) -> np.ndarray | None:
+    """The labels of a source, if they are to be had without its images."""
+    if isinstance(source, Subset):
+        labels = known_labels(source.dataset)
+        return None if labels is None else labels[source.indices]
+    labels = source.labels if isinstance(source, ArraySource) else getattr(source, "targets", None)
+    return None if labels is None else np.asarray(labels)
+
+
+def choose(count: int, total: int, labels: np.ndarray | None) -> np.ndarray:
+    """So many of all positions, sorted: the same ones each time, and with known labels the same share of each class."""
+    order = np.random.default_rng(0).permutation(total)
+    if labels is not None:
+        share = np.empty(total)
+        for label in np.unique(labels):
+            own = np.flatnonzero(labels[order] == label)
+            share[own] = (np.arange(len(own)) + 0.5) / len(own)
+        order = order[np.argsort(share, kind="stable")]
+    return np.sort(order[:count])
+
+
+def check_classes(train_labels: np.ndarray, test_labels: np.ndarray, names: Sequence[str] | None = None) -> None:
+    """Check that there is a training image of each class of the test images.
+
+    Raises:
+        ValueError: There is none of some class.
+    """
+    missing = np.setdiff1d(test_labels, train_labels)
+    if len(missing):
+        shown = ", ".join(str(names[label] if names else label) for label in missing[:10])
+        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+        raise ValueError(f"there are test images but no training images of class {shown}{more}")

@@ -1,0 +1,281 @@
+"""How good frozen features are, by nearest neighbours and a linear classifier.
+
+`python -m luna_vision.downstream.probe --help` shows the command. The features are the embeddings of a model that is
+not trained any further, of images that are not augmented.
+
+- **kNN**, as in DINO (Caron et al. 2021, arXiv 2104.14294, section 3.2; Wu et al. 2018, arXiv 1805.01978, section 3.4):
+  the k nearest training images by cosine similarity s vote for their class, with weight exp(s / T); k is 20, T 0.07.
+- **Linear**: multinomial logistic regression on standardised features, fitted to convergence. Its C is the one of
+  `C_GRID` that does best on a fifth of the training images when fitted to the others; then it is fitted to all of them.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from luna_vision._commands import Parser, add_model_arguments, at_least, load_model, parse_pairs, run_command
+from luna_vision.benchmarks.record import machine, write_json
+from luna_vision.data.base import hold_out
+
+from ._features import Extractor
+from ._files import check_output
+from ._probe_data import DATA, check_classes, open_data
+from ._windows import Settings, normalisation
+
+__all__ = ["LinearProbe", "extract_features", "knn_accuracy", "linear_probe_accuracy", "main"]
+
+K, TEMPERATURE = 20, 0.07
+C_GRID = tuple(10.0**exponent for exponent in range(-5, 3))
+HELD_OUT = 0.2
+MAX_ITER = 1000
+TEST_CHUNK = 256  # test images whose similarities to all training images are held at once
+
+
+class LinearProbe(NamedTuple):
+    """What `linear_probe_accuracy` returns."""
+
+    accuracy: float
+    """Top-1 on the test images, 0 to 1."""
+    C: float
+    """The chosen inverse strength of the L2 penalty, as in scikit-learn."""
+    held_out: dict[float, float]
+    """Accuracy on the held-out part of the training images for each C that was tried."""
+    converged: bool
+    """Whether the last fit ended by itself, and not after `MAX_ITER` iterations."""
+
+
+def extract_features(
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], progress: bool = True, name: str = "features"
+) -> tuple[np.ndarray, np.ndarray]:
+    """The embeddings of labelled images.
+
+    Args:
+        model: A timm model, on its device; it is put in eval mode.
+        loader: Batches of images (B, channels, height, width) and labels (B,).
+        progress: Show a progress bar on stderr, if that is a terminal.
+        name: Its title.
+
+    Returns:
+        Features (n, C) float32 and labels (n,).
+
+    Raises:
+        ValueError: The model does not take the images, or there are none.
+    """
+    extractor = Extractor(model)
+    features: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    for images, targets in tqdm(loader, desc=name, unit="batch", disable=None if progress else True):
+        features += [found.embedding for found in extractor(images)]
+        labels.append(targets.numpy())
+    if not features:
+        raise ValueError(f"{name}: there are no images")
+    return np.stack(features), np.concatenate(labels)
+
+
+def knn_accuracy(
+    train_features: np.ndarray,
+    train_labels: np.ndarray,
+    test_features: np.ndarray,
+    test_labels: np.ndarray,
+    k: int = K,
+    temperature: float = TEMPERATURE,
+    progress: bool = True,
+) -> float:
+    """Top-1 accuracy, 0 to 1, of a vote of the nearest training images; see the module's docstring.
+
+    Args:
+        train_features: (n, C).
+        train_labels: (n,).
+        test_features: (m, C).
+        test_labels: (m,).
+        k: Neighbours that vote.
+        temperature: T; the smaller, the more the nearest count.
+        progress: Show a progress bar on stderr, if that is a terminal.
+
+    Raises:
+        ValueError: k is larger than the training set, T is not above 0, or the test images have a class of their own.
+    """
+    check_vote(k, temperature, len(train_features))
+    _check(train_features, train_labels, test_features, test_labels)
+
+    def weights(distance: np.ndarray) -> np.ndarray:
+        # exp(s / T) with s = 1 - distance, over that of the nearest, for the largest would not fit into a float
+        distance = distance.astype(np.float64)
+        return np.exp((distance.min(axis=1, keepdims=True) - distance) / temperature)
+
+    classifier = KNeighborsClassifier(k, weights=weights, algorithm="brute", metric="cosine")
+    classifier.fit(train_features, train_labels)
+    correct = 0
+    for start in tqdm(range(0, len(test_features), TEST_CHUNK), desc="kNN", disable=None if progress else True):
+        chunk = slice(start, start + TEST_CHUNK)
+        correct += int((classifier.predict(test_features[chunk]) == test_labels[chunk]).sum())
+    return correct / len(test_features)
+
+
+def linear_probe_accuracy(
+    train_features: np.ndarray,
+    train_labels: np.ndarray,
+    test_features: np.ndarray,
+    test_labels: np.ndarray,
+    c_grid: Sequence[float] = C_GRID,
+    progress: bool = True,
+) -> LinearProbe:
+    """Top-1 accuracy of logistic regression; see the module's docstring.
+
+    Args:
+        train_features, train_labels, test_features, test_labels, progress: As in `knn_accuracy`.
+        c_grid: What C is chosen from.
+
+    Raises:
+        ValueError: There is only one class, or one with too few images to hold some out, or the test images have a
+            class of their own.
+    """
+    _check(train_features, train_labels, test_features, test_labels)
+    kept, held = hold_out(train_labels, HELD_OUT)
+    held_out = {}
+    for c in tqdm(c_grid, desc="linear", unit="fit", disable=None if progress else True):
+        model = _fit(train_features[kept], train_labels[kept], c)
+        held_out[c] = model.score(train_features[held], train_labels[held])
+    best = max(held_out, key=lambda c: (held_out[c], -c))
+    model = _fit(train_features, train_labels, best)
+    converged = bool(model[-1].n_iter_.max() < MAX_ITER)
+    return LinearProbe(model.score(test_features, test_labels), best, held_out, converged)
+
+
+def _fit(features: np.ndarray, labels: np.ndarray, c: float) -> Pipeline:
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=MAX_ITER))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # LinearProbe.converged says it of the fit that counts
+        return model.fit(features.astype(np.float64), labels)  # rounding to float32 can end the fit too soon
+
+
+def _check(
+    train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray, test_labels: np.ndarray
+) -> None:
+    for name, features in (("training", train_features), ("test", test_features)):
+        if not np.isfinite(features).all():
+            raise ValueError(f"the features of the {name} images are not all finite numbers")
+    check_classes(train_labels, test_labels)
+
+
+def check_vote(k: int, temperature: float, images: int) -> None:
+    """Raise a ValueError unless there are k training images, and the temperature is above 0."""
+    if not 1 <= k <= images:
+        raise ValueError(f"k (--knn-k) must be from 1 to the number of training images, {images}, got {k}")
+    if not temperature > 0:
+        raise ValueError(f"temperature (--knn-t) must be above 0, got {temperature}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m luna_vision.downstream.probe",
+        description="Top-1 accuracy of frozen features: k nearest neighbours, and a linear classifier.",
+    )
+    add_model_arguments(parser)
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", choices=list(DATA), required=True, help="imagefolder is ROOT/train and ROOT/val")
+    group.add_argument("--root", help="folder of the data (default: the data module's)")
+    group.add_argument(
+        "--folders", nargs=2, metavar=("TRAIN", "TEST"), help="of an imagefolder, <class>/<images> in each, for --root"
+    )
+    group.add_argument("--data-args", nargs="+", default=[], metavar="NAME=VALUE", help="others of the data module's")
+    group.add_argument("--img-size", type=at_least(1), metavar="N", help="side in pixels (default: the data module's)")
+    group.add_argument(
+        "--mean",
+        type=float,
+        nargs="+",
+        help="1 or 3 numbers, of pixels in [0, 1] (default: the model's if its weights are pretrained ones of timm's, "
+        "or from a local-dir; else those of the data, with which train.py trains)",
+    )
+    group.add_argument("--std", type=float, nargs="+", help="likewise")
+    group.add_argument("--num-train", type=at_least(1), metavar="N", help="training images at most, of all classes")
+    group.add_argument("--num-test", type=at_least(1), metavar="N", help="test images at most")
+    group.add_argument("--batch-size", type=at_least(1), default=128, metavar="N", help="(default: %(default)s)")
+    group.add_argument(
+        "--workers", type=at_least(0), default=0, metavar="N", help="processes that read (default: 0, this one does)"
+    )
+    group = parser.add_argument_group("probes")
+    group.add_argument("--knn-k", type=at_least(1), default=K, metavar="K", help="neighbours (default: %(default)s)")
+    group.add_argument("--knn-t", type=float, default=TEMPERATURE, metavar="T", help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON of the results; replaced if it exists")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line says; returns the exit code."""
+    args = _parser().parse_args(argv)
+    if args.out:
+        check_output(args.out, [".json"], overwrite=True)
+    if args.folders and args.data != "imagefolder":
+        raise ValueError(f"--folders are those of --data imagefolder, got {args.data}")
+    model = load_model(args, num_classes=0)
+    extractor = Extractor(model)
+    data = open_data(args.data, _data_arguments(args, extractor), args.num_train, args.num_test, args.batch_size)
+    counts = len(data.train.dataset), len(data.test.dataset)
+    check_vote(args.knn_k, args.knn_t, counts[0])
+    if data.train_labels is not None:
+        hold_out(data.train_labels, HELD_OUT)  # what the linear probe will do, so that it does not fail at the end
+    height, width = data.module.img_size
+    print(f"{args.data}: {counts[0]} training and {counts[1]} test images of {height} x {width} pixels")
+    train = extract_features(model, data.train, name="training images")
+    test = extract_features(model, data.test, name="test images")
+    print(f"{train[0].shape[1]} features from {extractor.name}; top-1 in %:", flush=True)
+    knn = knn_accuracy(*train, *test, args.knn_k, args.knn_t)
+    print(f"{f'kNN, k={args.knn_k}, cosine, T={args.knn_t:g}':<40}{100 * knn:6.2f}", flush=True)
+    linear = linear_probe_accuracy(*train, *test)
+    print(f"{f'linear, logistic regression, C={linear.C:g}':<40}{100 * linear.accuracy:6.2f}", flush=True)
+    if not linear.converged:
+        print(f"the linear classifier had not converged after {MAX_ITER} iterations", file=sys.stderr)
+    if args.out:
+        result: dict[str, Any] = {
+            "model": {"name": args.model, "args": args.model_args, "class": extractor.name},
+            "checkpoint": str(args.checkpoint) if args.checkpoint else None,
+            "features": train[0].shape[1],
+            "data": {"name": args.data, "root": args.root, "folders": args.folders, "args": args.data_args},
+            "images": {"train": counts[0], "test": counts[1], "height": height, "width": width},
+            "normalisation": {"mean": data.module.mean, "std": data.module.std},
+            "knn": {"top1": knn, "k": args.knn_k, "temperature": args.knn_t},
+            "linear": {**linear._asdict(), "held_out": {f"{c:g}": a for c, a in linear.held_out.items()}},
+            "machine": machine(extractor.device.type),
+        }
+        result["linear"]["top1"] = result["linear"].pop("accuracy")
+        write_json(args.out, result)
+    return 0
+
+
+def _data_arguments(args: argparse.Namespace, extractor: Extractor) -> dict[str, Any]:
+    mean, std = args.mean, args.std
+    own = args.checkpoint is None and (
+        (args.model or "").startswith("local-dir:") or "pretrained=True" in args.model_args
+    )
+    if own:
+        mean, std = normalisation(extractor, Settings(mean=mean, std=std))
+    options = {
+        "root": args.root,
+        "folders": args.folders,
+        "in_chans": extractor.in_chans,
+        "side" if args.data == "canvas" else "img_size": args.img_size,
+        "mean": mean,
+        "std": std,
+        "num_workers": args.workers,
+    }
+    extra = parse_pairs(args.data_args, "--data-args")
+    if twice := sorted(set(extra) & {*options, "val_fraction", "batch_size"}):
+        raise ValueError(f"--data-args {', '.join(twice)}: there is an option for it, or it is settled by the model")
+    return {**{name: value for name, value in options.items() if value is not None}, **extra}
+
+
+if __name__ == "__main__":
+    run_command(main)
