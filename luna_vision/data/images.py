@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data.readers.shared_count import SharedCount
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS as _TORCHVISION_EXTENSIONS
 
 from luna_vision.data.sampling import sample_seed
 from luna_vision.data.transforms import SeededTransform
+
+IMG_EXTENSIONS = (*_TORCHVISION_EXTENSIONS, ".gif")  # of an animation, the first frame is read
 
 
 class SampleError(ValueError):
@@ -61,6 +63,8 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int | None = None) -> Im
         with _open(file, max_pixels) as image:
             image.load()
             return ImageOps.exif_transpose(image)
+    except UnidentifiedImageError as error:  # whose message names the stream, not the file
+        raise SampleError(f"cannot decode image file {name}: not an image of a format that Pillow knows") from error
     except Exception as error:  # Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
         raise SampleError(f"cannot decode image file {name}: {one_line(error)}") from error
 
@@ -83,11 +87,18 @@ def _open(file: BinaryIO, max_pixels: int | None) -> Iterator[Image.Image]:
 
 
 def to_channels(image: Image.Image | np.ndarray, in_chans: int) -> Image.Image:
-    """Convert to 8-bit grey (``in_chans=1``) or RGB (3); transparency is dropped, 16-bit greys are scaled to 8."""
+    """Convert to 8-bit grey (``in_chans=1``) or RGB (3); transparency is dropped, 16-bit greys are scaled to 8.
+
+    Floating-point greys are taken as shares of white where none is above 1, else as 8-bit or, above 255, 16-bit values.
+    """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     if image.mode.startswith("I"):  # 16-bit greys (Pillow reads some as 32-bit); convert() would clip them at 255
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    elif image.mode == "F":
+        grey = np.nan_to_num(np.asarray(image))
+        grey = grey * (255 if grey.max() <= 1 else 1 if grey.max() <= 255 else 1 / 257)
+        image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
     elif image.mode in ("P", "PA"):  # a palette may carry transparency, which Pillow only resolves by way of RGBA
         image = image.convert("RGBA")
     mode = "L" if in_chans == 1 else "RGB"

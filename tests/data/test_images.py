@@ -64,7 +64,7 @@ def test_broken_files_are_named(tmp_path: Path):
     cut.write_bytes(buffer.getvalue()[:900])
     for path, message in (
         (empty, f"image file {empty} is empty (0 bytes)"),
-        (text, f"cannot decode image file {text}: cannot identify"),
+        (text, f"cannot decode image file {text}: not an image of a format that Pillow knows"),
         (cut, f"cannot decode image file {cut}: "),
     ):
         with pytest.raises(SampleError) as caught:
@@ -139,3 +139,16 @@ def test_tensors_are_writable_and_independent():
     first = dataset[0][0].clone()
     dataset[0][0].zero_()
     assert torch.equal(dataset[0][0], first)
+
+
+@pytest.mark.parametrize("white", [1.0, 255.0, 65535.0])
+def test_floating_point_greys(white: float):
+    image = Image.fromarray(np.linspace(0, white, 256, dtype=np.float32)[None])
+    assert np.abs(np.asarray(to_channels(image, 1))[0].astype(int) - np.arange(256)).max() <= 1
+
+
+def test_a_folder_of_animations_is_a_folder_of_images(tmp_path):
+    frames = [Image.new("L", (4, 3), value) for value in (10, 200)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    (path,) = find_images(str(tmp_path))
+    assert np.asarray(to_channels(read_image(path), 1)).max() == 10  # the first frame

@@ -293,7 +293,7 @@ def test_files_that_cannot_be_used_are_listed_and_the_others_kept(photos, weight
     for line, name, reason in zip(
         lines,
         ["00.png", "01.png", "02.png", "03.png", "secret.png"],
-        ["is empty", "cannot identify", "96 x 80 pixels are more than max_pixels=7426", "cannot decode", "denied"],
+        ["is empty", "not an image", "96 x 80 pixels are more than max_pixels=7426", "cannot decode", "denied"],
         strict=True,
     ):
         assert line.startswith("  ") and f"{photos / name}" in line and reason in line
