@@ -31,6 +31,19 @@ def band(length: int, reach: int, device: torch.device) -> Tensor:
     return (j - reach - i).abs() <= reach
 
 
+def at_least_two(count: int) -> int:
+    """`count`, or 2 if that is more in compiled and exported code, for a number of blocks or patches of which all but
+    the first may be empty.
+
+    PyTorch compiles for one of a kind apart from many, so that what was exported with many would refuse the small image
+    that has one. Whoever calls this masks what is too much.
+    """
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_compiling():
+            return torch.sym_max(count, 2)
+    return count
+
+
 def block_index(
     grid_size: tuple[int, int], block: tuple[int, int], margin: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -38,15 +51,17 @@ def block_index(
 
     Returns:
         (blocks, K) int, and bool whether there is such a patch. In the place of one outside the grid stands the nearest
-        one inside.
+        one inside. A last block may lie outside altogether.
     """
     R, S = grid_size
     rows, columns = (R + block[0] - 1) // block[0], (S + block[1] - 1) // block[1]
     height, width = block[0] + 2 * margin[0], block[1] + 2 * margin[1]
-    i = torch.arange(rows * columns, device=device)[:, None]
+    i = torch.arange(at_least_two(rows * columns), device=device)[:, None]
     j = torch.arange(height * width, device=device)
-    row = i // columns * block[0] + j // width - margin[0]
-    column = i % columns * block[1] + j % width - margin[1]
+    block_row = i // columns
+    block_column = i - block_row * columns  # not i % columns, which the ONNX exporter cannot translate
+    row = block_row * block[0] + j // width - margin[0]
+    column = block_column * block[1] + j % width - margin[1]
     inside = (row >= 0) & (row < R) & (column >= 0) & (column < S)
     return row.clamp(0, R - 1) * S + column.clamp(0, S - 1), inside
 
@@ -56,7 +71,8 @@ def place_in_blocks(grid_size: tuple[int, int], block: tuple[int, int], device: 
     R, S = grid_size
     columns = (S + block[1] - 1) // block[1]
     n = torch.arange(R * S, device=device)
-    row, column = n // S, n % S
+    row = n // S
+    column = n - row * S  # as above
     i = row // block[0] * columns + column // block[1]
     return (i * block[0] + row % block[0]) * block[1] + column % block[1]
 

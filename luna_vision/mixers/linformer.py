@@ -18,12 +18,17 @@ from .base import SelfAttention
 __all__ = ["LinformerMixer"]
 
 
-def _overlap(used: Tensor, cells: int, dtype: torch.dtype) -> Tensor:
-    """Share of each of R cells that each row (or column) of a grid covers, (B, R, length), of a mask (B, length) of the
-    rows in use. They divide the image evenly, and so do the cells; shares in a cell sum to 1."""
-    index = (used.cumsum(dim=1) - 1).clamp(min=0)[:, None, :]
-    count = used.sum(dim=1).clamp(min=1)[:, None, None]
-    cell = torch.arange(cells, device=used.device)[:, None]
+def _used(used: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the rows (or columns) in use each one is, (B, length), and how many there are, (B), of a mask
+    (B, length)."""
+    return (used.cumsum(dim=1) - 1).clamp(min=0), used.sum(dim=1).clamp(min=1)
+
+
+def _overlap(index: Tensor, count: Tensor, cells: int, dtype: torch.dtype) -> Tensor:
+    """Share of each of R cells that each row (or column) of a grid covers, (B, R, length), of what `_used` returns.
+    They divide the image evenly, and so do the cells; shares in a cell sum to 1."""
+    index, count = index[:, None, :], count[:, None, None]
+    cell = torch.arange(cells, device=index.device)[:, None]
     # in whole numbers, with an edge of 1 / (R count): then a row that just touches a cell covers nothing of it
     start = torch.maximum(index * cells, cell * count)
     end = torch.minimum((index + 1) * cells, (cell + 1) * count)
@@ -33,7 +38,8 @@ def _overlap(used: Tensor, cells: int, dtype: torch.dtype) -> Tensor:
 def _pool(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Sum patches (B, H, H', W', D) into cells (B, H, R * R, D) by the shares (B, R, H') and (B, R, W')."""
     B, heads, height, width, D = x.shape
-    x = rows[:, None] @ x.reshape(B, heads, height, width * D)
+    # by way of one dimension, as torch.export can follow it
+    x = rows[:, None] @ x.flatten(2).unflatten(2, (height, width * D))
     x = columns[:, None, None] @ x.view(B, heads, -1, width, D)
     return x.flatten(2, 3)
 
@@ -104,15 +110,17 @@ class LinformerMixer(SelfAttention):
         weight_k = wide(self.proj_k)
         weight_v = wide(self.proj_v) if self.proj_v is not None else weight_k
         k, v = wide(k).unflatten(2, (height, width)), wide(v).unflatten(2, (height, width))
-        if patch_valid is not None:
-            grid = readable(patch_valid).view(-1, height, width)
-        else:
-            grid = torch.ones(1, height, width, dtype=torch.bool, device=k.device)
-        rows = _overlap(grid.any(dim=2), self.ref_size, k.dtype)
-        columns = _overlap(grid.any(dim=1), self.ref_size, k.dtype)
-        if patch_valid is None:
+        if patch_valid is None:  # a sum along an axis of unknown length would keep torch.export from proving its shape
+            row, column = torch.arange(height, device=k.device)[None], torch.arange(width, device=k.device)[None]
+            rows = _overlap(row, torch.full_like(row[:, 0], height), self.ref_size, k.dtype)
+            columns = _overlap(column, torch.full_like(column[:, 0], width), self.ref_size, k.dtype)
             return weight_k @ _pool(k, rows, columns), weight_v @ _pool(v, rows, columns), None
 
+        grid = readable(patch_valid).view(-1, height, width)
+        row, count = _used(grid.any(dim=2))
+        rows = _overlap(row, count, self.ref_size, k.dtype)
+        column, count = _used(grid.any(dim=1))
+        columns = _overlap(column, count, self.ref_size, k.dtype)
         grid = grid[:, None, :, :, None]
         area = _pool(grid.to(k.dtype), rows, columns)  # of the valid patches in each cell, (B, 1, R * R, 1)
         filled = area > 0

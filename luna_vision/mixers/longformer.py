@@ -110,7 +110,10 @@ class LongformerMixer(SelfAttention):
         c = self.reach  # chunks of as many queries read three chunks of keys, two thirds of which are in the window
         grid, near = (rows, self.dilation), band(c, c, x.device)
         y = attend_blocks(q, k, v, valid, grid, (c, 1), (c, 0), near, k_global, v_global, drop)
-        y = y.transpose(1, 2).flatten(2)[:, :N]
+        y = y.transpose(1, 2).flatten(2)
+        if self.dilation > 1:
+            # not y[:, :N], of which torch.export asks whether it is all of y: that depends on the image
+            y = y.index_select(1, torch.arange(N, device=y.device))
         if order is not None:
             y = torch.zeros_like(y).scatter(1, order, y)
         return self.proj_drop(self.proj(y))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .._tensors import autocasts, wide
 from ..functional import readable
+from ._blocks import at_least_two
 from .base import SelfAttention
 
 __all__ = ["RoutingMixer"]
@@ -114,7 +115,7 @@ class RoutingMixer(SelfAttention):
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, patch_valid: Tensor | None) -> Tensor:
         B, H, N, E = q.shape
         K = self.num_clusters
-        S = (N + K - 1) // K
+        S = min(at_least_two((N + K - 1) // K), N)
         q, k = F.layer_norm(q, (E,)), F.layer_norm(k, (E,))
         valid = torch.ones(B, N, dtype=torch.bool, device=q.device)
         if patch_valid is not None:

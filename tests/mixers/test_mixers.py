@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from timm.models._features_fx import create_feature_extractor
+from torch.export import Dim
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -396,3 +397,36 @@ def test_the_options_are_said(name, args):
 def test_heads_that_do_not_divide_the_width_are_refused(name, args):
     with pytest.raises(ValueError, match=r"dim \(32\) must be a multiple of num_heads \(5\)"):
         alone(name, args, num_heads=5)
+
+
+# ---------------------------------------------------------------- export
+
+
+class OnPatches(torch.nn.Module):
+    """A mixer behind a patch embedding that averages: the grid is computed from the image, as in a model."""
+
+    def __init__(self, mixer: torch.nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        rows, columns = (image.shape[2] + 3) // 4, (image.shape[3] + 3) // 4
+        x = torch.nn.functional.pad(image, (0, columns * 4 - image.shape[3], 0, rows * 4 - image.shape[2]))
+        x = torch.nn.functional.avg_pool2d(x, 4).flatten(2).transpose(1, 2)
+        return self.mixer(x, (rows, columns))
+
+
+# those whose work is cut into pieces, of which a small image has one
+IN_PIECES = [("local", {}), ("star", {}), ("longformer", {"dilation": 3}), ("routing", {}), ("linformer", {})]
+
+
+@pytest.mark.slow
+@each(IN_PIECES)
+def test_exported_with_dynamic_sizes(name, args):
+    """Grids of one block and of many, of less patches than clusters, and of a multiple of the dilation and not."""
+    model = OnPatches(alone(name, args))
+    dims = {0: Dim("batch", min=1), 2: Dim("height", min=5), 3: Dim("width", min=5)}
+    exported = torch.export.export(model, (randn(2, 32, 40, 24),), dynamic_shapes=(dims,)).module()
+    for size in ((1, 32, 5, 8), (3, 32, 13, 22), (1, 32, 75, 90), (2, 32, 23, 24)):
+        x = randn(*size)
+        close(exported(x), model(x))
