@@ -11,10 +11,35 @@ from timm.layers import resample_patch_embed
 from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
+from .._tensors import check_option
 from ..functional import check_valid
 
 # what `global_pool=` may name
 POOL_TYPES = ("", "avg", "max", "avgmax", "map", "token", "both")
+
+# what of the last block's output `last_block=` may name
+LAST_BLOCKS = ("patches", "memory", "both")
+
+
+def read_by(global_pool: str) -> str:
+    """What of the last block's output a pooling reads, one of `LAST_BLOCKS`."""
+    return {"token": "memory", "both": "both"}.get(global_pool, "patches")
+
+
+def check_last_block(last_block: str, global_pool: str, has_memory: bool) -> None:
+    """
+    Raises:
+        ValueError: Not one of `LAST_BLOCKS`, a memory that there is not, or a last block that does not update the
+            patches, which the pooling reads.
+    """
+    check_option("last_block", last_block, ("auto", *LAST_BLOCKS))
+    if not has_memory and last_block != "patches":
+        raise ValueError(f"last_block={last_block!r} has its memory read, and this model's mixer has none")
+    if last_block == "memory" and global_pool not in ("", "token"):
+        raise ValueError(
+            f"a model that was created with global_pool='token' (or last_block='memory') does not update the patches "
+            f"in its last block, and global_pool={global_pool!r} reads them: choose it when the model is created"
+        )
 
 
 @register_notrace_function

@@ -42,12 +42,14 @@ from ._parts import (
     PatchMaskDrop,
     blank_invalid,
     check_image,
+    check_last_block,
     checkpoint_filter_fn,
     initial_memory,
     join_tokens,
     key_mask,
     pad_to_patches,
     pool_tokens,
+    read_by,
 )
 
 __all__ = ["AttentionMaps", "LunaVit", "prune_memory_update"]
@@ -92,6 +94,7 @@ class LunaVit(nn.Module):
         pos_embed: Literal["fourier", "learn", "none"] = "fourier",
         init_values: float | None = None,
         final_norm: bool | None = None,
+        last_block: Literal["auto", "patches", "memory", "both"] = "auto",
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         patch_drop_rate: float = 0.0,
@@ -136,6 +139,8 @@ class LunaVit(nn.Module):
             pos_embed: "fourier" (computed), "learn" (a reference grid, resampled) or "none".
             init_values: Initial LayerScale; none if None.
             final_norm: Norm after the last block; if None, only with `norm_first`.
+            last_block: What of the last block's output is read, and so which parts it has; "auto" is what `global_pool`
+                reads. A model whose pooling or depth was changed later keeps here how its last block is made.
             drop_rate: Dropout before the head.
             pos_drop_rate: Dropout after the position embedding.
             patch_drop_rate: Share of patches whose content is hidden in training.
@@ -189,10 +194,14 @@ class LunaVit(nn.Module):
             memory_len = 0
             if global_pool in ("token", "both"):
                 raise ValueError(f"global_pool={global_pool!r} reads the memory, and mixer={mixer!r} has none")
+        if last_block == "auto":
+            last_block = read_by(global_pool)
+        check_last_block(last_block, global_pool, memory_len > 0)
 
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool = global_pool
+        self.last_block = last_block
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = self.memory_len = memory_len
         self.grad_checkpointing = False
@@ -226,8 +235,8 @@ class LunaVit(nn.Module):
                 memory_mlp=memory_mlp,
                 drop_path=drop_paths[i],
                 # what nobody reads after the last block gets no parameters: they would have no gradient
-                memory_read=i < depth - 1 or global_pool in ("token", "both"),
-                patches_read=i < depth - 1 or global_pool != "token",
+                memory_read=i < depth - 1 or last_block != "patches",
+                patches_read=i < depth - 1 or last_block != "memory",
                 memory_len=memory_len,
                 pack_form=pack_form,
                 unpack_form=unpack_form,
@@ -312,19 +321,21 @@ class LunaVit(nn.Module):
                 raise ValueError("global_pool='map' has weights of its own: choose it when the model is created")
             if global_pool in ("token", "both") and self.memory is None:
                 raise ValueError(f"global_pool={global_pool!r} reads the memory, and this model's mixer has none")
-            if global_pool not in ("", "token") and not self.blocks[-1].updates_patches:
-                raise ValueError(
-                    f"the model was created with global_pool='token', so its last block does not update the patches "
-                    f"that global_pool={global_pool!r} reads: choose it when the model is created"
-                )
+            check_last_block(self.last_block, global_pool, self.memory is not None)
             if global_pool != "map":
                 self.attn_pool = None
             self.global_pool = global_pool
             update_model_args(self, global_pool=global_pool)
+            self._record_last_block()
         self.num_classes = num_classes
         dd = get_device_dtype(self)
         self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
+
+    def _record_last_block(self) -> None:
+        """Have the last block built as it is, wherever the model is built again from its arguments."""
+        if self.last_block != read_by(self.global_pool):
+            update_model_args(self, last_block=self.last_block)
 
     def set_input_size(
         self,
@@ -474,9 +485,14 @@ class LunaVit(nn.Module):
             The indices of the wanted blocks.
         """
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: max_index + 1]
+        if max_index + 1 < len(self.blocks):
+            self.blocks = self.blocks[: max_index + 1]
+            self.last_block = "both" if self.memory is not None else "patches"  # as every block but the last is
+            update_model_args(self, depth=len(self.blocks))
+            self._record_last_block()
         if prune_norm:
             self.norm = nn.Identity()
+            update_model_args(self, final_norm=False)
         if prune_head:
             self.reset_classifier(0, "")
         return take_indices

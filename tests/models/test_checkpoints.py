@@ -163,3 +163,44 @@ def test_filter_drops_only_what_the_last_block_may_be_without(trained):
     state = trained.state_dict() | {"blocks.3.typo.weight": torch.zeros(1)}
     model = timm.create_model("test_luna_vit", num_classes=5, global_pool="token")
     assert set(checkpoint_filter_fn(state, model)) - set(model.state_dict()) == {"blocks.3.typo.weight"}
+
+
+def reload(model, folder):
+    """What timm builds from what it saved."""
+    save_for_hf(model, folder, safe_serialization=True)
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"norm_first": False, "memory_mlp": "own", "init_values": 0.1}])
+@pytest.mark.parametrize("before, after", [("token", ""), ("avg", "token"), ("both", "avg"), ("map", "both")])
+def test_round_trip_after_another_pooling_was_chosen(before, after, kwargs, tmp_path):
+    """The last block keeps the parts that it was built with, and they are what is built again."""
+    model = timm.create_model("test_luna_vit", global_pool=before, **kwargs).eval()
+    model.reset_classifier(7, after)
+    loaded = reload(model, tmp_path)
+    assert loaded.global_pool == after
+    assert torch.equal(loaded(X), model(X))
+    assert torch.equal(loaded.encode(X)[1], model.encode(X)[1])
+
+
+@pytest.mark.parametrize("global_pool", ["token", "avg"])
+@pytest.mark.parametrize("prune_norm, prune_head", [(True, True), (False, False)])
+def test_round_trip_after_pruning(global_pool, prune_norm, prune_head, tmp_path):
+    model = timm.create_model("test_luna_vit", num_classes=5, global_pool=global_pool).eval()
+    model.prune_intermediate_layers([1], prune_norm=prune_norm, prune_head=prune_head)
+    loaded = reload(model, tmp_path)
+    assert len(loaded.blocks) == 2
+    assert torch.equal(loaded(X), model(X))
+
+
+def test_the_last_block_can_be_chosen_apart_from_the_pooling():
+    model = timm.create_model("test_luna_vit", global_pool="", last_block="memory", num_classes=0)
+    assert model.blocks[-1].mlp is None
+    model = timm.create_model("test_luna_vit", global_pool="avg", last_block="both", memory_mlp="own")
+    assert model.blocks[-1].mlp_memory is not None
+    with pytest.raises(ValueError, match="last_block must be one of 'auto', 'patches', 'memory', 'both', got 'none'"):
+        timm.create_model("test_luna_vit", last_block="none")
+    with pytest.raises(ValueError, match="does not update the patches in its last block, and global_pool='avg' reads"):
+        timm.create_model("test_luna_vit", last_block="memory")
+    with pytest.raises(ValueError, match="last_block='both' has its memory read, and this model's mixer has none"):
+        timm.create_model("test_luna_vit", mixer="softmax", last_block="both")
