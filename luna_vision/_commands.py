@@ -125,7 +125,8 @@ def load_model(args: argparse.Namespace, **overrides: Any) -> nn.Module:
     """The model that the arguments of `add_model_arguments` name, with its weights, in eval mode on its device.
 
     A Lightning checkpoint of `train.py` says which model it holds and with which arguments; `--model` and
-    `--model-args` go over them. A model without weights is announced loudly on stderr.
+    `--model-args` go over them. It also says what its images were like (size, normalisation, names of the classes),
+    which goes into the model's `pretrained_cfg`. A model without weights is announced loudly on stderr.
 
     Args:
         args: The parsed command line.
@@ -135,7 +136,8 @@ def load_model(args: argparse.Namespace, **overrides: Any) -> nn.Module:
         ValueError: An unknown model or argument, or a checkpoint of another model.
         FileNotFoundError: There is no such checkpoint.
     """
-    recorded = _recorded(args.checkpoint) if args.checkpoint else {}
+    run = training_checkpoint(args.checkpoint) if args.checkpoint else {}
+    recorded = run.get("hyper_parameters", {})
     name = args.model or recorded.get("model_name") or args.default_model
     same = name == recorded.get("model_name")
     arguments = dict(recorded.get("model_kwargs") or {}) if same else {}
@@ -151,6 +153,7 @@ def load_model(args: argparse.Namespace, **overrides: Any) -> nn.Module:
         model = build_model(name, **arguments)
     if args.checkpoint:
         load_weights(model, args.checkpoint, say=lambda text: print(text, file=sys.stderr))
+        model.pretrained_cfg = model.pretrained_cfg | run.get("data", {}).get("cfg", {})
     elif not local and not arguments.get("pretrained"):
         print(
             f"WARNING: {name} has RANDOM WEIGHTS: what comes out says nothing about the images. Give --checkpoint.",
@@ -166,8 +169,8 @@ def _from_folder(name: str, arguments: dict[str, Any]) -> nn.Module:
         raise ValueError(f"--model {name}: {error}") from error
 
 
-def _recorded(checkpoint: Path) -> dict[str, Any]:
-    """The hyperparameters in a Lightning checkpoint of this package; empty for any other file."""
+def training_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """What a Lightning checkpoint of `train.py` holds; empty for any other file."""
     if checkpoint.suffix == ".safetensors" or not checkpoint.is_file():
         return {}
     try:
@@ -175,4 +178,4 @@ def _recorded(checkpoint: Path) -> dict[str, Any]:
     except Exception:  # load_weights says what is wrong with the file
         return {}
     parameters = content.get("hyper_parameters") if isinstance(content, dict) else None
-    return parameters if isinstance(parameters, dict) and "model_name" in parameters else {}
+    return content if isinstance(parameters, dict) and "model_name" in parameters else {}

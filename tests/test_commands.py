@@ -5,9 +5,12 @@ import argparse
 import pytest
 import timm
 import torch
+from lightning.pytorch import Trainer
 from safetensors.torch import save_file
+from timm.data import resolve_model_data_config
 
 from luna_vision._commands import Parser, add_model_arguments, at_least, load_model, run_command
+from luna_vision.data import DigitsDataModule
 from luna_vision.tasks import ClassificationTask
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 1}
@@ -101,3 +104,18 @@ def test_exit_codes(raised, code):
     with pytest.raises(SystemExit) as end:
         run_command(command)
     assert end.value.code == code
+
+
+@pytest.mark.parametrize("crop_pct, mode", [(None, "squash"), (0.875, "center")])
+def test_a_training_checkpoint_says_what_its_images_were_like(tmp_path, crop_pct, mode):
+    """In the words of timm, so that whatever prepares images for a timm model prepares them as the training did."""
+    task = ClassificationTask("test_luna_vit", num_classes=10, in_chans=1, model_kwargs=SMALL)
+    data = DigitsDataModule(img_size=32, in_chans=1, mean=[0.2], crop_pct=crop_pct)
+    content = {"state_dict": task.state_dict(), "hyper_parameters": dict(task.hparams)}
+    task.trainer = Trainer(logger=False, accelerator="cpu", max_epochs=1, enable_checkpointing=False)
+    task.trainer._data_connector.attach_datamodule(task, data)
+    task.on_save_checkpoint(content)
+    torch.save(content, tmp_path / "last.ckpt")
+    cfg = resolve_model_data_config(load_model(parse("--checkpoint", str(tmp_path / "last.ckpt"))))
+    assert (cfg["input_size"], cfg["mean"], cfg["std"]) == ((1, 32, 32), (0.2,), data.std)
+    assert (cfg["crop_pct"], cfg["crop_mode"]) == (crop_pct or 1.0, mode)

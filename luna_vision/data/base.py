@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -125,6 +126,7 @@ class ImageDataModule(LightningDataModule):
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.persistent_workers = persistent_workers and num_workers > 0
         self.predict_path = predict_path
+        self.crop_pct = crop_pct
         self.mean = per_channel("mean", mean or self.MEAN, in_chans)
         self.std = per_channel("std", std or self.STD, in_chans)
         augment = Augmentation(
@@ -147,6 +149,19 @@ class ImageDataModule(LightningDataModule):
     def make_source(self, split: str) -> Source | IterableDataset | None:
         """The images and labels of "train", "val" or "test"; None where there is no such split."""
         raise NotImplementedError
+
+    def timm_cfg(self) -> dict[str, Any]:
+        """What a model that was trained on this data expects of its input, in the words of timm's `pretrained_cfg`."""
+        return {
+            "input_size": (self.in_chans, *self.img_size),
+            "mean": self.mean,
+            "std": self.std,
+            "interpolation": "bicubic",
+            "crop_pct": self.crop_pct or 1.0,
+            "crop_mode": "center" if self.crop_pct else "squash",
+            "num_classes": self.num_classes,
+            "label_names": list(self.class_names),
+        }
 
     def setup(self, stage: str | None = None) -> None:
         if stage == "predict" and self.predict_path is not None:

@@ -64,7 +64,7 @@ def _keep_own_head(model: nn.Module, cfg: dict, path: str, say: Callable[[str], 
         if weight not in own:  # a model for features
             for name in (weight, f"{classifier}.bias"):
                 given.pop(name, None)
-        elif given[weight].shape != own[weight].shape:
+        elif given[weight].shape[0] != own[weight].shape[0]:
             say(
                 f"{path}: its head for {given[weight].shape[0]} classes is dropped; the model's own, for "
                 f"{own[weight].shape[0]}, starts fresh"

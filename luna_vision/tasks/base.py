@@ -82,6 +82,12 @@ class TimmTask(LightningModule):
 
     on_fit_start = on_validation_start = on_test_start = on_predict_start = _load_starting_weights
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the weights expect of images, which no part of the model says."""
+        data = self.trainer.datamodule
+        if hasattr(data, "timm_cfg"):
+            checkpoint["data"] = {"name": type(data).__name__, "cfg": data.timm_cfg()}
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in one line that a checkpoint is another model's, before PyTorch says it in a hundred."""
         self._has_weights = True
