@@ -1,0 +1,294 @@
+"""Export a Luna ViT for use without this package, or for the Hugging Face hub: `python -m luna_vision.export --help`.
+
+- `onnx`: one `.onnx` file, which onnxruntime and others run.
+- `torch-export`: one `.pt2` file, which `torch.export.load` reads.
+- `hf`: a folder with weights, configuration and a model card, which `timm.create_model("local-dir:FOLDER",
+  pretrained=True)` reads, after `import luna_vision`.
+
+The graphs take any batch, height and width. What was written is loaded back and compared with the model before it gets
+its name, so that a file of that name is always complete and right. Exit codes: 0; 2 for a mistake of the user; 1 for a
+graph that cannot be made or differs from the model.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import timm.models
+import torch
+from timm.models._input import get_model_input_config
+from torch import Tensor, nn
+
+from ._commands import Parser, add_model_arguments, load_model, parse_pairs, run_command, training_checkpoint
+from ._export_files import SUFFIXES, check_target, staged
+from ._export_graph import (
+    OUTPUTS,
+    TOLERANCE,
+    Check,
+    ExportError,
+    check_model,
+    choose_output,
+    compare,
+    compare_folder,
+    first_line,
+    metadata,
+    trace,
+)
+from ._model_card import model_card, training_details
+from .models.luna_vit import LunaVit
+
+__all__ = ["Check", "ExportError", "export_onnx", "export_program", "main", "save_for_hf"]
+
+METADATA = "metadata.json"  # the name of the metadata inside a .pt2 file
+HF_FILES = ("config.json", "model.safetensors", "README.md")
+ONNX_BYTES = 2**31 - 2**27  # protobuf's limit of one file, less room for the graph
+
+
+def export_onnx(
+    model: LunaVit, path: str | Path, output: str | None = None, memory: bool = False, overwrite: bool = False
+) -> list[Check]:
+    """Write a model as an ONNX file with dynamic batch, height and width, once onnxruntime agrees with PyTorch.
+
+    The input is "image", (batch, channels, height, width), normalised by "mean" and "std" of the file's metadata; the
+    output has the name that `output` says.
+
+    Args:
+        model: A Luna ViT on the CPU, in float32. It is put into eval mode.
+        path: The `.onnx` file.
+        output: "logits" (B, classes), "embedding" (B, C), what the classifier reads, or "features" (B, C, H', W'), the
+            patches after the final norm. None is logits if there is a classifier, else the embedding.
+        memory: Carry the memory from one image to the next: a second input "memory" (B, L, C), and a second output
+            "new_memory". The one to start from, (1, L, C), is "initial_memory" of the metadata, as JSON.
+        overwrite: Replace an existing file.
+
+    Returns:
+        The comparisons that were made.
+
+    Raises:
+        ValueError: A model, path or option that does not fit, or onnx and onnxruntime are not installed.
+        ExportError: The graph cannot be made, or differs from the model. Nothing is written then.
+    """
+    onnxruntime = _onnxruntime()
+    path, output = Path(path), choose_output(model, output, memory)
+    size = sum(x.numel() * x.element_size() for x in model.state_dict().values())
+    if size > ONNX_BYTES:
+        raise ValueError(f"an ONNX file holds less than 2 GiB, and this model has {size / 2**30:.1f} GiB of weights")
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        raise ValueError(f"the model must be on the CPU, where onnxruntime is compared with it, got {device}")
+    check_target(path, "onnx", overwrite)
+    outputs = [output, "new_memory"] if memory else [output]
+    with staged(path) as temporary:
+        exported = trace(model.eval(), output, memory)
+        try:
+            program = torch.onnx.export(
+                exported,
+                dynamo=True,
+                verbose=False,
+                input_names=["image", "memory"] if memory else ["image"],
+                output_names=outputs,
+                # only to name what the trace left open
+                dynamic_shapes=({0: "batch", 2: "height", 3: "width"}, *([None] if memory else [])),
+            )
+            for key, value in metadata(model, output, memory).items():
+                program.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
+            program.save(str(temporary), external_data=False)
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = torch.get_num_threads()
+            options.log_severity_level = 3
+            session = onnxruntime.InferenceSession(str(temporary), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # whatever the libraries raise on the way
+            raise ExportError(f"torch.onnx cannot translate this model: {first_line(error)}") from error
+
+        def run(inputs: list[Tensor]) -> list[Tensor]:
+            named = {name: x.numpy() for name, x in zip(("image", "memory"), inputs, strict=False)}
+            return [torch.from_numpy(y) for y in session.run(outputs, named)]
+
+        return compare(run, model, output, memory, f"onnxruntime {onnxruntime.__version__}")
+
+
+def export_program(
+    model: LunaVit, path: str | Path, output: str | None = None, memory: bool = False, overwrite: bool = False
+) -> list[Check]:
+    """Write a model as a `torch.export` program with dynamic batch, height and width, once it agrees with the model.
+
+    `torch.export.load(path).module()` maps images (B, channels, height, width), both sides larger than one patch, on
+    the device of the model. The metadata is `metadata.json` of its `extra_files`. Arguments, result and errors are
+    those of `export_onnx`, but for the file, which is a `.pt2`, and the device, which may be any.
+    """
+    path, output = Path(path), choose_output(model, output, memory)
+    check_target(path, "torch-export", overwrite)
+    with staged(path) as temporary:
+        exported = trace(model.eval(), output, memory)
+        torch.export.save(exported, temporary, extra_files={METADATA: json.dumps(metadata(model, output, memory))})
+        program = torch.export.load(temporary).module()
+
+        def run(inputs: list[Tensor]) -> Sequence[Tensor]:
+            with torch.no_grad():
+                result = program(*inputs)
+            return result if memory else [result]
+
+        return compare(run, model, output, memory, "the loaded program")
+
+
+def save_for_hf(
+    model: LunaVit,
+    folder: str | Path,
+    training: dict[str, Any] | None = None,
+    random_weights: bool = False,
+    overwrite: bool = False,
+) -> list[Check]:
+    """Write a folder for the Hugging Face hub, once timm builds the same model from it again.
+
+    It has `model.safetensors`, `config.json` with the arguments of the model and its normalisation, and a model card,
+    `README.md`.
+
+    Args:
+        model: A Luna ViT. It is put into eval mode.
+        folder: Where to: a new or an empty folder.
+        training: How the weights came about, for the card: {what: value}.
+        random_weights: Have the card say loudly that the model was not trained.
+        overwrite: Replace these three files in a folder that has some already.
+
+    Returns:
+        The comparisons that were made; there is no difference.
+
+    Raises:
+        ValueError: A model, folder or argument that does not fit.
+        ExportError: What timm builds from the folder is another model. Nothing is written then.
+    """
+    folder = Path(folder)
+    check_model(model)
+    check_target(folder, "hf", overwrite)
+    with staged(folder) as temporary:
+        size = get_model_input_config(model)["input_size"]
+        timm.models.save_for_hf(
+            model.eval(),
+            temporary,
+            safe_serialization=True,
+            data_config={"input_size": size},
+            model_config={"pretrained_cfg": {"tag": "untrained" if random_weights else ""}},
+        )
+        card = model_card(model, folder.resolve().name, training or {}, random_weights)
+        Path(temporary, "README.md").write_text(card, encoding="utf-8")
+        return compare_folder(model, temporary)
+
+
+def _onnxruntime() -> ModuleType:
+    for name in ("onnx", "onnxscript"):
+        _import(name)
+    return _import("onnxruntime")
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f'format onnx needs {name}: pip install "luna-vision[export]"') from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m luna_vision.export",
+        description="Export a Luna ViT. What is written is compared with the model before it gets its name.",
+    )
+    add_model_arguments(parser)
+    # a torch-export program stays on the device on which it was made
+    parser.set_defaults(device="cpu")
+    group = parser.add_argument_group("export")
+    group.add_argument(
+        "--format",
+        choices=list(SUFFIXES),
+        required=True,
+        help="onnx and torch-export: a file that takes any batch, height and width; hf: a folder for timm and the hub",
+    )
+    group.add_argument("--out", type=Path, required=True, metavar="PATH", help=".onnx or .pt2 file, or folder")
+    group.add_argument("--overwrite", action="store_true", help="replace what is there; without it that is refused")
+    group.add_argument(
+        "--output",
+        choices=OUTPUTS,
+        help="what the graph returns: the logits, the embedding that the classifier reads, or the patch features "
+        "(batch, width, rows, columns) (default: logits if there is a classifier, else embedding)",
+    )
+    group.add_argument(
+        "--memory", action="store_true", help="carry the memory: a second input `memory` and output `new_memory`"
+    )
+    for name in ("mean", "std"):
+        group.add_argument(
+            f"--{name}",
+            type=float,
+            nargs="+",
+            metavar="X",
+            help=f"{name} of pixels in [0, 1] that images are normalised with, one number or one for each channel "
+            "(default: what a training checkpoint says, else that of ImageNet)",
+        )
+    return parser
+
+
+def _normalise(model: nn.Module, args: argparse.Namespace) -> None:
+    """Put --mean and --std into the model's configuration, and say so where nobody knows them."""
+    if args.checkpoint and not (args.mean and args.std) and "data" not in training_checkpoint(args.checkpoint):
+        print(
+            f"NOTE: {args.checkpoint} does not say how images are normalised: it is written down as in "
+            f"{model.pretrained_cfg['architecture']}'s configuration. --mean and --std say otherwise.",
+            file=sys.stderr,
+        )
+    for name in ("mean", "std"):
+        values = getattr(args, name)
+        if values is None:
+            continue
+        if len(values) not in (1, model.in_chans) or (name == "std" and min(values) <= 0):
+            above = " above 0" if name == "std" else ""
+            raise ValueError(f"--{name} takes 1 or {model.in_chans} numbers{above}, got {' '.join(map(str, values))}")
+        model.pretrained_cfg = model.pretrained_cfg | {name: tuple(values)}
+
+
+def _report(args: argparse.Namespace, checks: list[Check]) -> None:
+    files = [args.out] if args.out.is_file() else [args.out / name for name in HF_FILES]
+    print(f"wrote {args.out}, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
+    if args.format == "hf":
+        print("timm builds the same model from it: outputs are equal bit for bit at")
+    else:
+        print(f"it was loaded and compared with the model; largest relative error ({TOLERANCE:.0e} is allowed) at")
+    for size, error in checks:
+        print(f"  {' x '.join(map(str, size)):<20}  {'' if args.format == 'hf' else f'{error:.1e}'}".rstrip())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line says; returns the exit code.
+
+    Raises:
+        ValueError, OSError: A mistake of the user.
+    """
+    args = _parser().parse_args(argv)
+    if args.format == "hf" and (args.output or args.memory):
+        raise ValueError("--output and --memory choose what a graph computes, and --format hf has none: leave them out")
+    if args.format == "onnx":
+        _onnxruntime()
+    check_target(args.out, args.format, args.overwrite)
+    model = load_model(args)
+    check_model(model)
+    _normalise(model, args)
+    try:
+        if args.format == "hf":
+            named = (args.model or "").startswith("local-dir:") or "pretrained" in parse_pairs(args.model_args)
+            training = training_details(args.checkpoint) if args.checkpoint else {}
+            random_weights = not args.checkpoint and not named
+            checks = save_for_hf(model, args.out, training, random_weights, args.overwrite)
+        else:
+            export = export_onnx if args.format == "onnx" else export_program
+            checks = export(model, args.out, args.output, args.memory, args.overwrite)
+    except ExportError as error:
+        print(f"error: {error}; nothing was written", file=sys.stderr)
+        return 1
+    _report(args, checks)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
