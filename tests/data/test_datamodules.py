@@ -22,7 +22,8 @@ from luna_vision.data import (
 from luna_vision.data.base import hold_out
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-SUBCLASSES = [name for name in lvd.__all__ if name.endswith("DataModule") and name != "ImageDataModule"]
+MODULES = [name for name in lvd.__all__ if name.endswith("DataModule")]
+SUBCLASSES = [name for name in MODULES if issubclass(getattr(lvd, name), ImageDataModule) and name != "ImageDataModule"]
 
 
 def check_batches(module: ImageDataModule, sizes: dict[str, int], size: tuple[int, int], in_chans: int) -> None:
