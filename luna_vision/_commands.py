@@ -154,12 +154,18 @@ def load_model(args: argparse.Namespace, **overrides: Any) -> nn.Module:
     if args.checkpoint:
         load_weights(model, args.checkpoint, say=lambda text: print(text, file=sys.stderr))
         model.pretrained_cfg = model.pretrained_cfg | run.get("data", {}).get("cfg", {})
-    elif not local and not arguments.get("pretrained"):
+    elif random_weights(args) and not arguments.get("pretrained"):
         print(
             f"WARNING: {name} has RANDOM WEIGHTS: what comes out says nothing about the images. Give --checkpoint.",
             file=sys.stderr,
         )
     return model.eval().to(pick_device(args.device))
+
+
+def random_weights(args: argparse.Namespace) -> bool:
+    """Whether the model that the arguments of `add_model_arguments` name has no weights but its initial ones."""
+    local = (args.model or args.default_model or "").startswith("local-dir:")
+    return not (args.checkpoint or local or parse_pairs(args.model_args).get("pretrained"))
 
 
 def _from_folder(name: str, arguments: dict[str, Any]) -> nn.Module:

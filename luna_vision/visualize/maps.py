@@ -1,0 +1,159 @@
+"""Attention maps of the memory as arrays, and the choice of the slots that tell most.
+
+Shapes: L memory slots, H' x W' patches, h x w pixels of the picture that is drawn.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor, nn
+
+from .view import ImageLike, View, run, view
+
+
+class SlotMaps(NamedTuple):
+    """The attention maps of one block for one image, heads merged."""
+
+    layer: int
+    pack: np.ndarray
+    """(L, H', W'): how much slot l reads of each patch, in multiples of its mean over the patches."""
+    unpack: np.ndarray | None
+    """(L, H', W'): the share of slot l in what each patch reads, summing to 1; None if the block only packs."""
+
+
+def check_layers(layers: Sequence[int] | int | None, depth: int) -> list[int]:
+    """The layers that are meant: negative ones count from the last; None is up to four, evenly spaced.
+
+    Raises:
+        ValueError: A layer that does not exist.
+    """
+    if layers is None:
+        return sorted({round(i * (depth - 1) / 3) for i in range(4)})
+    layers = [layers] if isinstance(layers, int) else list(layers)
+    for layer in layers:
+        if not -depth <= layer < depth:
+            raise ValueError(f"layer {layer} does not exist: the model has {depth}, 0 to {depth - 1}")
+    return list(dict.fromkeys(layer % depth for layer in layers))
+
+
+def has_memory(model: nn.Module) -> bool:
+    """Whether the model has memory slots to show."""
+    return getattr(model, "memory", None) is not None and hasattr(model, "get_attention_maps")
+
+
+def check_memory(model: nn.Module) -> None:
+    """Raise a ValueError unless the model has a memory."""
+    if not has_memory(model):
+        raise ValueError(
+            "this model has no memory to show: only a luna_vit with mixer='luna' has one. Its patch features can be "
+            "shown (--kind features, plot_features)"
+        )
+
+
+def slot_maps(
+    model: nn.Module, image: ImageLike | View, layers: Sequence[int] | int | None = None, head: int | None = None
+) -> list[SlotMaps]:
+    """The attention maps of an image on the grid of its patches.
+
+    Args:
+        model: A Luna ViT.
+        image: See :func:`luna_vision.visualize.view`.
+        layers: Blocks, counted from 0, or from the last if negative; up to four, evenly spaced, if None.
+        head: One head; the mean over heads if None.
+
+    Returns:
+        One item for each layer, in the order given.
+
+    Raises:
+        ValueError: The model has no memory, no such layer or head, or its weights give no finite maps.
+    """
+    check_memory(model)
+    layers = check_layers(layers, len(model.blocks))
+    seen = view(model, image)
+    wanted = sorted(layers)
+    found = {}
+    for layer, maps in zip(wanted, run(model, seen.pixels, "get_attention_maps", indices=wanted), strict=True):
+        pack = _merge_heads(maps.pack, head, f"pack of layer {layer}", seen.name)
+        unpack = (
+            _merge_heads(maps.unpack, head, f"unpack of layer {layer}", seen.name) if maps.unpack.shape[1] else None
+        )
+        found[layer] = SlotMaps(layer, pack * (pack.shape[-2] * pack.shape[-1]), unpack)
+    return [found[layer] for layer in layers]
+
+
+def _merge_heads(maps: Tensor, head: int | None, what: str, name: str) -> np.ndarray:
+    """(1, heads, L, H', W') to (L, H', W')."""
+    heads = maps.shape[1]
+    if head is not None and not 0 <= head < heads:
+        raise ValueError(f"head {head} does not exist: the {what} has {heads}, 0 to {heads - 1}")
+    maps = maps[0].float().mean(0) if head is None else maps[0, head].float()
+    if not maps.isfinite().all():
+        raise ValueError(f"the {what} is not finite for {name}: the weights are broken")
+    return maps.cpu().numpy()
+
+
+def pack_maps(model: nn.Module, image: ImageLike | View, layer: int = -1, head: int | None = None) -> np.ndarray:
+    """Where each slot looks: float32 (L, h, w) over the picture, in multiples of the slot's mean over the patches.
+
+    1 is what a slot that looks everywhere alike would give to every patch. Arguments and errors as in
+    :func:`slot_maps`.
+    """
+    seen = view(model, image)
+    return seen.to_pixels(slot_maps(model, seen, layer, head)[0].pack)
+
+
+def unpack_maps(model: nn.Module, image: ImageLike | View, layer: int = -1, head: int | None = None) -> np.ndarray:
+    """What each patch reads: float32 (L, h, w) over the picture, shares of the slots that sum to 1.
+
+    Arguments and errors as in :func:`slot_maps`; a ValueError, too, for a last block that only packs.
+    """
+    seen = view(model, image)
+    maps = slot_maps(model, seen, layer, head)[0]
+    if maps.unpack is None:
+        raise ValueError(f"layer {maps.layer} only packs (global_pool='token'): no patch reads the memory there")
+    return seen.to_pixels(maps.unpack)
+
+
+def check_slots(slots: Sequence[int] | int, maps: Sequence[SlotMaps]) -> list[int]:
+    """The slots that are meant: these, or the `slots` that tell most if it is a number.
+
+    Raises:
+        ValueError: A slot that does not exist, or none at all.
+    """
+    count = len(maps[0].pack)
+    if isinstance(slots, int):
+        if slots < 1:
+            raise ValueError(f"at least one slot must be shown, got {slots}")
+        return telling_slots(maps, slots)
+    for slot in slots:
+        if not 0 <= slot < count:
+            raise ValueError(f"slot {slot} does not exist: the memory has {count}, 0 to {count - 1}")
+    if not len(slots):
+        raise ValueError("at least one slot must be shown, got an empty list")
+    return list(dict.fromkeys(slots))
+
+
+def telling_slots(maps: Sequence[SlotMaps], count: int) -> list[int]:
+    """The slots that look at little of the image, and at something else than the others.
+
+    The first is the one whose pack is farthest from uniform (Kullback-Leibler divergence, mean over the layers). Each
+    further one has the largest product of that and the total variation distance to the nearest one already chosen.
+
+    Args:
+        maps: Of one image, one item for each layer.
+        count: How many at most.
+
+    Returns:
+        Slots in ascending order.
+    """
+    times = np.stack([layer.pack.reshape(len(layer.pack), -1) for layer in maps])  # layers, L, N
+    focus = (times * np.log2(times.clip(min=1e-12))).mean((0, 2))
+    chosen = [int(focus.argmax())]
+    distance = np.full(len(focus), np.inf)
+    while len(chosen) < min(count, len(focus)):
+        distance = np.minimum(distance, np.abs(times - times[:, chosen[-1:]]).mean((0, 2)) / 2)
+        score = focus * distance
+        score[chosen] = -1.0
+        chosen.append(int(score.argmax()))
+    return sorted(chosen)
