@@ -15,7 +15,7 @@ from torch import nn
 from .features import FeatureColors, feature_maps, over
 from .maps import SlotMaps, check_memory, check_slots, slot_maps
 from .paint import pack_top, paint_features, paint_pack, paint_unpack, unpack_top
-from .sheet import Head, Panel, draw_sheet
+from .sheet import Head, Panel, draw_sheet, percent
 from .view import ImageLike, View, view
 
 __all__ = ["plot_features", "plot_memory", "plot_pack", "plot_unpack"]
@@ -165,14 +165,14 @@ def _pack_panel(seen: View, maps: SlotMaps, slot: int, top: float) -> Panel:
     picture = paint_pack(seen.picture, seen.to_pixels(times), top)
     falling = np.sort(times, axis=None)[::-1].cumsum()
     half = (np.searchsorted(falling, falling[-1] / 2) + 1) / times.size
-    return Panel(picture, f"slot {slot}", f"peak {_digits(times.max())}×, half on {_percent(half)}", slot)
+    return Panel(picture, f"slot {slot}", f"peak {_digits(times.max())}×, half on {percent(half)}", slot)
 
 
 def _unpack_panel(seen: View, maps: SlotMaps, top: float | None, title: str = "slot read most") -> Panel:
     if maps.unpack is None:
         return Panel("no patch reads\nthe memory here:\nthe block only packs", title, " ")
     picture = paint_unpack(seen.picture, seen.to_pixels(maps.unpack), top)
-    return Panel(picture, title, f"largest share {_percent(maps.unpack.max())}")
+    return Panel(picture, title, f"largest share {percent(maps.unpack.max())}")
 
 
 def _feature_panel(seen: View, colors: FeatureColors, features: np.ndarray, title: str = "features") -> Panel:
@@ -231,7 +231,3 @@ def _short(name: str, longest: int = 60) -> str:
 
 def _digits(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
-
-
-def _percent(share: float) -> str:
-    return f"{share:.0%}" if share >= 0.095 else f"{100 * share:.1f}%"

@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 
 from .paint import heat, opacity, slot_colors
 
-GAP, MARGIN, LABEL = 0.12, 0.22, 0.72
+GAP, MARGIN, LABEL = 0.12, 0.22, 0.8
 NARROWEST = 1.6  # room for what stands below a panel
 IMAGE = 2.0  # the longer side of the image in the head, at most
 TITLE, NOTE = 0.34, 0.26  # room above and below a panel
@@ -181,7 +181,7 @@ def _draw_head(paper: _Paper, head: Head, x: float, y: float, chips: int) -> Non
         even = 1 / head.slots if head.slots > 1 else 0.0
         bar = _bar(paper, x, y, alpha + 0.2 * (1 - alpha), Normalize(even, head.unpack_top), "unpack scale")
         ticks = np.linspace(even, head.unpack_top, 3)
-        bar.set_ticks(ticks, labels=[f"{tick:.0%}" for tick in ticks])
+        bar.set_ticks(ticks, labels=[percent(tick) for tick in ticks])
         y += KEY - 0.04
         for slot, color in enumerate(slot_colors(head.slots)):
             left, top = x + slot % chips * CHIP, y + slot // chips * CHIP
@@ -218,3 +218,8 @@ def _chip(paper: _Paper, x: float, y: float, color: np.ndarray, words: str) -> N
 
 def _ink_on(color: np.ndarray) -> str:
     return "white" if float(np.dot(color, (0.299, 0.587, 0.114))) < 0.55 else INK
+
+
+def percent(share: float) -> str:
+    """A share in percent, with a decimal where it is small."""
+    return f"{share:.0%}" if share >= 0.095 else f"{share:.1%}"

@@ -43,11 +43,12 @@ def test_a_rotation_reflection_or_scaling_of_the_features_changes_nothing():
 
 def test_outliers_do_not_leave_the_rest_grey():
     features = blobs(40, 40)
+    plain = FeatureColors([features])(features)
     features[:, 0, 0] *= 20
     colors = FeatureColors([features])(features)
-    spread = np.ptp(colors.reshape(-1, 3), axis=0)
-    assert (np.percentile(colors.reshape(-1, 3), 95, axis=0) > np.percentile(colors.reshape(-1, 3), 5, axis=0)).all()
-    assert spread.max() == 1
+    for result in (plain, colors):
+        low, high = np.percentile(result.reshape(-1, 3), (2, 98), axis=0)
+        assert (high - low).max() > 0.7
 
 
 def test_colours_mean_the_same_in_all_images():
