@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from luna_vision.data import eval_transform, read_image
-from luna_vision.data.base import _per_channel
+from luna_vision.data.base import per_channel
 from luna_vision.data.images import to_channels
 from luna_vision.models.luna_vit import LunaVit
 
@@ -113,8 +113,8 @@ def view(
         raise ValueError(f"{name} has no pixels: {original.width} x {original.height}")
 
     height, width = _input_size(model, original.height, original.width, max_size)
-    mean = _per_channel("mean", cfg["mean"] if mean is None else mean, in_chans)
-    std = _per_channel("std", cfg["std"] if std is None else std, in_chans)
+    mean = per_channel("mean", cfg["mean"] if mean is None else mean, in_chans)
+    std = per_channel("std", cfg["std"] if std is None else std, in_chans)
     pixels = eval_transform((height, width), mean, std)(to_channels(image, in_chans), 0)[None]
     patch_size = tuple(model.patch_embed.patch_size) if isinstance(model, LunaVit) else None
     # a picture of fewer pixels than there are patches could not show them all
