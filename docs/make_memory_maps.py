@@ -1,7 +1,8 @@
 """Draw docs/figures/memory_maps.png, what the memory of a small trained model does: `python docs/make_memory_maps.py`.
 
-The first run trains the model on canvases of Fashion-MNIST (fetched into --root if missing), 18 minutes on one thread of
-a busy two-core machine, and keeps it in runs/memory_maps; later runs only draw. The picture is the first of the test set.
+The first run trains the model on canvases of Fashion-MNIST, which are fetched into --root if missing, and keeps it in
+runs/memory_maps: 18 minutes on one thread of a busy machine with two cores. Later runs only draw. The picture shows the
+first canvas of the test set.
 """
 
 import argparse
