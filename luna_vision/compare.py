@@ -15,11 +15,12 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from luna_vision.mixers import MIXERS
 from luna_vision.models import LunaVit
 
+from ._commands import Parser, at_least
 from ._compare_measure import measure
 from ._compare_report import write_report
 from ._compare_run import Run, make_data
@@ -215,19 +216,8 @@ def unfinished(runs: Sequence[Run], out: Path) -> list[Run]:
     return todo
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m luna_vision.compare",
         description="Train mixers, or variants of Luna's block, alike, and write tables and plots. Finished runs are "
         "skipped, stopped ones go on.",
@@ -244,13 +234,13 @@ def _parser() -> argparse.ArgumentParser:
         help="variants that seeds after the first are for, or 'all' "
         f"(default: {', '.join(REPEATED['mixers'])}; in the ablation luna)",
     )
-    parser.add_argument("--jobs", type=_positive, default=1, help="runs at a time, one thread each (default: 1)")
-    parser.add_argument("--samples", type=_positive, help="training images of a run (default: the task's)")
-    parser.add_argument("--batch-size", type=_positive, help="(default: the task's)")
+    parser.add_argument("--jobs", type=at_least(1), default=1, help="runs at a time, one thread each (default: 1)")
+    parser.add_argument("--samples", type=at_least(1), help="training images of a run (default: the task's)")
+    parser.add_argument("--batch-size", type=at_least(1), help="(default: the task's)")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the task's)")
-    parser.add_argument("--width", type=_positive, default=96, help=f"in steps of {HEAD_WIDTH} (default: 96)")
-    parser.add_argument("--depth", type=_positive, default=6, help="blocks (default: 6)")
-    parser.add_argument("--test-images", type=_positive, metavar="N", help="at most, at each side")
+    parser.add_argument("--width", type=at_least(1), default=96, help=f"in steps of {HEAD_WIDTH} (default: 96)")
+    parser.add_argument("--depth", type=at_least(1), default=6, help="blocks (default: 6)")
+    parser.add_argument("--test-images", type=at_least(1), metavar="N", help="at most, at each side")
     parser.add_argument("--root", default="data", help="folder of Fashion-MNIST, fetched if missing (default: data)")
     parser.add_argument("--out", type=Path, default=Path("runs/compare/results"), help="(default: %(default)s)")
     parser.add_argument(
@@ -259,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     phases = parser.add_mutually_exclusive_group()
     phases.add_argument("--measure", action="store_true", help="only time training steps; run nothing beside it")
     phases.add_argument("--report-only", action="store_true", help="only make the report from what there is")
-    parser.add_argument("--rounds", type=_positive, default=7, help="timed steps of --measure (default: 7)")
+    parser.add_argument("--rounds", type=at_least(1), default=7, help="timed steps of --measure (default: 7)")
     return parser
 
 
