@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors.torch import save_file
 
@@ -133,7 +134,7 @@ class ExportBest(Callback):
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, KeyboardInterrupt) and trainer.training:
+        if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == TrainerFn.FITTING:  # in validation, too
             checkpoint = last_checkpoint(trainer)
             resume = (
                 f"resume with --ckpt_path {relative(checkpoint)}" if checkpoint else "no checkpoint was written yet"
