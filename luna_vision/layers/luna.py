@@ -121,7 +121,7 @@ class LunaAttention(nn.Module):
         """Multiply the query projections, as they have been initialised, by `query_gain`.
 
         NOTE: with the usual small weights all slots start as nearly the same average of the image, and the patches read
-        nearly the same from it: the slots then take long to tell apart what they read (docs/ablation.md).
+        nearly the same from it: the slots then take long to tell apart what they read.
         """
         with torch.no_grad():
             self.pack_q.weight.mul_(self.query_gain)

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from timm.models import get_arch_name
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
+from torch.optim import Optimizer
 
 from luna_vision.models import init_from_vit, load_weights  # with which the luna_vit models are registered, too
 
@@ -103,7 +104,7 @@ class TimmTask(LightningModule):
 
     # ---- optimisation
 
-    def _build_optimizer(self):
+    def _build_optimizer(self) -> Optimizer:
         hp = self.hparams
         rates = (hp.lr, hp.weight_decay, hp.get("layer_decay"))
         return build_optimizer(self.model, hp.optimizer, *rates, hp.optimizer_kwargs or {})

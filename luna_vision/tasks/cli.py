@@ -66,7 +66,7 @@ class LunaCLI(LightningCLI):
             metrics = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True)[0]
             if self.trainer.is_global_zero:
                 name, called = self.model.headline
-            print(f"{called + ':':<16} {metrics[name]:.4f} with {relative(best)}")
+                print(f"{called + ':':<16} {metrics[name]:.4f} with {relative(best)}")
         for callback in self.trainer.callbacks:
             if isinstance(callback, ExportBest):
                 callback.announce()

@@ -38,13 +38,14 @@ def build_optimizer(
         ValueError: no such optimizer, or it does not take these arguments.
     """
     groups = {}
-    if not hasattr(model, "no_weight_decay"):
-        spared = [
-            f"{prefix}.{parameter}"
-            for prefix, module in model.named_modules()
-            if hasattr(module, "no_weight_decay")
-            for parameter in module.no_weight_decay()
-        ]
+    spared = [
+        f"{prefix}.{parameter}"
+        for prefix, module in model.named_modules()
+        if prefix and hasattr(module, "no_weight_decay")
+        for parameter in module.no_weight_decay()
+    ]
+    # timm asks the model itself and nothing in it; with groups of our own it would leave layer decay out
+    if spared and not hasattr(model, "no_weight_decay") and layer_decay is None:
         groups["param_group_fn"] = partial(
             param_groups_weight_decay, weight_decay=weight_decay, no_weight_decay_list=spared
         )

@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer, seed_everything
 from luna_vision.data import CanvasDetectionDataModule, CanvasSegmentationDataModule
 from luna_vision.tasks import DetectionTask, SegmentationTask
 from luna_vision.tasks.cli import names_its_task
+from luna_vision.tasks.optimization import build_optimizer
 
 ROOT = Path(__file__).parents[2]
 DATA = {"side": 64, "num_items": 2, "item_size": 12, "num_train": 4, "num_val": 2, "num_test": 4, "num_workers": 0}
@@ -96,6 +97,13 @@ def test_weight_decay_leaves_the_memory_alone(name: str):
     memory = task.model.get_submodule(task.pyramid).body.memory
     (group,) = [g for g in task._build_optimizer().param_groups if any(p is memory for p in g["params"])]
     assert group["weight_decay"] == 0.0
+
+
+def test_layer_decay_reaches_a_model_that_spares_nothing():
+    model = timm.create_model("test_resnet", num_classes=3)
+    assert not hasattr(model, "no_weight_decay")
+    scales = {g["lr_scale"] for g in build_optimizer(model, "adamw", 1e-3, 0.05, 0.5, {}).param_groups}
+    assert len(scales) > 1
 
 
 def test_targets_out_of_range():
