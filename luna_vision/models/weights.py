@@ -17,9 +17,8 @@ def load_weights(model: nn.Module, path: str | Path, say: Callable[[str], None] 
     """Load a checkpoint into ``model``, adapting what may differ.
 
     The model's ``checkpoint_filter_fn`` runs (so positions are resampled), the first convolution is adapted to another
-    number of channels, and a head for another number of classes is left as initialised, with a notice (a model
-    without a head takes none). EMA weights are
-    preferred where the file has both.
+    number of channels, and a head for another number of classes is left as initialised, with a notice (a model without
+    a head takes none). EMA weights are preferred where the file has both.
 
     Args:
         model: a timm model.
