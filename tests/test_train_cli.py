@@ -44,7 +44,7 @@ def test_fit_writes_logs_and_checkpoints_and_says_how_to_go_on(run_dir):
     version = folder / "runs" / "debug" / "version_0"
     files = {str(path.relative_to(version)) for path in version.rglob("*") if path.is_file()}
     names = {f"checkpoints/{name}" for name in ("best.ckpt", "last.ckpt", "best.safetensors")}
-    assert names | {"config.yaml", "hparams.yaml", "metrics.csv"} == files
+    assert names | {"config.yaml", "hparams.yaml", "metrics.csv", "run.json", ".run.lock"} == files
     assert list((folder / "runs" / "debug" / "tensorboard").rglob("events.out.tfevents.*"))
     columns = next(csv.reader((version / "metrics.csv").open()))
     assert {"train_loss", "train_acc1", "val_acc1", "val_acc5", "test_acc1", "images_per_s", "lr"} <= set(columns)
@@ -186,7 +186,7 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_resume(tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
-    assert "resume with --ckpt_path runs/debug/version_0/checkpoints/last.ckpt" in stderr
+    assert "the same command, or --ckpt_path runs/debug/version_0/checkpoints/last.ckpt, resumes it" in stderr
 
 
 @pytest.mark.parametrize(

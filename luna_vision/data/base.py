@@ -13,7 +13,7 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from luna_vision.data.images import PredictDataset, Source, StreamDataset, TransformedDataset, find_images, one_line
-from luna_vision.data.sampling import EpochSampler, StreamLoader
+from luna_vision.data.sampling import EpochLoader, EpochSampler, next_batch
 from luna_vision.data.transforms import Augmentation, SeededTransform, eval_transform, train_transform
 
 SPLIT_SEED = 0  # of held-out splits; deliberately not the run's seed, see `hold_out`
@@ -191,7 +191,6 @@ class ImageDataModule(LightningDataModule):
             seed=self.seed,
             num_replicas=trainer.world_size if trainer is not None else 1,
             rank=trainer.global_rank if trainer is not None else 0,
-            current_epoch=self._current_epoch,
         )
         drop_last = self.drop_last and len(sampler) >= self.batch_size
         return self._loader(dataset, self.batch_size, sampler=sampler, drop_last=drop_last)
@@ -227,13 +226,13 @@ class ImageDataModule(LightningDataModule):
         }
         if isinstance(dataset, StreamDataset):
             dataset.stream.set_loader_cfg(self.num_workers)
-            return StreamLoader(current_epoch=self._current_epoch, **arguments)
-        return DataLoader(sampler=sampler, **arguments)
+            return EpochLoader(next_batch=self._next_batch, **arguments)
+        if sampler is not None:
+            return EpochLoader(next_batch=self._next_batch, sampler=sampler, **arguments)
+        return DataLoader(generator=torch.Generator(), **arguments)
 
-    def _current_epoch(self) -> int | None:
-        # What Lightning gives to set_epoch. After a resume from a checkpoint that was written at the end of a training
-        # epoch, trainer.current_epoch is still that epoch when the loader is first iterated.
-        return self.trainer.fit_loop.epoch_progress.current.processed if self.trainer is not None else None
+    def _next_batch(self) -> tuple[int, int] | None:
+        return next_batch(self.trainer)
 
 
 def _one_thread(worker_id: int) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
 import torchvision.datasets as tvd
@@ -12,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from luna_vision.data.canvas import CanvasDataset, CanvasSpec
 from luna_vision.data.canvas_module import ITEM_SOURCES
 from luna_vision.data.images import to_channels
-from luna_vision.data.sampling import EpochSampler
+from luna_vision.data.sampling import EpochLoader, EpochSampler, next_batch
 
 __all__ = ["CanvasDetectionDataModule", "CanvasSegmentationDataModule"]
 
@@ -147,12 +150,11 @@ class _CanvasModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         trainer, dataset = self.trainer, self.dataset("train")
-        shared = {}
-        if trainer is not None:  # see ImageDataModule on the epoch
-            shared = {"num_replicas": trainer.world_size, "rank": trainer.global_rank}
-            shared["current_epoch"] = lambda: trainer.fit_loop.epoch_progress.current.processed
-        sampler = EpochSampler(dataset, seed=self.seed, **shared)
-        return self._loader(dataset, self.batch_size, sampler=sampler, drop_last=len(sampler) >= self.batch_size)
+        ranks = {"num_replicas": trainer.world_size, "rank": trainer.global_rank} if trainer is not None else {}
+        sampler = EpochSampler(dataset, seed=self.seed, **ranks)
+        arguments = {"sampler": sampler, "drop_last": len(sampler) >= self.batch_size}
+        kind = partial(EpochLoader, next_batch=lambda: next_batch(trainer))
+        return self._loader(dataset, self.batch_size, kind, **arguments)
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.dataset("val"), self.eval_batch_size)
@@ -160,9 +162,18 @@ class _CanvasModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self._loader(self.dataset("test"), self.eval_batch_size)
 
-    def _loader(self, dataset: Dataset, batch_size: int, **kwargs) -> DataLoader:
-        workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
-        return DataLoader(dataset, batch_size, collate_fn=self.collate, **workers, **kwargs)
+    def _loader(
+        self, dataset: Dataset, batch_size: int, kind: Callable[..., DataLoader] = DataLoader, **kwargs
+    ) -> DataLoader:
+        return kind(
+            dataset=dataset,
+            batch_size=batch_size,
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            generator=torch.Generator(),
+            **kwargs,
+        )
 
     collate = staticmethod(default_collate)
 

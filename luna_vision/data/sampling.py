@@ -9,9 +9,11 @@ that sample. Whatever worker, rank or machine draws it, it comes out the same, a
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -43,44 +45,77 @@ class EpochSampler(DistributedSampler):
         num_replicas: Number of processes that share the epoch.
         rank: The rank of this process among them.
         shuffle: Draw a new order each epoch.
-        current_epoch: Called whenever an epoch begins, returns its number, or None where none is known; then the value
-            last given to :meth:`set_epoch` counts (0 at first).
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        seed: int = 0,
-        num_replicas: int = 1,
-        rank: int = 0,
-        shuffle: bool = True,
-        current_epoch: Callable[[], int | None] | None = None,
+        self, dataset: Dataset, seed: int = 0, num_replicas: int = 1, rank: int = 0, shuffle: bool = True
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
-        self.current_epoch = current_epoch
+        self.start = 0
+
+    def begin(self, epoch: int, start: int = 0) -> None:
+        """Say what the next iteration, and only that, covers: ``epoch`` without its first ``start`` samples."""
+        self.set_epoch(epoch)
+        self.start = start
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        # set_epoch alone does not do: a loader with workers asks for its first indices when Lightning creates its
-        # iterator, and after a resume that is before set_epoch (Lightning issue 21938).
-        epoch = self.current_epoch() if self.current_epoch is not None else None
-        if epoch is not None:
-            self.set_epoch(epoch)
-        epoch = self.epoch
-        return ((epoch, index) for index in super().__iter__())
+        epoch, start, self.start = self.epoch, self.start, 0
+        return ((epoch, index) for index in islice(super().__iter__(), start, None))
 
 
-class StreamLoader(DataLoader):
-    """Loads a dataset that is a stream, for which there are no samplers, and tells it the epoch when one begins.
+class EpochLoader(DataLoader):
+    """A training loader that goes on in the middle of an epoch, with the very batches that were still to come.
+
+    Lightning's own ``set_epoch`` does not do: a loader with workers asks for its first indices when its iterator is
+    created, and after a resume that is before ``set_epoch`` (Lightning issue 21938).
+
+    A sampler skips what is done without loading it; a dataset that is a stream, which knows no indices, is read up to
+    there once more.
 
     Args:
-        current_epoch: As in :class:`EpochSampler`.
-        **kwargs: The arguments of ``DataLoader``; the dataset must have ``set_epoch``.
+        next_batch: Called whenever an iteration begins, returns the epoch and how many of its batches are done, as
+            :func:`next_batch` does; None leaves it to ``set_epoch`` of the sampler or the dataset.
+        **kwargs: The arguments of ``DataLoader``. The sampler is an :class:`EpochSampler`, or the dataset a stream with
+            ``set_epoch``.
     """
 
-    def __init__(self, *, current_epoch: Callable[[], int | None], **kwargs) -> None:
+    def __init__(self, *, next_batch: Callable[[], tuple[int, int] | None], **kwargs) -> None:
+        # a generator of its own, as the seeds of the workers would be drawn from the global one at every epoch, and
+        # what the model draws would depend on how often that was
+        kwargs.setdefault("generator", torch.Generator())
         super().__init__(**kwargs)
-        self.current_epoch = current_epoch
+        self.next_batch = next_batch
 
     def __iter__(self) -> Iterator:
-        self.dataset.set_epoch(self.current_epoch() or 0)
-        return super().__iter__()
+        # A generator, so that it asks at the first batch: Lightning makes its iterator before it reads a checkpoint
+        # where the length of a schedule is asked for.
+        at, done = self.next_batch(), 0
+        if at is not None:
+            epoch, done = at
+            if isinstance(self.sampler, EpochSampler):
+                self.sampler.begin(epoch, done * self.batch_size)
+                done = 0
+            elif hasattr(self.dataset, "set_epoch"):
+                self.dataset.set_epoch(epoch)
+        yield from islice(super().__iter__(), done, None)
+
+    # By having these a loader tells Lightning that it can go on within an epoch. Where, the trainer knows itself.
+
+    def state_dict(self) -> dict[str, int]:
+        epoch, done = self.next_batch() or (0, 0)
+        return {"epoch": epoch, "batches": done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        pass
+
+
+def next_batch(trainer: Trainer | None) -> tuple[int, int] | None:
+    """The epoch that the next training batch belongs to, and how many of its batches come before that one.
+
+    Right at any time: in training, when a checkpoint is written, and when one has been loaded. None without a trainer.
+    """
+    if trainer is None:
+        return None
+    epochs, batches = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress
+    # after the last batch it is the next epoch, whether or not this one has been counted as processed yet
+    return (epochs.ready, 0) if batches.is_last_batch else (epochs.processed, batches.current.ready)

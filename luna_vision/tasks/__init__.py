@@ -1,6 +1,7 @@
 """Training, evaluation and prediction with Lightning."""
 
 from .callbacks import EMA, ImagesPerSecond, NonFiniteGuard, NonFiniteLossError
+from .checkpoints import LastCheckpoint
 from .classification import ClassificationTask
 from .dense import DetectionTask, SegmentationTask
 from .mixing import StepMixup
@@ -13,6 +14,7 @@ __all__ = [
     "EpochLines",
     "ExportBest",
     "ImagesPerSecond",
+    "LastCheckpoint",
     "NonFiniteGuard",
     "NonFiniteLossError",
     "PredictionWriter",

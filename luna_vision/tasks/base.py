@@ -11,8 +11,9 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from timm.models import get_arch_name
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchmetrics import MeanMetric
 
 from luna_vision.models import init_from_vit, load_weights  # with which the luna_vit models are registered, too
 
@@ -32,6 +33,11 @@ class TimmTask(LightningModule):
     headline: ClassVar[tuple[str, str]]
     model: nn.Module
     _has_weights = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        # means over the epoch so far; a checkpoint keeps them, which Lightning's own sums it does not
+        self.epoch_means = nn.ModuleDict()
 
     # ---- start of a run
 
@@ -88,10 +94,17 @@ class TimmTask(LightningModule):
         data = self.trainer.datamodule
         if hasattr(data, "timm_cfg"):
             checkpoint["data"] = {"name": type(data).__name__, "cfg": data.timm_cfg()}
+        if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:  # else the next epoch begins with none
+            checkpoint["epoch_means"] = {name: _sums(metric) for name, metric in self.epoch_means.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in one line that a checkpoint is another model's, before PyTorch says it in a hundred."""
         self._has_weights = True
+        if self._trainer is not None and self.trainer.is_global_zero:  # the sums are those of all ranks
+            for name, state in checkpoint.get("epoch_means", {}).items():
+                metric = self._epoch_mean(name)
+                metric.mean_value += state["sum"]
+                metric.weight += state["weight"]
         own = {name: tuple(value.shape) for name, value in self.state_dict().items()}
         given = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
         differing = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
@@ -129,6 +142,18 @@ class TimmTask(LightningModule):
         """With layer decay the groups differ; the largest rate is that of the head, lr itself."""
         self.log("lr", max(group["lr"] for group in self.optimizers().param_groups))
 
+    def log_epoch_mean(self, name: str, value: Tensor, batch_size: int) -> None:
+        """Log the mean of a value over the images of an epoch, of which some may lie before a resume."""
+        metric = self._epoch_mean(name)
+        metric.update(value, batch_size)
+        attribute = f"epoch_means.{name}"
+        self.log(name, metric, on_step=False, on_epoch=True, batch_size=batch_size, metric_attribute=attribute)
+
+    def _epoch_mean(self, name: str) -> MeanMetric:
+        if name not in self.epoch_means:
+            self.epoch_means[name] = MeanMetric(nan_strategy="disable").to(self.device)
+        return self.epoch_means[name]
+
     # ---- what comes out
 
     def load_line(self, checkpoint: str, weights: str) -> str:
@@ -139,3 +164,9 @@ class TimmTask(LightningModule):
             weights: the state dict of ``self.model``, as `export_weights` writes it.
         """
         raise NotImplementedError
+
+
+def _sums(metric: MeanMetric) -> dict[str, float]:
+    """The state of a `MeanMetric`, over all processes."""
+    with metric.sync_context():
+        return {"sum": float(metric.mean_value), "weight": float(metric.weight)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,6 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from .checkpoints import last_checkpoint
 
 
 class EMA(WeightAveraging):
@@ -124,24 +125,6 @@ class NonFiniteGuard(Callback):
         raise NonFiniteLossError(
             f"{what} at step {trainer.global_step} (epoch {trainer.current_epoch}): training stopped, {kept}"
         )
-
-
-def best_checkpoint(trainer: Trainer) -> str:
-    """Path of the best checkpoint of this run; of the last where nothing was monitored (no validation); '' for none."""
-    callback = trainer.checkpoint_callback
-    if not isinstance(callback, ModelCheckpoint):
-        return ""
-    return callback.best_model_path or callback.last_model_path
-
-
-def last_checkpoint(trainer: Trainer) -> str:
-    """Path of the newest checkpoint this run has written, or ''."""
-    callback = trainer.checkpoint_callback
-    if not isinstance(callback, ModelCheckpoint):
-        return ""
-    # Lightning notes the path before it writes the file, which the guard may prevent.
-    paths = (callback.last_model_path, callback.best_model_path)
-    return next((path for path in paths if path and Path(path).exists()), "")
 
 
 class ImagesPerSecond(Callback):

@@ -181,8 +181,8 @@ class ClassificationTask(TimmTask):
         accuracy = (logits.argmax(1) == labels).float().mean()
         values = {"train_loss": loss, "train_acc1": accuracy}
         self.log_dict(values, prog_bar=True)
-        means = {f"{name}_epoch": value for name, value in values.items()}
-        self.log_dict(means, on_step=False, on_epoch=True, batch_size=len(logits))
+        for name, value in values.items():
+            self.log_epoch_mean(f"{name}_epoch", value, len(logits))
         self.log_learning_rate()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -1,6 +1,7 @@
 """The command line: ``python train.py {fit,validate,test,predict}``, LightningCLI with one-line errors.
 
-Exit codes: 0 success, 2 a mistake of the user (one line on stderr), 130 Ctrl-C, 1 anything else (with its traceback).
+Exit codes: 0 success, 2 a mistake of the user (one line on stderr), 130 Ctrl-C, 143 SIGTERM, 1 anything else (with its
+traceback).
 ``LUNA_VISION_TRACEBACK=1`` in the environment shows the traceback of the user's mistakes too.
 """
 
@@ -12,17 +13,22 @@ import re
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from .base import TimmTask
-from .callbacks import NonFiniteLossError, best_checkpoint
+from .callbacks import NonFiniteLossError
+from .checkpoints import AtomicCheckpointIO, best_checkpoint
 from .classification import ClassificationTask
 from .reporting import ExportBest, relative
+from .resume import ExactResume, RunRecord, find_unfinished, fingerprint, go_on, log_dir
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 USER_ERRORS = (ArgumentError, MisconfigurationException, NonFiniteLossError, OSError, ValueError)
@@ -31,13 +37,34 @@ USER_ERRORS = (ArgumentError, MisconfigurationException, NonFiniteLossError, OSE
 class LunaCLI(LightningCLI):
     """LightningCLI for the tasks of this package and any of the data modules.
 
-    After ``fit`` the best checkpoint is tested (``--test_after_fit false`` leaves that out). ``--ckpt_path`` brings
-    weights and, for ``fit``, the state of the optimizer; hyperparameters always come from the configuration, never from
-    the checkpoint, so that what is written in a config or on the command line is what runs.
+    A ``fit`` that was stopped goes on when the same command is given again: it resumes the newest unfinished run of the
+    very same configuration (``--resume false`` begins a new one). After ``fit`` the best checkpoint is tested
+    (``--test_after_fit false`` leaves that out). ``--ckpt_path`` brings weights and, for ``fit``, the state of the
+    optimizer; hyperparameters always come from the configuration, never from the checkpoint, so that what is written in
+    a config or on the command line is what runs.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--test_after_fit", type=bool, default=True, help="Test the best checkpoint after fit.")
+        parser.add_argument(
+            "--resume", type=bool, default=True, help="Let fit go on with an unfinished run of this very configuration."
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """With what exact resume needs: atomic checkpoints, and what they lack of the state."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if isinstance(trainer.strategy.checkpoint_io, TorchCheckpointIO):
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if self.subcommand == "fit":
+            name = fingerprint(self._configuration())
+            trainer.callbacks[:0] = [ExactResume(name), RunRecord(name)]
+        return trainer
+
+    def _configuration(self) -> str:
+        config = self.config[self.subcommand].clone()
+        for name in ("config", "ckpt_path", "resume"):
+            config.pop(name, None)
+        return yaml.safe_dump(yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False)))
 
     def _parse_ckpt_path(self) -> None:
         # The base class would let the checkpoint's hyperparameters win over the given ones without a word.
@@ -57,6 +84,17 @@ class LunaCLI(LightningCLI):
             self.datamodule.prepare_data()
             self.datamodule.setup(self.subcommand)
             self.model.check_data(self.datamodule, self.subcommand)
+        if self.subcommand == "fit" and not path and self._get(self.config, "resume"):
+            self._resume()
+
+    def _resume(self) -> None:
+        run = find_unfinished(self.trainer, fingerprint(self._configuration()))
+        if run is None:
+            return
+        go_on(self.trainer, run)
+        self.config_init[self.subcommand]["ckpt_path"] = run.checkpoint
+        start = f"from {relative(run.checkpoint)}" if run.checkpoint else "from its beginning: it has no checkpoint"
+        rank_zero_info(f"resuming the unfinished run in {relative(log_dir(self.trainer))}, {start}")
 
     before_fit = before_validate = before_test = before_predict = check_run
 
@@ -70,6 +108,8 @@ class LunaCLI(LightningCLI):
         for callback in self.trainer.callbacks:
             if isinstance(callback, ExportBest):
                 callback.announce()
+            elif isinstance(callback, RunRecord):
+                callback.finish()
 
 
 def build(args: list[str] | None = None, run: bool = True) -> LunaCLI:
@@ -136,6 +176,8 @@ def main(default_config: Path | None = None) -> None:
         build()
     except KeyboardInterrupt:
         sys.exit(130)
+    except SIGTERMException:
+        sys.exit(143)
     except SystemExit as error:
         # Lightning shuts down on Ctrl-C and then exits with 1.
         sys.exit(130 if isinstance(error.__context__, KeyboardInterrupt) else error.code)

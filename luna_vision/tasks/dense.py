@@ -44,7 +44,7 @@ class _PyramidTask(TimmTask):
 
     def _count(self, loss: Tensor, batch_size: int) -> None:
         self.log("train_loss", loss, prog_bar=True, batch_size=batch_size)
-        self.log("train_loss_epoch", loss, on_step=False, on_epoch=True, batch_size=batch_size)
+        self.log_epoch_mean("train_loss_epoch", loss, batch_size)
         self.log_learning_rate()
 
 

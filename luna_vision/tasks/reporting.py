@@ -13,13 +13,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors.torch import save_file
 
 from luna_vision.models import unwrap_state_dict
 
 from .base import TimmTask
-from .callbacks import best_checkpoint, last_checkpoint
+from .checkpoints import best_checkpoint, last_checkpoint, model_checkpoint
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -117,9 +118,11 @@ class ExportBest(Callback):
             return
         weights = Path(path).with_name("best.safetensors")
         export_weights(path, weights)
-        callback = trainer.checkpoint_callback
-        if path == callback.best_model_path:
-            score = f" ({callback.monitor} {float(callback.best_model_score):.4f})" if callback.monitor else ""
+        callback = model_checkpoint(trainer)
+        if callback is None or not callback.monitor:
+            score = ""
+        elif path == callback.best_model_path:
+            score = f" ({callback.monitor} {float(callback.best_model_score):.4f})"
         else:
             score = f" (the last one: {callback.monitor} was never measured, so none is best)"
         self._closing = [
@@ -134,10 +137,13 @@ class ExportBest(Callback):
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == TrainerFn.FITTING:  # in validation, too
+        # in validation, too
+        if isinstance(exception, (KeyboardInterrupt, SIGTERMException)) and trainer.state.fn == TrainerFn.FITTING:
             checkpoint = last_checkpoint(trainer)
             resume = (
-                f"resume with --ckpt_path {relative(checkpoint)}" if checkpoint else "no checkpoint was written yet"
+                f"the same command, or --ckpt_path {relative(checkpoint)}, resumes it"
+                if checkpoint
+                else "no checkpoint was written yet"
             )
             print(f"stopped at step {trainer.global_step}: {resume}", file=sys.stderr)
 

@@ -157,7 +157,7 @@ def stream_epochs(num_workers: int) -> list[dict[int, set[bytes]]]:
     """For two epochs, the augmented images by label."""
     module = timm_module("x", name="wds/x", img_size=16, num_workers=num_workers)
     epoch = 0
-    module._current_epoch = lambda: epoch
+    module._next_batch = lambda: (epoch, 0)
     loader, result = module.train_dataloader(), []
     for epoch in range(2):  # noqa: B007 - read by the lambda
         seen: dict[int, set[bytes]] = {0: set(), 1: set(), 2: set()}

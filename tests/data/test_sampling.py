@@ -99,15 +99,27 @@ def test_sampler_shares_the_epoch_between_ranks():
     assert {i for pairs in ranks for _, i in pairs} == set(range(101))  # one repetition is DistributedSampler's padding
 
 
-def test_sampler_reads_the_epoch_when_iterated():
-    epoch = 7
-    sampler = EpochSampler(range(4), current_epoch=lambda: epoch)
-    assert next(iter(sampler))[0] == 7
-    epoch = 8
-    assert next(iter(sampler))[0] == 8
-    sampler.current_epoch = lambda: None
-    sampler.set_epoch(2)
-    assert next(iter(sampler))[0] == 2
+def test_sampler_begins_where_it_is_told_once():
+    sampler = EpochSampler(range(10), seed=3)
+    sampler.set_epoch(7)
+    whole = list(sampler)
+    sampler.begin(7, 4)
+    assert list(sampler) == whole[4:]
+    assert list(sampler) == whole
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loader_goes_on_within_an_epoch(num_workers):
+    """What a resumed run is shown is what the interrupted one would have been shown."""
+    module = DigitsDataModule(img_size=16, batch_size=64, num_workers=num_workers)
+    loader = module.train_dataloader()
+    loader.sampler.set_epoch(2)
+    whole = list(loader)
+    module._next_batch = lambda: (2, 10)
+    rest = list(module.train_dataloader())
+    assert len(rest) == len(whole) - 10
+    for (images, targets), (again, labels) in zip(whole[10:], rest, strict=True):
+        assert torch.equal(images, again) and torch.equal(targets, labels)
 
 
 def test_datasets_can_be_pickled_for_spawned_workers():

@@ -1,0 +1,129 @@
+"""Checkpoints: the newest state for resuming, written in one move, and where the best and the last one are."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write a checkpoint beside its place and move it there when it is on the disk.
+
+    Lightning collects a checkpoint in the system's temporary folder, and moves it: on another file system that is a
+    copy, which a kill or a full disk cuts off half way, over the checkpoint that was there.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """
+        Raises:
+            OSError: It cannot be written, for instance as the disk is full. What was at ``path`` is as it was.
+        """
+        if "://" in str(path):  # object storage is written whole or not at all
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except (OSError, RuntimeError) as error:  # torch's zip writer reports a short write as a RuntimeError
+            free = 0
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+                status = os.statvfs(path.parent)
+                free = status.f_bavail * status.f_frsize
+            code = getattr(error, "errno", None) or errno.ENOSPC
+            reason = os.strerror(code) if isinstance(error, OSError) else f"{error} ({free / 2**20:.0f} MiB are free)"
+            kept = "; the checkpoint that was there before is whole" if path.exists() else ""
+            raise OSError(code, f"cannot write the checkpoint {path}: {' '.join(reason.split())}{kept}") from error
+
+
+def is_exact(trainer: Trainer) -> bool:
+    """Whether Lightning can go on exactly from a checkpoint that is made now.
+
+    Not between the batches of one optimizer step, whose gradients are in no checkpoint, and not right after the last
+    batch of an epoch, as it would leave out the validation.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    at_batch_end = loop.batch_progress.current.completed < loop.batch_progress.current.processed
+    return not at_batch_end or not (loop.batch_progress.is_last_batch or loop._should_accumulate())
+
+
+class LastCheckpoint(Checkpoint):
+    """Keep the newest state of training in ``checkpoints/last.ckpt``, for resuming.
+
+    Written at the end of every epoch and, within one, after so many steps or minutes. ModelCheckpoint's ``save_last``
+    does not do: in Lightning 2.6 it is written only when the monitored metric has improved.
+
+    Args:
+        every_n_steps: Optimizer steps from one to the next within an epoch; None is no limit.
+        every_minutes: Minutes from one to the next within an epoch; None is no limit.
+
+    Raises:
+        ValueError: One of them is not above 0.
+    """
+
+    def __init__(self, every_n_steps: int | None = None, every_minutes: float | None = 10.0) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("every_minutes", every_minutes)):
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        self.every_n_steps, self.every_minutes = every_n_steps, every_minutes
+        self.path = ""  # of what this run has written
+        self._step, self._time = 0, time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step, self._time = trainer.global_step, time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if not is_exact(trainer) or trainer.global_step == self._step:
+            return
+        due = self.every_n_steps is not None and trainer.global_step - self._step >= self.every_n_steps
+        if not due and self.every_minutes is not None:
+            late = time.monotonic() - self._time >= self.every_minutes * 60
+            due = trainer.strategy.broadcast(late)  # clocks differ
+        if due:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.fast_dev_run:
+            return
+        folder = trainer.loggers[0].log_dir if trainer.loggers else None
+        path = Path(trainer.strategy.broadcast(folder or trainer.default_root_dir), "checkpoints", "last.ckpt")
+        trainer.save_checkpoint(path)
+        self.path, self._step, self._time = str(path), trainer.global_step, time.monotonic()
+
+
+def model_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
+    """The callback that looks for the best checkpoint."""
+    return next((c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)), None)
+
+
+def best_checkpoint(trainer: Trainer) -> str:
+    """Path of the best checkpoint of this run; of the last where nothing was monitored (no validation); '' for none."""
+    callback = model_checkpoint(trainer)
+    return (callback.best_model_path if callback else "") or last_checkpoint(trainer)
+
+
+def last_checkpoint(trainer: Trainer) -> str:
+    """Path of the newest checkpoint this run has written or was resumed from, or ''."""
+    paths = [c.path for c in trainer.callbacks if isinstance(c, LastCheckpoint)]
+    if (callback := model_checkpoint(trainer)) is not None:
+        # Lightning notes the path before it writes the file, which the guard may prevent
+        paths += [callback.last_model_path, callback.best_model_path]
+    return next((path for path in [*paths, trainer.ckpt_path] if path and Path(path).exists()), "")

@@ -1,0 +1,202 @@
+"""A run that was stopped, whenever and however, ends as one that was not."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from luna_vision.data import DigitsDataModule
+from luna_vision.tasks import EMA, ClassificationTask
+from luna_vision.tasks.checkpoints import AtomicCheckpointIO
+from luna_vision.tasks.resume import ExactResume, Unfinished, go_on, newest_whole
+
+ROOT = Path(__file__).parents[2]
+
+
+class EveryMoment(ModelCheckpoint):
+    """Keep a checkpoint of every place where Lightning writes one: after a batch, a validation and an epoch."""
+
+    def __init__(self, folder: Path, workers: int = 0) -> None:
+        super().__init__(folder, save_top_k=-1, every_n_train_steps=1)
+        self.folder, self.moments = folder, 0
+
+    def keep(self, trainer: Trainer, moment: str) -> None:
+        if self.folder is not None and not trainer.sanity_checking:
+            trainer.save_checkpoint(self.folder / f"{self.moments:02d}-step{trainer.global_step}-{moment}.ckpt")
+            self.moments += 1
+
+    def on_train_batch_end(self, trainer, *args):
+        self.keep(trainer, "batch")
+
+    def on_validation_end(self, trainer, *args):
+        self.keep(trainer, "validation")
+
+    def on_train_epoch_end(self, trainer, *args):
+        self.keep(trainer, "epoch")
+
+
+def fit(folder: Path, resume: Path | None = None, keep: Path | None = None, num_workers: int = 0, **arguments):
+    """Two epochs of six batches with everything that is random, and what they leave: weights, logged rows."""
+    seed_everything(1, verbose=False)
+    data = DigitsDataModule(img_size=16, batch_size=32, num_workers=num_workers, seed=4, persistent_workers=False)
+    task = ClassificationTask(
+        "test_luna_vit",
+        num_classes=10,
+        in_chans=1,
+        model_kwargs={"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "drop_path_rate": 0.3},
+        mixup=0.5,
+        lr=1e-2,
+        warmup_epochs=0.5,
+    )
+    callbacks = [ExactResume("this"), EMA(decay=0.9)] + ([EveryMoment(keep)] if keep else [])
+    settings = {
+        "max_epochs": 2,
+        "limit_train_batches": 6,
+        "limit_val_batches": 2,
+        "log_every_n_steps": 2,
+        "gradient_clip_val": 1.0,
+        "num_sanity_val_steps": 0,
+        **arguments,
+    }
+    trainer = Trainer(
+        logger=CSVLogger(folder, name=""),
+        callbacks=callbacks,
+        accelerator="cpu",
+        default_root_dir=folder,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=keep is not None,
+        **settings,
+    )
+    if resume is not None:
+        go_on(trainer, Unfinished([0], str(resume)))
+    trainer.fit(task, data, ckpt_path=resume, weights_only=True)
+    with (folder / "version_0" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return task.state_dict(), rows
+
+
+CASES = {
+    "plain": {},
+    "workers": {"num_workers": 2},
+    "accumulation": {"accumulate_grad_batches": 2},
+    "validation within the epoch": {"val_check_interval": 3},
+    "no validation": {"limit_val_batches": 0},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CASES)
+def test_any_checkpoint_leads_to_the_same_end(tmp_path, case):
+    """Weights and every logged row, whether the run was cut off after a batch, a validation or an epoch."""
+    arguments = CASES[case]
+    weights, rows = fit(tmp_path / "whole", keep=tmp_path / "kept", **arguments)
+    kept = sorted((tmp_path / "kept").glob("*.ckpt"))
+    exact = [path for path in kept if torch.load(path, weights_only=True)["callbacks"]["ExactResume"]["exact"]]
+    # the others are never resumed from: after the last batches, and between the batches of an optimizer step
+    assert len(kept) - len(exact) == (6 if case == "accumulation" else 2) + (case == "accumulation") * 2
+    kept = exact
+    for path in kept[:: 1 if case == "plain" else 3]:
+        again = tmp_path / path.stem
+        shutil.copytree(tmp_path / "whole", again)  # with the rows of what will be done again
+        ours, logged = fit(again, resume=path, **arguments)
+        assert logged == rows, path.name
+        if path != kept[-1]:  # with nothing left to do, training does not end anew and leaves the raw weights in place
+            torch.testing.assert_close(ours, weights, rtol=0, atol=0)
+
+
+def test_without_the_callback_the_end_is_another(tmp_path):
+    """That the test above can fail: dropped paths are drawn from the generator whose state is kept."""
+    weights, _ = fit(tmp_path / "whole", keep=tmp_path / "kept")
+    path = sorted((tmp_path / "kept").glob("*-step4-batch.ckpt"))[0]
+    spoiled = torch.load(path, weights_only=True)
+    spoiled["callbacks"]["ExactResume"]["random"] = []
+    torch.save(spoiled, path)
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    ours, _ = fit(tmp_path / "again", resume=path)
+    assert not all(torch.equal(ours[name], weights[name]) for name in weights)
+
+
+def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(3)}, path)
+
+    def full(checkpoint, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="cannot write the checkpoint .*last.ckpt: No space left .* before is whole"):
+        AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(3)}, path)
+    assert torch.load(path, weights_only=True)["weights"].sum() == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_the_newest_whole_checkpoint_of_the_configuration_is_found(tmp_path):
+    names = [("first", "ours"), ("second", "ours"), ("other", "theirs"), ("inexact", "ours"), ("cut", "ours")]
+    for i, (name, owner) in enumerate(names):
+        state = {
+            "callbacks": {"ExactResume": {"fingerprint": owner, "exact": name != "inexact"}},
+            "weights": torch.ones(1000),
+        }
+        AtomicCheckpointIO().save_checkpoint(state, tmp_path / f"{name}.ckpt")
+        os.utime(tmp_path / f"{name}.ckpt", (i, i))
+    cut = (tmp_path / "cut.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(cut[: len(cut) // 2])
+    os.utime(tmp_path / "cut.ckpt", (9, 9))
+    with pytest.warns(UserWarning, match="cut.ckpt is left out"):
+        assert newest_whole([tmp_path, tmp_path / "none"], "ours") == str(tmp_path / "second.ckpt")
+
+
+def launch(folder: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-u", str(ROOT / "train.py"), "fit", "--config", str(ROOT / "configs" / "debug.yaml")]
+    command += ["--trainer.max_epochs=6", "--test_after_fit=false", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=folder, text=True, env={**os.environ, "COLUMNS": "80"}, **pipes)
+
+
+def end(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, str]]]:
+    run = folder / "runs" / "debug" / "version_0"
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = [{k: v for k, v in row.items() if k != "images_per_s"} for row in csv.DictReader(file)]
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"], rows
+
+
+def test_the_same_command_goes_on_after_a_kill(tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    output, _ = launch(tmp_path / "whole").communicate(timeout=120)
+    assert "resuming" not in output
+    stopped = 0
+    for sent, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
+        process = launch(tmp_path / "killed")
+        last = tmp_path / "killed/runs/debug/version_0/checkpoints/last.ckpt"
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        while process.poll() is None and (not last.exists() or last.stat().st_mtime_ns == before):
+            time.sleep(0.01)
+        process.send_signal(sent)
+        process.communicate(timeout=60)
+        stopped += process.returncode == code
+    assert stopped
+    process = launch(tmp_path / "killed")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "resuming the unfinished run in runs/debug/version_0, from runs/debug/version_0/checkpoints/" in output
+    weights, rows = end(tmp_path / "whole")
+    ours, logged = end(tmp_path / "killed")
+    torch.testing.assert_close(ours, weights, rtol=0, atol=0)
+    assert logged == rows
+    assert not (tmp_path / "killed" / "runs" / "debug" / "version_1").exists()
+    # now it has finished, and the same command is a new run
+    output, _ = launch(tmp_path / "killed").communicate(timeout=120)
+    assert "resuming" not in output and (tmp_path / "killed" / "runs" / "debug" / "version_1").exists()
