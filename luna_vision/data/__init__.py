@@ -10,8 +10,9 @@ from luna_vision.data.datasets import (
     DigitsDataModule,
     FashionMNISTDataModule,
 )
+from luna_vision.data.faults import SampleError
 from luna_vision.data.folders import ImageFolderDataModule
-from luna_vision.data.images import SampleError, find_images, read_image
+from luna_vision.data.images import find_images, read_image
 from luna_vision.data.sampling import EpochSampler, sample_seed
 from luna_vision.data.timm_module import TimmDataModule
 from luna_vision.data.transforms import AUGMENTATIONS, eval_transform, train_transform

@@ -12,6 +12,7 @@ from lightning import LightningDataModule
 from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from luna_vision.data.faults import check_fault_policy
 from luna_vision.data.images import PredictDataset, Source, StreamDataset, TransformedDataset, find_images, one_line
 from luna_vision.data.sampling import EpochLoader, EpochSampler, next_batch
 from luna_vision.data.transforms import Augmentation, SeededTransform, eval_transform, train_transform
@@ -68,6 +69,9 @@ class ImageDataModule(LightningDataModule):
         drop_last: Skip the last, incomplete training batch, unless it is the only one (timm's Mixup needs even ones).
         pin_memory: Page-lock batches; by default where there is a GPU.
         persistent_workers: Keep the workers from one epoch to the next.
+        on_error: What happens to an image that cannot be read: "raise" stops and names it, "skip" logs it once and puts
+            the next readable one in its place, see :class:`~luna_vision.data.faults.SkipFaults`. Prediction always stops.
+        max_error_share: Share of a split that "skip" replaces; beyond it, it stops.
         predict_path: What to predict: an image file, a folder (searched recursively) or a list of files; the test set
             if None.
 
@@ -106,6 +110,8 @@ class ImageDataModule(LightningDataModule):
         drop_last: bool = True,
         pin_memory: bool | None = None,
         persistent_workers: bool = True,
+        on_error: str = "raise",
+        max_error_share: float = 0.01,
         predict_path: str | list[str] | None = None,
     ) -> None:
         super().__init__()
@@ -118,6 +124,8 @@ class ImageDataModule(LightningDataModule):
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("seed", seed, 0)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_fault_policy(on_error, max_error_share)
+        self.max_error_share = max_error_share if on_error == "skip" else None
         self.root = os.path.expanduser(root)
         self.img_size = _height_width(img_size)
         self.in_chans, self.seed, self.val_fraction = in_chans, seed, val_fraction
@@ -173,13 +181,18 @@ class ImageDataModule(LightningDataModule):
         """The dataset behind the loader of "train", "val" or "test"; made once, then kept."""
         if split not in self._datasets:
             source = self.make_source(split)
-            transform = self.train_transform if split == "train" else self.eval_transform
-            wrapper = StreamDataset if isinstance(source, IterableDataset) else TransformedDataset
-            name = f"{type(self).__name__} {split}"
-            self._datasets[split] = (
-                None if source is None else wrapper(source, transform, self.in_chans, self.num_classes, self.seed, name)
-            )
+            self._datasets[split] = None if source is None else self._tensors(source, split)
         return self._datasets[split]
+
+    def _tensors(self, source: Source | IterableDataset, split: str) -> TransformedDataset | StreamDataset:
+        transform = self.train_transform if split == "train" else self.eval_transform
+        name = f"{type(self).__name__} {split}"
+        arguments = (source, transform, self.in_chans, self.num_classes, self.seed, name)
+        if not isinstance(source, IterableDataset):
+            return TransformedDataset(*arguments, self.max_error_share)
+        if self.max_error_share is not None:
+            raise ValueError("on_error='skip' needs samples with indices, which a stream of timm has not: give 'raise'")
+        return StreamDataset(*arguments)
 
     def train_dataloader(self) -> DataLoader:
         dataset = self.dataset("train")

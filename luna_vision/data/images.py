@@ -14,19 +14,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS as _TORCHVISION_EXTENSIONS
 
+from luna_vision.data.faults import SampleError, SkipFaults
 from luna_vision.data.sampling import sample_seed
 from luna_vision.data.transforms import SeededTransform
 
 IMG_EXTENSIONS = (*_TORCHVISION_EXTENSIONS, ".gif")  # of an animation, the first frame is read
-
-
-class SampleError(ValueError):
-    """A sample cannot be used: its image does not decode, or its label is not one of the declared classes."""
-
-    def __init__(self, message: str) -> None:
-        # DataLoader re-raises a worker's exception with the worker's whole traceback as the message, whose last line
-        # is "module.SampleError: what happened": keep what happened.
-        super().__init__(message.rstrip().rsplit("\n", 1)[-1].rpartition(f"{__name__}.SampleError: ")[2])
 
 
 class Source(Protocol):
@@ -143,6 +135,8 @@ class TransformedDataset(Dataset):
         num_classes: Labels must be in [0, num_classes).
         seed: The run's seed, mixed with epoch and index.
         name: Names the source in errors, for instance "train".
+        max_error_share: Share of the samples that may be unreadable: others take their place, see
+            :class:`~luna_vision.data.faults.SkipFaults`. None allows not a single one.
 
     Raises:
         SampleError: On access, if the source cannot deliver the sample or its label is out of range.
@@ -156,24 +150,29 @@ class TransformedDataset(Dataset):
         num_classes: int,
         seed: int = 0,
         name: str = "data",
+        max_error_share: float | None = None,
     ) -> None:
         self.source, self.transform, self.in_chans = source, transform, in_chans
         self.num_classes, self.seed, self.name = num_classes, seed, name
+        self.faults = None if max_error_share is None else SkipFaults(len(source), max_error_share, name)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
+        image, label = self._read(index) if self.faults is None else self.faults.read(self._read, index)
+        check_label(label, self.num_classes, f"{self.name} sample {index}")
+        return self.transform(image, sample_seed(self.seed, epoch, index)), int(label)
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
         try:
             image, label = self.source[index]
-            image = to_channels(image, self.in_chans)
+            return to_channels(image, self.in_chans), label
         except IndexError:
             raise  # ends iteration over a map-style dataset
         except Exception as error:
             raise SampleError(f"{self.name} sample {index}: {one_line(error)}") from error
-        check_label(label, self.num_classes, f"{self.name} sample {index}")
-        return self.transform(image, sample_seed(self.seed, epoch, index)), int(label)
 
 
 class StreamDataset(IterableDataset):
