@@ -70,7 +70,7 @@ class ImageDataModule(LightningDataModule):
         pin_memory: Page-lock batches; by default where there is a GPU.
         persistent_workers: Keep the workers from one epoch to the next.
         on_error: What happens to an image that cannot be read: "raise" stops and names it, "skip" logs it once and puts
-            the next readable one in its place, see :class:`~luna_vision.data.faults.SkipFaults`. Prediction always stops.
+            the next readable one in its place, see :class:`~luna_vision.data.faults.SkipFaults`. Prediction stops.
         max_error_share: Share of a split that "skip" replaces; beyond it, it stops.
         predict_path: What to predict: an image file, a folder (searched recursively) or a list of files; the test set
             if None.
