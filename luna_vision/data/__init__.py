@@ -13,9 +13,11 @@ from luna_vision.data.datasets import (
 from luna_vision.data.faults import SampleError
 from luna_vision.data.folders import ImageFolderDataModule
 from luna_vision.data.images import find_images, read_image
+from luna_vision.data.litdata_module import LitDataDataModule
 from luna_vision.data.sampling import EpochSampler, sample_seed
 from luna_vision.data.timm_module import TimmDataModule
 from luna_vision.data.transforms import AUGMENTATIONS, eval_transform, train_transform
+from luna_vision.data.webdataset_module import WebDatasetDataModule
 
 __all__ = [
     "AUGMENTATIONS",
@@ -32,8 +34,10 @@ __all__ = [
     "FashionMNISTDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
+    "LitDataDataModule",
     "SampleError",
     "TimmDataModule",
+    "WebDatasetDataModule",
     "eval_transform",
     "find_images",
     "make_canvas",

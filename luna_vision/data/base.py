@@ -197,16 +197,11 @@ class ImageDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         dataset = self.dataset("train")
         if isinstance(dataset, StreamDataset):
-            return self._loader(dataset, self.batch_size, drop_last=self.drop_last)
-        trainer = self.trainer
-        sampler = EpochSampler(
-            dataset,
-            seed=self.seed,
-            num_replicas=trainer.world_size if trainer is not None else 1,
-            rank=trainer.global_rank if trainer is not None else 0,
-        )
+            return self._loader(dataset, self.batch_size, train=True, drop_last=self.drop_last)
+        rank, world_size = self._rank()
+        sampler = EpochSampler(dataset, seed=self.seed, num_replicas=world_size, rank=rank)
         drop_last = self.drop_last and len(sampler) >= self.batch_size
-        return self._loader(dataset, self.batch_size, sampler=sampler, drop_last=drop_last)
+        return self._loader(dataset, self.batch_size, train=True, sampler=sampler, drop_last=drop_last)
 
     def val_dataloader(self) -> DataLoader | list:
         return self._eval_loader("val")
@@ -226,7 +221,12 @@ class ImageDataModule(LightningDataModule):
         return [] if dataset is None else self._loader(dataset, self.eval_batch_size)  # Lightning skips an empty list
 
     def _loader(
-        self, dataset: Dataset, batch_size: int, sampler: EpochSampler | None = None, drop_last: bool = False
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        train: bool = False,
+        sampler: EpochSampler | None = None,
+        drop_last: bool = False,
     ) -> DataLoader:
         arguments = {
             "dataset": dataset,
@@ -238,11 +238,15 @@ class ImageDataModule(LightningDataModule):
             "persistent_workers": self.persistent_workers,
         }
         if isinstance(dataset, StreamDataset):
-            dataset.stream.set_loader_cfg(self.num_workers)
-            return EpochLoader(next_batch=self._next_batch, **arguments)
+            dataset.share(self.num_workers, batch_size, *self._rank())
+        if not train:
+            return DataLoader(generator=torch.Generator(), **arguments)
         if sampler is not None:
-            return EpochLoader(next_batch=self._next_batch, sampler=sampler, **arguments)
-        return DataLoader(generator=torch.Generator(), **arguments)
+            arguments["sampler"] = sampler
+        return EpochLoader(next_batch=self._next_batch, **arguments)
+
+    def _rank(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _next_batch(self) -> tuple[int, int] | None:
         return next_batch(self.trainer)

@@ -198,6 +198,10 @@ class StreamDataset(IterableDataset):
     def __len__(self) -> int:
         return len(self.stream.reader)  # TypeError where timm's reader does not know; Lightning can do without
 
+    def share(self, num_workers: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        """To be called before the stream is iterated: who reads it, in batches of what size."""
+        self.stream.set_loader_cfg(num_workers)  # timm's readers find out the rest themselves
+
     def set_epoch(self, epoch: int) -> None:
         """To be called before the stream is iterated."""
         self.epoch.value = epoch

@@ -1,0 +1,130 @@
+"""Shards from an image folder: ``python -m luna_vision.data.convert --help``."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from luna_vision._commands import Parser, at_least, run_command
+from luna_vision.data.folders import ClassFolder, class_folders
+from luna_vision.data.shards import CLASSES, need
+from luna_vision.data.webdataset_module import INFO
+
+__all__ = ["convert", "main"]
+
+SPLITS = ("train", "val", "test")
+ORDER_SEED = 0  # of the order of training images; the same folder gives the same shards
+Samples = Iterator[tuple[str, str, int]]  # name within the folder, path, label
+
+
+def write_webdataset(samples: Samples, split: str, out: Path, shard_bytes: int) -> tuple[int, dict[str, Any]]:
+    """Write tars of a split; returns the number of shards and what is to stand in _info.json."""
+    lengths: list[int] = []
+    pattern = str(out.absolute()).replace("%", "%%") + f"/{split}-%06d.tar"
+    with need("webdataset").ShardWriter(
+        pattern, maxsize=shard_bytes, verbose=0, encoder=False, mtime=0, post=lambda _: lengths.append(writer.count)
+    ) as writer:
+        for index, (name, path, label) in enumerate(samples):
+            # WebDataset takes what follows the first dot as the suffix, and a tar holds names of up to 100 characters
+            key = re.sub(r"[^\w-]", "_", Path(name).stem, flags=re.ASCII)[:60]
+            suffix = Path(path).suffix.lstrip(".").lower()
+            writer.write({"__key__": f"{index:08d}_{key}", suffix: Path(path).read_bytes(), "cls": str(label).encode()})
+    filenames = [f"{split}-{number:06d}.tar" for number in range(len(lengths))]
+    info = {"name": split, "num_samples": sum(lengths), "filenames": filenames, "shard_lengths": lengths}
+    return len(lengths), info
+
+
+def write_litdata(samples: Samples, split: str, out: Path, shard_bytes: int) -> tuple[int, None]:
+    """Write LitData's chunks and index of a split; returns the number of chunks."""
+    need("litdata")
+    from litdata.streaming.writer import BinaryWriter  # what litdata.optimize runs, in processes of its own
+
+    writer = BinaryWriter(str(out / split), chunk_bytes=shard_bytes)
+    for index, (name, path, label) in enumerate(samples):
+        writer[index] = {"image": Path(path).read_bytes(), "label": label, "name": name}
+    writer.done()
+    writer.merge()
+    return len(list((out / split).glob("*.bin"))), None
+
+
+FORMATS = {"webdataset": write_webdataset, "litdata": write_litdata}
+
+
+def convert(folder: Path, out: Path, form: str, shard_megabytes: float = 128) -> dict[str, tuple[int, int]]:
+    """Write an image folder as shards; image files are copied as they are, not decoded.
+
+    Training images are written in a random order, always the same, as shards are read one after the other; the other
+    splits in the order of the folder. Everything goes to a folder beside ``out``, which gets its name when complete.
+
+    Args:
+        folder: Images as folder/{train,val,test}/<class>/<image>, of which train must be there.
+        out: Folder to write, which must not exist.
+        form: A key of :data:`FORMATS`.
+        shard_megabytes: Size at which a new shard begins.
+
+    Returns:
+        Images and shards of each split.
+
+    Raises:
+        ValueError: ``out`` exists, or there are no images.
+        FileNotFoundError: There is no folder/train.
+    """
+    if not (folder / "train").is_dir():
+        raise FileNotFoundError(f"no folder {folder / 'train'}: FOLDER must contain train/<class>/<images>")
+    if out.exists():
+        raise ValueError(f"{out} exists already: give a folder to make")
+    classes = class_folders(folder / "train")
+    sources = {split: ClassFolder(folder / split, classes) for split in SPLITS if (folder / split).is_dir()}
+    partial = out.absolute().with_name(f".{out.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    counts, infos = {}, {}
+    try:
+        with tqdm(total=sum(map(len, sources.values())), unit="image", disable=None) as bar:
+            for split, source in sources.items():
+                bar.set_description(split)
+                samples = _samples(source, folder, split == "train", bar)
+                shards, infos[split] = FORMATS[form](samples, split, partial, round(shard_megabytes * 1e6))
+                counts[split] = len(source), shards
+        (partial / CLASSES).write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+        if form == "webdataset":
+            (partial / INFO).write_text(json.dumps({"splits": infos}, indent=1) + "\n")
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return counts
+
+
+def _samples(source: ClassFolder, folder: Path, shuffle: bool, bar: tqdm) -> Samples:
+    order = np.random.default_rng(ORDER_SEED).permutation(len(source)) if shuffle else range(len(source))
+    for index in order:
+        path, label = source.samples[index]
+        yield os.path.relpath(path, folder), path, label
+        bar.update()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Convert, and say what was written and which data module reads it."""
+    parser = Parser(
+        prog="python -m luna_vision.data.convert",
+        description="Write an image folder (the layout of ImageNet) as shards, for file systems that are slow with "
+        "many small files. Image files are copied as they are.",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="with {train,val,test}/<class>/<image>")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make; it appears when it is complete")
+    parser.add_argument("--format", choices=FORMATS, default="webdataset", help="(%(default)s)")
+    parser.add_argument("--shard-megabytes", type=at_least(1), default=128, help="size of a shard (%(default)s)")
+    args = parser.parse_args(argv)
+    for split, (images, shards) in convert(args.folder, args.out, args.format, args.shard_megabytes).items():
+        print(f"{split}: {images} images in {shards} shards")
+    module = {"webdataset": "WebDatasetDataModule", "litdata": "LitDataDataModule"}[args.format]
+    print(f"data.class_path: luna_vision.data.{module}, data.init_args.root: {args.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)

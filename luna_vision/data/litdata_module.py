@@ -1,0 +1,74 @@
+"""Images in the chunks of LitData, read by index."""
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from luna_vision.data.base import train_or_val
+from luna_vision.data.faults import SampleError
+from luna_vision.data.images import Source, decode_image
+from luna_vision.data.shards import CONVERT, ShardDataModule, need
+
+INDEX = "index.json"
+
+
+class LitDataSource:
+    """(image, label) from a folder that LitData wrote, whose items are ``{"image": bytes, "label": int, "name": str}``.
+
+    Reads items by index and not as a stream: what order they come in and who reads which is the sampler's business.
+
+    Raises:
+        FileNotFoundError: There is no index, or a chunk is missing (LitData would wait for its download).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        need("litdata")
+        if not (folder / INDEX).is_file():
+            raise FileNotFoundError(f"no file {folder / INDEX}, LitData's index of its chunks: {CONVERT}")
+        chunks = json.loads((folder / INDEX).read_text())["chunks"]
+        for chunk in chunks:
+            if not (folder / chunk["filename"]).is_file():
+                raise FileNotFoundError(f"{folder / INDEX} names a chunk that is missing: {chunk['filename']}")
+        self.folder, self.length = folder, sum(chunk["chunk_size"] for chunk in chunks)
+        self._opened: tuple[int, Any] | None = None
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_opened": None}
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        if self._opened is None or self._opened[0] != os.getpid():  # a file that is open is no worker's to inherit
+            self._opened = os.getpid(), need("litdata").StreamingDataset(str(self.folder))
+        item = self._opened[1][index]
+        if not isinstance(item, dict) or not isinstance(item.get("image"), bytes) or "label" not in item:
+            raise SampleError(f"an item in {self.folder} is no dict with 'image' (an encoded image, bytes) and 'label'")
+        return decode_image(io.BytesIO(item["image"]), f"{self.folder}: {item.get('name', index)}"), int(item["label"])
+
+
+class LitDataDataModule(ShardDataModule):
+    """Images in chunks of LitData, as :mod:`luna_vision.data.convert` writes them: root/train, root/val, root/test.
+
+    Chunks are read by index, so everything is as with :class:`~luna_vision.data.ImageFolderDataModule`: the order, the
+    shares of ranks and workers, and resuming. Without root/val, ``val_fraction`` of the training images is held out
+    (not stratified, as labels are only known by reading); without root/test, testing and prediction use root/val.
+
+    Arguments not listed here are those of :class:`ImageDataModule`.
+    """
+
+    def make_source(self, split: str) -> Source | None:
+        root = Path(self.root)
+        has_val = (root / "val").is_dir()
+        if split == "test" and not (root / "test").is_dir():
+            return LitDataSource(root / "val") if has_val else None
+        if has_val or split == "test":
+            return LitDataSource(root / split)
+        train = LitDataSource(root / "train")
+        return train_or_val(train, [0] * len(train), split, self.val_fraction)

@@ -1,0 +1,240 @@
+"""Images in the tar shards of WebDataset, read one after the other.
+
+Which samples a worker reads follows from the number of samples in each shard alone: the shards of an epoch, in the
+order of that epoch, are one long sequence, of which every rank takes an equal stretch, and of that every worker a
+stretch of whole batches. So all ranks have the same number of batches, however many shards there are.
+"""
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from luna_vision.data.faults import SampleError, SkipFaults
+from luna_vision.data.images import IMG_EXTENSIONS, StreamDataset, check_label, decode_image, one_line, to_channels
+from luna_vision.data.sampling import sample_seed
+from luna_vision.data.shards import CONVERT, ShardDataModule, need
+from luna_vision.data.transforms import SeededTransform
+
+INFO = "_info.json"  # of timm's own shards, for instance timm/imagenet-1k-wds
+IMAGE_KEYS = tuple(suffix.lstrip(".") for suffix in IMG_EXTENSIONS)
+
+
+class TarShards(IterableDataset):
+    """The shards of one split, as root/_info.json lists them: ``{"splits": {split: {"filenames", "shard_lengths"}}}``.
+
+    Raises:
+        ValueError: The list does not make sense.
+        FileNotFoundError: A shard is missing.
+    """
+
+    def __init__(self, root: Path, info: dict) -> None:
+        need("webdataset")
+        self.paths = [os.path.abspath(root / name) for name in info["filenames"]]
+        self.lengths = np.array(info["shard_lengths"], dtype=np.int64)
+        if not len(self.paths) == len(self.lengths) > 0:
+            raise ValueError(f"{root / INFO}: {len(self.paths)} filenames, but {len(self.lengths)} shard_lengths")
+        if missing := [path for path in self.paths if not os.path.isfile(path)]:
+            raise FileNotFoundError(
+                f"{root / INFO} names shards that are missing: {missing[0]} ({len(missing)} in all)"
+            )
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])  # a sample's index: its shard's start, and so on
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __iter__(self) -> Iterator[tuple[int, dict]]:
+        return self.stretch(np.arange(len(self.paths)), 0, len(self))
+
+    def stretch(self, order: np.ndarray, first: int, last: int) -> Iterator[tuple[int, dict]]:
+        """(index, raw sample) of positions [first, last) in the sequence of the shards in this order."""
+        position = 0
+        for shard in order:
+            length = self.lengths[shard]
+            start, stop = max(first - position, 0), min(last - position, length)
+            if start < stop:
+                yield from self._read(shard, int(start), int(stop))
+            position += length
+
+    def sample(self, index: int) -> dict:
+        """The raw sample of an index: its shard is read up to there."""
+        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        offset = index - int(self.starts[shard])
+        return next(self._read(shard, offset, offset + 1))[1]
+
+    def _read(self, shard: int, start: int, stop: int) -> Iterator[tuple[int, dict]]:
+        path, position = self.paths[shard], start
+        samples = need("webdataset").tariterators.tarfile_samples([{"url": path}])
+        try:
+            for position, sample in enumerate(islice(samples, start, stop), start + 1):
+                yield int(self.starts[shard]) + position - 1, sample
+        except Exception as error:  # tarfile.ReadError, OSError, ...; WebDataset adds objects to its arguments
+            raise SampleError(f"cannot read shard {path}: {one_line(Exception(*error.args[:1]))}") from error
+        if position < stop:
+            raise SampleError(f"shard {path} ends after {position} samples, {INFO} says {self.lengths[shard]}")
+
+
+class ShardDataset(StreamDataset):
+    """(image tensor, label) from tar shards, each sample augmented by its own seed.
+
+    Args:
+        stream: The shards.
+        transform: As in :class:`~luna_vision.data.images.StreamDataset`; likewise down to name.
+        max_error_share: As in :class:`~luna_vision.data.images.TransformedDataset`.
+        shuffle_buffer: Samples to choose from at random, in each worker, and the shards are drawn in a new order each
+            epoch; 0 keeps everything in order.
+    """
+
+    def __init__(
+        self,
+        stream: TarShards,
+        transform: SeededTransform,
+        in_chans: int,
+        num_classes: int,
+        seed: int = 0,
+        name: str = "data",
+        max_error_share: float | None = None,
+        shuffle_buffer: int = 0,
+    ) -> None:
+        super().__init__(stream, transform, in_chans, num_classes, seed, name)
+        self.faults = None if max_error_share is None else SkipFaults(len(stream), max_error_share, name)
+        self.shuffle_buffer = shuffle_buffer
+        self.share(0, 1)
+
+    def share(self, num_workers: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+
+    def __len__(self) -> int:
+        """Of this rank: some samples come twice where they cannot be shared out evenly, as with DistributedSampler."""
+        return -(-len(self.stream) // self.world_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.value = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        epoch = self.epoch.value
+        for index, sample in self._raw(epoch):
+            image, label = self._decode(index, sample)
+            check_label(label, self.num_classes, f"{self.name} sample {index}")
+            yield self.transform(image, sample_seed(self.seed, epoch, index)), label
+
+    def _raw(self, epoch: int) -> Iterator[tuple[int, dict]]:
+        """The samples of this worker, in order."""
+        order = np.arange(len(self.stream.paths))
+        if self.shuffle_buffer:
+            order = np.random.default_rng((self.seed, epoch)).permutation(order)
+        worker = get_worker_info()
+        part, parts = (worker.id, worker.num_workers) if worker else (0, 1)
+        batches = -(-len(self) // self.batch_size)
+        first, last = (min(batches * p // parts * self.batch_size, len(self)) for p in (part, part + 1))
+        first, last = first + self.rank * len(self), last + self.rank * len(self)
+        samples = self._wrapped(order, first, last)
+        if not self.shuffle_buffer:
+            return samples
+        shuffle = need("webdataset").shuffle
+        return shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, seed=sample_seed(self.seed, epoch, first))(
+            samples
+        )
+
+    def _wrapped(self, order: np.ndarray, first: int, last: int) -> Iterator[tuple[int, dict]]:
+        while first < last:  # the first samples follow the last ones
+            start = first % len(self.stream)
+            stop = min(start + last - first, len(self.stream))
+            yield from self.stream.stretch(order, start, stop)
+            first += stop - start
+
+    def _decode(self, index: int, sample: dict) -> tuple[Image.Image, int]:
+        def read(at: int) -> tuple[Image.Image, int]:
+            try:
+                image, label = decode_sample(sample if at == index else self.stream.sample(at))
+                return to_channels(image, self.in_chans), label
+            except Exception as error:
+                raise SampleError(f"{self.name} sample {at}: {one_line(error)}") from error
+
+        return read(index) if self.faults is None else self.faults.read(read, index)
+
+
+def decode_sample(sample: dict) -> tuple[Image.Image, int]:
+    """(image, label) of a raw sample of WebDataset: the file of an image and "cls", a number in digits.
+
+    Raises:
+        SampleError: It has no such files, or they cannot be read.
+    """
+    where = f"{sample['__url__']}/{sample['__key__']}"
+    kind = next((key for key in IMAGE_KEYS if key in sample), None)
+    if kind is None or "cls" not in sample:
+        files = ", ".join(key for key in sample if not key.startswith("__"))
+        raise SampleError(f"{where} has no image file ({', '.join(IMAGE_KEYS)}) or no label file (cls): it has {files}")
+    try:
+        label = int(sample["cls"])
+    except ValueError as error:
+        raise SampleError(f"the label {where}.cls is not a number: {sample['cls'][:20]!r}") from error
+    return decode_image(io.BytesIO(sample[kind]), f"{where}.{kind}"), label
+
+
+class WebDatasetDataModule(ShardDataModule):
+    """Images in WebDataset's tar shards, as :mod:`luna_vision.data.convert` and timm write them.
+
+    root/_info.json lists the shards of the splits "train", "val" (or "validation") and perhaps "test"; a sample is an
+    image file and a ``.cls`` file with its label. Nothing can be held out of a stream: without a validation split,
+    give ``val_fraction`` 0. Without "test", testing uses the validation split; prediction needs ``predict_path``.
+
+    Each epoch reads the shards in a new order and shuffles within ``shuffle_buffer``: a function of seed and epoch and,
+    unlike augmentation, of the number of ranks and workers, each of which reads a stretch of its own.
+
+    Args:
+        shuffle_buffer: Samples of the training split that each worker holds in memory, encoded, to choose from.
+        **kwargs: The arguments of :class:`ImageDataModule`.
+    """
+
+    def __init__(
+        self,
+        root: str = "data/imagenet_webdataset",
+        img_size: int | list[int] = 224,
+        num_workers: int = 8,
+        crop_pct: float | None = 0.875,
+        shuffle_buffer: int = 1000,
+        **kwargs,
+    ) -> None:
+        super().__init__(root=root, img_size=img_size, num_workers=num_workers, crop_pct=crop_pct, **kwargs)
+        if shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer must be at least 1, got {shuffle_buffer}")
+        self.shuffle_buffer = shuffle_buffer
+
+    def make_source(self, split: str) -> TarShards | None:
+        path = Path(self.root, INFO)
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}, the list of the shards: {CONVERT}")
+        splits = json.loads(path.read_text())["splits"]
+        if "train" not in splits:
+            raise ValueError(f"{path} has no split 'train', only {', '.join(splits)}")
+        names = {"train": ["train"], "val": ["val", "validation"], "test": ["test", "val", "validation"]}[split]
+        found = next((name for name in names if name in splits), None)
+        if found is None and split == "val" and self.val_fraction > 0:
+            raise ValueError(f"{path} has no split 'val', and nothing can be held out of a stream: give val_fraction=0")
+        return None if found is None else TarShards(Path(self.root), splits[found])
+
+    def _loader(self, dataset: Dataset, batch_size: int, sampler: None = None, drop_last: bool = False) -> DataLoader:
+        if isinstance(dataset, ShardDataset):  # there is no batch to drop from a rank that has but one
+            dataset.share(self.num_workers, batch_size, *self._rank())
+            drop_last = drop_last and len(dataset) >= batch_size
+        return super()._loader(dataset, batch_size, sampler, drop_last)
+
+    def _tensors(self, source: TarShards, split: str) -> ShardDataset:
+        return ShardDataset(
+            source,
+            self.train_transform if split == "train" else self.eval_transform,
+            self.in_chans,
+            self.num_classes,
+            self.seed,
+            f"{type(self).__name__} {split}",
+            self.max_error_share,
+            self.shuffle_buffer if split == "train" else 0,
+        )
