@@ -136,7 +136,6 @@ def main(argv: list[str] | None = None) -> None:
             "img_size": args.img_size,
             "batch_size": 32,
             "num_workers": 0,
-            "val_fraction": 0,
             "drop_last": False,
         }
         cells = {

@@ -146,6 +146,8 @@ def test_augmentation_is_a_function_of_seed_epoch_and_sample(source: str, shards
     reference = images(1, 0, 0)
     assert len(reference) == TRAIN
     assert images(1, 2, 0) == images(3, 0, 0) == reference
+    pixels = [np.frombuffer(image, np.float32) for image in reference]  # of one brightness, but for what was erased
+    assert len({(p != np.median(p)).tobytes() for p in pixels}) > TRAIN // 2
     assert not images(1, 0, 1) & reference
 
 
