@@ -221,11 +221,11 @@ class WebDatasetDataModule(ShardDataModule):
             raise ValueError(f"{path} has no split 'val', and nothing can be held out of a stream: give val_fraction=0")
         return None if found is None else TarShards(Path(self.root), splits[found])
 
-    def _loader(self, dataset: Dataset, batch_size: int, sampler: None = None, drop_last: bool = False) -> DataLoader:
+    def _loader(self, dataset: Dataset, batch_size: int, **kwargs) -> DataLoader:
         if isinstance(dataset, ShardDataset):  # there is no batch to drop from a rank that has but one
             dataset.share(self.num_workers, batch_size, *self._rank())
-            drop_last = drop_last and len(dataset) >= batch_size
-        return super()._loader(dataset, batch_size, sampler, drop_last)
+            kwargs["drop_last"] = kwargs.get("drop_last", False) and len(dataset) >= batch_size
+        return super()._loader(dataset, batch_size, **kwargs)
 
     def _tensors(self, source: TarShards, split: str) -> ShardDataset:
         return ShardDataset(

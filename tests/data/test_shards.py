@@ -57,7 +57,7 @@ def module(source: str, root: Path, rank: int = 0, world_size: int = 1, epoch: i
     arguments = {"img_size": 8, "batch_size": 4, "num_workers": 0, "persistent_workers": False} | kwargs
     data = MODULES[source](str(root), **arguments)
     data._rank = lambda: (rank, world_size)
-    data._current_epoch = lambda: epoch
+    data._next_batch = lambda: (epoch, 0)
     return data
 
 
