@@ -127,8 +127,11 @@ def write_report(
         from matplotlib.figure import Figure
     except ImportError:
         return text + "\nno plots: they need matplotlib (pip install matplotlib)"
-    for name, draw in (("throughput", _draw_throughput), ("resolution", _draw_resolution)):
-        figure = Figure(figsize=(6 * len(rows), 4.5), layout="constrained")
+    plots = {"resolution": _draw_resolution}
+    if any(row["images_per_s"] and "1" in row["accuracy"] for mine in rows.values() for row in mine):
+        plots["throughput"] = _draw_throughput
+    for name, draw in plots.items():
+        figure = Figure(figsize=(7 * len(rows), 4.5), layout="constrained")
         for axes, (task, mine) in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True):
             draw(axes, mine)
             axes.set_title(titles[task][0])
@@ -159,7 +162,8 @@ def _draw_resolution(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.set_xlabel("side of test images (px), trained at the first")
     axes.set_ylabel("test accuracy (%)")
     if axes.has_data():
-        axes.legend(fontsize="small")
+        # beside the lines, as there is no room among twenty of them; long handles tell dashes from lines
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1), handlelength=4)
 
 
 def _error_bar(found: dict[str, Any]) -> tuple[list[float], list[float]]:

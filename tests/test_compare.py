@@ -219,6 +219,10 @@ def test_plots(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     run = plan(arguments("--only", "luna"))[0]
     write(tmp_path / "out", run, finished(run))
+    assert main([*folders(tmp_path), "--report-only"]) == 0
+    # with nothing measured there is no throughput to show
+    assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["mixers-resolution.png"]
+    capsys.readouterr()
     _compare_workers.write_json(
         tmp_path / "out/measured/digits-luna.json", {**finished(run), "step_seconds": 0.5, "images_per_s": 128.0}
     )

@@ -34,7 +34,33 @@ def class_folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
 
 
-class ImageFolderDataModule(ImageDataModule):
+class PhotoDataModule(ImageDataModule):
+    """Base of the data modules of photos on disk: ImageNet's statistics and sizes, and classes that the disk names."""
+
+    MEAN, STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
+
+    def __init__(
+        self, img_size: int | list[int] = 224, num_workers: int = 8, crop_pct: float | None = 0.875, **kwargs
+    ) -> None:
+        super().__init__(img_size=img_size, num_workers=num_workers, crop_pct=crop_pct, **kwargs)
+        self._class_names: list[str] | None = None
+
+    def find_class_names(self) -> list[str]:
+        """Read the names of the classes off the disk, in the order of their labels."""
+        raise NotImplementedError
+
+    @property
+    def class_names(self) -> list[str]:
+        if self._class_names is None:
+            self._class_names = self.find_class_names()
+        return self._class_names
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+class ImageFolderDataModule(PhotoDataModule):
     """Photos in the layout of ImageNet: root/train/<class>/<image>, root/val/<class>/<image>, perhaps root/test.
 
     The classes are the folders of root/train, in alphabetical order. Without root/val, ``val_fraction`` of the training
@@ -44,36 +70,19 @@ class ImageFolderDataModule(ImageDataModule):
     Arguments not listed here are those of :class:`ImageDataModule`.
     """
 
-    MEAN, STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
+    def __init__(self, root: str = "data/imagenet", **kwargs) -> None:
+        super().__init__(root=root, **kwargs)
 
-    def __init__(
-        self,
-        root: str = "data/imagenet",
-        img_size: int | list[int] = 224,
-        num_workers: int = 8,
-        crop_pct: float | None = 0.875,
-        **kwargs,
-    ) -> None:
-        super().__init__(root=root, img_size=img_size, num_workers=num_workers, crop_pct=crop_pct, **kwargs)
-        self._class_names: list[str] | None = None
-
-    @property
-    def class_names(self) -> list[str]:
-        if self._class_names is None:
-            train = Path(self.root, "train")
-            if not train.is_dir():
-                raise FileNotFoundError(
-                    f"no folder {train}: root= must contain train/<class>/<images>, and may contain "
-                    f"val/<class>/<images> and test/<class>/<images>"
-                )
-            self._class_names = class_folders(train)
-            if not self._class_names:
-                raise ValueError(f"no class folders in {train}: expected {train}/<class>/<images>")
-        return self._class_names
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
+    def find_class_names(self) -> list[str]:
+        train = Path(self.root, "train")
+        if not train.is_dir():
+            raise FileNotFoundError(
+                f"no folder {train}: root= must contain train/<class>/<images>, and may contain "
+                f"val/<class>/<images> and test/<class>/<images>"
+            )
+        if not (names := class_folders(train)):
+            raise ValueError(f"no class folders in {train}: expected {train}/<class>/<images>")
+        return names
 
     def make_source(self, split: str) -> Source | None:
         classes = self.class_names

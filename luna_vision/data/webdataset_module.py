@@ -194,16 +194,8 @@ class WebDatasetDataModule(ShardDataModule):
         **kwargs: The arguments of :class:`ImageDataModule`.
     """
 
-    def __init__(
-        self,
-        root: str = "data/imagenet_webdataset",
-        img_size: int | list[int] = 224,
-        num_workers: int = 8,
-        crop_pct: float | None = 0.875,
-        shuffle_buffer: int = 1000,
-        **kwargs,
-    ) -> None:
-        super().__init__(root=root, img_size=img_size, num_workers=num_workers, crop_pct=crop_pct, **kwargs)
+    def __init__(self, root: str = "data/imagenet_webdataset", shuffle_buffer: int = 1000, **kwargs) -> None:
+        super().__init__(root=root, **kwargs)
         if shuffle_buffer < 1:
             raise ValueError(f"shuffle_buffer must be at least 1, got {shuffle_buffer}")
         self.shuffle_buffer = shuffle_buffer

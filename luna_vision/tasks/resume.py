@@ -153,6 +153,7 @@ class ExactResume(Callback):
 
 
 def csv_loggers(trainer: Trainer) -> list[CSVLogger]:
+    """The loggers that write ``metrics.csv``."""
     return [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
 
 
@@ -246,8 +247,9 @@ def _search(trainer: Trainer, name: str) -> Unfinished | None:
 
 
 def checkpoint_folders(trainer: Trainer, run: Path) -> list[Path]:
-    dirs = {c.dirpath or str(run / "checkpoints") for c in trainer.callbacks if isinstance(c, ModelCheckpoint)}
-    return [Path(d) for d in sorted(dirs)]
+    """Where the checkpoints of the run in ``run`` are: there, and where a ModelCheckpoint is told to write."""
+    told = {Path(c.dirpath) for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.dirpath}
+    return sorted({run / "checkpoints", *told})
 
 
 def newest_whole(folders: list[Path], name: str) -> str | None:

@@ -178,6 +178,18 @@ def test_litdata_predicts_and_holds_out(shards: dict[str, Path], tmp_path: Path)
     assert data.test_dataloader() == []
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("source", MODULES)
+def test_loading_goes_on_within_an_epoch(source: str, shards: dict[str, Path], num_workers: int):
+    data = module(source, shards[source], epoch=1, num_workers=num_workers)
+    whole = list(data.train_dataloader())
+    data._next_batch = lambda: (1, 3)
+    rest = list(data.train_dataloader())
+    assert len(rest) == len(whole) - 3 > 2
+    for (images, targets), (again, labels) in zip(whole[3:], rest, strict=True):
+        assert torch.equal(images, again) and torch.equal(targets, labels)
+
+
 class Recorder(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
