@@ -149,6 +149,7 @@ def test_which_words_name_a_task(tmp_path):
 def test_the_config_runs(name: str, tmp_path):
     """The committed YAML, shortened, through train.py: trains, tests, and says how to load the result."""
     short = ["data.source=digits", "data.num_train=4", "data.num_val=2", "data.num_test=2", "data.side=192"]
+    short += ["data.num_items=3", "data.item_size=28"]
     short += ["model.model_kwargs={img_size: 192, embed_dim: 32, depth: 1, num_heads: 1}", "model.pyramid_channels=8"]
     short += ["model.min_size=192"] if name == "detection" else []
     words = [f"--{s.replace('.', '.init_args.', 1)}" for s in short] + ["--trainer.max_epochs=1"]
