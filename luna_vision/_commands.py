@@ -5,7 +5,8 @@ import ast
 import difflib
 import os
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -185,3 +186,24 @@ def training_checkpoint(checkpoint: Path) -> dict[str, Any]:
         return {}
     parameters = content.get("hyper_parameters") if isinstance(content, dict) else None
     return content if isinstance(parameters, dict) and "model_name" in parameters else {}
+
+
+def check_output(path: Path, suffixes: Sequence[str], overwrite: bool) -> None:
+    """Make the folder of an output file and see that files can be written there.
+
+    Raises:
+        ValueError: The suffix is none of `suffixes`.
+        OSError: The file cannot be written, or exists and is not to be overwritten.
+    """
+    if path.suffix not in suffixes:
+        raise ValueError(f"the output must end in {' or '.join(suffixes)}, got {path}")
+    if path.is_dir():
+        raise IsADirectoryError(f"the output {path} is a folder")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists: give --overwrite (overwrite=True) to replace it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write into {path.parent}: {error.strerror}") from error

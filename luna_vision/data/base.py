@@ -1,6 +1,5 @@
 """The base of all data modules: common arguments, loaders, and the order of events."""
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from lightning import LightningDataModule
 from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from luna_vision._statistics import per_channel
 from luna_vision.data.faults import check_fault_policy
 from luna_vision.data.images import PredictDataset, Source, StreamDataset, TransformedDataset, find_images, one_line
 from luna_vision.data.sampling import EpochLoader, EpochSampler, next_batch
@@ -284,13 +284,3 @@ def _height_width(img_size: int | Sequence[int]) -> tuple[int, int]:
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"img_size must be a positive side or [height, width] in pixels, got {img_size}")
     return size
-
-
-def per_channel(name: str, values: Sequence[float], in_chans: int) -> tuple[float, ...]:
-    """Bring statistics to ``in_chans`` numbers: one is repeated, three are averaged for a grey image."""
-    values = tuple(float(v) for v in values)
-    if len(values) not in (1, 3) or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
-        raise ValueError(f"{name} must be 1 or 3 finite numbers{', above 0' if name == 'std' else ''}, got {values}")
-    if len(values) == in_chans:
-        return values
-    return values * 3 if in_chans == 3 else (sum(values) / 3,)

@@ -1,40 +1,20 @@
 """Output files: refused before any work where they cannot be written, and features as parquet or npz."""
 
 import json
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from luna_vision._commands import check_output
 
 __all__ = ["check_output", "write_npz", "write_parquet"]
 
 # The columns of some images at a time, as `_parts.columns` makes them. Read anew for each pass, so that no more than
 # one part is held in memory.
 Parts = Callable[[], Iterator[dict[str, np.ndarray]]]
-
-
-def check_output(path: Path, suffixes: Sequence[str], overwrite: bool) -> None:
-    """Make the folder of an output file and see that files can be written there.
-
-    Raises:
-        ValueError: The suffix is none of `suffixes`.
-        OSError: The file cannot be written, or exists and is not to be overwritten.
-    """
-    if path.suffix not in suffixes:
-        raise ValueError(f"the output must end in {' or '.join(suffixes)}, got {path}")
-    if path.is_dir():
-        raise IsADirectoryError(f"the output {path} is a folder")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: give --overwrite (overwrite=True) to replace it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write into {path.parent}: {error.strerror}") from error
 
 
 def write_parquet(path: Path, parts: Parts, about: dict[str, Any]) -> None:

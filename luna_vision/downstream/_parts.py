@@ -1,6 +1,5 @@
 """What a run has done so far, in files beside its output, so that the same command goes on where it was stopped."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -9,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
+
+from luna_vision._checksums import describe
 
 from ._files import write_npz, write_parquet
 from ._windows import Window
@@ -19,24 +18,6 @@ __all__ = ["WRITERS", "PartFolder", "columns", "describe", "printable"]
 
 WRITERS = {".parquet": write_parquet, ".npz": write_npz}
 ABOUT = "about.json"
-
-
-def describe(model: nn.Module) -> dict[str, str]:
-    """Checksums of the architecture, the plain attributes of all modules included, and of the weights."""
-    architecture, weights = hashlib.sha256(), hashlib.sha256()
-    for name, module in model.named_modules():
-        plain = {k: v for k, v in vars(module).items() if _is_plain(v) and k != "training" and not k.startswith("_")}
-        architecture.update(repr((name, type(module).__name__, plain)).encode())
-    for name, tensor in model.state_dict().items():
-        weights.update(repr((name, tensor.dtype, tensor.shape)).encode())
-        weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return {"architecture": architecture.hexdigest(), "weights": weights.hexdigest()}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
 
 
 class PartFolder:

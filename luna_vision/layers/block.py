@@ -105,8 +105,8 @@ class Shell(nn.Module):
     def _mlp(self, local_mixing: bool = False) -> Mlp:
         return Mlp(self.dim, self.hidden, local_mixing, act_layer=self.act_layer, drop=self.proj_drop, **self.dd)
 
-    def _before(self, x: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None) -> Tensor:
-        """Local mixing on the residual stream."""
+    def before(self, x: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None) -> Tensor:
+        """Local mixing on the residual stream, which comes first in a block. Arguments as in `forward`."""
         if self.local is not None and not self.local_after:
             x = add_residual(x, self.local(x, grid_size, patch_valid))
         return x
@@ -141,7 +141,7 @@ class MixerBlock(Shell):
         Raises:
             ValueError: A shape does not fit, a mask is not bool, or (eager mode only) a row has no valid token.
         """
-        x = self._before(x, grid_size, patch_valid)
+        x = self.before(x, grid_size, patch_valid)
         if self.attn is not None:
             h = self.norm1(x) if self.norm_first else x
             y = self._beside(h, self.attn(h, grid_size, patch_valid), grid_size, patch_valid)
@@ -277,27 +277,44 @@ class LunaBlock(Shell):
         Raises:
             ValueError: A shape does not fit, a mask is not bool, or (eager mode only) a row has no valid token.
         """
-        x = self._before(x, grid_size, patch_valid)
+        x = self.before(x, grid_size, patch_valid)
+        h, reader = self.attention_inputs(x, memory)
+        y, packed = self.attn(h, reader, patch_valid, memory_valid)
+        memory = self.add_packed(memory, packed)
+        if self.mlp is not None:
+            x = self.update_patches(x, h, y, grid_size, patch_valid)
+        return x, self.mix_memory(memory)
+
+    # The parts of `forward`, for whoever runs a block on parts of an image (`luna_vision.streaming`).
+
+    def attention_inputs(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """What the attention sees of patches and memory."""
         if self.norm_first:
-            h = self.norm1(x)
-            y, packed = self.attn(h, self.norm1_memory(memory), patch_valid, memory_valid)
-            memory = saturate(memory + self.drop_path1(self.ls1_memory(self.drop_memory(packed))))
-            if self.mlp is not None:
-                y = self._beside(h, y, grid_size, patch_valid)
-                x = add_residual(x, self.drop_path1(self.ls1(y)))
-                x = add_residual(x, self.drop_path2(self.ls2(self.mlp(self.norm2(x), grid_size, patch_valid))))
-            if self.ls2_memory is not None and self.norm2_memory is not None:
-                memory = saturate(memory + self.ls2_memory(self._memory_mlp(self.norm2_memory(memory))))
-        else:
-            y, packed = self.attn(x, memory, patch_valid, memory_valid)
-            memory = self.norm1_memory(saturate(memory + self.drop_path1(self.ls1_memory(self.drop_memory(packed)))))
-            if self.mlp is not None:
-                y = self._beside(x, y, grid_size, patch_valid)
-                x = self.norm1(add_residual(x, self.drop_path1(self.ls1(y))))
-                x = self.norm2(add_residual(x, self.drop_path2(self.ls2(self.mlp(x, grid_size, patch_valid)))))
-            if self.ls2_memory is not None and self.norm2_memory is not None:
-                memory = self.norm2_memory(saturate(memory + self.ls2_memory(self._memory_mlp(memory))))
+            return self.norm1(x), self.norm1_memory(memory)
         return x, memory
+
+    def add_packed(self, memory: Tensor, packed: Tensor) -> Tensor:
+        """The memory's residual and norm, given what was packed (B, L, C)."""
+        memory = saturate(memory + self.drop_path1(self.ls1_memory(self.drop_memory(packed))))
+        return memory if self.norm_first else self.norm1_memory(memory)
+
+    def update_patches(
+        self, x: Tensor, h: Tensor, y: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None = None
+    ) -> Tensor:
+        """The patches after attention and MLP; h is what the attention saw of them, y what it gave, used up here."""
+        x = add_residual(x, self.drop_path1(self.ls1(self._beside(h, y, grid_size, patch_valid))))
+        if self.norm_first:
+            return add_residual(x, self.drop_path2(self.ls2(self.mlp(self.norm2(x), grid_size, patch_valid))))
+        x = self.norm1(x)
+        return self.norm2(add_residual(x, self.drop_path2(self.ls2(self.mlp(x, grid_size, patch_valid)))))
+
+    def mix_memory(self, memory: Tensor) -> Tensor:
+        """The memory's MLP, if it has one."""
+        if self.ls2_memory is not None and self.norm2_memory is not None:
+            if self.norm_first:
+                return saturate(memory + self.ls2_memory(self._memory_mlp(self.norm2_memory(memory))))
+            return self.norm2_memory(saturate(memory + self.ls2_memory(self._memory_mlp(memory))))
+        return memory
 
     @torch.jit.ignore
     def attention_maps(
@@ -310,7 +327,5 @@ class LunaBlock(Shell):
     ) -> tuple[Tensor, Tensor]:
         """The attention matrices of this block for its inputs. Arguments as in `forward`, result as in
         `LunaAttention`."""
-        x = self._before(x, grid_size, patch_valid)
-        if self.norm_first:
-            x, memory = self.norm1(x), self.norm1_memory(memory)
-        return self.attn.attention_maps(x, memory, patch_valid, memory_valid)
+        x = self.before(x, grid_size, patch_valid)
+        return self.attn.attention_maps(*self.attention_inputs(x, memory), patch_valid, memory_valid)

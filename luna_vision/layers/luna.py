@@ -181,6 +181,11 @@ class LunaAttention(nn.Module):
         if self.pack_only:
             return x, packed
 
+        return self.unpack(x, packed, memory_valid), packed
+
+    def unpack(self, x: Tensor, packed: Tensor, memory_valid: Tensor | None = None) -> Tensor:
+        """What any part (B, n, C) of the patches reads from Y_P (B, L, C), projected: the second half of `forward`."""
+        drop = self.attn_drop if self.training else 0.0
         w_k, w_v, b_v = self._unpack_weights()
         w_q, b_q, w_o, b_o = self.unpack_q.weight, self.unpack_q.bias, self.proj.weight, self.proj.bias
         heads = self.num_heads
@@ -188,7 +193,7 @@ class LunaAttention(nn.Module):
             y = unpack_absorbed(x, packed, w_q, b_q, w_k, w_v, b_v, w_o, b_o, heads, memory_valid, drop)
         else:
             y = unpack_projected(x, packed, w_q, b_q, w_k, w_v, b_v, w_o, b_o, heads, memory_valid, drop)
-        return self.proj_drop(y), packed
+        return self.proj_drop(y)
 
     @torch.jit.ignore
     def pack_state(self, memory: Tensor) -> PackState:

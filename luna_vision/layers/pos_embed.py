@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..functional import check_valid
 
-__all__ = ["POS_EMBEDS", "FourierPosEmbed", "LearnedPosEmbed", "grid_coords"]
+__all__ = ["POS_EMBEDS", "FourierPosEmbed", "LearnedPosEmbed", "axis_centres", "grid_coords"]
 
 
 def _axis_coords(used: Tensor) -> Tensor:
@@ -24,6 +24,11 @@ def _axis_coords(used: Tensor) -> Tensor:
     index = (used.cumsum(dim=1) - 1).clamp(min=0)
     count = used.sum(dim=1, keepdim=True).clamp(min=1)
     return (index + 0.5) / count * 2.0 - 1.0
+
+
+def axis_centres(length: int, device: torch.device) -> Tensor:
+    """Centres of all cells of an axis (length), -1 to 1 from edge to edge."""
+    return (torch.arange(length, device=device) + 0.5) / length * 2.0 - 1.0
 
 
 def grid_coords(x: Tensor, patch_valid: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -39,9 +44,7 @@ def grid_coords(x: Tensor, patch_valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """
     B, H, W, _ = x.shape
     if patch_valid is None:
-        rows = (torch.arange(H, device=x.device) + 0.5) / H * 2.0 - 1.0
-        columns = (torch.arange(W, device=x.device) + 0.5) / W * 2.0 - 1.0
-        return rows, columns
+        return axis_centres(H, x.device), axis_centres(W, x.device)
     check_valid(patch_valid, B, H * W, "patch_valid")
     grid = patch_valid.reshape(B, H, W)
     return _axis_coords(grid.any(dim=2)), _axis_coords(grid.any(dim=1))
@@ -83,6 +86,10 @@ class FourierPosEmbed(nn.Module):
     def forward(self, x: Tensor, patch_valid: Tensor | None = None) -> Tensor:
         """Add the positions to patches (B, H', W', C)."""
         rows, columns = grid_coords(x, patch_valid)
+        return self.add_at(x, rows, columns)
+
+    def add_at(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """`forward` for patches that are part of an image, given the coordinates of their rows and columns."""
         dtype = self.rows.weight.dtype
         y = self.rows(self._features(rows).to(dtype)).unsqueeze(-2)
         y = y + self.columns(self._features(columns).to(dtype)).unsqueeze(-3)
@@ -109,6 +116,10 @@ class LearnedPosEmbed(nn.Module):
     def forward(self, x: Tensor, patch_valid: Tensor | None = None) -> Tensor:
         """Add the positions to patches (B, H', W', C)."""
         rows, columns = grid_coords(x, patch_valid)
+        return self.add_at(x, rows, columns)
+
+    def add_at(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """`forward` for patches that are part of an image, given the coordinates of their rows and columns."""
         if rows.dim() == 1:
             rows, columns = rows.unsqueeze(0), columns.unsqueeze(0)
         x_coords = columns.unsqueeze(1).expand(-1, rows.shape[1], -1)

@@ -145,6 +145,13 @@ def pool_tokens(x: Tensor, pool_type: str, num_prefix_tokens: int, patch_valid: 
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         avg = (patches.masked_fill(hidden, 0.0).sum(dim=1, dtype=wide) / count).to(x.dtype)
         largest = patches.masked_fill(hidden, -65504.0).amax(dim=1)
+    return join_pools(pool_type, slots, avg, largest)
+
+
+def join_pools(pool_type: str, slots: Tensor, avg: Tensor, largest: Tensor) -> Tensor:
+    """What a pooling makes of the mean slot, the mean patch and the maximum over patches, (B, C) each."""
+    if pool_type == "token":
+        return slots
     if pool_type == "avg":
         return avg
     if pool_type == "max":
