@@ -278,8 +278,8 @@ class LunaBlock(Shell):
             ValueError: A shape does not fit, a mask is not bool, or (eager mode only) a row has no valid token.
         """
         x = self.before(x, grid_size, patch_valid)
-        h, reader = self.attention_inputs(x, memory)
-        y, packed = self.attn(h, reader, patch_valid, memory_valid)
+        h = self.norm_patches(x)
+        y, packed = self.attn(h, self.norm_memory(memory), patch_valid, memory_valid)
         memory = self.add_packed(memory, packed)
         if self.mlp is not None:
             x = self.update_patches(x, h, y, grid_size, patch_valid)
@@ -287,11 +287,13 @@ class LunaBlock(Shell):
 
     # The parts of `forward`, for whoever runs a block on parts of an image (`luna_vision.streaming`).
 
-    def attention_inputs(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """What the attention sees of patches and memory."""
-        if self.norm_first:
-            return self.norm1(x), self.norm1_memory(memory)
-        return x, memory
+    def norm_patches(self, x: Tensor) -> Tensor:
+        """What the attention sees of the patches."""
+        return self.norm1(x) if self.norm_first else x
+
+    def norm_memory(self, memory: Tensor) -> Tensor:
+        """What the attention sees of the memory."""
+        return self.norm1_memory(memory) if self.norm_first else memory
 
     def add_packed(self, memory: Tensor, packed: Tensor) -> Tensor:
         """The memory's residual and norm, given what was packed (B, L, C)."""
@@ -328,4 +330,4 @@ class LunaBlock(Shell):
         """The attention matrices of this block for its inputs. Arguments as in `forward`, result as in
         `LunaAttention`."""
         x = self.before(x, grid_size, patch_valid)
-        return self.attn.attention_maps(*self.attention_inputs(x, memory), patch_valid, memory_valid)
+        return self.attn.attention_maps(self.norm_patches(x), self.norm_memory(memory), patch_valid, memory_valid)

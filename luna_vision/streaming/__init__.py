@@ -1,0 +1,5 @@
+"""Images that do not fit into memory, exactly: `encode`, and the command `python -m luna_vision.streaming`."""
+
+from .encoder import Encoded, encode
+
+__all__ = ["Encoded", "encode"]

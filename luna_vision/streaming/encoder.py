@@ -1,0 +1,205 @@
+"""`encode`: an image of any size through a Luna ViT, with the result of the ordinary forward pass.
+
+Shapes: H', W' patch grid, L memory slots, C width.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import luna_vision
+
+from .._checksums import describe
+from ..models import LunaVit
+from ..models._parts import initial_memory
+from .engine import Engine, State
+from .grid import Grid, check_grid
+from .pixels import Pixels, pixel_statistics
+from .plan import make_plan, parse_bytes
+from .resume import Checkpoint
+from .store import FileRows, RamRows, Ring
+
+__all__ = ["Encoded", "encode"]
+
+STORE_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Encoded:
+    """What `encode` returns; tensors are on the CPU.
+
+    Attributes:
+        embedding: (C), what the model's head reads; None for `global_pool=""`.
+        logits: (num_classes); None without classes or embedding.
+        memory: (L, C), after the final norm: the first tokens of `forward_features`.
+        raw_memory: (L, C), before it: what to hand in as `memory` for a next image.
+        grid_size: (H', W').
+        peak_bytes: What was to be allocated at most, by the plan.
+    """
+
+    embedding: Tensor | None
+    logits: Tensor | None
+    memory: Tensor
+    raw_memory: Tensor
+    grid_size: tuple[int, int]
+    peak_bytes: int
+
+
+@torch.inference_mode()
+def encode(
+    model: nn.Module,
+    image: Any,
+    *,
+    mean: Sequence[float] | float | None = None,
+    std: Sequence[float] | float | None = None,
+    memory: Tensor | None = None,
+    store: str | os.PathLike | None = None,
+    store_dtype: torch.dtype | None = None,
+    memory_budget: int | str | None = None,
+    band_rows: int | None = None,
+    grid: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> Encoded:
+    """Encode an image that need not fit into memory: exactly, up to rounding, what `model(image)` computes.
+
+    The image is read once, from top to bottom. With a `store` on disk, a call that was stopped, by Ctrl-C, a kill, a
+    full disk or a tile that could not be read, is taken up by the same call, and ends with the same bits.
+
+    Args:
+        model: A Luna ViT, on its device; it is put in eval mode.
+        image: Anything with a `shape`, (H, W) or (H, W, channels), of which `image[start:stop]` are pixel rows: a numpy
+            array or memmap, a zarr array, what `open_image` returns. 8 bits, 16 bits (scaled to 8), or floating point
+            in [0, 1]. Grey and colour are converted to what the model takes, transparency is dropped.
+        mean: Mean that is subtracted from pixels in [0, 1], one number or one for each channel. By default that of the
+            model's `pretrained_cfg`, as in training and in `luna_vision.data.transforms.eval_transform`. With 0, and
+            `std` 1, pixels go in as they are.
+        std: Standard deviation that they are divided by, likewise.
+        memory: (L, C), takes the place of the learned initial memory (`Encoded.raw_memory` of an earlier image).
+        store: A folder for the patches, which are kept in memory if None. It is emptied in the end.
+        store_dtype: Type in which patches are kept between two layers, the model's if None. `torch.bfloat16` halves
+            the space and rounds to 8 bits once a layer.
+        memory_budget: Bytes, or a text such as "8GB", that may be allocated beyond the model, Python and the libraries.
+        band_rows: Rows of patches that go through a layer together; chosen from the budget if None. The result does
+            not depend on it, but for rounding.
+        grid: A .npy or .zarr file for the patches after the final norm, (H', W', C).
+        progress: Show a progress bar on stderr, if that is a terminal.
+
+    Raises:
+        ValueError: A model that cannot stream, an image or an argument that does not fit, a budget that is too small
+            (the message says what it takes), or a `store` with a run of another model, image or arguments.
+        OSError: Pixels cannot be read or files cannot be written; what is in the store is kept.
+    """
+    _check_model(model)
+    model.eval()
+    parameter = next(model.parameters())
+    store_dtype = parameter.dtype if store_dtype is None else store_dtype
+    if store_dtype not in STORE_TYPES:
+        raise ValueError(f"store_dtype must be one of {', '.join(map(str, STORE_TYPES))}, got {store_dtype}")
+    if band_rows is not None and band_rows < 1:
+        raise ValueError(f"band_rows must be at least 1, got {band_rows}")
+    if grid is not None:
+        check_grid(Path(grid))
+    budget = None if memory_budget is None else parse_bytes(memory_budget)
+
+    statistics = pixel_statistics(model, mean, std)
+    wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    pixels = Pixels(image, model.in_chans, *statistics, dtype=wide, device=parameter.device)
+    (height, width), (p, q) = pixels.shape[:2], model.patch_embed.patch_size
+    grid_size = -(-height // p), -(-width // q)
+    memory = None if memory is None else memory.reshape(-1, *memory.shape[-2:]).to(parameter.device)
+    start = State(0, 0, initial_memory(model.memory, memory, parameter.new_empty(1, 1, model.embed_dim)))
+
+    checkpoint, band = None, band_rows
+    if store is not None:
+        about = _about(model, pixels, statistics, start.memory, store_dtype, band_rows, grid)
+        checkpoint = Checkpoint(Path(store), about)
+        band = checkpoint.band or band
+    plan = make_plan(model, pixels, grid_size, store_dtype, store is not None, budget, band)
+    resume = checkpoint is not None and checkpoint.band is not None
+    state = checkpoint.load(parameter.device) if resume else start
+    shape = grid_size[0] + plan.margin, grid_size[1] * model.embed_dim, store_dtype
+    rows = RamRows(*shape) if checkpoint is None else FileRows(checkpoint.patches, *shape)
+    out = None
+    try:
+        if grid is not None:
+            out = Grid(Path(grid), (*grid_size, model.embed_dim), parameter.dtype, plan.band, resume)
+        ring = Ring(rows, grid_size[0], grid_size[1], plan.margin)
+        engine = Engine(model, pixels, grid_size, plan.band, ring, state, out)
+        done = state.sweep * grid_size[0] + state.row
+        total = engine.sweeps * grid_size[0]
+        with tqdm(total=total, initial=done, desc="encoding", unit="row", disable=None if progress else True) as bar:
+
+            def after_band(state: State, new: int) -> None:
+                if checkpoint is not None:
+                    rows.sync()
+                    if out is not None:
+                        out.sync()
+                    checkpoint.save(state, plan.band)
+                bar.update(new)
+
+            embedding, memory = engine.run(after_band)
+        result = _finish(model, embedding, memory, grid_size, plan.bytes)
+        if out is not None:
+            out.finish()
+    finally:
+        rows.close()
+        if out is not None:
+            out.close()
+    if checkpoint is not None:
+        checkpoint.remove()
+    return result
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, LunaVit):
+        raise ValueError(f"streaming takes a Luna ViT, got {type(model).__name__}")
+    if model.memory is None:
+        raise ValueError(
+            "streaming takes a model with a memory, which collects the image band by band: with mixer='luna', not "
+            "another one"
+        )
+
+
+def _finish(
+    model: LunaVit, embedding: Tensor | None, memory: Tensor, grid_size: tuple[int, int], peak_bytes: int
+) -> Encoded:
+    logits = None
+    if embedding is not None:
+        embedding = model.head_drop(embedding)
+        logits = model.head(embedding)[0].cpu() if model.num_classes else None
+        embedding = embedding[0].cpu()
+    return Encoded(embedding, logits, model.norm(memory)[0].cpu(), memory[0].cpu(), grid_size, peak_bytes)
+
+
+def _about(
+    model: LunaVit,
+    pixels: Pixels,
+    statistics: tuple[tuple[float, ...], tuple[float, ...]],
+    memory: Tensor,
+    store_dtype: torch.dtype,
+    band_rows: int | None,
+    grid: str | os.PathLike | None,
+) -> dict[str, Any]:
+    """Everything that the result depends on. Of the image, that is its shape, its first row, and what it says of itself
+    (`identity`)."""
+    first = pixels.raw(0, 1).tobytes()
+    return {
+        "luna_vision": luna_vision.__version__,
+        **describe(model),
+        "pooling": model.global_pool,
+        "image_shape": [*pixels.shape, str(pixels.dtype)],
+        "image": [hashlib.sha256(first).hexdigest(), str(getattr(pixels.image, "identity", ""))],
+        "mean": statistics[0],
+        "std": statistics[1],
+        "memory": hashlib.sha256(memory.detach().double().cpu().numpy().tobytes()).hexdigest(),
+        "store_dtype": str(store_dtype),
+        "band_rows": band_rows,
+        "grid": None if grid is None else os.path.abspath(grid),
+    }

@@ -1,0 +1,202 @@
+"""An image of any size through a Luna ViT, exactly, with only a band of its patches in work at a time.
+
+A sweep takes all bands from one pack to the next: through the second half of a block (unpack, MLP), where every patch
+reads the memory that was packed in the sweep before, and through the beginning of the next (local mixing, pack). The
+first sweep begins with the patch embedding, the last ends with the pooling. So a model of D blocks takes D + 1 sweeps,
+in each of which every patch is read and written once.
+
+Shapes: H', W' patch grid, N = H' * W' patches, n patches of a band, L memory slots, C width.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .._tensors import saturate
+from ..functional import PackState
+from ..layers import LunaBlock
+from ..layers.pos_embed import axis_centres
+from ..models import LunaVit
+from ..models._parts import pad_to_patches
+from .grid import Grid
+from .pixels import Pixels
+from .pooling import Pool
+from .store import Ring
+
+__all__ = ["Engine", "State"]
+
+
+@dataclass
+class State:
+    """All that is known between two bands, except for the patches, which are in the ring."""
+
+    sweep: int
+    row: int
+    """Rows of the patch grid that this sweep is done with."""
+    memory: Tensor
+    """(1, L, C), as it enters the block that packs in this sweep; in the last, as it leaves the last block."""
+    packed: Tensor | None = None
+    """(1, L, C), what the patches read in this sweep."""
+    tail: Tensor | None = None
+    """(1, up to 2 W', C), the last rows on which local mixing waits for the next band."""
+    pack: dict[str, Tensor] = field(default_factory=dict)
+    """What this sweep's pack has read: maximum, total, weighted."""
+    pool: dict[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, for a file."""
+        out = {"memory": self.memory, "packed": self.packed, "tail": self.tail}
+        for part in ("pack", "pool"):
+            out |= {f"{part}.{name}": value for name, value in getattr(self, part).items()}
+        return {name: value.contiguous() for name, value in out.items() if value is not None}
+
+    @classmethod
+    def of(cls, sweep: int, row: int, tensors: dict[str, Tensor]) -> "State":
+        """The state of which `tensors` are the tensors."""
+        parts: dict[str, dict[str, Tensor]] = {"pack": {}, "pool": {}}
+        for name, value in tensors.items():
+            if "." in name:
+                part, key = name.split(".")
+                parts[part][key] = value
+        return cls(sweep, row, tensors["memory"], tensors.get("packed"), tensors.get("tail"), **parts)
+
+
+class Engine:
+    """A model on an image."""
+
+    def __init__(
+        self,
+        model: LunaVit,
+        pixels: Pixels,
+        grid_size: tuple[int, int],
+        band: int,
+        ring: Ring,
+        state: State,
+        grid: Grid | None = None,
+    ) -> None:
+        """
+        Args:
+            model: In eval mode.
+            pixels: The image.
+            grid_size: H', W'.
+            band: Rows of patches that go through a layer together.
+            ring: Where the patches are kept; as it was at `state`.
+            state: Where to begin.
+            grid: Where the patches go after the final norm.
+        """
+        self.model, self.pixels, self.band, self.ring, self.state, self.grid = model, pixels, band, ring, state, grid
+        self.height, self.columns = grid_size
+        parameter = next(model.parameters())
+        self.like = {"device": parameter.device, "dtype": parameter.dtype}
+        self.pool = Pool(model, state.pool)
+        # nobody reads the patches after the last block: its pack was all
+        self.sweeps = len(model.blocks) + (1 if self.pool.reads_patches or grid is not None else 0)
+
+    def run(self, after_band: Callable[[State, int], None]) -> tuple[Tensor | None, Tensor]:
+        """Do what is left to do.
+
+        Args:
+            after_band: Called with the state and the number of new rows; from this state it can go on.
+
+        Returns:
+            The embedding (1, C), None without pooling, and the memory (1, L, C) as it leaves the last block.
+        """
+        while self.state.sweep < self.sweeps:
+            self._sweep(after_band)
+            self._next_sweep()
+        embedding = self.pool.finish(self.model.norm(self.state.memory), self.height * self.columns)
+        return embedding, self.state.memory
+
+    def _block(self, i: int) -> LunaBlock | None:
+        return self.model.blocks[i] if 0 <= i < len(self.model.blocks) else None
+
+    def _sweep(self, after_band: Callable[[State, int], None]) -> None:
+        state = self.state
+        self.ring.sweep = state.sweep
+        behind, ahead = self._block(state.sweep - 1), self._block(state.sweep)
+        for start in range(state.row, self.height, self.band):
+            stop = min(start + self.band, self.height)
+            x = self._embed(start, stop) if behind is None else self._leave(behind, start, stop)
+            if ahead is not None:
+                self._enter(ahead, x, start, stop)
+            else:
+                x = self.model.norm(x)
+                self.pool.add(x)
+                state.pool = self.pool.parts
+                if self.grid is not None:
+                    self.grid.write(start, x.view(stop - start, self.columns, -1))
+            del x  # before the next band is made
+            state.row = stop
+            after_band(state, stop - start)
+
+    def _next_sweep(self) -> None:
+        """Finish the pack, which updates the memory."""
+        block = self._block(self.state.sweep)
+        if block is None:
+            self.state.sweep += 1
+            return
+        packed = saturate(self._pack(block).finish().to(self.state.memory.dtype))
+        memory = block.mix_memory(block.add_packed(self.state.memory, packed))
+        self.state = State(self.state.sweep + 1, 0, memory, packed)
+
+    def _pack(self, block: LunaBlock) -> PackState:
+        return dataclasses.replace(block.attn.pack_state(block.norm_memory(self.state.memory)), **self.state.pack)
+
+    def _embed(self, start: int, stop: int) -> Tensor:
+        """Patches (1, n, C) of the rows [start, stop), from their pixels.
+
+        A convolutional stem sees less than a patch above each patch, and nothing below: its convolutions have stride 2.
+        """
+        model = self.model
+        above = 1 if model.mask_stem and start > 0 else 0
+        side = model.patch_embed.patch_size[0]
+        x = self.pixels.rows((start - above) * side, min(stop * side, self.pixels.shape[0]))
+        x = pad_to_patches(x.to(self.like["dtype"]), model.patch_embed.patch_size)
+        x = saturate(model.patch_embed(x))[:, above:]
+        if model.pos_embed is not None:
+            rows, columns = (axis_centres(n, x.device) for n in (self.height, self.columns))
+            x = model.pos_embed.add_at(x, rows[start:stop], columns)
+        return x.reshape(1, -1, x.shape[-1])
+
+    def _leave(self, block: LunaBlock, start: int, stop: int) -> Tensor:
+        """The rows [start, stop), (1, n, C), after a block, from what it packed and what it sees of them.
+
+        Local mixing after the attention or in the MLP takes a row more on each side.
+        """
+        if block.mlp is None:
+            return self.ring.read(start, stop).to(**self.like)
+        halo = 1 if block.mlp.local is not None or (block.local_after and block.local is not None) else 0
+        top, bottom = max(start - halo, 0), min(stop + halo, self.height)
+        x = self.ring.read(top, bottom).to(**self.like)
+        h = block.norm_patches(x)
+        y = block.attn.unpack(h, self.state.packed)
+        x = block.update_patches(x, h, y, (bottom - top, self.columns))
+        return x[:, (start - top) * self.columns : (stop - top) * self.columns]
+
+    def _enter(self, block: LunaBlock, x: Tensor, start: int, stop: int) -> None:
+        """Take the rows [start, stop), (1, n, C), into a block: mix them locally, pack them, and keep them.
+
+        Local mixing before the attention needs the row below, too: the last row waits for the next band.
+        """
+        state, W = self.state, self.columns
+        first = start
+        if block.local is not None and not block.local_after:
+            waits = 1 if 0 < start else 0
+            above = 0 if state.tail is None else state.tail.shape[1] // W - waits
+            if state.tail is not None:
+                x = torch.cat([state.tail, x], dim=1)
+            first = start - waits
+            last = stop if stop == self.height else stop - 1
+            keep = min(2, x.shape[1] // W)
+            state.tail = x[:, -keep * W :].clone()
+            x = block.before(x, (x.shape[1] // W, W), None)
+            x = x[:, above * W : (above + last - first) * W]
+        else:
+            x = block.before(x, (stop - start, W), None)
+        if x.shape[1]:
+            pack = self._pack(block).update(block.norm_patches(x))
+            state.pack = {name: getattr(pack, name) for name in ("maximum", "total", "weighted")}
+            self.ring.write(first, x)

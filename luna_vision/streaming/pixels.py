@@ -1,0 +1,165 @@
+"""Rows of an image that is never held as a whole, converted and normalised as the model wants them.
+
+Shapes: H, W pixels, c channels, p side of a patch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+
+from .._statistics import per_channel
+
+__all__ = ["Pixels", "pixel_statistics"]
+
+
+def pixel_statistics(
+    model: nn.Module, mean: Sequence[float] | float | None = None, std: Sequence[float] | float | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation by channel, of pixels in [0, 1]: what is given, else the model's `pretrained_cfg`.
+
+    Raises:
+        ValueError: Not one number for each channel or for all.
+    """
+    config = resolve_data_config(pretrained_cfg=getattr(model, "pretrained_cfg", {}))
+    out = []
+    for name, given in (("mean", mean), ("std", std)):
+        values = config[name] if given is None else (given,) if isinstance(given, int | float) else tuple(given)
+        if model.in_chans in (1, 3):
+            out.append(per_channel(name, values, model.in_chans))
+        elif given is not None and len(values) == model.in_chans:
+            out.append(tuple(float(v) for v in values))
+        else:
+            out.append(per_channel(name, values, 1) * model.in_chans)
+    return out[0], out[1]
+
+
+class Pixels:
+    """An image as `rows(start, stop)` of normalised pixels."""
+
+    def __init__(
+        self,
+        image: Any,
+        in_chans: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """
+        Args:
+            image: Anything with a `shape`, (H, W) or (H, W, c), and rows by `image[start:stop]`. 8 bits, 16 bits
+                (scaled to 8, as `luna_vision.data` does it) or floating point in [0, 1]. Grey and colour are converted
+                to each other, transparency is dropped. What is stored in chunks of many rows (`image.chunks`, as
+                zarr's) is read chunk by chunk.
+            in_chans: Channels that the model wants.
+            mean, std: As `pixel_statistics` gives them.
+            dtype, device: Of the result.
+
+        Raises:
+            ValueError: Another shape, type or number of channels, or no pixels.
+        """
+        shape = tuple(getattr(image, "shape", ()))
+        if len(shape) not in (2, 3) or min(shape) < 1:
+            raise ValueError(f"an image must have shape (height, width) or (height, width, channels), got {shape}")
+        channels = shape[2] if len(shape) == 3 else 1
+        allowed = (1, 2, 3, 4) if in_chans in (1, 3) else (in_chans,)
+        if channels not in allowed:
+            hint = " (channels come last)" if shape[0] in (1, 3, 4) else ""
+            raise ValueError(
+                f"an image for this model must have {' or '.join(map(str, allowed))} channels, got shape {shape}{hint}"
+            )
+        self.dtype = _dtype(image)
+        if self.dtype not in (np.uint8, np.uint16) and self.dtype.kind != "f":
+            raise ValueError(f"pixels must be uint8, uint16 or floating point in [0, 1], got {self.dtype}")
+        self.image, self.shape, self.channels, self.in_chans = image, shape, channels, in_chans
+        self.step = int(image.chunks[0]) if getattr(image, "chunks", None) else 0
+        self.slab: tuple[int, np.ndarray] | None = None
+        self.out = {"dtype": dtype, "device": device}
+        self.mean = torch.tensor(mean, **self.out).view(-1, 1, 1)
+        self.std = torch.tensor(std, **self.out).view(-1, 1, 1)
+
+    @property
+    def held_bytes(self) -> int:
+        """What is held all the time: the chunks of one row of chunks, and what the image itself holds decoded."""
+        row = self.shape[1] * self.channels * self.dtype.itemsize
+        return min(self.step, self.shape[0]) * row + getattr(self.image, "held_bytes", 0)
+
+    def band_bytes(self, rows: int, columns: int) -> int:
+        """What `rows` needs at most for so many rows, padded to so many columns."""
+        raw = self.channels * self.dtype.itemsize
+        return rows * columns * (2 * raw + 3 * self.in_chans * self.out["dtype"].itemsize)
+
+    def raw(self, start: int, stop: int) -> np.ndarray:
+        """Pixels (stop - start, W[, c]) as the image has them.
+
+        Raises:
+            OSError: They cannot be read.
+        """
+        if not self.step:
+            return self._slice(start, stop)
+        parts = []
+        for first in range(start // self.step * self.step, stop, self.step):
+            if self.slab is None or self.slab[0] != first:
+                self.slab = None  # before the next one is read: there is to be one at a time
+                self.slab = first, self._slice(first, min(first + self.step, self.shape[0]))
+            parts.append(self.slab[1][max(start - first, 0) : stop - first])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _slice(self, start: int, stop: int) -> np.ndarray:
+        try:
+            rows = np.asarray(self.image[start:stop])
+        except (MemoryError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # decoders raise nearly anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise OSError(f"cannot read the pixel rows {start} to {stop - 1} of the image: {reason}") from error
+        if rows.shape != (stop - start, *self.shape[1:]):
+            raise OSError(f"the pixel rows {start} to {stop - 1} of the image have shape {rows.shape}")
+        return rows
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Normalised pixels (1, in_chans, stop - start, W); on integers exactly those of `eval_transform`.
+
+        Raises:
+            OSError: They cannot be read.
+        """
+        array = convert(self.raw(start, stop), self.in_chans)
+        x = torch.from_numpy(np.ascontiguousarray(array)).to(self.out["device"]).permute(2, 0, 1)
+        x = x.to(self.out["dtype"], memory_format=torch.contiguous_format, copy=True)
+        if array.dtype == np.uint8:
+            x.div_(255)
+        return x.sub_(self.mean).div_(self.std)[None]
+
+
+def _dtype(image: Any) -> np.dtype:
+    try:
+        return np.dtype(image.dtype)
+    except (AttributeError, TypeError):  # OpenSlide-like readers do not say
+        return np.asarray(image[0:1]).dtype
+
+
+def convert(rows: np.ndarray, in_chans: int) -> np.ndarray:
+    """Pixels (n, W) or (n, W, c) to (n, W, in_chans), 8 bits or floating point.
+
+    NOTE: what `luna_vision.data.images.to_channels` does, which is Pillow's conversion, on arrays of any size.
+    """
+    if rows.ndim == 2:
+        rows = rows[:, :, None]
+    if rows.dtype == np.uint16:
+        rows = (rows // 257).astype(np.uint8)
+    if in_chans not in (1, 3):
+        return rows
+    if rows.shape[2] in (2, 4):
+        rows = rows[:, :, :-1]
+    if rows.shape[2] == in_chans:
+        return rows
+    if in_chans == 3:
+        return np.broadcast_to(rows, (*rows.shape[:2], 3))
+    weights = np.array((19595, 38470, 7471), np.uint32)  # ITU-R 601-2, in 16 bits
+    if rows.dtype == np.uint8:
+        return ((rows.astype(np.uint32) @ weights + 0x8000) >> 16).astype(np.uint8)[:, :, None]
+    return (rows @ (weights / 65536).astype(rows.dtype))[:, :, None]

@@ -1,0 +1,149 @@
+"""How many rows of patches go through a layer together, and the memory that it takes.
+
+Shapes: H', W' patch grid, C width, L slots, H heads, p side of a patch.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+import torch
+
+from ..models import LunaVit
+from .pixels import Pixels
+from .store import ring_bytes
+
+__all__ = ["BAND_PATCHES", "Plan", "make_plan", "parse_bytes"]
+
+# without a budget; more patches at a time make nothing faster
+BAND_PATCHES = 2**15
+# what allocators leave unused between blocks of memory, and what libraries copy inside of a product or a convolution
+SLACK = 1.2
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+class Plan(NamedTuple):
+    """How an image goes through a model."""
+
+    band: int
+    """Rows of patches that go through a layer together."""
+    margin: int
+    """Free rows of the ring."""
+    bytes: int
+    """What is allocated at most, beyond the model, Python and the libraries."""
+
+
+def parse_bytes(text: str | int) -> int:
+    """A number of bytes, from itself or from a text such as "8GB", "500 MB" (powers of 1000) or "2GiB" (of 1024).
+
+    Raises:
+        ValueError: It is neither, or not above 0.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", str(text).upper())
+    factor = _UNITS[match[2]] if match else 0
+    if match and match[3]:
+        factor = 1024 ** round(math.log(factor, 1000)) if factor > 1 else 0
+    size = int(float(match[1]) * factor) if match else 0
+    if size < 1:
+        raise ValueError(f"a memory budget is a number of bytes or a text such as '8GB' or '500MiB', got {text!r}")
+    return size
+
+
+def say_bytes(size: int) -> str:
+    """A size that is not below what it says when it is read again."""
+    return f"{math.ceil(size / 10**6):,} MB".replace(",", "")
+
+
+def make_plan(
+    model: LunaVit,
+    pixels: Pixels,
+    grid_size: tuple[int, int],
+    store_dtype: torch.dtype,
+    in_file: bool,
+    budget: int | None = None,
+    band: int | None = None,
+) -> Plan:
+    """
+    Args:
+        model, pixels: What runs, and on what.
+        grid_size: H', W'.
+        store_dtype: Type in which the patches are kept.
+        in_file: They are kept in a file, and take no memory.
+        budget: Bytes that may be allocated.
+        band: Rows of patches that go through a layer together, if that is settled.
+
+    Raises:
+        ValueError: The budget is too small.
+    """
+    height, columns = grid_size
+    if band is None:
+        band = max(1, min(height, BAND_PATCHES // columns)) if budget is None else height
+        settled = False
+    else:
+        band, settled = min(band, height), True
+    model_dtype = next(model.parameters()).dtype
+
+    def total(band: int) -> int:
+        rows = min(band + 2, height)  # a halo, and what waits for the next band
+        store = 0 if in_file else ring_bytes(height, band + 1, columns, model.embed_dim, store_dtype)
+        work = max(_stem_bytes(model, pixels, rows, columns), _block_bytes(model) * rows * columns)
+        moved = (
+            rows
+            * columns
+            * model.embed_dim
+            * ((store_dtype.itemsize if in_file else 0) + (4 if store_dtype != model_dtype else 0))
+        )
+        return pixels.held_bytes + _small_bytes(model) + store + int(SLACK * (work + moved))
+
+    if budget is not None:
+        while not settled and band > 1 and (total(band) > budget or band * columns > BAND_PATCHES):
+            band -= max(1, band // 50)
+        if total(band) > budget:
+            least, why = total(band if settled else 1), f"a band of {band} rows of patches" if settled else "this image"
+            hint = "" if in_file else ", most of it for the patches: give a store on disk, or bfloat16"
+            held = "" if in_file or ring_bytes(height, 1, columns, model.embed_dim, store_dtype) > least / 2 else " "
+            hint = "" if held else hint
+            raise ValueError(
+                f"a memory budget of {say_bytes(budget)} is too small for {why}: it takes {say_bytes(least)} at least"
+                + hint
+            )
+    return Plan(band, band + 1, total(band))
+
+
+def _small_bytes(model: LunaVit) -> int:
+    """Folded matrices, the pack's state and copies of weights: what does not depend on the image."""
+    attn = model.blocks[0].attn
+    slots = model.memory_len * max(attn.num_heads, attn.pack_heads)
+    return 4 * (8 * slots * model.embed_dim + 8 * model.embed_dim**2)
+
+
+def _itemsize(model: LunaVit) -> int:
+    # half precision is widened where it is slow
+    return max(4, next(model.parameters()).dtype.itemsize)
+
+
+def _block_bytes(model: LunaVit) -> int:
+    """Of a patch, on its way through the end of one block and the beginning of the next."""
+    C, most = model.embed_dim, 0
+    for block in model.blocks:
+        attn, hidden = block.attn, block.hidden
+        unpack, pack = attn.num_heads * model.memory_len, attn.pack_heads * model.memory_len
+        mixes_hidden = block.mlp is not None and block.mlp.local is not None
+        phases = (
+            3 * C + 3 * unpack,
+            6 * C,  # the projected form: queries, what was read, and its heads joined
+            4 * C + (4 if mixes_hidden else 2) * hidden,  # x, what the attention sees, the residual, the norm; the MLP
+            6 * C + 3 * pack,  # a band and its rows that waited, the convolution and its copy, the norm; scores
+        )
+        most = max(most, *phases)
+    return most * _itemsize(model)
+
+
+def _stem_bytes(model: LunaVit, pixels: Pixels, rows: int, columns: int) -> int:
+    """Of a band, from its pixels to its patches."""
+    p, q = model.patch_embed.patch_size
+    numbers = 4 * model.embed_dim
+    if model.mask_stem:  # the first convolution, its norm and its activation are the largest
+        channels = model.patch_embed.stem[0].conv.out_channels
+        numbers += 3 * channels * (p // 2) * (q // 2)
+    return pixels.band_bytes(rows * p, columns * q) + numbers * rows * columns * _itemsize(model)

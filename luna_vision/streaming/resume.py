@@ -1,0 +1,94 @@
+"""What a stopped run leaves in its folder, so that the same call goes on from there.
+
+The folder has the patches (`patches.bin`, see `luna_vision.streaming.store`) and `state.safetensors`: what else is
+known after the last complete band, and everything that the result depends on. The state takes its place in one move
+after the patches are on the disk, and the next band leaves alone what it was computed from; so the two always fit.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .engine import State
+
+__all__ = ["Checkpoint"]
+
+
+class Checkpoint:
+    """The folder of a run.
+
+    Attributes:
+        band: Rows of patches that go through a layer together in a run that was stopped; None if there is none.
+    """
+
+    PATCHES, STATE = "patches.bin", "state.safetensors"
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        """
+        Args:
+            folder: Made if it is not there.
+            about: Everything that the result depends on, as JSON can hold it.
+
+        Raises:
+            ValueError: A run that was stopped is another one, or its state cannot be read.
+            OSError: The folder cannot be made.
+        """
+        self.folder, self.about = folder, json.loads(json.dumps(about))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.patches, self.path = folder / self.PATCHES, folder / self.STATE
+        self.band: int | None = None
+        if self.path.exists() and not self.patches.exists():
+            self.path.unlink()  # of a run that was finished
+        if self.path.exists():
+            try:
+                with safe_open(self.path, "pt") as file:
+                    found = file.metadata()
+                    self.band, self._place = int(found["band"]), (int(found["sweep"]), int(found["row"]))
+                    found = json.loads(found["about"])
+            except (SafetensorError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{self.path} is not the state of a run: remove {folder} to begin anew") from error
+            self._compare(found)
+
+    def _compare(self, found: dict[str, Any]) -> None:
+        names = sorted(found.keys() | self.about.keys())
+        other = [name.replace("_", " ") for name in names if found.get(name) != self.about.get(name)]
+        if other:
+            raise ValueError(
+                f"{self.folder} holds a run that was stopped, with other {', '.join(other)}: "
+                "remove it, or give the same to go on"
+            )
+
+    def load(self, device: torch.device) -> State:
+        """Where the stopped run was."""
+        with safe_open(self.path, "pt", device=str(device)) as file:
+            return State.of(*self._place, {name: file.get_tensor(name) for name in file.keys()})
+
+    def save(self, state: State, band: int) -> None:
+        """Keep a state.
+
+        Raises:
+            OSError: It cannot be written; the last one is still there.
+        """
+        new = self.path.with_name(f"new-{self.STATE}")
+        place = {"sweep": str(state.sweep), "row": str(state.row), "band": str(band)}
+        try:
+            save_file(state.tensors(), new, {"about": json.dumps(self.about), **place})
+            with open(new, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(new, self.path)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OSError(f"cannot write {self.path}: {reason}; what was done before is kept") from error
+
+    def remove(self) -> None:
+        """Remove what is here, and the folder if that was all."""
+        self.patches.unlink(missing_ok=True)  # first: a state without patches counts for nothing
+        self.path.unlink(missing_ok=True)
+        self.path.with_name(f"new-{self.STATE}").unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
