@@ -128,7 +128,8 @@ class Pixels:
             OSError: They cannot be read.
         """
         array = convert(self.raw(start, stop), self.in_chans)
-        x = torch.from_numpy(np.ascontiguousarray(array)).to(self.out["device"]).permute(2, 0, 1)
+        array = np.require(array, requirements=["C", "W"])  # a copy of what is read-only, which PyTorch does not like
+        x = torch.from_numpy(array).to(self.out["device"]).permute(2, 0, 1)
         x = x.to(self.out["dtype"], memory_format=torch.contiguous_format, copy=True)
         if array.dtype == np.uint8:
             x.div_(255)

@@ -1,4 +1,4 @@
-"""Small models with weights far from where they start, real pictures of odd sizes, and what the ordinary forward says."""
+"""Small models with weights far from where they start, a real picture, and what the ordinary forward makes of it."""
 
 from collections.abc import Callable
 
@@ -36,7 +36,7 @@ def make() -> Callable[..., nn.Module]:
 def normalised(model: nn.Module, image: np.ndarray) -> Tensor:
     """(1, channels, H, W), computed in the model's type."""
     dtype = next(model.parameters()).dtype
-    x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).to(dtype)
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1).to(dtype)
     mean, std = (torch.tensor(s, dtype=dtype).view(-1, 1, 1) for s in pixel_statistics(model))
     return ((x / 255 if image.dtype == np.uint8 else x) - mean)[None] / std
 

@@ -1,0 +1,115 @@
+"""Encode an image that need not fit into memory: `python -m luna_vision.streaming encode --help`."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+
+import luna_vision
+
+from .._commands import Parser, add_model_arguments, at_least, check_output, load_model, random_weights, run_command
+from .encoder import Encoded, encode
+from .formats import open_image
+from .grid import check_grid
+from .plan import parse_bytes
+
+SUFFIXES = (".npz", ".safetensors")
+STORE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m luna_vision.streaming", description="Images that do not fit into memory, exactly.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    sub = commands.add_parser(
+        "encode",
+        usage="%(prog)s IMAGE --out FILE [options]",
+        description="Embedding, logits and memory of one image of any size, as the ordinary forward pass computes "
+        "them. With --store, a run that was stopped goes on with the same command.",
+    )
+    sub.add_argument(
+        "image", type=Path, metavar="IMAGE", help="TIFF (tiled, pyramid), .zarr, .npy; PNG, JPEG, ... are decoded whole"
+    )
+    sub.add_argument("--out", type=Path, required=True, metavar="FILE", help=".npz or .safetensors")
+    sub.add_argument("--grid", type=Path, metavar="FILE", help="the patch features (H', W', C), .npy or .zarr")
+    sub.add_argument("--overwrite", action="store_true", help="replace FILE, which is refused otherwise")
+    add_model_arguments(sub, default="luna_vit_tiny")
+    group = sub.add_argument_group("image")
+    group.add_argument("--level", type=at_least(0), metavar="N", help="of a pyramid; 0, the default, is the largest")
+    group.add_argument(
+        "--mean", type=float, nargs="+", help="of pixels in [0, 1], one number or one a channel (default: the model's)"
+    )
+    group.add_argument("--std", type=float, nargs="+", help="likewise")
+    group = sub.add_argument_group("memory and disk")
+    group.add_argument(
+        "--memory-budget", default="4GB", metavar="SIZE", help="beyond model and libraries (default: %(default)s)"
+    )
+    group.add_argument("--store", type=Path, metavar="FOLDER", help="keep the patches there; without, in memory")
+    group.add_argument("--store-dtype", choices=STORE_TYPES, help="type in which they are kept (default: the model's)")
+    group.add_argument("--band-rows", type=at_least(1), metavar="N", help="rows of patches at a time (default: chosen)")
+    return parser
+
+
+def _save(path: Path, result: Encoded, about: dict[str, Any]) -> None:
+    """Write in one move, so that a file of this name is always complete."""
+    named = {name: getattr(result, name) for name in ("embedding", "logits", "memory", "raw_memory")}
+    arrays = {name: value.float().numpy() for name, value in named.items() if value is not None}
+    partial = path.with_name(f".{path.name}.partial{path.suffix}")
+    if path.suffix == ".npz":
+        np.savez(partial, **arrays, about=np.array(json.dumps(about)))
+    else:
+        save_file(arrays, partial, {"about": json.dumps(about)})
+    os.replace(partial, path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line says; returns the exit code, 130 after Ctrl-C."""
+    args = _parser().parse_args(argv)
+    check_output(args.out, SUFFIXES, args.overwrite)
+    parse_bytes(args.memory_budget)
+    if args.grid is not None:
+        check_grid(args.grid)
+        if args.grid.exists() and not args.overwrite:
+            raise FileExistsError(f"{args.grid} exists: give --overwrite to replace it")
+    if args.store is not None and args.store.exists() and not args.store.is_dir():
+        raise NotADirectoryError(f"--store {args.store} is a file: give a folder")
+    image = open_image(args.image, args.level)
+    model = load_model(args)
+    try:
+        result = encode(
+            model,
+            image,
+            mean=args.mean,
+            std=args.std,
+            store=args.store,
+            store_dtype=STORE_TYPES.get(args.store_dtype),
+            memory_budget=args.memory_budget,
+            band_rows=args.band_rows,
+            grid=args.grid,
+        )
+    except KeyboardInterrupt:
+        again = "the same command goes on from here" if args.store else "with --store FOLDER it could have gone on"
+        print(f"stopped; {again}", file=sys.stderr)
+        return 130
+    about = {
+        "luna_vision": luna_vision.__version__,
+        "model": getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__),
+        "random_weights": random_weights(args),
+        "image": str(args.image),
+        "image_shape": list(image.shape),
+        "grid_size": list(result.grid_size),
+        "store_dtype": args.store_dtype,
+    }
+    _save(args.out, result, about)
+    (height, width), (rows, columns) = image.shape[:2], result.grid_size
+    print(f"{args.out}: {height} x {width} pixels, {rows} x {columns} patches")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,217 @@
+"""Image files as rows of pixels: TIFF (tiled, pyramids too), zarr, .npy, and what Pillow decodes.
+
+TIFF, zarr and .npy files are read piece by piece. Pillow decodes a PNG or a JPEG as a whole, and keeps it: 4 bytes a
+pixel in colour, which counts as `held_bytes`.
+
+Shapes: H, W pixels, c channels.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+__all__ = ["ChunkedImage", "NpyImage", "PillowImage", "open_image"]
+
+TIFF_SUFFIXES = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".btf")
+_TURNED = 0x0112  # EXIF's orientation
+
+
+def open_image(path: str | os.PathLike, level: int | None = None) -> Any:
+    """Open an image file for `encode`.
+
+    Args:
+        path: .tif, .tiff, .svs, .ndpi, .scn, .btf; a .zarr folder; .npy; else what Pillow knows.
+        level: Of a pyramid (TIFF, or a zarr group with multiscales), 0 is the largest.
+
+    Returns:
+        An image with a `shape`, (H, W) or (H, W, c), a `dtype`, and rows by `image[start:stop]`.
+
+    Raises:
+        ValueError: The file is not an image that can be read row by row, or has no such level.
+        OSError: There is no such file, or it cannot be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no image {path}")
+    if level is not None and level < 0:
+        raise ValueError(f"level must be at least 0, got {level}")
+    suffix = path.suffix.lower()
+    zarr = path.is_dir()
+    if not zarr and path.stat().st_size == 0:
+        raise ValueError(f"image file {path} is empty (0 bytes)")
+    if level is not None and not zarr and suffix not in TIFF_SUFFIXES:
+        raise ValueError(f"only TIFF and zarr images have levels, and {path} is none")
+    if zarr:
+        image = _open_zarr(path, level or 0)
+    elif suffix in TIFF_SUFFIXES:
+        image = _open_tiff(path, level or 0)
+    elif suffix == ".npy":
+        image = NpyImage(path)
+    else:
+        image = PillowImage(path)
+    status = path.stat()
+    image.identity = f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns} {level or 0}"
+    return image
+
+
+def _need(name: str, what: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        raise ValueError(f"{what} takes {name} (pip install 'luna-vision[streaming]')")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class ChunkedImage:
+    """A zarr array with any order of axes as an image (H, W) or (H, W, c)."""
+
+    def __init__(self, array: Any, axes: str, name: str) -> None:
+        """
+        Args:
+            array: The zarr array.
+            axes: A letter for each axis: Y and X, C or S for channels; others must have length 1.
+            name: What errors call it.
+
+        Raises:
+            ValueError: Other axes, or longer ones.
+        """
+        axes = axes.upper().replace("S", "C")
+        extra = [a for a, n in zip(axes, array.shape, strict=False) if a not in "YXC" and n != 1]
+        counts = axes.count("Y"), axes.count("X"), axes.count("C")
+        if len(axes) != len(array.shape) or counts not in ((1, 1, 0), (1, 1, 1)) or extra:
+            raise ValueError(f"{name} has axes {axes} of shape {tuple(array.shape)}: an image has Y, X and channels")
+        self.array, self.axes, self.dtype = array, axes, np.dtype(array.dtype)
+        kept = [a for a in axes if a in "YXC"]
+        self.order = [kept.index(a) for a in "YXC" if a in kept]
+        self.shape = tuple(array.shape[axes.index(a)] for a in "YXC" if a in kept)
+        self.chunks = (array.chunks[axes.index("Y")],)
+        self.identity = ""
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        index = tuple(rows if a == "Y" else slice(None) if a in "XC" else 0 for a in self.axes)
+        return np.asarray(self.array[index]).transpose(self.order)
+
+
+def _open_tiff(path: Path, level: int) -> ChunkedImage:
+    _need("tifffile", f"{path}")
+    _need("zarr", f"{path}")
+    import tifffile
+    import zarr
+
+    try:
+        file = tifffile.TiffFile(path)
+        series = file.series[0]
+        levels = series.levels
+        if level >= len(levels):
+            raise ValueError(f"{path} has levels 0 to {len(levels) - 1}, got {level}")
+        page = levels[level].keyframe
+        kind = getattr(page.photometric, "name", str(page.photometric))
+        if kind not in ("MINISBLACK", "RGB", "YCBCR"):
+            raise ValueError(f"{path} has colours of kind {kind}: RGB and grey are read")
+        array = zarr.open(file.series[0].aszarr(level=level), mode="r")
+        return ChunkedImage(array, levels[level].axes.replace("Q", "Z").replace("I", "Z"), f"{path}")
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # of a damaged file, nearly anything
+        raise ValueError(f"cannot read {path}: {_one_line(error)}") from error
+
+
+def _open_zarr(path: Path, level: int) -> ChunkedImage:
+    _need("zarr", f"{path}")
+    import zarr
+
+    try:
+        node = zarr.open(path, mode="r")
+    except Exception as error:  # zarr's errors are of many kinds
+        raise ValueError(f"{path} is a folder, and not one of zarr: {_one_line(error)}") from error
+    axes = None
+    if isinstance(node, zarr.Group):
+        attributes = dict(node.attrs)
+        scales = (attributes.get("ome") or attributes).get("multiscales")
+        if not scales:
+            raise ValueError(f"{path} is a zarr group without multiscales: give one of its arrays, as {path}/NAME")
+        datasets = scales[0]["datasets"]
+        if level >= len(datasets):
+            raise ValueError(f"{path} has levels 0 to {len(datasets) - 1}, got {level}")
+        axes = "".join(a["name"] if isinstance(a, dict) else a for a in scales[0].get("axes", ())) or None
+        node = node[datasets[level]["path"]]
+    elif level:
+        raise ValueError(f"{path} is one array, and has no level {level}")
+    if axes is None:
+        first = node.ndim == 3 and node.shape[0] in (1, 3, 4) and node.shape[2] > 4
+        axes = {2: "YX", 3: "CYX" if first else "YXC", 5: "TCZYX"}.get(node.ndim, "?" * node.ndim)
+    return ChunkedImage(node, axes, f"{path}")
+
+
+class NpyImage:
+    """A .npy array, read by position: pages of a memory map would count as memory of the process."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            ValueError: Not a .npy file, or one of Python objects or in Fortran's order.
+        """
+        try:
+            mapped = np.lib.format.open_memmap(path, mode="r")
+        except ValueError as error:
+            raise ValueError(f"cannot read {path}: {_one_line(error)}") from error
+        if not mapped.flags.c_contiguous:
+            raise ValueError(f"{path} is in Fortran's order, column by column: save it in C's")
+        self.path, self.shape, self.dtype = path, mapped.shape, mapped.dtype
+        self.offset, self.identity = mapped.offset, ""
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(self.shape[0])
+        out = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        with open(self.path, "rb") as file:
+            file.seek(self.offset + start * (out[:1].nbytes))
+            if file.readinto(memoryview(out).cast("B")) != out.nbytes:
+                raise OSError(f"{self.path} ends too early")
+        return out
+
+
+class PillowImage:
+    """What Pillow decodes: as a whole, when the first row is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            ValueError: Not an image of a format and of numbers that are read.
+        """
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # large images are what this is for
+        try:
+            self.image = Image.open(path)
+        except UnidentifiedImageError as error:
+            raise ValueError(f"{path} is not an image of a format that is known here") from error
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+        mode = self.image.mode
+        if mode == "F":
+            raise ValueError(f"{path} has floating-point pixels, of unknown range: save it in 8 or 16 bits")
+        turned = self.image.getexif().get(_TURNED, 1)
+        width, height = self.image.size if turned < 5 else self.image.size[::-1]
+        self.path, self.loaded, self.identity = path, False, ""
+        self.deep = mode.startswith("I")  # 16-bit greys, which Pillow reads as 32-bit, too
+        self.target = "L" if mode in ("1", "L", "LA", "La") else "RGB"
+        self.shape = (height, width) if self.deep or self.target == "L" else (height, width, 3)
+        self.dtype = np.dtype(np.uint16 if self.deep else np.uint8)
+        each = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16L": 2, "I;16B": 2}.get(mode, 4)
+        self.held_bytes = height * width * each * (1 if turned == 1 else 2)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        if not self.loaded:
+            self.image.load()
+            ImageOps.exif_transpose(self.image, in_place=True)
+            self.loaded = True
+        start, stop, _ = rows.indices(self.shape[0])
+        part = self.image.crop((0, start, self.shape[1], stop))
+        if self.deep:
+            return np.asarray(part).astype(np.int64).clip(0, 65535).astype(np.uint16)
+        if part.mode in ("P", "PA"):  # a palette may carry transparency, which Pillow only resolves by way of RGBA
+            part = part.convert("RGBA")
+        return np.asarray(part if part.mode == self.target else part.convert(self.target))

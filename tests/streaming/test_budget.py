@@ -1,0 +1,132 @@
+"""What is allocated stays within the budget, whatever the model, and a budget that is too small says what it takes."""
+
+import re
+import tracemalloc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from luna_vision.streaming import encode
+from luna_vision.streaming.plan import parse_bytes
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make, while they live.
+
+    Attributes:
+        peak: The most at one time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        old = {t.untyped_storage().data_ptr() for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage.data_ptr()
+                if key and key not in self.known and key not in old:
+                    self.known.add(key)
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self.forget, key, storage.nbytes())
+        return out
+
+    def forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def allocated(model, image, **arguments) -> tuple[int, int]:
+    """Bytes of tensors and of numpy's arrays at the peak, and what the plan said."""
+    tracemalloc.start()
+    try:
+        with Allocations() as count:
+            result = encode(model, image, progress=False, **arguments)
+        return count.peak + tracemalloc.get_traced_memory()[1], result.peak_bytes
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.fixture
+def image(photo) -> np.ndarray:
+    return np.tile(photo, (2, 1, 1))[:, :513]  # no whole patches
+
+
+@pytest.mark.parametrize("budget", ["16MB", "40MB"])
+@pytest.mark.parametrize("disk", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"local_mixing": "mlp"},
+        {"local_mixing": "attn", "tie_kv": False},
+        {"unpack_form": "projected", "norm_first": False},
+        {"stem": "conv", "patch_size": 16},
+        {"memory_len": 64, "mlp_ratio": 0.5},
+        {"global_pool": "map"},
+    ],
+    ids=str,
+)
+def test_the_budget_is_honoured(options, disk, budget, make, image, tmp_path):
+    model = make(dtype=torch.float32, **{"embed_dim": 64, "patch_size": 8, "depth": 2, **options})
+    store = {"store": tmp_path / "store"} if disk else {}
+    used, planned = allocated(model, image, memory_budget=budget, **store)
+    assert used <= planned <= parse_bytes(budget)
+    if budget == "16MB":
+        assert used > 0.3 * planned  # and it is used
+
+
+def test_a_larger_budget_takes_larger_bands(make, image):
+    model = make(dtype=torch.float32, embed_dim=64, patch_size=8)
+    used = [allocated(model, image, memory_budget=b)[0] for b in ("8MB", "12MB", "20MB")]
+    assert used[0] < used[1] < used[2]
+
+
+@pytest.mark.parametrize("store_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("disk", [False, True])
+def test_a_budget_that_is_too_small_says_what_it_takes(store_dtype, disk, make, image, tmp_path):
+    model = make(dtype=torch.float32, embed_dim=64)
+    arguments = {"store": tmp_path / "store" if disk else None, "store_dtype": store_dtype, "progress": False}
+    with pytest.raises(ValueError, match="a memory budget of 1 MB is too small for this image: it takes") as error:
+        encode(model, image, memory_budget="1MB", **arguments)
+    assert ("give a store on disk" in str(error.value)) == (not disk)
+    least = re.search(r"it takes (\d+ MB) at least", str(error.value))[1]
+    encode(model, image, memory_budget=least, **arguments)
+
+
+def test_chunks_count(make, image):
+    class Chunked:
+        shape, dtype, chunks = image.shape, image.dtype, (400, 100, 3)
+
+        def __getitem__(self, rows):
+            assert rows.start % 400 == 0
+            return image[rows]
+
+    model = make(dtype=torch.float32)
+    plain, chunked = (encode(model, i, band_rows=1, progress=False).peak_bytes for i in (image, Chunked()))
+    assert chunked - plain == 400 * image.shape[1] * 3
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [
+        ("8GB", 8 * 10**9),
+        ("2GiB", 2**31),
+        ("500 mb", 5 * 10**8),
+        ("1.5K", 1500),
+        (123, 123),
+        ("7B", 7),
+        ("3 MiB", 3 * 2**20),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_bytes(text) == size
