@@ -94,7 +94,7 @@ def test_a_larger_budget_takes_larger_bands(make, image):
 @pytest.mark.parametrize("store_dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("disk", [False, True])
 def test_a_budget_that_is_too_small_says_what_it_takes(store_dtype, disk, make, image, tmp_path):
-    model = make(dtype=torch.float32, embed_dim=64)
+    model = make(dtype=torch.float32, embed_dim=64, patch_size=16, depth=1)
     arguments = {"store": tmp_path / "store" if disk else None, "store_dtype": store_dtype, "progress": False}
     with pytest.raises(ValueError, match="a memory budget of 1 MB is too small for this image: it takes") as error:
         encode(model, image, memory_budget="1MB", **arguments)
@@ -111,7 +111,7 @@ def test_chunks_count(make, image):
             assert rows.start % 400 == 0
             return image[rows]
 
-    model = make(dtype=torch.float32)
+    model = make(dtype=torch.float32, patch_size=16, depth=1)
     plain, chunked = (encode(model, i, band_rows=1, progress=False).peak_bytes for i in (image, Chunked()))
     assert chunked - plain == 400 * image.shape[1] * 3
 

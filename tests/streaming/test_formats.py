@@ -1,0 +1,181 @@
+"""Every kind of file gives the pixels that it holds, converted as everywhere in the package."""
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+import zarr
+from PIL import Image
+
+from luna_vision.data.images import read_image, to_channels
+from luna_vision.data.transforms import SeededTransform
+from luna_vision.streaming import encode, open_image
+from luna_vision.streaming.pixels import Pixels
+
+
+@pytest.fixture
+def picture(photo) -> np.ndarray:
+    return photo[100:237, 200:311]  # (137, 111, 3)
+
+
+def tiff(path, image, **arguments):
+    tifffile.imwrite(path, image, photometric="rgb" if image.ndim == 3 else "minisblack", **arguments)
+
+
+def write(kind: str, path, image) -> None:
+    if kind == "npy":
+        np.save(path, image)
+    elif kind == "tiles":
+        tiff(path, image, tile=(32, 48))
+    elif kind == "deflate":
+        tiff(path, image, tile=(32, 48), compression="deflate", predictor=True)
+    elif kind == "lzw":
+        tiff(path, image, rowsperstrip=10, compression="lzw")
+    elif kind == "strip":
+        tiff(path, image)
+    elif kind == "planes":
+        tifffile.imwrite(path, image.transpose(2, 0, 1), photometric="rgb", planarconfig="separate", tile=(32, 48))
+    elif kind == "big":
+        tiff(path, image, bigtiff=True, tile=(64, 64))
+    elif kind in ("zarr2", "zarr3"):
+        chunks = {"chunks": (30, 40, 3)}
+        zarr.create_array(path, data=image, zarr_format=int(kind[-1]), **chunks)
+    elif kind == "channels first":
+        zarr.create_array(path, data=image.transpose(2, 0, 1), chunks=(1, 30, 40))
+    else:
+        Image.fromarray(image).save(path)
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("npy", "a.npy"),
+        *((k, "a.tif") for k in ("tiles", "deflate", "lzw", "strip", "planes", "big")),
+        *((k, "a.zarr") for k in ("zarr2", "zarr3", "channels first")),
+        ("pillow", "a.png"),
+        ("pillow", "a.webp"),
+        ("pillow", "a.ppm"),
+    ],
+)
+def test_the_pixels_of_a_file(kind, name, picture, tmp_path):
+    if name.endswith("webp"):
+        Image.fromarray(picture).save(tmp_path / name, lossless=True)
+    else:
+        write(kind, tmp_path / name, picture)
+    image = open_image(tmp_path / name)
+    assert image.shape == picture.shape and image.dtype == np.uint8
+    pixels = Pixels(image, 3, (0.0,), (1.0,))
+    for start, stop in ((0, 5), (3, 64), (64, 65), (60, 137), (0, 137)):
+        np.testing.assert_array_equal(pixels.raw(start, stop), picture[start:stop])
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "L", "LA", "P", "CMYK", "I;16", "1", "turned"])
+def test_conversion_is_that_of_the_package(kind, in_chans, picture, tmp_path):
+    path = tmp_path / ("a.tiff.jpg" if kind == "CMYK" else "a.png")
+    image = Image.fromarray(picture)
+    if kind == "I;16":
+        image = Image.fromarray(picture[:, :, 0].astype(np.uint16) * 255 + 77)
+    elif kind == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        image.save(path, exif=exif)
+    elif kind != "RGB":
+        image = image.convert(kind)
+    if kind != "turned":
+        image.save(path)
+    mean, std = ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)) if in_chans == 3 else ((0.5,), (0.3,))
+    want = SeededTransform(lambda image, seed: image, mean, std)(to_channels(read_image(path), in_chans), 0)
+    pixels = Pixels(open_image(path), in_chans, mean, std)
+    height = pixels.shape[0]
+    got = torch.cat([pixels.rows(a, min(a + 13, height)) for a in range(0, height, 13)], dim=2)[0]
+    assert torch.equal(got, want)
+
+
+def test_floating_point_goes_in_as_it_is(picture):
+    x = (picture / 255).astype(np.float32)
+    got = Pixels(x, 3, (0.5,) * 3, (0.25,) * 3).rows(0, 5)
+    torch.testing.assert_close(got, (torch.from_numpy(x[:5]).permute(2, 0, 1)[None] - 0.5) / 0.25)
+
+
+def test_every_tile_is_decoded_once(picture, make, tmp_path, monkeypatch):
+    tiff(tmp_path / "a.tif", picture, tile=(32, 48))
+    image, read = open_image(tmp_path / "a.tif"), []
+    get = type(image).__getitem__
+    monkeypatch.setattr(type(image), "__getitem__", lambda self, rows: read.append(rows.start) or get(self, rows))
+    want = encode(make(), picture, band_rows=3, progress=False).logits
+    assert torch.equal(encode(make(), image, band_rows=3, progress=False).logits, want)
+    assert read == [0, 32, 64, 96, 128]
+
+
+def test_levels(picture, tmp_path):
+    half = picture[::2, ::2].copy()
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(picture, photometric="rgb", tile=(32, 32), subifds=1)
+        file.write(half, photometric="rgb", tile=(32, 32), subfiletype=1)
+    group = zarr.open_group(tmp_path / "a.zarr", mode="w")
+    for name, level in (("0", picture), ("1", half)):
+        group.create_array(name, data=level.transpose(2, 0, 1)[None, :, None], chunks=(1, 3, 1, 32, 32))
+    axes = [{"name": name} for name in "tczyx"]
+    group.attrs["multiscales"] = [{"axes": axes, "datasets": [{"path": "0"}, {"path": "1"}]}]
+    for path in (tmp_path / "a.tif", tmp_path / "a.zarr"):
+        np.testing.assert_array_equal(open_image(path)[0:137], picture)
+        np.testing.assert_array_equal(open_image(path, 1)[0:69], half)
+        with pytest.raises(ValueError, match="has levels 0 to 1, got 2"):
+            open_image(path, 2)
+
+
+def test_what_pillow_holds_counts(picture, tmp_path):
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    assert open_image(tmp_path / "a.png").held_bytes == 137 * 111 * 4
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.tif", b"", "is empty"),
+        ("a.tif", b"no tiff at all", "a.tif|TIFF"),
+        ("a.npy", b"no array", "cannot read .*a.npy"),
+        ("a.png", b"no picture", "not an image of a format"),
+        ("a.npy", np.asfortranarray(np.zeros((4, 5), np.uint8)), "Fortran's order"),
+        ("a.tif", np.zeros((4, 20, 30), np.uint8), r"axes [A-Z]YX of shape \(4, 20, 30\): an image has Y, X"),
+    ],
+)
+def test_files_that_are_no_image(name, content, message, tmp_path):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif name.endswith("npy"):
+        np.save(path, content)
+    else:
+        tifffile.imwrite(path, content, photometric="minisblack")
+    with pytest.raises((ValueError, OSError), match=message):
+        open_image(path)
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (np.zeros((4, 5, 6), np.uint8), "must have 1 or 2 or 3 or 4 channels, got shape"),
+        (np.zeros((3, 50, 60), np.uint8), "channels come last"),
+        (np.zeros((4, 5, 3), np.int32), "must be uint8, uint16 or floating point in .* got int32"),
+        (np.zeros((0, 5, 3), np.uint8), "must have shape"),
+        (np.zeros(5, np.uint8), "must have shape"),
+        ("a.png", "must have shape"),
+    ],
+    ids=str,
+)
+def test_arrays_that_are_no_image(image, message, make):
+    with pytest.raises(ValueError, match=message):
+        encode(make(), image)
+
+
+def test_a_damaged_tile_is_one_line(picture, make, tmp_path):
+    tiff(tmp_path / "a.tif", picture, tile=(32, 48), compression="deflate")
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        offset, count = file.pages[0].dataoffsets[6], file.pages[0].databytecounts[6]  # the third row of tiles
+    content[offset : offset + count] = b"\xff" * count
+    (tmp_path / "a.tif").write_bytes(content)
+    with pytest.raises(OSError, match="cannot read the pixel rows 64 to 95 of the image: "):
+        encode(make(), open_image(tmp_path / "a.tif"), progress=False)
