@@ -5,6 +5,7 @@ Shapes: H', W' patch grid, C width, L slots, H heads, p side of a patch.
 
 import math
 import re
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from .store import ring_bytes
 
 __all__ = ["BAND_PATCHES", "Plan", "make_plan", "parse_bytes"]
 
-# without a budget; more patches at a time make nothing faster
+# of a band at most, or one row; more at a time make nothing faster
 BAND_PATCHES = 2**15
 # what allocators leave unused between blocks of memory, and what libraries copy inside of a product or a convolution
 SLACK = 1.2
@@ -50,8 +51,9 @@ def parse_bytes(text: str | int) -> int:
 
 
 def say_bytes(size: int) -> str:
-    """A size that is not below what it says when it is read again."""
-    return f"{math.ceil(size / 10**6):,} MB".replace(",", "")
+    """A size, rounded up, that `parse_bytes` reads."""
+    unit, factor = ("MB", 10**6) if size >= 10**7 else ("KB", 10**3)
+    return f"{math.ceil(size / factor)} {unit}"
 
 
 def make_plan(
@@ -76,36 +78,30 @@ def make_plan(
         ValueError: The budget is too small.
     """
     height, columns = grid_size
-    if band is None:
-        band = max(1, min(height, BAND_PATCHES // columns)) if budget is None else height
-        settled = False
-    else:
-        band, settled = min(band, height), True
     model_dtype = next(model.parameters()).dtype
+    settled = band is not None
+    row_patches = max(1, BAND_PATCHES // columns)
+    band = min(height, band if settled else row_patches)
+    store_rows = partial(ring_bytes, columns=columns, width=model.embed_dim, dtype=store_dtype)
 
-    def total(band: int) -> int:
+    def total(band: int, in_file: bool = in_file) -> int:
         rows = min(band + 2, height)  # a halo, and what waits for the next band
-        store = 0 if in_file else ring_bytes(height, band + 1, columns, model.embed_dim, store_dtype)
+        store = 0 if in_file else store_rows(height, band + 1)
         work = max(_stem_bytes(model, pixels, rows, columns), _block_bytes(model) * rows * columns)
-        moved = (
-            rows
-            * columns
-            * model.embed_dim
-            * ((store_dtype.itemsize if in_file else 0) + (4 if store_dtype != model_dtype else 0))
-        )
-        return pixels.held_bytes + _small_bytes(model) + store + int(SLACK * (work + moved))
+        # what is read from a file or widened is a copy
+        copies = (store_dtype.itemsize if in_file else 0) + (_itemsize(model) if store_dtype != model_dtype else 0)
+        work += copies * rows * columns * model.embed_dim
+        return pixels.held_bytes + _small_bytes(model) + store + int(SLACK * work)
 
     if budget is not None:
-        while not settled and band > 1 and (total(band) > budget or band * columns > BAND_PATCHES):
+        while not settled and band > 1 and total(band) > budget:
             band -= max(1, band // 50)
         if total(band) > budget:
-            least, why = total(band if settled else 1), f"a band of {band} rows of patches" if settled else "this image"
-            hint = "" if in_file else ", most of it for the patches: give a store on disk, or bfloat16"
-            held = "" if in_file or ring_bytes(height, 1, columns, model.embed_dim, store_dtype) > least / 2 else " "
-            hint = "" if held else hint
+            image = f"a band of {band} rows of patches" if settled else "this image"
+            hint = "" if in_file else f", or {say_bytes(total(band, True))} with a store on disk"
             raise ValueError(
-                f"a memory budget of {say_bytes(budget)} is too small for {why}: it takes {say_bytes(least)} at least"
-                + hint
+                f"a memory budget of {say_bytes(budget)} is too small for {image}: it takes {say_bytes(total(band))} "
+                f"at least{hint}"
             )
     return Plan(band, band + 1, total(band))
 
