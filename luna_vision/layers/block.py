@@ -287,6 +287,12 @@ class LunaBlock(Shell):
 
     # The parts of `forward`, for whoever runs a block on parts of an image (`luna_vision.streaming`).
 
+    @torch.jit.ignore
+    def halo(self) -> int:
+        """Rows of the patch grid above and below a part of it that `update_patches` has to be given for that part."""
+        mixes = self.mlp is not None and ((self.local_after and self.local is not None) or self.mlp.local is not None)
+        return int(mixes)
+
     def norm_patches(self, x: Tensor) -> Tensor:
         """What the attention sees of the patches."""
         return self.norm1(x) if self.norm_first else x

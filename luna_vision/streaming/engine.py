@@ -168,7 +168,7 @@ class Engine:
         """
         if block.mlp is None:
             return self.ring.read(start, stop).to(**self.like)
-        halo = 1 if block.mlp.local is not None or (block.local_after and block.local is not None) else 0
+        halo = block.halo()
         top, bottom = max(start - halo, 0), min(stop + halo, self.height)
         x = self.ring.read(top, bottom).to(**self.like)
         h = block.norm_patches(x)

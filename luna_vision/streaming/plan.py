@@ -16,8 +16,9 @@ from .store import ring_bytes
 
 __all__ = ["BAND_PATCHES", "Plan", "make_plan", "parse_bytes"]
 
-# of a band at most, or one row; more at a time make nothing faster
-BAND_PATCHES = 2**15
+# Of a band, where its rows are not too long for that: what a layer makes of more leaves the caches, and is handed back
+# to the system and fetched again. Both were slower, on two models and two lengths of rows.
+BAND_PATCHES = 2**12
 # what allocators leave unused between blocks of memory, and what libraries copy inside of a product or a convolution
 SLACK = 1.2
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -80,8 +81,7 @@ def make_plan(
     height, columns = grid_size
     model_dtype = next(model.parameters()).dtype
     settled = band is not None
-    row_patches = max(1, BAND_PATCHES // columns)
-    band = min(height, band if settled else row_patches)
+    band = min(height, band if settled else max(BAND_PATCHES // columns, _least_rows(model, in_file)))
     store_rows = partial(ring_bytes, columns=columns, width=model.embed_dim, dtype=store_dtype)
 
     def total(band: int, in_file: bool = in_file) -> int:
@@ -104,6 +104,14 @@ def make_plan(
                 f"at least{hint}"
             )
     return Plan(band, band + 1, total(band))
+
+
+def _least_rows(model: LunaVit, in_file: bool) -> int:
+    """Rows of a band that keep what each costs besides its patches small, where memory allows: two more rows for local
+    mixing, which go through all of a block's second half or only through a convolution, and a state on the disk."""
+    if any(block.halo() for block in model.blocks):
+        return 8
+    return 4 if in_file else 2
 
 
 def _small_bytes(model: LunaVit) -> int:
