@@ -1,4 +1,4 @@
-"""The benchmark of very large images: what it makes is the same image however it is read, and the report is complete."""
+"""The benchmark of very large images: its image is the same however it is read, and its report is complete."""
 
 import json
 
