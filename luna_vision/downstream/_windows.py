@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
-from luna_vision.data.base import per_channel
+from luna_vision._statistics import per_channel
 from luna_vision.data.images import SampleError, one_line, read_image, to_channels
 from luna_vision.data.transforms import SeededTransform, eval_transform
 
