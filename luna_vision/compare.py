@@ -96,8 +96,20 @@ OPTIMIZATION = {
 }
 HEAD_WIDTH = 32
 # defaults of the model that go into a result, so that results of other defaults are not taken for those of these
-RECORDED = ("global_pool", "memory_len", "pack_heads", "tie_kv", "local_mixing", "memory_mlp", "stem", "pos_embed")
-RECORDED += ("query_gain",)
+SHELL = ("local_mixing", "stem", "pos_embed")
+MEMORY = ("global_pool", "memory_len", "pack_heads", "tie_kv", "memory_mlp", "query_gain")  # of Luna alone
+# what the ablation changes one at a time; written out, as the defaults of the model follow from the ablation
+BLOCK = {
+    "local_mixing": "before",
+    "stem": "patch",
+    "pos_embed": "fourier",
+    "global_pool": "avg",
+    "memory_len": 16,
+    "pack_heads": None,
+    "tie_kv": True,
+    "memory_mlp": "none",
+    "query_gain": 8.0,
+}
 PIECES = 20  # of a run: after each there is a line of progress and a checkpoint; the warm-up is the first
 
 # name: arguments of the model, over those of the task; a variant may change anything
@@ -108,25 +120,31 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
         "softmax-query-gain-8": {"mixer": "softmax", "mixer_args": {"query_gain": 8.0}},
     },
     "ablation": {
-        "luna": {},  # the defaults of LunaVit
-        "query-gain-1": {"query_gain": 1.0},
-        "query-gain-4": {"query_gain": 4.0},
-        "memory-8": {"memory_len": 8},
-        "memory-32": {"memory_len": 32},
-        "memory-64": {"memory_len": 64},
-        "pack-heads-1": {"pack_heads": 1},
-        "untied": {"tie_kv": False},
-        "local-none": {"local_mixing": "none"},
-        "local-attn": {"local_mixing": "attn"},
-        "local-mlp": {"local_mixing": "mlp"},
-        "memory-mlp-own": {"memory_mlp": "own"},
-        "memory-mlp-shared": {"memory_mlp": "shared"},
-        "stem-patch": {"stem": "patch"},
-        "stem-conv": {"stem": "conv"},
-        "pos-none": {"pos_embed": "none"},
-        "pos-learn": {"pos_embed": "learn"},
-        "pool-token": {"global_pool": "token"},
-        "pool-both": {"global_pool": "both"},
+        name: BLOCK | change
+        for name, change in {
+            "luna": {},
+            "query-gain-1": {"query_gain": 1.0},
+            "query-gain-4": {"query_gain": 4.0},
+            "memory-8": {"memory_len": 8},
+            "memory-32": {"memory_len": 32},
+            "memory-64": {"memory_len": 64},
+            "pack-heads-1": {"pack_heads": 1},
+            "untied": {"tie_kv": False},
+            "local-none": {"local_mixing": "none"},
+            "local-attn": {"local_mixing": "attn"},
+            "local-mlp": {"local_mixing": "mlp"},
+            "memory-mlp-own": {"memory_mlp": "own"},
+            "memory-mlp-shared": {"memory_mlp": "shared"},
+            "stem-patch": {"stem": "patch"},
+            "stem-conv": {"stem": "conv"},
+            "pos-none": {"pos_embed": "none"},
+            "pos-learn": {"pos_embed": "learn"},
+            "pool-token": {"global_pool": "token"},
+            "pool-both": {"global_pool": "both"},
+            # what gained most, together
+            "memory-8-pool-token": {"memory_len": 8, "global_pool": "token"},
+            "memory-8-pool-both": {"memory_len": 8, "global_pool": "both"},
+        }.items()
     },
 }
 REPEATED = {
@@ -163,7 +181,7 @@ def plan(args: argparse.Namespace) -> list[Run]:
         for task in dict.fromkeys(args.tasks):
             for variant in dict.fromkeys(variants):
                 config = configuration(args, task, suite[variant], seed)
-                if variant != "luna" and config == configuration(args, task, {}, seed):
+                if variant != "luna" and config == configuration(args, task, suite.get("luna", {}), seed):
                     continue  # what it sets is this task's default: it would be luna again
                 if seed == args.seeds[0] or variant in repeated:
                     runs.append(Run(task, variant, seed, config))
@@ -179,7 +197,10 @@ def configuration(args: argparse.Namespace, task: str, variant: dict[str, Any], 
     if not pieces:
         raise ValueError(f"--samples must be at least one batch, {batch_size} for {task}")
     defaults = inspect.signature(LunaVit.__init__).parameters
-    shell = {name: defaults[name].default for name in RECORDED}
+    if variant.get("mixer", "luna") == "luna":
+        shell = {name: defaults[name].default for name in SHELL + MEMORY}
+    else:  # without a memory to read
+        shell = {name: defaults[name].default for name in SHELL} | {"global_pool": "avg"}
     shell |= {"embed_dim": args.width, "depth": args.depth, "num_heads": args.width // HEAD_WIDTH}
     side = recipe["args"][recipe["scaled"][0]]
     optimization = {**OPTIMIZATION, **recipe["optimization"], **({"lr": args.lr} if args.lr else {})}
