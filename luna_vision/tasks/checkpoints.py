@@ -7,7 +7,7 @@ import errno
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -35,20 +35,43 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
-                torch.save(checkpoint, file)
+                sink = _Sink(file)
+                torch.save(checkpoint, sink)
+                if sink.error is not None:
+                    raise sink.error
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
-        except (OSError, RuntimeError) as error:  # torch's zip writer reports a short write as a RuntimeError
-            free = 0
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
-                status = os.statvfs(path.parent)
-                free = status.f_bavail * status.f_frsize
-            code = getattr(error, "errno", None) or errno.ENOSPC
-            reason = os.strerror(code) if isinstance(error, OSError) else f"{error} ({free / 2**20:.0f} MiB are free)"
+            if not isinstance(error, OSError):
+                raise
+            code = error.errno or errno.EIO
             kept = "; the checkpoint that was there before is whole" if path.exists() else ""
-            raise OSError(code, f"cannot write the checkpoint {path}: {' '.join(reason.split())}{kept}") from error
+            raise OSError(code, f"cannot write the checkpoint {path}: {os.strerror(code)}{kept}") from error
+
+
+class _Sink:
+    """What torch.save writes to, which keeps the first error instead of raising it.
+
+    torch's zip writer makes a RuntimeError about positions of any error, Ctrl-C included, and where it is left before
+    its end it writes once more when it is deleted: to a closed file by then, and that ends the whole process.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.error = file, None
+
+    def write(self, data: bytes | memoryview) -> int:
+        if self.error is None and not self.file.closed:
+            try:
+                self.file.write(data)
+            except BaseException as error:
+                self.error = error
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        """Left to the owner of the file."""
 
 
 def is_exact(trainer: Trainer) -> bool:

@@ -1,11 +1,13 @@
 """A run that was stopped, whenever and however, ends as one that was not."""
 
 import csv
+import io
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -131,15 +133,45 @@ def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(3)}, path)
 
-    def full(checkpoint, file):
-        file.write(b"half of it")
-        raise OSError(28, "No space left on device")
+    def opened(path, mode):
+        return Failing(path, mode)
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="cannot write the checkpoint .*last.ckpt: No space left .* before is whole"):
-        AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(3)}, path)
-    assert torch.load(path, weights_only=True)["weights"].sum() == 3
-    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    class Failing(io.FileIO):
+        def write(self, data):
+            if self.tell() > 500:
+                raise problem
+            return super().write(data)
+
+    monkeypatch.setattr(Path, "open", opened)
+    for problem, message in (
+        (OSError(28, "No space"), "cannot write the checkpoint .*last.ckpt: No space left .* before is whole"),
+        (KeyboardInterrupt("by the user"), "^by the user$"),
+    ):
+        with pytest.raises(type(problem), match=message):
+            AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(300)}, path)
+        assert torch.load(path, weights_only=True)["weights"].sum() == 3
+        assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_writer_that_is_left_half_way_does_not_end_the_process(tmp_path):
+    # Ctrl-C as torch's zip writer is being closed: deleted at exit, it would write to a closed file and abort
+    script = """
+        import torch
+        from luna_vision.tasks.checkpoints import AtomicCheckpointIO
+        def interrupted(self, *args):
+            global kept
+            kept = self
+            raise KeyboardInterrupt
+        torch.serialization._open_zipfile_writer_buffer.__exit__ = interrupted
+        try:
+            AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(3)}, "last.ckpt")
+        except KeyboardInterrupt:
+            print("interrupted")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout.strip()) == (0, "interrupted"), ended.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_newest_whole_checkpoint_of_the_configuration_is_found(tmp_path):
