@@ -133,6 +133,9 @@ class ImagesPerSecond(Callback):
     Waiting for data counts, validation inside an epoch (``val_check_interval``) does not.
     """
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_train_epoch_start(trainer, pl_module)  # which Lightning leaves out where it goes on within an epoch
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._images = 0
         self._since = time.perf_counter()

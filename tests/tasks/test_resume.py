@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from luna_vision.data import DigitsDataModule
-from luna_vision.tasks import EMA, ClassificationTask
+from luna_vision.tasks import EMA, ClassificationTask, ImagesPerSecond, NonFiniteGuard
 from luna_vision.tasks.checkpoints import AtomicCheckpointIO
 from luna_vision.tasks.resume import ExactResume, Unfinished, go_on, newest_whole
 
@@ -60,7 +60,8 @@ def fit(folder: Path, resume: Path | None = None, keep: Path | None = None, num_
         lr=1e-2,
         warmup_epochs=0.5,
     )
-    callbacks = [ExactResume("this"), EMA(decay=0.9)] + ([EveryMoment(keep)] if keep else [])
+    callbacks = [ExactResume("this"), EMA(decay=0.9), ImagesPerSecond(), NonFiniteGuard()]
+    callbacks += [EveryMoment(keep)] if keep else []
     settings = {
         "max_epochs": 2,
         "limit_train_batches": 6,
@@ -84,7 +85,7 @@ def fit(folder: Path, resume: Path | None = None, keep: Path | None = None, num_
         go_on(trainer, Unfinished([0], str(resume)))
     trainer.fit(task, data, ckpt_path=resume, weights_only=True)
     with (folder / "version_0" / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+        rows = [{k: v for k, v in row.items() if k != "images_per_s"} for row in csv.DictReader(file)]
     return task.state_dict(), rows
 
 
