@@ -185,7 +185,7 @@ class LunaBlock(Shell):
         norm_layer: LayerType | None = None,
         memory_read: bool = True,
         patches_read: bool = True,
-        memory_len: int = 16,
+        memory_len: int = 8,
         pack_form: str = "auto",
         unpack_form: str = "auto",
         query_gain: float = 1.0,

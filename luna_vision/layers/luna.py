@@ -53,7 +53,7 @@ class LunaAttention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         pack_only: bool = False,
-        memory_len: int = 16,
+        memory_len: int = 8,
         pack_form: str = "auto",
         unpack_form: str = "auto",
         query_gain: float = 1.0,

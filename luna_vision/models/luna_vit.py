@@ -79,7 +79,7 @@ class LunaVit(nn.Module):
         embed_dim: int = 384,
         depth: int = 12,
         num_heads: int = 6,
-        memory_len: int = 16,
+        memory_len: int = 8,
         pack_heads: int | None = None,
         mlp_ratio: float = 4.0,
         tie_kv: bool = True,
@@ -654,7 +654,14 @@ def luna_vit_base_patch8(pretrained: bool = False, **kwargs: Any) -> LunaVit:
 def luna_vit_small_paper(pretrained: bool = False, **kwargs: Any) -> LunaVit:
     """Luna ViT-Small with the paper's block as it is: post-norm, no local mixing, no MLP on the memory."""
     model_args = dict(
-        patch_size=16, embed_dim=384, depth=12, num_heads=6, norm_first=False, local_mixing="none", query_gain=1.0
+        patch_size=16,
+        embed_dim=384,
+        depth=12,
+        num_heads=6,
+        memory_len=16,
+        norm_first=False,
+        local_mixing="none",
+        query_gain=1.0,
     )
     return _create_luna_vit("luna_vit_small_paper", pretrained=pretrained, **dict(model_args, **kwargs))
 
