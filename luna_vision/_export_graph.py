@@ -102,7 +102,7 @@ def trace(model: LunaVit, output: str, memory: bool) -> ExportedProgram:
     example = torch.randn(2, model.in_chans, 10 * rows, 6 * columns, device=next(model.parameters()).device)
     inputs, shapes = [example], [image]
     if memory:
-        inputs.append(model.memory.detach().repeat(2, 1, 1))
+        inputs.append(model.learned_memory().detach().repeat(2, 1, 1))
         shapes.append({0: batch})
     try:
         with torch.no_grad():
@@ -154,7 +154,7 @@ def compare(
     device = next(model.parameters()).device
     checks = []
     for size in check_sizes(model):
-        state = model.memory.detach().repeat(size[0], 1, 1) if memory else None
+        state = model.learned_memory().detach().repeat(size[0], 1, 1) if memory else None
         at = " x ".join(map(str, size))
         error = 0.0
         for _ in range(2 if memory else 1):
@@ -229,5 +229,5 @@ def metadata(model: LunaVit, output: str, memory: bool) -> dict[str, Any]:
     if names and len(names) == model.num_classes:
         about["label_names"] = names
     if memory:
-        about["initial_memory"] = model.memory.detach().tolist()
+        about["initial_memory"] = model.learned_memory().detach().tolist()
     return about

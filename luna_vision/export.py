@@ -164,6 +164,12 @@ def save_for_hf(
     """
     folder = Path(folder)
     check_model(model)
+    slots = 0 if model.memory is None else model.memory.shape[1]
+    if model.memory_len != slots:
+        raise ValueError(
+            f"the folder keeps all {slots} slots of the memory, and the model is set to {model.memory_len}: call "
+            f"set_memory_len({slots}) first, and shorten the model that timm builds from it"
+        )
     check_target(folder, "hf", overwrite)
     with staged(folder) as temporary:
         size = get_model_input_config(model)["input_size"]

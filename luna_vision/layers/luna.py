@@ -95,9 +95,8 @@ class LunaAttention(nn.Module):
         self.pack_only = pack_only
         self.attn_drop = attn_drop
         self.query_gain = query_gain
-        projections = 1 if tie_kv else 2
-        self.absorb_pack_from = absorb_from(pack_form, memory_len, pack_heads, dim, projections, PACK_COST)
-        self.absorb_unpack_from = absorb_from(unpack_form, memory_len, num_heads, dim, 2, UNPACK_COST)
+        self.pack_form, self.unpack_form = pack_form, unpack_form
+        self.expect_slots(memory_len)
 
         self.pack_q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
         if tie_kv:
@@ -115,6 +114,15 @@ class LunaAttention(nn.Module):
             self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
             self.proj_drop = nn.Dropout(proj_drop)
         self.init_weights()
+
+    @torch.jit.ignore
+    def expect_slots(self, memory_len: int) -> None:
+        """Choose the forms for so many slots, where they are not forced."""
+        projections = 1 if self.tie_kv else 2
+        self.absorb_pack_from = absorb_from(
+            self.pack_form, memory_len, self.pack_heads, self.dim, projections, PACK_COST
+        )
+        self.absorb_unpack_from = absorb_from(self.unpack_form, memory_len, self.num_heads, self.dim, 2, UNPACK_COST)
 
     @torch.jit.ignore
     def init_weights(self) -> None:

@@ -348,6 +348,32 @@ class LunaVit(nn.Module):
             info["reduction"] = self.patch_embed.feat_ratio()
         update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
 
+    @torch.jit.ignore
+    def set_memory_len(self, memory_len: int) -> None:
+        """Run with the first slots of the memory only, as a model that was built with so many would.
+
+        Nothing is lost: the parameter and the state dict keep all slots, and the number can be raised again. Prefix
+        tokens, a memory that is handed in or comes out, streaming and exported graphs have this many. Good for models
+        that were trained so (`luna_vision.tasks.NestedMemory`); of another, any prefix is an accident.
+
+        Args:
+            memory_len: 1 to the number of slots that the model was built with.
+
+        Raises:
+            ValueError: It is not that, or the model's mixer has no memory.
+        """
+        if self.memory is None:
+            raise ValueError("set_memory_len shortens a memory, and this model's mixer has none")
+        if not 1 <= memory_len <= self.memory.shape[1]:
+            raise ValueError(f"memory_len must be 1 to {self.memory.shape[1]}, as built, got {memory_len}")
+        self.num_prefix_tokens = self.memory_len = memory_len
+        for block in self.blocks:
+            block.attn.expect_slots(memory_len)
+
+    def learned_memory(self) -> Tensor | None:
+        """The slots in use of the learned initial memory, (1, L, C); None for a mixer without memory."""
+        return None if self.memory is None else self.memory[:, : self.memory_len]
+
     def _embed(
         self, x: Tensor, patch_valid: Tensor | None, memory: Tensor | None
     ) -> tuple[Tensor, Tensor, tuple[int, int], Tensor | None]:
@@ -362,7 +388,7 @@ class LunaVit(nn.Module):
         x = self.pos_drop(x.reshape(B, H * W, C))
         if self.patch_drop is not None:
             x, patch_valid = self.patch_drop(x, patch_valid)
-        return x, initial_memory(self.memory, memory, x), (H, W), patch_valid
+        return x, initial_memory(self.learned_memory(), memory, x), (H, W), patch_valid
 
     def encode(
         self, x: Tensor, patch_valid: Tensor | None = None, memory: Tensor | None = None

@@ -114,7 +114,7 @@ def encode(
     (height, width), (p, q) = pixels.shape[:2], model.patch_embed.patch_size
     grid_size = -(-height // p), -(-width // q)
     memory = None if memory is None else memory.reshape(-1, *memory.shape[-2:]).to(parameter.device)
-    start = State(0, 0, initial_memory(model.memory, memory, parameter.new_empty(1, 1, model.embed_dim)))
+    start = State(0, 0, initial_memory(model.learned_memory(), memory, parameter.new_empty(1, 1, model.embed_dim)))
 
     checkpoint, band = None, band_rows
     if store is not None:

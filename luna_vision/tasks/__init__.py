@@ -5,6 +5,7 @@ from .checkpoints import LastCheckpoint
 from .classification import ClassificationTask
 from .dense import DetectionTask, SegmentationTask
 from .mixing import StepMixup
+from .nested import NestedMemory
 from .reporting import EpochLines, ExportBest, PredictionWriter, export_weights
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "ExportBest",
     "ImagesPerSecond",
     "LastCheckpoint",
+    "NestedMemory",
     "NonFiniteGuard",
     "NonFiniteLossError",
     "PredictionWriter",

@@ -1,0 +1,78 @@
+"""Training a memory of which every prefix works: each batch runs with a number of slots that is drawn for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from luna_vision.models import LunaVit
+
+
+class NestedMemory(Callback):
+    """Draw for each training batch how many slots of the memory it runs with, so that one trained model serves with any
+    number of them (``model.set_memory_len``). The first slots are trained most often and learn what matters most.
+
+    All Luna ViTs of the task take part. Validation, tests and checkpoints are of the full memory. A draw is a function
+    of (seed, step, batch) alone: all processes make the same one, and a resumed run goes on with those of the run it
+    resumes. Logged: ``memory_len``, that of the batch.
+
+    Source: nested dropout, Rippel et al. 2014 (arXiv 1402.0915). NOTE: from a list of lengths, each drawn with equal
+    probability, as in Matryoshka representations (arXiv 2205.13147), which train all lengths in every step instead.
+
+    Args:
+        lens: lengths to draw from, one of which is the full one; one that is listed twice is drawn twice as often. By
+            default the powers of two below the full length, and that.
+        seed: seed of the draws.
+
+    Raises:
+        ValueError: on construction a length below 1, none at all or a negative seed; when training starts lengths that
+            are not the model's, or a model without a memory.
+    """
+
+    def __init__(self, lens: list[int] | None = None, seed: int = 0) -> None:
+        if lens is not None and (not lens or min(lens) < 1):
+            raise ValueError(f"lens must be lengths of at least 1, got {lens}")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
+        self.lens, self.seed = lens, seed
+
+    def draw(self, lens: Sequence[int], step: int, batch_idx: int) -> int:
+        """The length for one batch."""
+        return int(np.random.default_rng((self.seed, step, batch_idx)).choice(lens))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self.models = [m for m in pl_module.modules() if isinstance(m, LunaVit) and m.memory is not None]
+        full = {model.memory.shape[1] for model in self.models}
+        if len(full) != 1:
+            raise ValueError("NestedMemory trains Luna ViTs with memories of one length, and the task has none")
+        self.full = full.pop()
+        powers = [2**i for i in range(self.full.bit_length()) if 2**i < self.full]
+        self.choices = [*powers, self.full] if self.lens is None else self.lens
+        if max(self.choices) != self.full:
+            raise ValueError(
+                f"lens must have the model's memory_len, {self.full}, as its largest, got {self.choices}: slots beyond "
+                "it would not be trained"
+            )
+
+    def _set(self, memory_len: int) -> None:
+        for model in self.models:
+            model.set_memory_len(memory_len)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        memory_len = self.draw(self.choices, trainer.global_step, batch_idx)
+        self._set(memory_len)
+        pl_module.log("memory_len", float(memory_len), on_step=True, on_epoch=False)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._set(self.full)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "full"):
+            self._set(self.full)
