@@ -10,7 +10,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ class BudgetSampler(Sampler):
             yield keys[position % len(self.order)]
 
 
-class _Ledger(Callback):
+class Ledger(Callback):
     """Notes the curve after each piece and reports it; keeps in the checkpoint what Lightning's own state lacks."""
 
     def __init__(self, report: Progress, samples: int) -> None:
@@ -150,6 +150,42 @@ def train_loader(config: dict[str, Any], data: ImageDataModule) -> DataLoader:
     return DataLoader(dataset, config["batch_size"], sampler=sampler, generator=torch.Generator())
 
 
+def train(
+    config: dict[str, Any],
+    task: ClassificationTask,
+    loader: DataLoader,
+    work: Path,
+    report: Progress,
+    callbacks: Sequence[Callback] = (),
+) -> tuple[Trainer, Ledger]:
+    """Train, or go on from the checkpoint in `work`.
+
+    Args:
+        config: Of which pieces, steps, batch_size and gradient_clip_val count.
+        task, loader: What is trained, on what; an epoch of the loader is a piece.
+        work: Folder of this run's checkpoint.
+        report: Called after each piece of training with step, accuracy and seconds_left.
+        callbacks: Others than those that every run has.
+    """
+    _be_quiet()
+    ledger = Ledger(report, config["steps"] // config["pieces"] * config["batch_size"])
+    keep_last = ModelCheckpoint(work, filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
+    trainer = Trainer(
+        max_epochs=config["pieces"],
+        gradient_clip_val=config["gradient_clip_val"],
+        callbacks=[*callbacks, ledger, NonFiniteGuard(), keep_last],
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=work,
+    )
+    checkpoint = work / "last.ckpt"
+    resume = {"ckpt_path": checkpoint, "weights_only": True} if checkpoint.exists() else {}
+    trainer.fit(task, loader, **resume)
+    return trainer, ledger
+
+
 def execute(run: Run, root: str, work: Path, report: Progress) -> dict[str, Any]:
     """Train and test, or go on from the checkpoint in `work`.
 
@@ -162,26 +198,11 @@ def execute(run: Run, root: str, work: Path, report: Progress) -> dict[str, Any]
     Returns:
         The result, plain data.
     """
-    _be_quiet()
     config = run.config
     task = make_task(config)
     facts = describe(config)
     data = make_data(config, root)
-    ledger = _Ledger(report, config["steps"] // config["pieces"] * config["batch_size"])
-    keep_last = ModelCheckpoint(work, filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
-    trainer = Trainer(
-        max_epochs=config["pieces"],
-        gradient_clip_val=config["gradient_clip_val"],
-        callbacks=[ledger, NonFiniteGuard(), keep_last],
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=work,
-    )
-    checkpoint = work / "last.ckpt"
-    resume = {"ckpt_path": checkpoint, "weights_only": True} if checkpoint.exists() else {}
-    trainer.fit(task, train_loader(config, data), **resume)
+    trainer, ledger = train(config, task, train_loader(config, data), work, report)
     since = time.perf_counter()
     accuracy = {}
     for scale, images in config["test_images"].items():

@@ -5,11 +5,12 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,11 +26,20 @@ class _Worker:
     finished: bool = False
 
 
-def run_all(runs: Sequence[Run], jobs: int, root: str, out: Path, work: Path) -> int:
+def run_all(
+    runs: Sequence[Run], jobs: int, root: str, out: Path, work: Path, execute: Callable[..., dict[str, Any]] = execute
+) -> int:
     """Do all runs, `jobs` at a time, and write a result for each: its numbers, or the error it ended with.
 
     However this function is left, no worker is left running: their results and checkpoints are written in one move, so
     they can be ended at any time.
+
+    Args:
+        runs: What to do.
+        jobs: Workers at a time.
+        root: Folder of the data.
+        out, work: Folders of results and of checkpoints.
+        execute: Does a run, as `luna_vision._compare_run.execute` does it.
 
     Returns:
         The number of runs that failed.
@@ -42,7 +52,7 @@ def run_all(runs: Sequence[Run], jobs: int, root: str, out: Path, work: Path) ->
         while waiting or active:
             while waiting and len(active) < jobs:
                 run = waiting.popleft()
-                active[run] = _start(run, root, out, work)
+                active[run] = _start(run, root, out, work, execute)
             wait([w.messages for w in active.values()], timeout=1.0)
             for run, worker in list(active.items()):
                 if _listen(run, worker):
@@ -69,10 +79,10 @@ def result_path(out: Path, run: Run) -> Path:
     return out / "runs" / f"{run.name}.json"
 
 
-def _start(run: Run, root: str, out: Path, work: Path) -> _Worker:
+def _start(run: Run, root: str, out: Path, work: Path, execute: Callable[..., dict[str, Any]]) -> _Worker:
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in any state
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(run, root, out, work, send), name=run.name)
+    process = context.Process(target=_work, args=(run, root, out, work, execute, send), name=run.name)
     process.start()
     send.close()  # so that the worker holds the only end, and its death ends the messages
     _say(run, "started")
@@ -91,20 +101,22 @@ def _listen(run: Run, worker: _Worker) -> bool:
                 _say(run, f"step {steps}, training accuracy {message['accuracy']:.3f}, {left} left")
             else:
                 worker.finished = True
-                shown = ", ".join(f"{a:.4f} at {side} px" for side, a in message["tests"])
+                shown = ", ".join(f"{accuracy:.4f} {where}" for where, accuracy in message["tests"])
                 _say(run, f"done in {_duration(message['seconds'])}: test accuracy {shown}")
     except EOFError:
         return False
     return True
 
 
-def _work(run: Run, root: str, out: Path, work: Path, messages: Connection) -> None:
+def _work(
+    run: Run, root: str, out: Path, work: Path, execute: Callable[..., dict[str, Any]], messages: Connection
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the terminal: the parent ends us
     torch.set_num_threads(1)
     try:
         result = execute(run, root, work / run.work_name, messages.send)
         write_json(result_path(out, run), result)
-        tests = [(test["side"], test["accuracy"]) for test in result["accuracy"].values()]
+        tests = [(test.get("where", f"at {test['side']} px"), test["accuracy"]) for test in result["accuracy"].values()]
         seconds = result["train_seconds"] + result["test_seconds"]
         messages.send({"kind": "done", "tests": tests, "seconds": seconds})
     except BrokenPipeError:

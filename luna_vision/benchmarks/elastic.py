@@ -1,0 +1,169 @@
+"""What a memory that may be shortened gives at each length: `python -m luna_vision.benchmarks.elastic --help`.
+
+Two models are trained alike but for one callback: `plain` with the whole memory in every step, `nested` with a number
+of slots that is drawn for each batch (`luna_vision.tasks.NestedMemory`). Each is then tested with every length that was
+asked for, without any training in between. Shell, data, schedule and budget are those of `luna_vision.compare`.
+"""
+
+import argparse
+import datetime
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+from luna_vision._commands import Parser, at_least, run_command
+from luna_vision._compare_report import wilson
+from luna_vision._compare_run import Progress, Run, evaluate, make_data, make_task, provenance, train, train_loader
+from luna_vision._compare_workers import run_all
+from luna_vision.compare import TASKS, check, configuration, unfinished
+from luna_vision.tasks import NestedMemory
+
+from .record import write_json
+
+__all__ = ["execute", "main", "plan"]
+
+VARIANTS = ("plain", "nested")
+
+
+def plan(args: argparse.Namespace) -> list[Run]:
+    """The runs that the arguments ask for.
+
+    Raises:
+        ValueError: Lengths that do not fit the memory.
+    """
+    for option, lens in (("--lens", args.lens), ("--test-lens", args.test_lens)):
+        if max(lens) > args.memory_len:
+            raise ValueError(f"{option} must be at most --memory-len, {args.memory_len}, got {max(lens)}")
+    if max(args.lens) != args.memory_len:
+        raise ValueError(f"--lens must have the whole memory, {args.memory_len}, among them, got {args.lens}")
+    runs = []
+    for seed in dict.fromkeys(args.seeds):
+        config = configuration(args, args.task, {"memory_len": args.memory_len}, seed)
+        config["test_images"] = {"1": config["test_images"]["1"]}
+        config["test_lens"] = sorted(set(args.test_lens))
+        for variant in args.only:
+            lens = args.lens if variant == "nested" else None
+            runs.append(Run(args.task, variant, seed, {**config, "memory_lens": lens}))
+    return runs
+
+
+def execute(run: Run, root: str, work: Path, report: Progress) -> dict[str, Any]:
+    """Train, or go on from the checkpoint in `work`, and test with each length. Arguments as in
+    `luna_vision._compare_run.execute`."""
+    config = run.config
+    task, data = make_task(config), make_data(config, root)
+    lens = config["memory_lens"]
+    nested = [] if lens is None else [NestedMemory(lens, config["seed"])]
+    trainer, ledger = train(config, task, train_loader(config, data), work, report, nested)
+    accuracy = {}
+    for slots in config["test_lens"]:
+        task.model.set_memory_len(slots)
+        found = evaluate(trainer, task, data, config["test_images"]["1"], 1)
+        accuracy[str(slots)] = {"where": f"with {slots} slots", **found}
+    return {
+        "task": run.task,
+        "variant": run.variant,
+        "seed": run.seed,
+        "accuracy": accuracy,
+        "train_seconds": round(ledger.seconds, 1),
+        "test_seconds": 0.0,
+        "curve": ledger.curve,
+        "config": config,
+        **provenance(),
+    }
+
+
+def write_report(out: Path) -> str:
+    """Write `elastic.md`, `elastic.json` and `elastic.png` from the results that there are; returns the table."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "runs").glob("*.json"))]
+    done = [result for result in results if "error" not in result]
+    if not done:
+        return f"no results in {out / 'runs'} yet"
+    lens = sorted({int(slots) for result in done for slots in result["accuracy"]})
+    lines = [f"| training | seed | {' | '.join(f'{n} slots' for n in lens)} |", "|---" * (len(lens) + 2) + "|"]
+    for result in done:
+        cells = [_cell(result["accuracy"].get(str(slots))) for slots in lens]
+        lines.append(f"| {result['variant']} | {result['seed']} | {' | '.join(cells)} |")
+    about = "Test accuracy in %, and the 95% interval of the binomial (Wilson), of one model each, by the slots in use."
+    text = "\n".join([*lines, "", about, ""])
+    (out / "elastic.md").write_text(text, encoding="utf-8")
+    rows = [{key: result[key] for key in ("task", "variant", "seed", "accuracy")} for result in done]
+    write_json(out / "elastic.json", {"date": datetime.date.today().isoformat(), "rows": rows, "runs": done})
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return text + "\nno plot: it needs matplotlib (pip install matplotlib)"
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for result in done:
+        found = [result["accuracy"][str(slots)] for slots in lens if str(slots) in result["accuracy"]]
+        means = [100 * one["accuracy"] for one in found]
+        bounds = [[100 * end for end in wilson(one["correct"], one["images"])] for one in found]
+        bars = [[m - low for m, (low, _) in zip(means, bounds, strict=True)]]
+        bars.append([high - m for m, (_, high) in zip(means, bounds, strict=True)])
+        style = {"color": f"C{VARIANTS.index(result['variant'])}", "marker": "os"[VARIANTS.index(result["variant"])]}
+        slots = [int(n) for n in result["accuracy"]]
+        axes.errorbar(slots, means, yerr=bars, label=f"{result['variant']}, seed {result['seed']}", capsize=3, **style)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lens, [str(slots) for slots in lens])
+    axes.set_xlabel("memory slots in use")
+    axes.set_ylabel("test accuracy (%)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out / "elastic.png", dpi=120)
+    return text
+
+
+def _cell(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    low, high = wilson(found["correct"], found["images"])
+    return f"{100 * found['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m luna_vision.benchmarks.elastic",
+        description="Train a model with its whole memory and one with prefixes of it, and test both with fewer and "
+        "fewer slots. Finished runs are skipped, stopped ones go on.",
+    )
+    parser.add_argument(
+        "--task", choices=list(TASKS), default="canvas", help="of luna_vision.compare (default: canvas)"
+    )
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: both)")
+    parser.add_argument("--memory-len", type=at_least(1), default=16, help="slots (default: 16)")
+    parser.add_argument("--lens", nargs="+", type=at_least(1), default=[1, 2, 4, 8, 16], help="of nested training")
+    parser.add_argument(
+        "--test-lens", nargs="+", type=at_least(1), default=[1, 2, 3, 4, 6, 8, 12, 16], help="(default: %(default)s)"
+    )
+    parser.add_argument("--seeds", nargs="+", type=at_least(0), default=[0], metavar="SEED", help="(default: 0)")
+    parser.add_argument("--jobs", type=at_least(1), default=1, help="runs at a time, one thread each (default: 1)")
+    parser.add_argument("--samples", type=at_least(1), help="training images of a run (default: the task's)")
+    parser.add_argument("--batch-size", type=at_least(1), help="(default: the task's)")
+    parser.add_argument("--width", type=at_least(32), default=96, help="a multiple of 32 (default: 96)")
+    parser.add_argument("--depth", type=at_least(1), default=6, help="blocks (default: 6)")
+    parser.add_argument("--test-images", type=at_least(1), metavar="N", help="at most")
+    parser.add_argument("--root", default="data", help="folder of Fashion-MNIST, fetched if missing (default: data)")
+    parser.add_argument("--out", type=Path, default=Path("runs/elastic/results"), help="(default: %(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("runs/elastic/work"), help="checkpoints (%(default)s)")
+    parser.add_argument("--report-only", action="store_true", help="only make the report from what there is")
+    parser.set_defaults(lr=None)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line says; returns the exit code: 1 if a run failed."""
+    args = _parser().parse_args(argv)
+    runs = plan(args)
+    todo = [] if args.report_only else unfinished(runs, args.out)
+    check(todo, args.root)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    print(f"{len(runs)} runs, of which {len(runs) - len(todo)} have finished before", flush=True)
+    failed = run_all(todo, args.jobs, args.root, args.out, args.work, execute)
+    print(write_report(args.out))
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    run_command(main)
