@@ -4,6 +4,7 @@ from luna_vision.data.base import ImageDataModule
 from luna_vision.data.canvas import Canvas, CanvasDataset, CanvasSpec, make_canvas
 from luna_vision.data.canvas_dense import CanvasDetectionDataModule, CanvasSegmentationDataModule
 from luna_vision.data.canvas_module import CanvasDataModule
+from luna_vision.data.canvas_sequence import CanvasSequenceDataModule, CropSequence, crop_sequence
 from luna_vision.data.datasets import (
     CIFAR10DataModule,
     CIFAR100DataModule,
@@ -28,7 +29,9 @@ __all__ = [
     "CanvasDataset",
     "CanvasDetectionDataModule",
     "CanvasSegmentationDataModule",
+    "CanvasSequenceDataModule",
     "CanvasSpec",
+    "CropSequence",
     "DigitsDataModule",
     "EpochSampler",
     "FashionMNISTDataModule",
@@ -38,6 +41,7 @@ __all__ = [
     "SampleError",
     "TimmDataModule",
     "WebDatasetDataModule",
+    "crop_sequence",
     "eval_transform",
     "find_images",
     "make_canvas",

@@ -39,6 +39,7 @@ class Canvas:
         instances: uint8 (S, S): 0 is background, i + 1 the pixels that item i lights. Items do not overlap.
         cued_item: Position of the item whose class is the label, None if not cued.
         cue_box: int64 (4,), the square that names the colour, None if not cued.
+        frames: int64 (n, 4), the box of each item with its frame; of its whole square if not cued.
     """
 
     image: np.ndarray
@@ -48,6 +49,7 @@ class Canvas:
     instances: np.ndarray
     cued_item: int | None = None
     cue_box: np.ndarray | None = None
+    frames: np.ndarray | None = None
 
     @property
     def masks(self) -> np.ndarray:
@@ -176,7 +178,8 @@ def make_canvas(rng: np.random.Generator, images: np.ndarray, labels: np.ndarray
     if spec.noise:
         noise = rng.standard_normal(image.shape, dtype=np.float32) * spec.noise
         image = np.clip(image + noise, 0, 255).round().astype(np.uint8)
-    return Canvas(image, label, classes.astype(np.int64), boxes, instances, target, cue_box)
+    frames = np.concatenate([corners[:, ::-1], corners[:, ::-1] + spec.outer], axis=1)
+    return Canvas(image, label, classes.astype(np.int64), boxes, instances, target, cue_box, frames)
 
 
 def _place(rng: np.random.Generator, spec: CanvasSpec, target: int | None) -> tuple[np.ndarray, np.ndarray | None]:

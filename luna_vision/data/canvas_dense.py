@@ -55,7 +55,7 @@ class _Masks(_Targets):
         return torch.from_numpy(of_instance[canvas.instances])
 
 
-class _CanvasModule(LightningDataModule):
+class CanvasModule(LightningDataModule):
     """Plain canvases of items from digits or Fashion-MNIST; those of the splits share no item.
 
     Canvases are drawn when asked for, each a function of ``canvas_seed``, its split and its index. There is no
@@ -129,7 +129,7 @@ class _CanvasModule(LightningDataModule):
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size or batch_size, num_workers
         names = tvd.FashionMNIST.classes if source == "fashion_mnist" else range(10)
         self.class_names = [str(name) for name in names]
-        self._datasets: dict[str, _Targets] = {}
+        self._datasets: dict[str, Dataset] = {}
 
     def prepare_data(self) -> None:
         if self.download and self.source == "fashion_mnist":
@@ -140,13 +140,16 @@ class _CanvasModule(LightningDataModule):
         for split in splits:
             self.dataset(split)
 
-    def dataset(self, split: str) -> _Targets:
+    def dataset(self, split: str) -> Dataset:
         """The dataset of "train", "val" or "test"; its ``canvases.canvas(index)`` gives all that is known."""
         if split not in self._datasets:
-            items = ITEM_SOURCES[self.source](self.root)[split]
-            canvases = CanvasDataset(*items, self.spec, self.lengths[split], self.canvas_seed, split)
-            self._datasets[split] = self.targets(canvases, self.in_chans)
+            self._datasets[split] = self.make_dataset(split)
         return self._datasets[split]
+
+    def make_dataset(self, split: str) -> Dataset:
+        items = ITEM_SOURCES[self.source](self.root)[split]
+        canvases = CanvasDataset(*items, self.spec, self.lengths[split], self.canvas_seed, split)
+        return self.targets(canvases, self.in_chans)
 
     def train_dataloader(self) -> DataLoader:
         trainer, dataset = self.trainer, self.dataset("train")
@@ -183,7 +186,7 @@ def _lists(samples: list[tuple[Tensor, dict[str, Tensor]]]) -> Detection:
     return list(images), list(targets)
 
 
-class CanvasDetectionDataModule(_CanvasModule):
+class CanvasDetectionDataModule(CanvasModule):
     """Canvases for detectors. Batches are (images, targets), as torchvision's detectors take them.
 
     Images are a list of (C, S, S) with pixels in [0, 1]; targets a list of dicts of boxes (n, 4) (left, top, right,
@@ -194,7 +197,7 @@ class CanvasDetectionDataModule(_CanvasModule):
     collate = staticmethod(_lists)
 
 
-class CanvasSegmentationDataModule(_CanvasModule):
+class CanvasSegmentationDataModule(CanvasModule):
     """Canvases for semantic segmentation. Batches are (images (B, C, S, S), masks (B, S, S) int64).
 
     Pixels are in [0, 1]; a mask is 0 where there is no item, else the item's class + 1. Arguments are those of

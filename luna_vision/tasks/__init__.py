@@ -7,6 +7,7 @@ from .dense import DetectionTask, SegmentationTask
 from .mixing import StepMixup
 from .nested import NestedMemory
 from .reporting import EpochLines, ExportBest, PredictionWriter, export_weights
+from .sequence import SequenceTask
 
 __all__ = [
     "EMA",
@@ -21,6 +22,7 @@ __all__ = [
     "NonFiniteLossError",
     "PredictionWriter",
     "SegmentationTask",
+    "SequenceTask",
     "StepMixup",
     "export_weights",
 ]

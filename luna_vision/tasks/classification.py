@@ -194,12 +194,14 @@ class ClassificationTask(TimmTask):
     def _evaluate(self, batch: Batch, metrics: MetricCollection, loss_name: str) -> None:
         images, targets = batch
         self._check_batch(images, targets)
-        logits = self(images).float()
+        self._log_evaluation(self(images).float(), targets, metrics, loss_name)
+
+    def _log_evaluation(self, logits: Tensor, targets: Tensor, metrics: MetricCollection, loss_name: str) -> None:
         metrics.update(logits, targets)
         # Plain cross-entropy whatever the training loss is, so that runs can be compared.
-        self.log(loss_name, F.cross_entropy(logits, targets), sync_dist=True, batch_size=len(images))
+        self.log(loss_name, F.cross_entropy(logits, targets), sync_dist=True, batch_size=len(logits))
         for name, metric in metrics.items():
-            self.log(name, metric, prog_bar=name.endswith("acc1"), batch_size=len(images))
+            self.log(name, metric, prog_bar=name.endswith("acc1"), batch_size=len(logits))
 
     def predict_step(self, batch: tuple[Tensor, list[str]], batch_idx: int) -> dict[str, Any]:
         """The five most probable classes (fewer where there are fewer), most probable first.
@@ -208,7 +210,9 @@ class ClassificationTask(TimmTask):
             ``ids`` list of B strings, ``labels`` (B, 5) int64, ``probabilities`` (B, 5) float in [0, 1]
         """
         images, ids = batch
-        logits = self(images).float()
+        return self._most_probable(self(images).float(), ids)
+
+    def _most_probable(self, logits: Tensor, ids: list[str]) -> dict[str, Any]:
         probabilities = logits.sigmoid() if self.hparams.loss == "bce" else logits.softmax(1)
         top = probabilities.topk(min(5, self.hparams.num_classes), dim=1)
         return {"ids": list(ids), "labels": top.indices, "probabilities": top.values}

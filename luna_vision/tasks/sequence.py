@@ -1,0 +1,100 @@
+"""Classification of sequences of images by a Luna ViT that hands its memory on from one image to the next.
+
+Shapes: B batch, T images of a sequence, C channels, H x W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from luna_vision.models import LunaVit
+from luna_vision.models._parts import join_tokens
+
+from .classification import ClassificationTask
+
+Sequences = tuple[Tensor, Tensor, Tensor]
+
+
+class SequenceTask(ClassificationTask):
+    """Train and evaluate a Luna ViT whose memory carries over: truncated backpropagation through time.
+
+    Batches are (images (B, T, C, H, W) float, targets (B,) int64, known (B,) int64): from image `known` on, counted
+    from 0, a sequence has shown its target, and there the loss is taken. Accuracies and validation losses are those
+    after the last image. Logged as by :class:`ClassificationTask`.
+
+    The memory that leaves the last block enters the first block of the next image as it is, in the place of the learned
+    one: what ``model.encode(image, memory=memory)`` returns is what it takes, and so do streaming and exported graphs.
+    The residual stream of the memory then runs through all images, and gradients run back along it.
+
+    One backward pass goes over all T images, whose activations are kept until then; `bptt_steps` bounds how far a
+    gradient reaches, not the memory that it takes. For that there is ``grad_checkpointing``.
+
+    Args:
+        bptt_steps: images over which gradients go back, 0 for all of a sequence: the memory is cut off from what came
+            before at images 0, `bptt_steps`, twice `bptt_steps`, ... With 1 the model never learns what to keep.
+        carry: False begins every image with the learned memory, and takes the mean of the logits of the images so far:
+            what can be told without remembering.
+        **kwargs: the arguments of :class:`ClassificationTask`, without MixUp and CutMix.
+
+    Raises:
+        ValueError: a negative ``bptt_steps``, MixUp or CutMix, a model that is no Luna ViT or has no memory, or as
+            :class:`ClassificationTask`.
+    """
+
+    def __init__(self, bptt_steps: int = 0, carry: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if bptt_steps < 0:
+            raise ValueError(f"bptt_steps must be at least 0, got {bptt_steps}")
+        if self.mix is not None:
+            raise ValueError("mixup and cutmix mix single images: they must be 0 for sequences")
+        if not isinstance(self.model, LunaVit) or self.model.memory is None:
+            raise ValueError(f"sequences need a Luna ViT with a memory, and {self.hparams.model_name} has none")
+
+    def forward(self, images: Tensor, memory: Tensor | None = None) -> Tensor:
+        """Logits (B, T, K) after each image of sequences (B, T, C, H, W), beginning with a memory (B, L, C), if given
+        one."""
+        hp, model, logits = self.hparams, self.model, []
+        for t, image in enumerate(images.unbind(1)):
+            if hp.channels_last:
+                image = image.contiguous(memory_format=torch.channels_last)
+            if t and not hp.carry:
+                memory = None
+            elif t and hp.bptt_steps and t % hp.bptt_steps == 0:
+                memory = memory.detach()
+            patches, memory = model.encode(image, memory=memory)
+            logits.append(model.forward_head(model.norm(join_tokens(memory, patches))))
+        stacked = torch.stack(logits, dim=1)
+        if hp.carry:
+            return stacked
+        return stacked.cumsum(1) / torch.arange(1, len(logits) + 1, device=stacked.device)[:, None]
+
+    def _check_sequences(self, images: Tensor, targets: Tensor, known: Tensor) -> None:
+        if images.ndim != 5:
+            raise ValueError(f"sequences must be (B, T, C, H, W), got {tuple(images.shape)}")
+        self._check_batch(images[:, 0], targets)
+        if known.shape != targets.shape or known.min() < 0 or known.max() >= images.shape[1]:
+            raise ValueError(f"known must be ({len(targets)},) with values in [0, {images.shape[1]}), got {known}")
+
+    def training_step(self, batch: Sequences, batch_idx: int) -> Tensor:
+        images, targets, known = batch
+        self._check_sequences(images, targets, known)
+        logits = self(images)
+        steps = torch.arange(images.shape[1], device=known.device)
+        told = steps >= known[:, None]  # (B, T); the last image is always among them
+        loss = self.compute_loss(logits[told], targets[:, None].expand_as(told)[told])
+        self._log_training(loss.detach(), logits[:, -1], targets)
+        return loss
+
+    def _evaluate(self, batch: Sequences, metrics: MetricCollection, loss_name: str) -> None:
+        images, targets, known = batch
+        self._check_sequences(images, targets, known)
+        self._log_evaluation(self(images)[:, -1].float(), targets, metrics, loss_name)
+
+    def predict_step(self, batch: tuple[Tensor, list[str]], batch_idx: int) -> dict[str, Any]:
+        """As :class:`ClassificationTask`, of sequences (B, T, C, H, W), after their last image."""
+        images, ids = batch
+        return self._most_probable(self(images)[:, -1].float(), ids)
