@@ -57,7 +57,7 @@ def add_residual(x: Tensor, y: Tensor) -> Tensor:
     return saturate(x + y)  # under autocast the residual stream is wider than what a layer gives
 
 
-def check_valid(valid: Tensor, batch: int, length: int, name: str) -> None:
+def check_valid(valid: Tensor, batch: int, length: int, name: str, values: bool = True) -> None:
     """Check a validity mask (True = valid) against the tokens that it describes.
 
     Args:
@@ -65,6 +65,7 @@ def check_valid(valid: Tensor, batch: int, length: int, name: str) -> None:
         batch: Batch size of the tokens.
         length: Number of tokens.
         name: How the caller knows the mask, for the message.
+        values: Look for rows without a valid token, which a part of an image may well be.
 
     Raises:
         ValueError: The mask is not bool, has another shape, or (in eager mode only, where values can be looked at)
@@ -75,7 +76,7 @@ def check_valid(valid: Tensor, batch: int, length: int, name: str) -> None:
     if valid.dtype != torch.bool:
         raise ValueError(f"{name} must be a bool tensor with True for valid tokens, got {valid.dtype}")
     if not torch.jit.is_scripting():
-        if torch.jit.is_tracing() or torch.compiler.is_compiling() or valid.is_meta:
+        if not values or torch.jit.is_tracing() or torch.compiler.is_compiling() or valid.is_meta:
             return
         if not bool(valid.any(dim=1).all()):
             raise ValueError(f"{name} has a row without any valid token; every row needs at least one")

@@ -46,7 +46,7 @@ class LocalMixing(nn.Module):
         if H * W != N:
             raise ValueError(f"grid_size {H} x {W} does not have the {N} patches of x")
         if patch_valid is not None:
-            check_valid(patch_valid, B, N, "patch_valid")
+            check_valid(patch_valid, B, N, "patch_valid", values=False)
             x = x.masked_fill(~patch_valid[:, :, None], 0.0)
         # a channels-last view, not a copy
         x = self.conv(x.reshape(B, H, W, C).permute(0, 3, 1, 2))

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from .._tensors import check_option, saturate
 from ..layers import POS_EMBEDS, ConvPatchEmbed, LunaBlock, MixerBlock, PatchEmbed
+from ..layers.bands import block_by_bands, check_bands
 from ..mixers import create_mixer
 from ._parts import (
     POOL_TYPES,
@@ -205,6 +206,8 @@ class LunaVit(nn.Module):
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = self.memory_len = memory_len
         self.grad_checkpointing = False
+        self.band_rows = 0
+        self.band_store: torch.dtype | None = None
 
         if stem == "conv":
             self.patch_embed = ConvPatchEmbed(img_size, patch_size, in_chans, embed_dim, **dd)
@@ -297,6 +300,33 @@ class LunaVit(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def set_band_checkpointing(self, rows: int, store_dtype: torch.dtype | None = None) -> None:
+        """Run every block a few rows of patches at a time, forward and backward (`luna_vision.layers.bands`).
+
+        Of a block its input is kept, as by `set_grad_checkpointing`, and what else it makes exists for one band only.
+        Results and gradients are the same up to rounding. Compiled, traced and exported models run without bands.
+
+        Args:
+            rows: Rows of the patch grid in a band; 0 for none. A band of about 4,096 patches is large enough.
+            store_dtype: Type in which inputs are kept. `torch.bfloat16` halves what they take, and gradients are then
+                those at inputs that are rounded to 8 bits.
+
+        Raises:
+            ValueError: Fewer than 0 rows, a type that is not floating-point, a mixer without memory, or dropout of
+                activations or attention weights.
+        """
+        if rows < 0:
+            raise ValueError(f"rows must be at least 0, got {rows}")
+        if store_dtype is not None and not store_dtype.is_floating_point:
+            raise ValueError(f"store_dtype must be a floating-point type, got {store_dtype}")
+        if rows:
+            if self.memory is None:
+                raise ValueError("bands meet in the memory, and this model's mixer has none")
+            for block in self.blocks:
+                check_bands(block)
+        self.band_rows, self.band_store = rows, store_dtype
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -409,7 +439,9 @@ class LunaVit(nn.Module):
         """
         x, memory, grid_size, patch_valid = self._embed(x, patch_valid, memory)
         for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+            if self.band_rows > 0 and not torch.jit.is_scripting():
+                x, memory = block_by_bands(block, x, memory, grid_size, patch_valid, self.band_rows, self.band_store)
+            elif self.grad_checkpointing and not torch.jit.is_scripting():
                 x, memory = checkpoint(block, x, memory, grid_size, patch_valid)
             else:
                 x, memory = block(x, memory, grid_size, patch_valid)
@@ -477,7 +509,9 @@ class LunaVit(nn.Module):
         x, memory, (H, W), patch_valid = self._embed(x, patch_valid, memory)
         spatial, prefix = [], []
         for i, block in enumerate(blocks):
-            if self.grad_checkpointing:
+            if self.band_rows:
+                x, memory = block_by_bands(block, x, memory, (H, W), patch_valid, self.band_rows, self.band_store)
+            elif self.grad_checkpointing:
                 x, memory = checkpoint(block, x, memory, (H, W), patch_valid)
             else:
                 x, memory = block(x, memory, (H, W), patch_valid)
