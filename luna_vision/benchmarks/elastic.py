@@ -7,18 +7,17 @@ asked for, without any training in between. Shell, data, schedule and budget are
 
 import argparse
 import datetime
-import json
 import signal
 from pathlib import Path
 from typing import Any
 
 from luna_vision._commands import Parser, at_least, run_command
-from luna_vision._compare_report import wilson
 from luna_vision._compare_run import Progress, Run, evaluate, make_data, make_task, provenance, train, train_loader
 from luna_vision._compare_workers import run_all
 from luna_vision.compare import TASKS, check, configuration, unfinished
 from luna_vision.tasks import NestedMemory
 
+from ._runs import add_run_arguments, cell, error_bars, finished
 from .record import write_json
 
 __all__ = ["execute", "main", "plan"]
@@ -76,20 +75,18 @@ def execute(run: Run, root: str, work: Path, report: Progress) -> dict[str, Any]
 
 def write_report(out: Path) -> str:
     """Write `elastic.md`, `elastic.json` and `elastic.png` from the results that there are; returns the table."""
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "runs").glob("*.json"))]
-    done = [result for result in results if "error" not in result]
+    done = finished(out)
     if not done:
         return f"no results in {out / 'runs'} yet"
     lens = sorted({int(slots) for result in done for slots in result["accuracy"]})
     lines = [f"| training | seed | {' | '.join(f'{n} slots' for n in lens)} |", "|---" * (len(lens) + 2) + "|"]
     for result in done:
-        cells = [_cell(result["accuracy"].get(str(slots))) for slots in lens]
+        cells = [cell(result["accuracy"].get(str(slots))) for slots in lens]
         lines.append(f"| {result['variant']} | {result['seed']} | {' | '.join(cells)} |")
     about = "Test accuracy in %, and the 95% interval of the binomial (Wilson), of one model each, by the slots in use."
     text = "\n".join([*lines, "", about, ""])
     (out / "elastic.md").write_text(text, encoding="utf-8")
-    rows = [{key: result[key] for key in ("task", "variant", "seed", "accuracy")} for result in done]
-    write_json(out / "elastic.json", {"date": datetime.date.today().isoformat(), "rows": rows, "runs": done})
+    write_json(out / "elastic.json", {"date": datetime.date.today().isoformat(), "runs": done})
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -97,14 +94,10 @@ def write_report(out: Path) -> str:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for result in done:
-        found = [result["accuracy"][str(slots)] for slots in lens if str(slots) in result["accuracy"]]
-        means = [100 * one["accuracy"] for one in found]
-        bounds = [[100 * end for end in wilson(one["correct"], one["images"])] for one in found]
-        bars = [[m - low for m, (low, _) in zip(means, bounds, strict=True)]]
-        bars.append([high - m for m, (_, high) in zip(means, bounds, strict=True)])
-        style = {"color": f"C{VARIANTS.index(result['variant'])}", "marker": "os"[VARIANTS.index(result["variant"])]}
-        slots = [int(n) for n in result["accuracy"]]
-        axes.errorbar(slots, means, yerr=bars, label=f"{result['variant']}, seed {result['seed']}", capsize=3, **style)
+        tests, i = list(result["accuracy"].values()), VARIANTS.index(result["variant"])
+        slots, means = [int(n) for n in result["accuracy"]], [100 * one["accuracy"] for one in tests]
+        style = {"color": f"C{i}", "marker": "os"[i], "capsize": 3}
+        axes.errorbar(slots, means, error_bars(tests), label=f"{result['variant']}, seed {result['seed']}", **style)
     axes.set_xscale("log", base=2)
     axes.set_xticks(lens, [str(slots) for slots in lens])
     axes.set_xlabel("memory slots in use")
@@ -113,13 +106,6 @@ def write_report(out: Path) -> str:
     axes.legend()
     figure.savefig(out / "elastic.png", dpi=120)
     return text
-
-
-def _cell(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return "-"
-    low, high = wilson(found["correct"], found["images"])
-    return f"{100 * found['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -137,17 +123,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--test-lens", nargs="+", type=at_least(1), default=[1, 2, 3, 4, 6, 8, 12, 16], help="(default: %(default)s)"
     )
-    parser.add_argument("--seeds", nargs="+", type=at_least(0), default=[0], metavar="SEED", help="(default: 0)")
-    parser.add_argument("--jobs", type=at_least(1), default=1, help="runs at a time, one thread each (default: 1)")
     parser.add_argument("--samples", type=at_least(1), help="training images of a run (default: the task's)")
     parser.add_argument("--batch-size", type=at_least(1), help="(default: the task's)")
-    parser.add_argument("--width", type=at_least(32), default=96, help="a multiple of 32 (default: 96)")
-    parser.add_argument("--depth", type=at_least(1), default=6, help="blocks (default: 6)")
     parser.add_argument("--test-images", type=at_least(1), metavar="N", help="at most")
-    parser.add_argument("--root", default="data", help="folder of Fashion-MNIST, fetched if missing (default: data)")
-    parser.add_argument("--out", type=Path, default=Path("runs/elastic/results"), help="(default: %(default)s)")
-    parser.add_argument("--work", type=Path, default=Path("runs/elastic/work"), help="checkpoints (%(default)s)")
-    parser.add_argument("--report-only", action="store_true", help="only make the report from what there is")
+    add_run_arguments(parser, "elastic", depth=6)
     parser.set_defaults(lr=None)
     return parser
 

@@ -35,7 +35,8 @@ class SequenceTask(ClassificationTask):
 
     Args:
         bptt_steps: images over which gradients go back, 0 for all of a sequence: the memory is cut off from what came
-            before at images 0, `bptt_steps`, twice `bptt_steps`, ... With 1 the model never learns what to keep.
+            before at images 0, `bptt_steps`, twice `bptt_steps`, ... With 1 no gradient ever asks what the next image
+            will need.
         carry: False begins every image with the learned memory, and takes the mean of the logits of the images so far:
             what can be told without remembering.
         **kwargs: the arguments of :class:`ClassificationTask`, without MixUp and CutMix.

@@ -18,7 +18,7 @@ def test_command_runs_reports_and_skips(tmp_path, capsys, monkeypatch):
     output = capsys.readouterr().out
     assert "digits nested seed 0: done in" in output and "with 3 slots" in output
     report = json.loads((tmp_path / "out/elastic.json").read_text())
-    assert {row["variant"]: list(row["accuracy"]) for row in report["rows"]} == {
+    assert {row["variant"]: list(row["accuracy"]) for row in report["runs"]} == {
         "plain": ["1", "3", "4"],
         "nested": ["1", "3", "4"],
     }
