@@ -116,7 +116,9 @@ def _work(
     try:
         result = execute(run, root, work / run.work_name, messages.send)
         write_json(result_path(out, run), result)
-        tests = [(test.get("where", f"at {test['side']} px"), test["accuracy"]) for test in result["accuracy"].values()]
+        tests = [
+            (test.get("where") or f"at {test['side']} px", test["accuracy"]) for test in result["accuracy"].values()
+        ]
         seconds = result["train_seconds"] + result["test_seconds"]
         messages.send({"kind": "done", "tests": tests, "seconds": seconds})
     except BrokenPipeError:

@@ -29,7 +29,7 @@ from luna_vision.tasks import SequenceTask
 from ._runs import add_run_arguments, cell, finished
 from .record import write_json
 
-__all__ = ["execute", "main", "plan", "tests"]
+__all__ = ["evaluate_memories", "execute", "main", "plan"]
 
 VARIANTS = {"carry": {"carry": True}, "bptt-1": {"carry": True, "bptt_steps": 1}, "mean": {"carry": False}}
 TESTS = {"carried": "memory handed on", "reset": "fresh memory, last crop", "mean": "fresh memories, mean logits"}
@@ -79,7 +79,7 @@ def execute(run: Run, root: str, work: Path, report: Progress) -> dict[str, Any]
     task, data = SequenceTask(model_name=MODEL, **arguments, **config["memory"]), make_data(config, root)
     _, ledger = train(config, task, train_loader(config, data), work, report)
     since = time.perf_counter()
-    accuracy = tests(task, data.test_dataloader())
+    accuracy = evaluate_memories(task, data.test_dataloader())
     return {
         "task": run.task,
         "variant": run.variant,
@@ -94,7 +94,7 @@ def execute(run: Run, root: str, work: Path, report: Progress) -> dict[str, Any]
 
 
 @torch.inference_mode()
-def tests(task: SequenceTask, loader: DataLoader) -> dict[str, dict[str, Any]]:
+def evaluate_memories(task: SequenceTask, loader: DataLoader) -> dict[str, dict[str, Any]]:
     """Accuracy on sequences by each of `TESTS`, whatever the task was trained for."""
     model, correct, count = task.model.eval(), dict.fromkeys(TESTS, 0), 0
     for crops, labels, _ in loader:

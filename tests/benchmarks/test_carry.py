@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from luna_vision import _compare_workers
-from luna_vision.benchmarks.carry import TESTS, _parser, main, plan, tests
+from luna_vision.benchmarks.carry import TESTS, _parser, evaluate_memories, main, plan
 from luna_vision.tasks import SequenceTask
 
 TINY = ["--width", "32", "--depth", "1", "--samples", "40", "--batch-size", "4", "--test-sequences", "8"]
@@ -45,7 +45,7 @@ def test_what_is_tested_is_what_it_says():
     with torch.no_grad():
         labels = task(crops)[:, -1].argmax(1)  # so that the test with the memory handed on is right always
         fresh = torch.stack([task.model(crop) for crop in crops.unbind(1)], dim=1)
-    found = tests(task, [(crops, labels, labels), (crops[:1], labels[:1], labels[:1])])
+    found = evaluate_memories(task, [(crops, labels, labels), (crops[:1], labels[:1], labels[:1])])
     assert found["carried"]["correct"] == found["carried"]["images"] == 65
     for name, logits in (("reset", fresh[:, -1]), ("mean", fresh.mean(1))):
         right = logits.argmax(1) == labels
