@@ -31,7 +31,7 @@ BAND_PATCHES = 2**12  # as many as a band of streaming has
 WORKER = "import json, sys; from luna_vision.benchmarks.bands import measure; measure(json.loads(sys.argv[1]))"
 
 
-def estimate(model: LunaVit, side: int, store_bytes: int) -> int:
+def estimate(model: LunaVit, side: int, store_bytes: int, rows: int | None = None) -> int:
     """Bytes that a step in bands holds at its fullest, when the backward pass begins, beyond Python and the libraries.
 
     The pixels, the input of every block as it is stored, and four times the patches in float32: the last block's
@@ -43,12 +43,15 @@ def estimate(model: LunaVit, side: int, store_bytes: int) -> int:
         model: A Luna ViT.
         side: Of the image, pixels.
         store_bytes: Of a number, as the inputs are stored.
+        rows: Of a band; those of about 4,096 patches if None.
     """
     p, q = model.patch_embed.patch_size
-    patches, width = -(-side // p) * -(-side // q), model.embed_dim
+    columns, width = -(-side // q), model.embed_dim
+    patches = -(-side // p) * columns
+    rows = max(1, BAND_PATCHES // columns) if rows is None else rows
     pixels = 4 * model.in_chans * side * side
     kept = patches * width * (len(model.blocks) * store_bytes + 4 * 4)
-    band = min(patches, BAND_PATCHES) * 4 * (14 * width + 3 * model.blocks[0].hidden)
+    band = min(patches, rows * columns) * 4 * (14 * width + 3 * model.blocks[0].hidden)
     return pixels + kept + 2 * 4 * sum(x.numel() for x in model.parameters()) + band
 
 
@@ -83,7 +86,7 @@ def measure(job: dict[str, Any]) -> None:
         "gradient_norm": float(norm),
     }
     if job["way"] == "bands":
-        result["estimated_bytes"] = estimate(model, job["side"], 2 if job["store_dtype"] == "bfloat16" else 4)
+        result["estimated_bytes"] = estimate(model, job["side"], 2 if job["store_dtype"] == "bfloat16" else 4, rows)
     print(json.dumps(result))
 
 

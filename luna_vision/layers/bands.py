@@ -244,8 +244,8 @@ def _backward(
         d_total, d_weighted = found[1:3]
         d_params.add(found[3:])
 
-    nothing = dataclasses.replace(state, total=torch.zeros_like(total), weighted=torch.zeros_like(weighted))
-    nothing = dataclasses.replace(nothing, total=nothing.total.detach(), weighted=nothing.weighted.detach())
+    with torch.no_grad():
+        nothing = dataclasses.replace(state, total=torch.zeros_like(total), weighted=torch.zeros_like(weighted))
     d_x, d_queries = _enter(bands, x, nothing, d_mixed, d_total, d_weighted, d_params)
     if d_queries is not None:
         found = _grad([first.queries], [memory, *params], [d_queries])

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from luna_vision import LunaVit
+from luna_vision.layers.bands import block_by_bands
 
 
 def tiny(**kwargs) -> LunaVit:
@@ -168,8 +169,6 @@ def test_nothing_but_inputs_is_kept():
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
             x, memory = image(1, patches * 4, 32).requires_grad_(), image(1, 3, 32)
-            from luna_vision.layers.bands import block_by_bands
-
             block_by_bands(block, x, memory, (patches, 4), None, 1)
         return sum(sizes)
 
