@@ -59,12 +59,17 @@ def run_command(command: Callable[[], int | None]) -> NoReturn:
         sys.exit(2)
 
 
-def build_model(name: str, num_classes: int | None = None, in_chans: int = 3, **model_kwargs: Any) -> nn.Module:
-    """`timm.create_model`, with a `ValueError` for a name or an argument that does not exist."""
+def check_model_name(name: str) -> None:
+    """Raise a `ValueError` that names similar models unless timm knows this one."""
     if not timm.is_model(name):
         close = difflib.get_close_matches(get_arch_name(name), timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else "; timm.list_models() lists all of them"
         raise ValueError(f"unknown model name {name!r}{hint}")
+
+
+def build_model(name: str, num_classes: int | None = None, in_chans: int = 3, **model_kwargs: Any) -> nn.Module:
+    """`timm.create_model`, with a `ValueError` for a name or an argument that does not exist."""
+    check_model_name(name)
     classes = {} if num_classes is None else {"num_classes": num_classes}
     try:
         return timm.create_model(name, in_chans=in_chans, **classes, **model_kwargs)

@@ -13,7 +13,9 @@ from torch import nn
 from ._parts import unwrap_state_dict
 
 
-def load_weights(model: nn.Module, path: str | Path, say: Callable[[str], None] = print) -> None:
+def load_weights(
+    model: nn.Module, path: str | Path, say: Callable[[str], None] = print, fresh_head: bool = True
+) -> None:
     """Load a checkpoint into ``model``, adapting what may differ.
 
     The model's ``checkpoint_filter_fn`` runs (so positions are resampled), the first convolution is adapted to another
@@ -24,10 +26,11 @@ def load_weights(model: nn.Module, path: str | Path, say: Callable[[str], None] 
         model: a timm model.
         path: a timm, Lightning or safetensors file.
         say: what notices go to.
+        fresh_head: whether a head for another number of classes may start fresh; if not, it is an error.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file holds no weights, or weights of another model.
+        ValueError: the file holds no weights, weights of another model or, without ``fresh_head``, other classes.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
@@ -36,7 +39,7 @@ def load_weights(model: nn.Module, path: str | Path, say: Callable[[str], None] 
     except Exception as error:  # unpickling a file that is no checkpoint raises nearly anything
         raise ValueError(f"{str(path)!r} is not a checkpoint that timm can read: {error}") from error
     cfg = dict(model.pretrained_cfg, state_dict=state_dict, source="", num_classes=model.num_classes)
-    _keep_own_head(model, cfg, str(path), say)
+    _keep_own_head(model, cfg, str(path), say, fresh_head)
     _declare_channels(model, cfg)
     try:
         load_pretrained(
@@ -52,7 +55,7 @@ def load_weights(model: nn.Module, path: str | Path, say: Callable[[str], None] 
     say(f"weights loaded from {path}")
 
 
-def _keep_own_head(model: nn.Module, cfg: dict, path: str, say: Callable[[str], None]) -> None:
+def _keep_own_head(model: nn.Module, cfg: dict, path: str, say: Callable[[str], None], fresh_head: bool) -> None:
     """Give a head of another size the model's own values, so that the rest can still be loaded strictly."""
     own, given = model.state_dict(), cfg["state_dict"]
     classifiers = cfg.get("classifier") or ()
@@ -64,6 +67,9 @@ def _keep_own_head(model: nn.Module, cfg: dict, path: str, say: Callable[[str], 
             for name in (weight, f"{classifier}.bias"):
                 given.pop(name, None)
         elif given[weight].shape[0] != own[weight].shape[0]:
+            if not fresh_head:
+                classes = (given[weight].shape[0], own[weight].shape[0])
+                raise ValueError(f"{path!r} has a head for {classes[0]} classes, the model one for {classes[1]}")
             say(
                 f"{path}: its head for {given[weight].shape[0]} classes is dropped; the model's own, for "
                 f"{own[weight].shape[0]}, starts fresh"

@@ -4,6 +4,7 @@ from .callbacks import EMA, ImagesPerSecond, NonFiniteGuard, NonFiniteLossError
 from .checkpoints import LastCheckpoint
 from .classification import ClassificationTask
 from .dense import DetectionTask, SegmentationTask
+from .distillation import DistillationTask
 from .mixing import StepMixup
 from .nested import NestedMemory
 from .reporting import EpochLines, ExportBest, PredictionWriter, export_weights
@@ -13,6 +14,7 @@ __all__ = [
     "EMA",
     "ClassificationTask",
     "DetectionTask",
+    "DistillationTask",
     "EpochLines",
     "ExportBest",
     "ImagesPerSecond",

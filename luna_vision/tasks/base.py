@@ -120,7 +120,11 @@ class TimmTask(LightningModule):
     def _build_optimizer(self) -> Optimizer:
         hp = self.hparams
         rates = (hp.lr, hp.weight_decay, hp.get("layer_decay"))
-        return build_optimizer(self.model, hp.optimizer, *rates, hp.optimizer_kwargs or {})
+        return build_optimizer(self.trained_module(), hp.optimizer, *rates, hp.optimizer_kwargs or {})
+
+    def trained_module(self) -> nn.Module:
+        """What the optimizer is given: `self.model`, or a module with it and what else is trained."""
+        return self.model
 
     def configure_optimizers(self) -> dict[str, Any]:
         hp = self.hparams

@@ -150,9 +150,11 @@ class ClassificationTask(TimmTask):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W)."""
-        if self.hparams.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return self.model(images)
+        return self.model(self.as_model_input(images))
+
+    def as_model_input(self, images: Tensor) -> Tensor:
+        """The images in the memory format that the model is in."""
+        return images.contiguous(memory_format=torch.channels_last) if self.hparams.channels_last else images
 
     def _check_batch(self, images: Tensor, targets: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != self.hparams.in_chans:
@@ -170,10 +172,14 @@ class ClassificationTask(TimmTask):
         self._check_batch(images, targets)
         if self.mix is not None:
             images, targets = self.mix(images, targets, (self.global_step, batch_idx, self.global_rank))
-        logits = self(images)
-        loss = self.compute_loss(logits, targets)
+        loss, logits = self.training_loss(images, targets)
         self._log_training(loss.detach(), logits, targets)
         return loss
+
+    def training_loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss to minimise, and the logits (B, K), of images (B, C, H, W) as they are after mixing."""
+        logits = self(images)
+        return self.compute_loss(logits, targets), logits
 
     def _log_training(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         # Against mixed targets, accuracy is how often the class with the largest share is found.
