@@ -12,7 +12,7 @@ import torch
 
 import luna_vision
 
-__all__ = ["machine", "write_json"]
+__all__ = ["machine", "read_json", "write_json"]
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
@@ -27,6 +27,11 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         out["gpu"] = torch.cuda.get_device_name()
     versions = {"torch": torch.__version__, "timm": timm.__version__, "luna_vision": luna_vision.__version__}
     return {**out, "system": platform.platform(), "python": platform.python_version(), **versions}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote, or nothing yet."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
