@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import cv2
@@ -15,6 +16,7 @@ from luna_vision._statistics import per_channel
 from luna_vision.data.faults import check_fault_policy
 from luna_vision.data.images import PredictDataset, Source, StreamDataset, TransformedDataset, find_images, one_line
 from luna_vision.data.sampling import EpochLoader, EpochSampler, next_batch
+from luna_vision.data.sizes import BatchDataset, SizeSampler, parse_sizes, patches_of
 from luna_vision.data.transforms import Augmentation, SeededTransform, eval_transform, train_transform
 
 SPLIT_SEED = 0  # of held-out splits; deliberately not the run's seed, see `hold_out`
@@ -40,7 +42,8 @@ class ImageDataModule(LightningDataModule):
         num_classes: Number of classes; labels are in [0, num_classes).
         class_names: A name for each class.
         in_chans: Channels C of the images.
-        img_size: (H, W) of the images, in pixels.
+        img_size: (H, W) of the images, in pixels; those of training may have others.
+        train_sizes: (H, W) of the images of training batches; empty where all are of img_size.
         MEAN, STD: Default normalisation, of pixels in [0, 1], for one channel or three.
 
     Args:
@@ -72,6 +75,11 @@ class ImageDataModule(LightningDataModule):
         on_error: What happens to an image that cannot be read: "raise" stops and names it, "skip" logs it once and puts
             the next readable one in its place, see :class:`~luna_vision.data.faults.SkipFaults`. Prediction stops.
         max_error_share: Share of a split that "skip" replaces; beyond it, it stops.
+        train_sizes: Sides in pixels, or [height, width], to train at, each batch at one of them, in an order drawn for
+            each epoch; evaluation is at ``img_size``, for which ``batch_size`` is meant. Other sizes have as many
+            images in a batch as make as many patches. The loss of a batch is its mean as ever, so that an image counts
+            for less in a batch of many.
+        patch_size: Side of the model's patches in pixels, of which ``train_sizes`` must be multiples; of no other use.
         predict_path: What to predict: an image file, a folder (searched recursively) or a list of files; the test set
             if None.
 
@@ -112,6 +120,8 @@ class ImageDataModule(LightningDataModule):
         persistent_workers: bool = True,
         on_error: str = "raise",
         max_error_share: float = 0.01,
+        train_sizes: list[int | list[int]] | None = None,
+        patch_size: int = 16,
         predict_path: str | list[str] | None = None,
     ) -> None:
         super().__init__()
@@ -151,6 +161,12 @@ class ImageDataModule(LightningDataModule):
         self.train_transform: SeededTransform = train_transform(
             augmentation, augment, self.mean, self.std, random_erasing
         )
+        self.patch_size = patch_size
+        self.train_sizes = [] if train_sizes is None else parse_sizes(train_sizes, patch_size)
+        self.sized_transforms = {
+            size: train_transform(augmentation, replace(augment, size=size), self.mean, self.std, random_erasing)
+            for size in self.train_sizes
+        }
         self.eval_transform: SeededTransform = eval_transform(self.img_size, self.mean, self.std, crop_pct)
         self._datasets: dict[str, TransformedDataset | StreamDataset | None] = {}
 
@@ -182,6 +198,8 @@ class ImageDataModule(LightningDataModule):
         if split not in self._datasets:
             source = self.make_source(split)
             self._datasets[split] = None if source is None else self._tensors(source, split)
+            if split == "train" and self.train_sizes and isinstance(self._datasets[split], StreamDataset):
+                raise ValueError("train_sizes need samples with indices, which a stream has not")
         return self._datasets[split]
 
     def _tensors(self, source: Source | IterableDataset, split: str) -> TransformedDataset | StreamDataset:
@@ -189,7 +207,8 @@ class ImageDataModule(LightningDataModule):
         name = f"{type(self).__name__} {split}"
         arguments = (source, transform, self.in_chans, self.num_classes, self.seed, name)
         if not isinstance(source, IterableDataset):
-            return TransformedDataset(*arguments, self.max_error_share)
+            sized = self.sized_transforms if split == "train" else None
+            return TransformedDataset(*arguments, self.max_error_share, sized)
         if self.max_error_share is not None:
             raise ValueError("on_error='skip' needs samples with indices, which a stream of timm has not: give 'raise'")
         return StreamDataset(*arguments)
@@ -199,6 +218,11 @@ class ImageDataModule(LightningDataModule):
         if isinstance(dataset, StreamDataset):
             return self._loader(dataset, self.batch_size, train=True, drop_last=self.drop_last)
         rank, world_size = self._rank()
+        if self.train_sizes:
+            patches = self.batch_size * patches_of(self.img_size, self.patch_size)
+            sizes = (self.train_sizes, self.patch_size, patches, self.drop_last)
+            sampler = SizeSampler(dataset, *sizes, self.seed, world_size, rank)
+            return self._loader(BatchDataset(dataset), None, train=True, sampler=sampler)
         sampler = EpochSampler(dataset, seed=self.seed, num_replicas=world_size, rank=rank)
         drop_last = self.drop_last and len(sampler) >= self.batch_size
         return self._loader(dataset, self.batch_size, train=True, sampler=sampler, drop_last=drop_last)
@@ -223,7 +247,7 @@ class ImageDataModule(LightningDataModule):
     def _loader(
         self,
         dataset: Dataset,
-        batch_size: int,
+        batch_size: int | None,
         train: bool = False,
         sampler: EpochSampler | None = None,
         drop_last: bool = False,

@@ -6,7 +6,8 @@ items stand in frames of different colours, one small square of one of these col
 class of the item in the frame of that colour: information from two distant places has to meet.
 """
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -235,6 +236,12 @@ class CanvasDataset:
 
     def __len__(self) -> int:
         return self.length
+
+    def at(self, size: tuple[int, int]) -> "CanvasDataset":
+        """Canvases of another (height, width), which must be equal, with as many items of the same size."""
+        other = copy.copy(self)
+        other.spec = replace(self.spec, side=size[0])
+        return other
 
     def canvas(self, index: int) -> Canvas:
         """The canvas with its boxes and masks."""

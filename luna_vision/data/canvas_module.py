@@ -1,6 +1,7 @@
 """The data module of megapixel canvases; :mod:`luna_vision.data.canvas` draws them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torchvision.datasets as tvd
 
@@ -53,7 +54,8 @@ class CanvasDataModule(ImageDataModule):
         num_val: Canvases for validation.
         num_test: Canvases for testing.
         canvas_seed: Seed of the canvases; ``seed`` is that of the shuffle and of augmentation.
-        **kwargs: The other arguments of :class:`ImageDataModule`; ``img_size`` is ``side``.
+        **kwargs: The other arguments of :class:`ImageDataModule`; ``img_size`` is ``side``. For ``train_sizes``, which
+            are sides, canvases are drawn at that side, with as many items of the same size.
     """
 
     num_classes = 10
@@ -104,6 +106,10 @@ class CanvasDataModule(ImageDataModule):
             if length < 1:
                 raise ValueError(f"num_{split} must be at least 1, got {length}")
         self.spec = CanvasSpec(side, num_items, item_size, cued, noise, frame, cue_size, grid)
+        for height, width in self.train_sizes:
+            if height != width:
+                raise ValueError(f"canvases are square: train_sizes must be sides, got {[height, width]}")
+            replace(self.spec, side=height)  # ValueError where the items do not fit
         self.item_source, self.download, self.canvas_seed = source, download, canvas_seed
         names = tvd.FashionMNIST.classes if source == "fashion_mnist" else range(10)
         self.class_names = [str(name) for name in names]

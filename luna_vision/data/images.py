@@ -4,6 +4,7 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -126,7 +127,9 @@ def one_line(error: Exception) -> str:
 class TransformedDataset(Dataset):
     """(image tensor, label) from a source, each sample augmented by its own seed.
 
-    Indices may be plain (epoch 0) or the ``(epoch, index)`` pairs of :class:`~luna_vision.data.EpochSampler`.
+    Indices may be plain (epoch 0), the ``(epoch, index)`` pairs of :class:`~luna_vision.data.EpochSampler`, or with a
+    size as the third, as :class:`~luna_vision.data.sizes.SizeSampler` has them. A source that can *make* its images at
+    a size, and has a method ``at(size)`` that gives a source of these, is asked to.
 
     Args:
         source: Where images and labels come from.
@@ -137,6 +140,7 @@ class TransformedDataset(Dataset):
         name: Names the source in errors, for instance "train".
         max_error_share: Share of the samples that may be unreadable: others take their place, see
             :class:`~luna_vision.data.faults.SkipFaults`. None allows not a single one.
+        sized: Transforms to other sizes (height, width), for keys that have one.
 
     Raises:
         SampleError: On access, if the source cannot deliver the sample or its label is out of range.
@@ -151,7 +155,9 @@ class TransformedDataset(Dataset):
         seed: int = 0,
         name: str = "data",
         max_error_share: float | None = None,
+        sized: dict[tuple[int, int], SeededTransform] | None = None,
     ) -> None:
+        self.sized = sized or {}
         self.source, self.transform, self.in_chans = source, transform, in_chans
         self.num_classes, self.seed, self.name = num_classes, seed, name
         self.faults = None if max_error_share is None else SkipFaults(len(source), max_error_share, name)
@@ -159,15 +165,20 @@ class TransformedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        image, label = self._read(index) if self.faults is None else self.faults.read(self._read, index)
+    def __getitem__(self, key: int | tuple[int, int] | tuple[int, int, tuple[int, int]]) -> tuple[Tensor, int]:
+        epoch, index, *size = key if isinstance(key, tuple) else (0, key)
+        transform, source = self.transform, self.source
+        if size:
+            transform = self.sized[size[0]]
+            source = source.at(size[0]) if hasattr(source, "at") else source
+        read = partial(self._read, source)
+        image, label = read(index) if self.faults is None else self.faults.read(read, index)
         check_label(label, self.num_classes, f"{self.name} sample {index}")
-        return self.transform(image, sample_seed(self.seed, epoch, index)), int(label)
+        return transform(image, sample_seed(self.seed, epoch, index)), int(label)
 
-    def _read(self, index: int) -> tuple[Image.Image, int]:
+    def _read(self, source: Source, index: int) -> tuple[Image.Image, int]:
         try:
-            image, label = self.source[index]
+            image, label = source[index]
             return to_channels(image, self.in_chans), label
         except IndexError:
             raise  # ends iteration over a map-style dataset

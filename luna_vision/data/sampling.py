@@ -54,7 +54,10 @@ class EpochSampler(DistributedSampler):
         self.start = 0
 
     def begin(self, epoch: int, start: int = 0) -> None:
-        """Say what the next iteration, and only that, covers: ``epoch`` without its first ``start`` samples."""
+        """Say what the next iteration, and only that, covers: ``epoch`` without its first ``start`` samples.
+
+        A sampler of whole batches counts those.
+        """
         self.set_epoch(epoch)
         self.start = start
 
@@ -93,7 +96,7 @@ class EpochLoader(DataLoader):
         if at is not None:
             epoch, done = at
             if isinstance(self.sampler, EpochSampler):
-                self.sampler.begin(epoch, done * self.batch_size)
+                self.sampler.begin(epoch, done * (self.batch_size or 1))  # without a batch size, it yields batches
                 done = 0
             elif hasattr(self.dataset, "set_epoch"):
                 self.dataset.set_epoch(epoch)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import timm
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from timm.layers import to_2tuple
 from timm.models import get_arch_name
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
@@ -52,6 +53,11 @@ class TimmTask(LightningModule):
             found, expected = getattr(data, name, None), self.hparams[name]
             if found is not None and found != expected:
                 raise ValueError(f"the data has {found} {what}, but the model is built for {name}={expected}")
+        patch_embed = getattr(self.model, "patch_embed", None)
+        if stage == "fit" and getattr(data, "train_sizes", None) and hasattr(patch_embed, "patch_size"):
+            sides = to_2tuple(patch_embed.patch_size)
+            if sides != to_2tuple(data.patch_size):
+                raise ValueError(f"the data counts patches of patch_size={data.patch_size}, the model's are of {sides}")
 
     def check_start(self, optimizer: bool = True) -> None:
         """Find mistakes in what is only used once the run has begun, and has made its folder.

@@ -47,10 +47,18 @@ class EveryMoment(ModelCheckpoint):
         self.keep(trainer, "epoch")
 
 
-def fit(folder: Path, resume: Path | None = None, keep: Path | None = None, num_workers: int = 0, **arguments):
+def fit(
+    folder: Path,
+    resume: Path | None = None,
+    keep: Path | None = None,
+    num_workers: int = 0,
+    data_arguments: dict | None = None,
+    **arguments,
+):
     """Two epochs of six batches with everything that is random, and what they leave: weights, logged rows."""
     seed_everything(1, verbose=False)
-    data = DigitsDataModule(img_size=16, batch_size=32, num_workers=num_workers, seed=4, persistent_workers=False)
+    loading = {"num_workers": num_workers, "persistent_workers": False}
+    data = DigitsDataModule(img_size=16, batch_size=32, seed=4, **loading, **data_arguments or {})
     task = ClassificationTask(
         "test_luna_vit",
         num_classes=10,
@@ -233,3 +241,17 @@ def test_the_same_command_goes_on_after_a_kill(tmp_path):
     # now it has finished, and the same command is a new run
     output, _ = launch(tmp_path / "killed").communicate(timeout=120)
     assert "resuming" not in output and (tmp_path / "killed" / "runs" / "debug" / "version_1").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_resume_is_exact_where_batches_have_several_sizes(tmp_path):
+    sizes = {"train_sizes": [8, 16, [8, 12]], "patch_size": 4}
+    weights, rows = fit(tmp_path / "whole", keep=tmp_path / "kept", data_arguments=sizes)
+    assert len({row["train_loss"] for row in rows}) > 4
+    for name in ("*-step4-batch.ckpt", "*-step9-batch.ckpt"):
+        (path,) = (tmp_path / "kept").glob(name)
+        again = tmp_path / path.stem
+        shutil.copytree(tmp_path / "whole", again)
+        ours, logged = fit(again, resume=path, data_arguments=sizes)
+        assert logged == rows
+        torch.testing.assert_close(ours, weights, rtol=0, atol=0)

@@ -1,0 +1,119 @@
+"""Training at several sizes: each batch is of one of them, with about as many patches as any other batch.
+
+Which batch has which size is, as all else here, a function of (seed, epoch, position): see
+:mod:`luna_vision.data.sampling`. All ranks have the same size at the same step, so that none waits for another.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler, default_collate
+
+from luna_vision.data.sampling import EpochSampler
+
+Size = tuple[int, int]
+Key = tuple[int, int, Size]
+
+
+def parse_sizes(sizes: Sequence[int | Sequence[int]], patch_size: int) -> list[Size]:
+    """Sides, or [height, width], in pixels to (height, width).
+
+    Raises:
+        ValueError: There is none, one is given twice, or one does not consist of whole patches.
+    """
+    out = [(size, size) if isinstance(size, int) else tuple(size) for size in sizes]
+    if patch_size < 1:
+        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+    if not out:
+        raise ValueError("train_sizes must have at least one size; leave it out to train at img_size")
+    for given, size in zip(sizes, out, strict=True):
+        if len(size) != 2 or min(size) < 1 or any(side % patch_size for side in size):
+            raise ValueError(
+                f"train_sizes must be sides or [height, width] in pixels, multiples of patch_size={patch_size}, got "
+                f"{given}"
+            )
+        if out.count(size) > 1:
+            raise ValueError(f"train_sizes has {given} more than once")
+    return out
+
+
+class SizeSampler(EpochSampler):
+    """Yields whole batches, lists of ``(epoch, index, size)`` with one size in each, for a loader without batch size.
+
+    Within an epoch all sizes have the same number of batches (up to one), in an order that is drawn anew for each
+    epoch. Batches of small images have more of them: as many as make ``patches`` patches, rounded, and at least one.
+    Only the last batch is what is left, or is left out. Every epoch has the same number of batches.
+
+    Args:
+        dataset: The dataset to draw from; only its length is used.
+        sizes: (height, width) of images, in pixels.
+        patch_size: Side of a patch in pixels.
+        patches: Patches in a batch, on each device.
+        drop_last: Leave out the last, incomplete batch, unless it is the only one.
+        seed: Seed of the shuffle and of the sizes, the same on all ranks.
+        num_replicas: Number of processes that share the epoch.
+        rank: The rank of this process among them.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        sizes: Sequence[Size],
+        patch_size: int,
+        patches: int,
+        drop_last: bool = False,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        super().__init__(dataset, seed=seed, num_replicas=num_replicas, rank=rank)
+        self.batches: list[tuple[Size, int]] = []
+        left = self.num_samples  # of this rank, and any other
+        while left:
+            size = sizes[len(self.batches) % len(sizes)]
+            count = min(left, images_in_batch(size, patch_size, patches))
+            self.batches.append((size, count))
+            left -= count
+        size, count = self.batches[-1]
+        self.complete = len(self.batches) - (count < images_in_batch(size, patch_size, patches))
+        if drop_last and self.complete:
+            del self.batches[self.complete :]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch, start, self.start = self.epoch, self.start, 0
+        indices = list(DistributedSampler.__iter__(self))
+        # three numbers, unlike the seeds of anything else that is drawn for an epoch
+        order = np.random.default_rng((self.seed, epoch, 1)).permutation(self.complete).tolist()
+        position = 0
+        for step, batch in enumerate([*order, *range(self.complete, len(self.batches))]):
+            size, count = self.batches[batch]
+            if step >= start:
+                yield [(epoch, index, size) for index in indices[position : position + count]]
+            position += count
+
+
+def images_in_batch(size: Size, patch_size: int, patches: int) -> int:
+    """How many images of a size have so many patches together, rounded, and at least one."""
+    return max(1, round(patches / patches_of(size, patch_size)))
+
+
+def patches_of(size: Size, patch_size: int) -> int:
+    """Patches of an image, those that it fills in part counted."""
+    return -(-size[0] // patch_size) * -(-size[1] // patch_size)
+
+
+class BatchDataset(Dataset):
+    """What a :class:`SizeSampler` asks for: a dataset whose keys are lists of another one's, and items its batches."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, keys: list[Key]) -> list[Tensor]:
+        return default_collate([self.dataset[key] for key in keys])
