@@ -26,8 +26,8 @@ from luna_vision.compare import HEAD_WIDTH, OPTIMIZATION, PIECES, check, unfinis
 from luna_vision.data.canvas_module import ITEM_SOURCES
 from luna_vision.tasks import SequenceTask
 
-from ._runs import add_run_arguments, cell, finished
 from .record import write_json
+from .small_runs import add_run_arguments, cell, finished
 
 __all__ = ["evaluate_memories", "execute", "main", "plan"]
 

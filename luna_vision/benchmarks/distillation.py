@@ -9,7 +9,7 @@ from pathlib import Path
 
 from luna_vision._commands import at_least, run_command
 
-from .runs import Config, complete, parser, place, read_config, run_folder
+from .train_runs import Config, complete, parser, place, read_config, run_folder
 
 __all__ = ["main", "plan"]
 

@@ -17,8 +17,8 @@ from luna_vision._compare_workers import run_all
 from luna_vision.compare import TASKS, check, configuration, unfinished
 from luna_vision.tasks import NestedMemory
 
-from ._runs import add_run_arguments, cell, error_bars, finished
 from .record import write_json
+from .small_runs import add_run_arguments, cell, error_bars, finished
 
 __all__ = ["execute", "main", "plan"]
 

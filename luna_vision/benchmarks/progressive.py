@@ -16,7 +16,7 @@ from luna_vision._commands import run_command
 from luna_vision.data import CanvasDataModule
 from luna_vision.tasks import ClassificationTask
 
-from .runs import Config, complete, parser, place, read_config, run_folder
+from .train_runs import Config, complete, parser, place, read_config, run_folder
 
 __all__ = ["main", "plan"]
 

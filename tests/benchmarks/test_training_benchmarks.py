@@ -45,7 +45,7 @@ def runs(monkeypatch) -> list[str]:
         return 0
 
     monkeypatch.setattr(sys, "argv", ["train.py"])  # pytest's own arguments make LightningCLI warn
-    monkeypatch.setattr("luna_vision.benchmarks.runs.train", train)
+    monkeypatch.setattr("luna_vision.benchmarks.train_runs.train", train)
     return done
 
 
