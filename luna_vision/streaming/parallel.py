@@ -1,0 +1,310 @@
+"""One image over many processes, exactly: each holds a strip of it, and they exchange what a block needs of the others.
+
+That is, for each block, the state of the pack, L (C + 2 H) numbers whatever the image's size, and where the block
+mixes locally, a row of patches to each neighbour. See docs/sequence_parallel.md.
+
+Shapes: B batch, H', W' patch grid, N = H' * W' patches, n of them in a strip, L memory slots, C width.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from timm.layers import DropPath
+from timm.models import checkpoint
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from .._tensors import saturate
+from ..functional import PackState
+from ..layers import LunaBlock
+from ..layers.pos_embed import axis_centres
+from ..models import LunaVit
+from ..models._parts import initial_memory, pad_to_patches
+from .collectives import from_all, largest, mean_gradient, own_gradient, shared_max, shared_sum, with_neighbours
+from .pooling import Pool
+
+__all__ = ["SequenceParallel", "StripFeatures", "merge_over", "row_ranges", "split_rows"]
+
+Group = dist.ProcessGroup | DeviceMesh | None
+
+
+def row_ranges(height: int, patch_size: int, parts: int, dim: str = "processes") -> list[tuple[int, int]]:
+    """The pixel rows [start, stop) of each of `parts` strips of an image: whole patches, as even as they can be.
+
+    Args:
+        height: Rows of pixels. The last strip ends there, and with it the last patch may be cut.
+        patch_size: Rows of a patch.
+        parts: How many strips.
+        dim: What the strips are for, in the message.
+
+    Raises:
+        ValueError: There are fewer rows of patches than strips.
+    """
+    rows = -(-height // patch_size)
+    if rows < parts:
+        raise ValueError(
+            f"an image of {height} pixel rows has {rows} {'row' if rows == 1 else 'rows'} of patches of {patch_size}: "
+            f"too few for {parts} {dim}, each of which takes one at least"
+        )
+    stops = [rows * (i + 1) // parts * patch_size for i in range(parts)]
+    return [(0 if i == 0 else stops[i - 1], min(stop, height)) for i, stop in enumerate(stops)]
+
+
+def split_rows(image: Tensor, patch_size: int | Sequence[int], group: Group = None) -> Tensor:
+    """This process's strip, a view of an image (..., height, width) that all processes of a group have.
+
+    Args:
+        image: The image, or a batch of them.
+        patch_size: Of the model, `model.patch_embed.patch_size`: side, or (rows, columns).
+        group: As in `SequenceParallel`.
+
+    Raises:
+        ValueError: There are fewer rows of patches than processes.
+    """
+    group = process_group(group)
+    side = patch_size if isinstance(patch_size, int) else patch_size[0]
+    start, stop = row_ranges(image.shape[-2], side, dist.get_world_size(group))[dist.get_rank(group)]
+    return image[..., start:stop, :]
+
+
+def process_group(group: Group) -> dist.ProcessGroup:
+    """The process group of a one-dimensional mesh; all processes for None.
+
+    Raises:
+        ValueError: There are no processes, or the mesh has more than one dimension.
+    """
+    if not dist.is_initialized():
+        raise ValueError("sequence parallelism takes processes: call torch.distributed.init_process_group first")
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"the mesh must have one dimension, such as mesh['seq'], got {group.ndim}")
+        group = group.get_group()
+    return dist.group.WORLD if group is None else group
+
+
+def merge_over(state: PackState, group: dist.ProcessGroup) -> PackState:
+    """The state that has read what all processes' states have read, all of them for the same queries.
+
+    Two reductions: of the maximum, L H numbers an image, and of the sums that are scaled to it, L (C + H). Gradients
+    pass through the second.
+    """
+    state = state.project()
+    maximum = largest(state.maximum, group)
+    # where no process has read anything valid, -inf - -inf is not a number
+    scale = (state.maximum - maximum).exp().nan_to_num(nan=0.0)[..., None]
+    sums = shared_sum(torch.cat([state.total[..., None], state.weighted], dim=-1) * scale, group)
+    return dataclasses.replace(state, maximum=maximum, total=sums[..., 0], weighted=sums[..., 1:])
+
+
+class SharedPool(Pool):
+    """The pooling of a model over strips."""
+
+    def __init__(self, model: LunaVit, group: dist.ProcessGroup) -> None:
+        super().__init__(model)
+        self.group = group
+
+    def add(self, x: Tensor) -> None:
+        """Read this process's patches (B, n, C), after the final norm, and those of the others."""
+        super().add(x)
+        if "sum" in self.parts:
+            self.parts["sum"] = shared_sum(self.parts["sum"], self.group)
+        if "max" in self.parts:
+            self.parts["max"] = shared_max(x, self.group)
+
+    def _packed(self) -> Tensor:
+        return merge_over(self._latent(len(self.parts["total"])), self.group).finish()
+
+
+@dataclass
+class StripFeatures:
+    """What `SequenceParallel.encode` returns; all but the patches is the same on every process.
+
+    Attributes:
+        patches: (B, n, C), this process's, after the final norm.
+        memory: (B, L, C), after the final norm.
+        raw_memory: (B, L, C), before it: what to hand in as `memory` for a next image.
+        embedding: (B, C), what the model's head reads; None for `global_pool=""`.
+        logits: (B, num_classes); None without classes or embedding.
+        rows: [start, stop), of the image's rows of patches, that are this process's.
+        grid_size: (H', W') of the image.
+    """
+
+    patches: Tensor
+    memory: Tensor
+    raw_memory: Tensor
+    embedding: Tensor | None
+    logits: Tensor | None
+    rows: tuple[int, int]
+    grid_size: tuple[int, int]
+
+
+class SequenceParallel(nn.Module):
+    """A Luna ViT on images of which each process of a group holds a strip: exactly, up to rounding, what the model
+    computes of the whole images, forward and backward.
+
+    The processes go forward and backward together. The loss that counts is the mean of theirs (they are all the same
+    where it is made of the logits), and the gradients of the weights are to be averaged over the processes:
+    `DistributedDataParallel(SequenceParallel(model, mesh["seq"]))` does it, over all dimensions of the mesh.
+    """
+
+    def __init__(self, model: nn.Module, group: Group = None) -> None:
+        """
+        Args:
+            model: A Luna ViT with the `luna` mixer, the same on all processes.
+            group: The processes that share an image, in the order of their strips: a process group, a mesh of one
+                dimension, or None for all processes.
+
+        Raises:
+            ValueError: A model that cannot be split, or no processes.
+        """
+        super().__init__()
+        if not isinstance(model, LunaVit):
+            raise ValueError(f"sequence parallelism takes a Luna ViT, got {type(model).__name__}")
+        if model.memory is None:
+            raise ValueError(
+                "sequence parallelism takes a model with a memory, through which the strips learn of each other: with "
+                "mixer='luna', not another one"
+            )
+        self.model, self.group = model, process_group(group)
+
+    def forward(self, strip: Tensor, memory: Tensor | None = None) -> Tensor:
+        """Logits (B, num_classes), or the embedding (B, C) of a model without classes. Arguments and errors as in
+        `encode`.
+
+        Raises:
+            ValueError: The model has `global_pool=""`, and with it no output that all processes could have.
+        """
+        if self.model.global_pool == "":
+            raise ValueError(
+                "global_pool='' pools nothing: call encode, which gives the memory and the strip's patches"
+            )
+        out = self.encode(strip, memory)
+        return out.embedding if out.logits is None else out.logits
+
+    def encode(self, strip: Tensor, memory: Tensor | None = None) -> StripFeatures:
+        """
+        Args:
+            strip: (B, in_chans, rows, width), the process's part of the images, from top to bottom in the order of the
+                group. `split_rows` makes even ones; of any other height they have to be whole patches, but for the
+                last.
+            memory: (B, L, C), the same on all processes, takes the place of the learned initial memory.
+
+        Raises:
+            ValueError: Strips that do not belong together, or random parts of the model that the processes cannot draw
+                alike; on all processes.
+        """
+        model = self.model
+        self._check_random()
+        start, stop, height = self._place(strip)
+        strip = own_gradient(strip, self.group)
+        if memory is not None:
+            memory = mean_gradient(memory, self.group)
+        with self._same_random(strip.device):
+            x = self._embed(strip, start, stop, height)
+            columns = x.shape[2]
+            memory = initial_memory(model.memory, memory, x.flatten(1, 2))
+            for block in model.blocks:
+                if model.grad_checkpointing and torch.is_grad_enabled():
+                    x, memory = checkpoint(self._block, block, x, memory)
+                else:
+                    x, memory = self._block(block, x, memory)
+            x, raw, memory = model.norm(x.flatten(1, 2)), memory, model.norm(memory)
+            pool = SharedPool(model, self.group)
+            if pool.reads_patches:
+                pool.add(x)
+            embedding = pool.finish(memory, height * columns)
+            embedding = None if embedding is None else model.head_drop(embedding)
+            logits = model.head(embedding) if embedding is not None and model.num_classes else None
+        return StripFeatures(x, memory, raw, embedding, logits, (start, stop), (height, columns))
+
+    def _place(self, strip: Tensor) -> tuple[int, int, int]:
+        """Where the strip's rows of patches begin and end, and how many the image has. All processes find the same
+        mistakes: one that raised alone would leave the others waiting."""
+        shapes = from_all(list(strip.shape) if strip.dim() == 4 else [-1] * 4, self.group, strip.device)
+        chans, side = self.model.in_chans, self.model.patch_embed.patch_size[0]
+        for i, (batch, channels, height, width) in enumerate(shapes):
+            if batch < 0 or channels != chans or height < 1 or width < 1:
+                raise ValueError(
+                    f"process {i}: a strip must have shape (batch, {chans}, rows, width), 1 pixel at least"
+                )
+            if (batch, width) != (shapes[0][0], shapes[0][3]):
+                raise ValueError(
+                    f"strips must have the same batch and width, got {batch} of {width} on process {i} and "
+                    f"{shapes[0][0]} of {shapes[0][3]} on process 0"
+                )
+            if height % side and i < len(shapes) - 1:
+                raise ValueError(
+                    f"strips but the last must be whole patches of {side} rows, got {height} rows on process {i}"
+                )
+        stops = torch.tensor([-(-shape[2] // side) for shape in shapes]).cumsum(0).tolist()
+        rank = dist.get_rank(self.group)
+        return stops[rank - 1] if rank else 0, stops[rank], stops[-1]
+
+    def _check_random(self) -> None:
+        """What is drawn for every patch would be drawn alike for all strips, or not alike for the memory."""
+        if not self.model.training:
+            return
+        allowed = [self.model.head_drop]
+        drops = [m for m in self.model.modules() if isinstance(m, nn.Dropout) and m.p > 0 and m not in allowed]
+        if drops or self.model.patch_drop is not None or any(block.attn.attn_drop > 0 for block in self.model.blocks):
+            raise ValueError(
+                "sequence parallelism trains with drop_path_rate and drop_rate only: pos_drop_rate, patch_drop_rate, "
+                "proj_drop_rate and attn_drop_rate must be 0"
+            )
+
+    @contextmanager
+    def _same_random(self, device: torch.device) -> Iterator[None]:
+        """Have all processes draw the same, whatever they have drawn before: the first one's generator decides."""
+        model = self.model
+        draws = model.head_drop.p > 0 or any(isinstance(m, DropPath) and m.drop_prob > 0 for m in model.modules())
+        if not (model.training and draws):
+            yield
+            return
+        seed = torch.randint(2**62, (1,)).to(device)
+        dist.broadcast(seed, dist.get_global_rank(self.group, 0), group=self.group)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(int(seed))
+            yield
+
+    def _embed(self, strip: Tensor, start: int, stop: int, height: int) -> Tensor:
+        """Patches (B, rows, W', C) of a strip. A convolutional stem sees less than a patch above each patch, and
+        nothing below: its convolutions have stride 2."""
+        model, above = self.model, 0
+        x = pad_to_patches(strip, model.patch_embed.patch_size)
+        if model.mask_stem:
+            x, pixels = with_neighbours(x, 2, model.patch_embed.patch_size[0], 0, self.group)
+            above = 1 if pixels else 0
+        x = saturate(model.patch_embed(x))[:, above:]
+        if model.pos_embed is not None:
+            rows, columns = (axis_centres(n, x.device) for n in (height, x.shape[2]))
+            x = model.pos_embed.add_at(x, rows[start:stop], columns)
+        return x
+
+    def _block(self, block: LunaBlock, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """`LunaBlock.forward` on patches (B, rows, W', C) and the memory (B, L, C).
+
+        Where a block mixes locally after the pack, it does all after the pack for a row more on each side, whose results
+        are thrown away.
+        """
+        rows = x.shape[1]
+        if block.local is not None and not block.local_after:
+            x, above = with_neighbours(x, 1, 1, 1, self.group)
+            grid = x.shape[1:3]
+            x = block.before(x.flatten(1, 2), grid, None).unflatten(1, grid)[:, above : above + rows]
+        above, halo = 0, block.halo()
+        if halo:
+            x, above = with_neighbours(x, 1, halo, halo, self.group)
+        grid, own = x.shape[1:3], slice(above, above + rows)
+        x = x.flatten(1, 2)
+        h = block.norm_patches(x)
+        mine = h.unflatten(1, grid)[:, own].flatten(1, 2) if halo else h
+        state = block.attn.pack_state(block.norm_memory(memory)).update(mine)
+        packed = saturate(merge_over(state, self.group).finish().to(memory.dtype))
+        memory = block.add_packed(memory, packed)
+        if block.mlp is not None:
+            x = block.update_patches(x, h, block.attn.unpack(h, packed), grid)
+        return x.unflatten(1, grid)[:, own], block.mix_memory(memory)
