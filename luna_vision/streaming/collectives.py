@@ -5,8 +5,8 @@ backward pass of an exchange is its exact transpose: that of a sum over processe
 a row sent to a neighbour is its gradient sent back. So a process holds the gradients of the *sum* of all losses, and
 what averages them over the processes, as DDP does, makes those of the mean.
 
-`torch.distributed.nn.functional`, which had the sum, is deprecated since PyTorch 2.14, and what takes its place is not in
-older versions.
+`torch.distributed.nn.functional`, which had the sum, is deprecated since PyTorch 2.14, and what takes its place is not
+in older versions.
 """
 
 from typing import Any

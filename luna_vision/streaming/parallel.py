@@ -23,7 +23,7 @@ from ..functional import PackState
 from ..layers import LunaBlock
 from ..layers.pos_embed import axis_centres
 from ..models import LunaVit
-from ..models._parts import initial_memory, pad_to_patches
+from ..models._parts import initial_memory, join_tokens, pad_to_patches
 from .collectives import from_all, largest, mean_gradient, own_gradient, shared_max, shared_sum, with_neighbours
 from .pooling import Pool
 
@@ -212,7 +212,8 @@ class SequenceParallel(nn.Module):
                     x, memory = checkpoint(self._block, block, x, memory)
                 else:
                     x, memory = self._block(block, x, memory)
-            x, raw, memory = model.norm(x.flatten(1, 2)), memory, model.norm(memory)
+            raw, tokens = memory, model.norm(join_tokens(memory, x.flatten(1, 2)))
+            memory, x = tokens[:, : model.memory_len], tokens[:, model.memory_len :]
             pool = SharedPool(model, self.group)
             if pool.reads_patches:
                 pool.add(x)
@@ -287,8 +288,8 @@ class SequenceParallel(nn.Module):
     def _block(self, block: LunaBlock, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """`LunaBlock.forward` on patches (B, rows, W', C) and the memory (B, L, C).
 
-        Where a block mixes locally after the pack, it does all after the pack for a row more on each side, whose results
-        are thrown away.
+        Where a block mixes locally after the pack, it does all that comes then for a row more on each side, whose
+        results are thrown away.
         """
         rows = x.shape[1]
         if block.local is not None and not block.local_after:

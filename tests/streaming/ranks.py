@@ -15,12 +15,16 @@ import torch.multiprocessing as mp
 class Ranks:
     """So many processes, which have joined with gloo.
 
-    `ranks.run(job, size, **arguments)` calls `job(group, **arguments)` on the first `size` of them, with a group of just
-    these, and returns what each returns. A job is a function of a module; one that hangs fails.
+    `ranks.run(job, count, **arguments)` calls `job(group, **arguments)` on the first `count` of them, with a group of
+    just these, and returns what each returns. A job is a function of a module; one that hangs fails.
     """
 
     def __init__(self, size: int, folder: Path, start_timeout: float = 240) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        # what takes long to import, and does not change: it is imported once for all processes
+        context.set_forkserver_preload(
+            ["torch._dynamo", "torch.distributed.tensor", "timm", "pytest", "sklearn.datasets"]
+        )
         self.results = context.Queue()
         self.jobs = [context.SimpleQueue() for _ in range(size)]
         arguments = [(rank, size, str(folder / "store"), self.jobs[rank], self.results) for rank in range(size)]
@@ -34,28 +38,28 @@ class Ranks:
             os.environ["OMP_NUM_THREADS"] = threads
         self._collect(size, start_timeout)
 
-    def run(self, job: Callable[..., Any], size: int, timeout: float = 60, **arguments: Any) -> list[Any]:
+    def run(self, job: Callable[..., Any], count: int, timeout: float = 60, **arguments: Any) -> list[Any]:
         assert all(process.is_alive() for process in self.processes), "an earlier job has hung, and ended the processes"
-        for jobs in self.jobs[:size]:
-            jobs.put((job, size, arguments))
-        return self._collect(size, timeout)
+        for jobs in self.jobs[:count]:
+            jobs.put((job, count, arguments))
+        return self._collect(count, timeout)
 
-    def _collect(self, size: int, timeout: float) -> list[Any]:
+    def _collect(self, count: int, timeout: float) -> list[Any]:
         results: dict[int, Any] = {}
         errors = []
-        while len(results) < size:
+        while len(results) < count:
             try:
                 rank, result, error = self.results.get(timeout=timeout)
             except Empty:
                 self.stop()
-                missing = sorted(set(range(size)) - set(results))
+                missing = sorted(set(range(count)) - set(results))
                 raise TimeoutError("\n".join([f"no answer of processes {missing} in {timeout} s", *errors])) from None
             results[rank] = result
             if error is not None:
                 errors.append(f"process {rank}: {error}")
                 timeout = min(timeout, 10)  # the others may wait for it in vain
         assert not errors, "\n".join(errors)
-        return [results[rank] for rank in range(size)]
+        return [results[rank] for rank in range(count)]
 
     def stop(self) -> None:
         for process in self.processes:
