@@ -270,7 +270,9 @@ class ImageDataModule(LightningDataModule):
         return EpochLoader(next_batch=self._next_batch, **arguments)
 
     def _rank(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        """This process's part of the data, and how many parts there are; processes that share an image share it."""
+        shares = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return (0, 1) if shares is None else (shares["rank"], shares["num_replicas"])
 
     def _next_batch(self) -> tuple[int, int] | None:
         return next_batch(self.trainer)

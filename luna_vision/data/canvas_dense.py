@@ -153,7 +153,7 @@ class CanvasModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         trainer, dataset = self.trainer, self.dataset("train")
-        ranks = {"num_replicas": trainer.world_size, "rank": trainer.global_rank} if trainer is not None else {}
+        ranks = (trainer is not None and trainer.distributed_sampler_kwargs) or {}
         sampler = EpochSampler(dataset, seed=self.seed, **ranks)
         arguments = {"sampler": sampler, "drop_last": len(sampler) >= self.batch_size}
         kind = partial(EpochLoader, next_batch=lambda: next_batch(trainer))

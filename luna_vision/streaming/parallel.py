@@ -198,7 +198,8 @@ class SequenceParallel(nn.Module):
                 alike; on all processes.
         """
         model = self.model
-        self._check_random()
+        if model.training:
+            self.check_training()
         start, stop, height = self._place(strip)
         strip = own_gradient(strip, self.group)
         if memory is not None:
@@ -245,10 +246,13 @@ class SequenceParallel(nn.Module):
         rank = dist.get_rank(self.group)
         return stops[rank - 1] if rank else 0, stops[rank], stops[-1]
 
-    def _check_random(self) -> None:
-        """What is drawn for every patch would be drawn alike for all strips, or not alike for the memory."""
-        if not self.model.training:
-            return
+    def check_training(self) -> None:
+        """See that all random parts of the model can be drawn alike by all processes.
+
+        Raises:
+            ValueError: What is drawn for every patch cannot: all strips would be given the same, or the processes'
+                copies of the memory different ones.
+        """
         allowed = [self.model.head_drop]
         drops = [m for m in self.model.modules() if isinstance(m, nn.Dropout) and m.p > 0 and m not in allowed]
         if drops or self.model.patch_drop is not None or any(block.attn.attn_drop > 0 for block in self.model.blocks):

@@ -9,6 +9,7 @@ from .mixing import StepMixup
 from .nested import NestedMemory
 from .reporting import EpochLines, ExportBest, PredictionWriter, export_weights
 from .sequence import SequenceTask
+from .sequence_parallel import SequenceParallelStrategy
 
 __all__ = [
     "EMA",
@@ -25,6 +26,7 @@ __all__ = [
     "PredictionWriter",
     "SegmentationTask",
     "SequenceTask",
+    "SequenceParallelStrategy",
     "StepMixup",
     "export_weights",
 ]

@@ -150,6 +150,7 @@ class ImagesPerSecond(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._images += len(batch[0]) * trainer.world_size
+        # processes may share an image
+        self._images += len(batch[0]) * (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
         rate = self._images / (time.perf_counter() - self._since)
         pl_module.log("images_per_s", rate, prog_bar=True, batch_size=len(batch[0]))

@@ -1,0 +1,108 @@
+"""Training on images of which several processes hold a strip each: a Lightning strategy."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from luna_vision.streaming.collectives import from_all
+from luna_vision.streaming.parallel import SequenceParallel, split_rows
+
+from .classification import ClassificationTask
+
+
+class SequenceParallelStrategy(DDPStrategy):
+    """DDP in which each image is shared by ``processes`` neighbouring processes, and each of these computes a strip.
+
+    A classification task trains, validates and tests as it would on one process with the same batch, up to rounding:
+    with n processes in all, n / ``processes`` batches are worked on at a time. All that share an image load it, and
+    bring their strip of it to their device. See docs/sequence_parallel.md.
+
+    Args:
+        processes: How many processes share an image.
+        **kwargs: Arguments of Lightning's ``DDPStrategy``.
+
+    Raises:
+        ValueError: ``processes`` is not at least 2; when a run starts: it does not divide the number of processes, a
+            model or a task that cannot be split, or data that gives processes of one image different samples.
+    """
+
+    def __init__(self, processes: int = 2, **kwargs: Any) -> None:
+        if processes < 2:
+            raise ValueError(f"SequenceParallelStrategy: processes must be at least 2, got {processes}")
+        super().__init__(**kwargs)
+        self.processes = processes
+        self._mesh: DeviceMesh | None = None
+        self._parallel: SequenceParallel | None = None
+        self._compared = False
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Which part of the data is this process's; the processes of an image have the same."""
+        shares = self.world_size // self.processes
+        return {"num_replicas": shares, "rank": self.global_rank // self.processes}
+
+    def setup_environment(self) -> None:
+        if self.world_size % self.processes:
+            raise ValueError(
+                f"{self.processes} processes are to share an image, and the {self.world_size} of this run cannot be "
+                "divided by that: change --trainer.devices (or num_nodes) or the strategy's processes"
+            )
+        self._check_task()
+        super().setup_environment()
+        shape = (self.world_size // self.processes, self.processes)
+        if self._mesh is None:
+            self._mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("data", "seq"))
+        parallel = SequenceParallel(self.lightning_module.model, self._mesh["seq"])
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            parallel.check_training()
+        self._parallel = parallel
+
+    def _check_task(self) -> None:
+        task = self.lightning_module
+        if not isinstance(task, ClassificationTask):
+            raise ValueError(f"sequence parallelism trains a ClassificationTask, got {type(task).__name__}")
+        if task.mix is not None:
+            raise ValueError("sequence parallelism has strips, which mixup and cutmix do not fit: set both to 0")
+        if task.hparams.compile:
+            raise ValueError("sequence parallelism runs the model part by part: set compile to false")
+        if task.trainer.state.fn == TrainerFn.PREDICTING:
+            raise ValueError(
+                "prediction is for single processes: give --trainer.strategy=auto --trainer.devices=1, or encode very "
+                "large images by python -m luna_vision.streaming"
+            )
+
+    def setup(self, trainer: Trainer) -> None:
+        # in its place, so that weights keep their names; after the callbacks' setup, which may copy the model
+        self.lightning_module.model.forward = self._parallel.forward
+        self._compared = False
+        super().setup(trainer)
+
+    def teardown(self) -> None:
+        if self.lightning_module is not None:
+            vars(self.lightning_module.model).pop("forward", None)
+        super().teardown()
+
+    def batch_to_device(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        images, *rest = batch
+        if not self._compared:
+            self._compare(images)
+        strip = split_rows(images, self.lightning_module.model.patch_embed.patch_size, self._mesh["seq"])
+        return super().batch_to_device([strip.contiguous(), *rest], *args, **kwargs)
+
+    def _compare(self, images: Tensor) -> None:
+        """Find out once whether the data gives the processes of an image the same one."""
+        (total,) = struct.unpack("q", struct.pack("d", float(images.double().sum())))
+        sums = from_all([total], self._mesh["seq"].get_group(), self.root_device)
+        if any(other != sums[0] for other in sums):
+            raise ValueError(
+                "the processes that share an image were given different ones: a data module must take its part of the "
+                "data from trainer.distributed_sampler_kwargs, not from the rank"
+            )
+        self._compared = True
