@@ -1,6 +1,6 @@
 """Small models with weights far from where they start, a real picture, and what the ordinary forward makes of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -12,11 +12,21 @@ from torch import Tensor, nn
 import luna_vision  # noqa: F401  registers the models
 from luna_vision.streaming.pixels import pixel_statistics
 
+from .ranks import Ranks
+
 
 @pytest.fixture(scope="session")
 def photo() -> np.ndarray:
     """(427, 640, 3) uint8."""
     return load_sample_image("china.jpg")
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory) -> Iterator[Ranks]:
+    """Four processes."""
+    ranks = Ranks(4, tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.stop()
 
 
 @pytest.fixture(scope="session")

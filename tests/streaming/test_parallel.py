@@ -1,7 +1,6 @@
 """An image in strips on several processes gives what one process gives, forward and backward."""
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -38,13 +37,6 @@ OPTIONS = [
     {"num_classes": 0},
     {"depth": 1},
 ]
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> Iterator[Ranks]:
-    ranks = Ranks(4, tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.stop()
 
 
 # ---------------------------------------------------------------- jobs, which run on the processes
