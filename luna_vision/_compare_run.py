@@ -173,7 +173,7 @@ def train(
     trainer = Trainer(
         max_epochs=config["pieces"],
         gradient_clip_val=config["gradient_clip_val"],
-        callbacks=[*callbacks, ledger, NonFiniteGuard(), keep_last],
+        callbacks=[*callbacks, ledger, NonFiniteGuard(max_skipped=0), keep_last],
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,

@@ -52,6 +52,12 @@ class SkipFaults:
             index = (index + 1) % self.length
         raise SampleError(f"{self.name}: not one of {self.length} samples can be read")
 
+    def replacement(self, index: int) -> int:
+        """The index that is read in the place of ``index``, as far as faults have been found."""
+        while self.broken[index] and not self.broken.all():
+            index = (index + 1) % self.length
+        return index
+
     def _report(self, read: Callable[[int], Sample], index: int, error: SampleError) -> None:
         self.broken[index] = True
         count = int(self.broken.sum())

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data.readers.shared_count import SharedCount
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision.datasets.folder import IMG_EXTENSIONS as _TORCHVISION_EXTENSIONS
 
 from luna_vision.data.faults import SampleError, SkipFaults
@@ -184,6 +184,25 @@ class TransformedDataset(Dataset):
             raise  # ends iteration over a map-style dataset
         except Exception as error:
             raise SampleError(f"{self.name} sample {index}: {one_line(error)}") from error
+
+
+def sample_name(dataset: Dataset, index: int) -> str:
+    """The file that a sample is read from; its index in ``dataset`` where samples are no files of their own.
+
+    Files are known of sources that have ``sample_file(index)``, or ``samples`` of (file, label) as torchvision's
+    folders have, and of parts of them.
+    """
+    source, at = dataset, index
+    if isinstance(source, TransformedDataset):
+        at = index if source.faults is None else source.faults.replacement(index)
+        source = source.source
+    while isinstance(source, Subset):
+        source, at = source.dataset, source.indices[at]
+    if hasattr(source, "sample_file"):
+        return source.sample_file(at)
+    if hasattr(source, "samples"):
+        return str(source.samples[at][0])
+    return str(index)
 
 
 class StreamDataset(IterableDataset):

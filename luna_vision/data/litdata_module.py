@@ -43,6 +43,16 @@ class LitDataSource:
         return self.__dict__ | {"_opened": None}
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        item = self._item(index)
+        return decode_image(io.BytesIO(item["image"]), self._name(item, index)), int(item["label"])
+
+    def sample_file(self, index: int) -> str:
+        return self._name(self._item(index), index)
+
+    def _name(self, item: dict[str, Any], index: int) -> str:
+        return f"{self.folder}: {item.get('name', index)}"
+
+    def _item(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self.length:
             raise IndexError(index)
         if self._opened is None or self._opened[0] != os.getpid():  # a file that is open is no worker's to inherit
@@ -50,7 +60,7 @@ class LitDataSource:
         item = self._opened[1][index]
         if not isinstance(item, dict) or not isinstance(item.get("image"), bytes) or "label" not in item:
             raise SampleError(f"an item in {self.folder} is no dict with 'image' (an encoded image, bytes) and 'label'")
-        return decode_image(io.BytesIO(item["image"]), f"{self.folder}: {item.get('name', index)}"), int(item["label"])
+        return item
 
 
 class LitDataDataModule(ShardDataModule):

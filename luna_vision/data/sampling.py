@@ -6,6 +6,7 @@ themselves between workers or epochs, and cannot be restored on resume. Here not
 that sample. Whatever worker, rank or machine draws it, it comes out the same, and it comes out new in every epoch.
 """
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,6 +65,15 @@ class EpochSampler(DistributedSampler):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch, start, self.start = self.epoch, self.start, 0
         return ((epoch, index) for index in islice(super().__iter__(), start, None))
+
+
+def batch_indices(loader: DataLoader, epoch: int, batch: int) -> list[int] | None:
+    """Dataset indices of a batch of this process in an epoch; None where no :class:`EpochSampler` draws them."""
+    if not isinstance(sampler := getattr(loader, "sampler", None), EpochSampler):
+        return None
+    order = copy.copy(sampler)  # what the sampler itself is about to do stays as it is
+    order.begin(epoch, batch * loader.batch_size)
+    return [index for _, index in islice(order, loader.batch_size)]
 
 
 class EpochLoader(DataLoader):

@@ -29,6 +29,9 @@ class TimmSource:
         with file:
             return decode_image(file, self.reader.filename(index)), -1 if label is None else label
 
+    def sample_file(self, index: int) -> str:
+        return self.reader.filename(index, absolute=True) or str(index)  # images of a database may have no files
+
 
 class TimmDataModule(ImageDataModule):
     """Any dataset that ``timm.data.create_dataset`` reads: folders, tars, ``torch/``, ``hfds/``, ``wds/``, ``tfds/``.

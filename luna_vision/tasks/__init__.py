@@ -1,10 +1,11 @@
 """Training, evaluation and prediction with Lightning."""
 
-from .callbacks import EMA, ImagesPerSecond, NonFiniteGuard, NonFiniteLossError
+from .callbacks import EMA, ImagesPerSecond
 from .checkpoints import LastCheckpoint
 from .classification import ClassificationTask
 from .dense import DetectionTask, SegmentationTask
 from .distillation import DistillationTask
+from .guard import NonFiniteGuard, NonFiniteLossError
 from .mixing import StepMixup
 from .nested import NestedMemory
 from .reporting import EpochLines, ExportBest, PredictionWriter, export_weights

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import timm
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from timm.layers import to_2tuple
@@ -153,9 +154,13 @@ class TimmTask(LightningModule):
         self.log("lr", max(group["lr"] for group in self.optimizers().param_groups))
 
     def log_epoch_mean(self, name: str, value: Tensor, batch_size: int) -> None:
-        """Log the mean of a value over the images of an epoch, of which some may lie before a resume."""
+        """Log the mean of a value over the images of an epoch, of which some may lie before a resume.
+
+        Batches whose value is not finite are left out.
+        """
         metric = self._epoch_mean(name)
-        metric.update(value, batch_size)
+        finite = value.isfinite()
+        metric.update(torch.where(finite, value, 0.0), finite * batch_size)  # on the device, without waiting for it
         attribute = f"epoch_means.{name}"
         self.log(name, metric, on_step=False, on_epoch=True, batch_size=batch_size, metric_attribute=attribute)
 

@@ -1,8 +1,7 @@
-"""Callbacks that change what a run does: weight averaging, the guard against non-finite losses, throughput."""
+"""Callbacks for every run: weight averaging, throughput."""
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -12,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from .checkpoints import last_checkpoint
+from .guard import NonFiniteGuard
 
 
 class EMA(WeightAveraging):
@@ -20,7 +19,8 @@ class EMA(WeightAveraging):
 
     Lightning's callback, with three gaps closed: until the average starts it equals the current weights (so an early
     validation does not score the initial ones), testing a checkpoint after ``fit`` uses the average (Lightning would
-    load the raw weights), and ``save_weights_only``, which would save the raw weights, is refused.
+    load the raw weights), and ``save_weights_only``, which would save the raw weights, is refused. Steps that a
+    :class:`NonFiniteGuard` skips do not count.
 
     Args:
         decay: weight of the old average at each update.
@@ -40,6 +40,7 @@ class EMA(WeightAveraging):
         self.start_step = start_step
         self.warmup = warmup
         self._step = 0
+        self._guard: NonFiniteGuard | None = None
 
     def _average(self, averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
         get_ema_multi_avg_fn(self.decay_at(self._step))(averaged, current, num_averaged)
@@ -50,6 +51,8 @@ class EMA(WeightAveraging):
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         if step_idx is None or step_idx < self.start_step:
+            return False
+        if self._guard is not None and step_idx == self._guard.last_skipped:
             return False
         self._step = step_idx
         return True
@@ -62,6 +65,7 @@ class EMA(WeightAveraging):
             raise ValueError(
                 "EMA with ModelCheckpoint(save_weights_only=True) would save the raw weights; set it to False"
             )
+        self._guard = next((c for c in trainer.callbacks if isinstance(c, NonFiniteGuard)), None)
         super().setup(trainer, pl_module, stage)
 
     def _follow(self, pl_module: LightningModule) -> None:
@@ -84,47 +88,6 @@ class EMA(WeightAveraging):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
-
-
-class NonFiniteLossError(ArithmeticError):
-    """The training loss, the validation loss or the weights are NaN or infinite."""
-
-
-class NonFiniteGuard(Callback):
-    """Stop training at the first loss that is NaN or infinite, before it reaches the weights or a checkpoint.
-
-    The training loss is looked at before ``backward``, the validation loss before ModelCheckpoint (which Lightning runs
-    last) sees it. A last step can break the weights without a loss to show it, so the weights themselves are looked at
-    before a checkpoint of them is written. Costs one device synchronisation per batch.
-
-    Raises:
-        NonFiniteLossError: says the step and the last checkpoint written.
-    """
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        for name, value in checkpoint["state_dict"].items():
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                self._stop(trainer, f"{name} has values that are not finite")
-
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self._check(trainer, "training loss", loss.item())
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loss = trainer.callback_metrics.get("val_loss")
-        if loss is not None:
-            self._check(trainer, "validation loss", float(loss))
-
-    def _check(self, trainer: Trainer, name: str, value: float) -> None:
-        if not math.isfinite(value):
-            self._stop(trainer, f"{name} is {value}")
-
-    @staticmethod
-    def _stop(trainer: Trainer, what: str) -> None:
-        checkpoint = last_checkpoint(trainer)
-        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been written yet"
-        raise NonFiniteLossError(
-            f"{what} at step {trainer.global_step} (epoch {trainer.current_epoch}): training stopped, {kept}"
-        )
 
 
 class ImagesPerSecond(Callback):

@@ -188,7 +188,8 @@ class ClassificationTask(TimmTask):
         values = {"train_loss": loss, "train_acc1": accuracy}
         self.log_dict(values, prog_bar=True)
         for name, value in values.items():
-            self.log_epoch_mean(f"{name}_epoch", value, len(logits))
+            # which class NaN logits are taken for says nothing
+            self.log_epoch_mean(f"{name}_epoch", torch.where(loss.isfinite(), value, torch.nan), len(logits))
         self.log_learning_rate()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

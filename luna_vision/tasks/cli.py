@@ -24,9 +24,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from .base import TimmTask
-from .callbacks import NonFiniteLossError
 from .checkpoints import AtomicCheckpointIO, best_checkpoint
 from .classification import ClassificationTask
+from .guard import NonFiniteLossError
 from .reporting import ExportBest, relative
 from .resume import ExactResume, RunRecord, find_unfinished, fingerprint, go_on, log_dir
 

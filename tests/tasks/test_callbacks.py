@@ -1,11 +1,9 @@
-import math
-
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from luna_vision.tasks import EMA, EpochLines, ImagesPerSecond, NonFiniteGuard, NonFiniteLossError
+from luna_vision.tasks import EMA, EpochLines, ImagesPerSecond
 
 from .conftest import tiny_task, tiny_trainer
 
@@ -81,49 +79,6 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, data, with_ema):
     whole = fit(3, save=True)
     resumed = fit(3, resume=tmp_path / "epoch=1.ckpt")
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
-
-
-class Spoil(Callback):
-    """Make the model return NaN from optimizer step ``step`` on, in training or from validation on."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, pl_module, *args):
-        if trainer.global_step >= self.step:
-            pl_module.model.head.weight.data.fill_(math.nan)
-
-
-def test_guard_stops_at_the_step_and_keeps_the_last_checkpoint(tmp_path, data):
-    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
-    callbacks = [Spoil(6), NonFiniteGuard(), checkpoint]
-    trainer = tiny_trainer(tmp_path, max_epochs=4, callbacks=callbacks, enable_checkpointing=True)
-    with pytest.raises(NonFiniteLossError, match=r"training loss is nan at step 6 \(epoch 1\).*last\.ckpt"):
-        trainer.fit(tiny_task(), data)
-    saved = torch.load(checkpoint.last_model_path, weights_only=True)
-    assert saved["global_step"] == 4
-    assert all(torch.isfinite(value).all() for value in saved["state_dict"].values())
-
-
-class SpoilAtEpochEnd(Callback):
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.is_last_batch and trainer.current_epoch == 1:
-            pl_module.model.head.weight.data.fill_(math.nan)
-
-
-def test_guard_looks_before_a_checkpoint_is_written(tmp_path, data):
-    """Weights that break in the epoch's last step meet no further training loss before the checkpoint."""
-    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
-    callbacks = [checkpoint, SpoilAtEpochEnd(), NonFiniteGuard()]
-    trainer = tiny_trainer(tmp_path, max_epochs=4, callbacks=callbacks, enable_checkpointing=True)
-    with pytest.raises(NonFiniteLossError, match="validation loss is nan at step 8"):
-        trainer.fit(tiny_task(), data)
-    assert torch.load(checkpoint.last_model_path, weights_only=True)["global_step"] == 4
-
-
-def test_guard_before_the_first_checkpoint(tmp_path, data):
-    with pytest.raises(NonFiniteLossError, match="at step 0 .*no checkpoint had been written yet"):
-        tiny_trainer(tmp_path, callbacks=[Spoil(0), NonFiniteGuard()]).fit(tiny_task(), data)
 
 
 def test_throughput_and_epoch_lines(tmp_path, data, capsys):
