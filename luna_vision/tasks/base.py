@@ -159,14 +159,13 @@ class TimmTask(LightningModule):
         Batches whose value is not finite are left out.
         """
         metric = self._epoch_mean(name)
-        finite = value.isfinite()
-        metric.update(torch.where(finite, value, 0.0), finite * batch_size)  # on the device, without waiting for it
+        metric.update(value, batch_size)
         attribute = f"epoch_means.{name}"
         self.log(name, metric, on_step=False, on_epoch=True, batch_size=batch_size, metric_attribute=attribute)
 
     def _epoch_mean(self, name: str) -> MeanMetric:
         if name not in self.epoch_means:
-            self.epoch_means[name] = MeanMetric(nan_strategy="disable").to(self.device)
+            self.epoch_means[name] = _FiniteMean().to(self.device)
         return self.epoch_means[name]
 
     # ---- what comes out
@@ -179,6 +178,18 @@ class TimmTask(LightningModule):
             weights: the state dict of ``self.model``, as `export_weights` writes it.
         """
         raise NotImplementedError
+
+
+class _FiniteMean(MeanMetric):
+    """The weighted mean of the values that are finite, without waiting for the device to know which these are.
+
+    The base class either waits or, with ``nan_strategy="disable"``, leaves the weights out (torchmetrics 1.9).
+    """
+
+    def update(self, value: Tensor, weight: float) -> None:
+        finite = value.isfinite()
+        self.mean_value += torch.where(finite, value, 0.0) * weight
+        self.weight += finite * weight
 
 
 def _sums(metric: MeanMetric) -> dict[str, float]:
