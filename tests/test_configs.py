@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from luna_vision.tasks import NonFiniteGuard
 from luna_vision.tasks.cli import build
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -35,3 +36,17 @@ def test_header_says_how_to_run_it_and_what_comes_out(path):
     assert all(value and "not measured" not in value for value in fields.values())
     named = "" if path.stem == "digits" else f" --config configs/{path.name}"
     assert fields["Command"] == f"python train.py fit{named}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_anomalies_can_be_looked_for_in_any_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    overlay = str(path.parent / "overlays" / "detect_anomaly.yaml")
+    machine = ["--trainer.accelerator=cpu", "--trainer.devices=1"]
+    cli = build(["--config", str(path), "--config", overlay, *machine], run=False)
+    assert cli.trainer._detect_anomaly and cli.trainer.precision == "32-true"
+    cli.model.trainer = cli.trainer
+    cli.model.setup("fit")
+    assert cli.model.model._compiled_call_impl is None
+    assert any(isinstance(callback, NonFiniteGuard) for callback in cli.trainer.callbacks)

@@ -58,7 +58,8 @@ class ClassificationTask(TimmTask):
         mix_switch_prob: probability of CutMix rather than MixUp where both are on.
         mix_mode: one draw for a batch, for each pair, or for each image.
         mix_seed: seed of the draws, which are a function of it and of the step alone.
-        compile: run the model through ``torch.compile``, in place: names of the weights stay.
+        compile: run the model through ``torch.compile``, in place: names of the weights stay. From when a
+            trainer sets the task up, and not where the trainer detects anomalies.
         channels_last: keep images and convolutions in channels-last memory format.
         grad_checkpointing: recompute activations in the backward pass, for less memory.
 
@@ -113,8 +114,6 @@ class ClassificationTask(TimmTask):
             self.model.set_grad_checkpointing(True)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
-        if compile:
-            self.model.compile()  # at the first call
         self.train_loss, self.train_loss_soft = self._losses()
         self.mix = self._mixer()
         accuracies = {"acc1": MulticlassAccuracy(num_classes, top_k=1, average="micro", validate_args=False)}
@@ -145,6 +144,12 @@ class ClassificationTask(TimmTask):
             num_classes=hp.num_classes,
         )
         return StepMixup(mixup, hp.mix_seed)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        # autograd could only say of compiled code that the anomaly is somewhere in it
+        if self.hparams.compile and not self.trainer._detect_anomaly:
+            self.model.compile()  # at the first call
 
     # ---- batches
 

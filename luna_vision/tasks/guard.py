@@ -40,6 +40,9 @@ class NonFiniteGuard(Callback):
     With a gradient scaler (``16-mixed``), which looks for a good scale by trying ones that are too large, gradients
     that overflow are its business and not counted here; the loss is.
 
+    Where the trainer has ``detect_anomaly``, training stops at the first such step: with autograd's own error, which
+    says which operation of the forward pass it was, and the line of the step beside it.
+
     There is nothing to skip about a validation loss that is not finite, or about weights that are not finite when a
     checkpoint of them is to be written: these stop training at once. So no checkpoint has such weights.
 
@@ -61,6 +64,7 @@ class NonFiniteGuard(Callback):
         self._batch_idx = 0
         self._losses: list[tuple[int, Tensor]] = []  # of the batches of one step, with their numbers in the epoch
         self._counters: list[dict[str, Any]] | None = None
+        self._anomaly = False
         self._statistics: list[tuple[Tensor, Tensor]] = []
 
     def state_dict(self) -> dict[str, int]:
@@ -73,6 +77,7 @@ class NonFiniteGuard(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._losses, self._counters = [], None
+        self._anomaly = torch.is_anomaly_enabled()
         norms = [module for module in pl_module.modules() if isinstance(module, _BatchNorm)]
         self._statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
 
@@ -105,7 +110,7 @@ class NonFiniteGuard(Callback):
         step, epoch = trainer.global_step, trainer.current_epoch
         what, names = self._describe(trainer)
         where = f"{what} at step {step} (epoch {epoch})"
-        stop = self.skipped >= self.max_skipped
+        stop = self._anomaly or self.skipped >= self.max_skipped
         if trainer.is_global_zero:
             count = f"{self.skipped + 1} of at most {self.max_skipped}"
             done = "training stops" if stop else f"the step is skipped ({count})"
@@ -160,6 +165,12 @@ class NonFiniteGuard(Callback):
                 group.update(counters)
             self._counters = None
         pl_module.log("skipped_steps", float(self.skipped), batch_size=1)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._anomaly and self._losses and isinstance(exception, RuntimeError):  # of a backward pass
+            batch, loss = self._losses[-1]
+            where = f"training loss is {float(loss)} at step {trainer.global_step} (epoch {trainer.current_epoch})"
+            _logger.error(f"{where}: training stops; its samples: {', '.join(batch_names(trainer, batch))}")
 
     # ---- what cannot be skipped
 

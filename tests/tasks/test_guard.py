@@ -303,6 +303,18 @@ def test_the_count_is_resumed(tmp_path):
         run(2, [(5, 1)], tmp_path / "epoch=0.ckpt")
 
 
+def test_where_anomalies_are_looked_for_the_first_stops(tmp_path, photos, caplog):
+    """Autograd says which operation it was; that of a NaN without a gradient, it does not see."""
+    for how, error in (("nan", RuntimeError), ("loss", NonFiniteLossError)):
+        caplog.clear()
+        trainer = tiny_trainer(tmp_path, callbacks=[NonFiniteGuard()], detect_anomaly=True)
+        task = SeePhotos([(1, 1)], how)
+        with pytest.raises(error, match="MulBackward0|at step 1 .*training stopped, its samples"):
+            trainer.fit(task, photo_data(photos))
+        (line,) = skips(caplog)
+        assert line.startswith("training loss is nan at step 1 (epoch 0)") and named(line) == task.seen[1, 1]
+
+
 def test_a_limit_below_zero_is_refused():
     with pytest.raises(ValueError, match="max_skipped must be at least 0, got -1"):
         NonFiniteGuard(-1)
