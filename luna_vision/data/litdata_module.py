@@ -14,6 +14,7 @@ from luna_vision.data.images import Source, decode_image
 from luna_vision.data.shards import CONVERT, ShardDataModule, need
 
 INDEX = "index.json"
+PLAIN_FORMATS = ("bytes", "int", "str")  # of LitData's serializers; others, such as pickle and graph, unpickle
 
 
 class LitDataSource:
@@ -23,13 +24,20 @@ class LitDataSource:
 
     Raises:
         FileNotFoundError: There is no index, or a chunk is missing (LitData would wait for its download).
+        ValueError: Its items are, or hold, something else than bytes, numbers and strings: nothing is unpickled.
     """
 
     def __init__(self, folder: Path) -> None:
         need("litdata")
         if not (folder / INDEX).is_file():
             raise FileNotFoundError(f"no file {folder / INDEX}, LitData's index of its chunks: {CONVERT}")
-        chunks = json.loads((folder / INDEX).read_text())["chunks"]
+        index = json.loads((folder / INDEX).read_text())
+        formats, chunks = (index.get("config") or {}).get("data_format") or [], index["chunks"]
+        if unsafe := sorted({name for name in formats if name.partition(":")[0] not in PLAIN_FORMATS}):
+            raise ValueError(
+                f"{folder / INDEX}: items of the format {', '.join(unsafe)} are refused, as loading pickled "
+                f"objects could run any code; only {', '.join(PLAIN_FORMATS)} are read"
+            )
         for chunk in chunks:
             if not (folder / chunk["filename"]).is_file():
                 raise FileNotFoundError(f"{folder / INDEX} names a chunk that is missing: {chunk['filename']}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._parts import unwrap_state_dict
 from .luna_vit import LunaVit
+from .weights import not_plain
 
 __all__ = ["VitInit", "init_from_vit"]
 
@@ -39,9 +40,8 @@ def _vit_state_dict(source: str | os.PathLike | dict) -> dict[str, Tensor]:
     elif Path(source).is_file():
         try:
             state = load_state_dict(str(source))
-        except Exception as error:  # unpickling a file that is no checkpoint raises nearly anything
-            line = " ".join(str(error).split())
-            raise ValueError(f"{str(source)!r} is not a checkpoint that timm can read: {line}") from error
+        except Exception as error:  # reading a file that is no checkpoint raises nearly anything
+            raise ValueError(not_plain(source, error)) from error
     elif timm.is_model(str(source).split(".")[0]):
         state = timm.create_model(str(source), pretrained=True).state_dict()
     else:

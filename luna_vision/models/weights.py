@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,8 +38,8 @@ def load_weights(
         raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
     try:
         state_dict = unwrap_state_dict(read_state_dict(str(path)))
-    except Exception as error:  # unpickling a file that is no checkpoint raises nearly anything
-        raise ValueError(f"{str(path)!r} is not a checkpoint that timm can read: {error}") from error
+    except Exception as error:  # reading a file that is no checkpoint raises nearly anything
+        raise ValueError(not_plain(path, error)) from error
     cfg = dict(model.pretrained_cfg, state_dict=state_dict, source="", num_classes=model.num_classes)
     _keep_own_head(model, cfg, str(path), say, fresh_head)
     _declare_channels(model, cfg)
@@ -53,6 +55,19 @@ def load_weights(
     except RuntimeError as error:
         raise ValueError(f"{str(path)!r} does not fit {type(model).__name__}: {error}") from error
     say(f"weights loaded from {path}")
+
+
+def not_plain(path: str | Path, error: Exception) -> str:
+    """What to say, in one line, of a file that ``torch.load`` does not read with ``weights_only=True``."""
+    cause = error.__cause__ or error  # timm's own message leaves out what it is
+    if isinstance(cause, pickle.UnpicklingError):
+        found = re.search(r"GLOBAL ([\w.]+)", str(cause))
+        what = f" ({found[1]})" if found else ""
+        return (
+            f"{str(path)!r} is not a checkpoint of tensors and plain data only: other Python objects{what} are "
+            "refused, as loading them could run any code"
+        )
+    return f"{str(path)!r} is not a checkpoint: {' '.join(str(error).split()) or type(error).__name__}"
 
 
 def _keep_own_head(model: nn.Module, cfg: dict, path: str, say: Callable[[str], None], fresh_head: bool) -> None:

@@ -14,6 +14,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from luna_vision.models.weights import not_plain
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write a checkpoint beside its place and move it there when it is on the disk.
@@ -73,6 +75,29 @@ class _Sink:
     def flush(self) -> None:
         """Left to the owner of the file."""
 
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Whatever ``weights_only`` says, nothing but plain data is loaded, see `load_plain`."""
+        return load_plain(path, map_location=map_location)
+
+
+def load_plain(path: str | Path, **options: Any) -> dict[str, Any]:
+    """``torch.load`` of a checkpoint that holds tensors and plain data only.
+
+    Raises:
+        ValueError: There are other objects in it, which could run code if they were unpickled, or it is no checkpoint.
+    """
+    try:
+        checkpoint = torch.load(path, weights_only=True, **options)
+    except OSError:
+        raise
+    except Exception as error:  # reading a file that is no checkpoint raises nearly anything
+        raise ValueError(not_plain(path, error)) from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{str(path)!r} is not a checkpoint: it holds a {type(checkpoint).__name__}")
+    return checkpoint
+
 
 def is_exact(trainer: Trainer) -> bool:
     """Whether Lightning can go on exactly from a checkpoint that is made now.
@@ -128,7 +153,7 @@ class LastCheckpoint(Checkpoint):
             return
         folder = trainer.loggers[0].log_dir if trainer.loggers else None
         path = Path(trainer.strategy.broadcast(folder or trainer.default_root_dir), "checkpoints", "last.ckpt")
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         self.path, self._step, self._time = str(path), trainer.global_step, time.monotonic()
 
 

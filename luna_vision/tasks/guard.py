@@ -119,7 +119,7 @@ class NonFiniteGuard(Callback):
             shown = ", ".join(names[:_NAMED_IN_ERROR])
             more = f" and {len(names) - _NAMED_IN_ERROR} more" if len(names) > _NAMED_IN_ERROR else ""
             after = f" after {self.skipped} skipped steps" if self.skipped else ""
-            self._stop(trainer, what, f"{after}, its samples: {shown}{more}")
+            self._stop(trainer, what, after, f"; its samples: {shown}{more}")
         self.skipped, self.last_skipped = self.skipped + 1, step
         # Optimizers leave out parameters without a gradient, weight decay and moments included; some of timm's count
         # their steps by group all the same.
@@ -186,12 +186,11 @@ class NonFiniteGuard(Callback):
             self._stop(trainer, f"validation loss is {float(loss)}")
 
     @staticmethod
-    def _stop(trainer: Trainer, what: str, more: str = "") -> None:
+    def _stop(trainer: Trainer, what: str, after: str = "", samples: str = "") -> None:
         checkpoint = last_checkpoint(trainer)
         kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been written yet"
-        raise NonFiniteLossError(
-            f"{what} at step {trainer.global_step} (epoch {trainer.current_epoch}): training stopped{more}; {kept}"
-        )
+        step = f"step {trainer.global_step} (epoch {trainer.current_epoch})"
+        raise NonFiniteLossError(f"{what} at {step}: training stopped{after}, {kept}{samples}")
 
 
 def has_scaler(trainer: Trainer) -> bool:
