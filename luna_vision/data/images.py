@@ -265,4 +265,8 @@ class PredictDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         item = self.source[index]
         image, name = (read_image(item), item) if isinstance(item, str) else (item[0], str(index))
-        return self.transform(to_channels(image, self.in_chans), 0), name
+        try:
+            image = to_channels(image, self.in_chans)
+        except Exception as error:  # a mode, such as LAB, that Pillow reads but does not convert
+            raise SampleError(f"cannot use image {name}: {one_line(error)}") from error
+        return self.transform(image, 0), name
