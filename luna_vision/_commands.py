@@ -73,7 +73,9 @@ def build_model(name: str, num_classes: int | None = None, in_chans: int = 3, **
     classes = {} if num_classes is None else {"num_classes": num_classes}
     try:
         return timm.create_model(name, in_chans=in_chans, **classes, **model_kwargs)
-    except (TypeError, RuntimeError) as error:  # RuntimeError: no pretrained weights, a checkpoint that does not fit
+    except Exception as error:  # no pretrained weights, a checkpoint that does not fit, a list where a number belongs
+        if isinstance(error, OSError | ValueError) and (not model_kwargs or any(n in str(error) for n in model_kwargs)):
+            raise
         raise ValueError(f"model_kwargs {model_kwargs} do not fit {name}: {error}") from error
 
 

@@ -50,6 +50,15 @@ class LunaCLI(LightningCLI):
             "--resume", type=bool, default=True, help="Let fit go on with an unfinished run of this very configuration."
         )
 
+    def instantiate_classes(self) -> None:
+        """What a constructor raises is about the arguments that it was given, whatever its type."""
+        try:
+            super().instantiate_classes()
+        except USER_ERRORS:
+            raise
+        except Exception as error:
+            raise ValueError(f"the configuration does not fit: {type(error).__name__}: {error}") from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """With what exact resume needs: atomic checkpoints, and what they lack of the state."""
         trainer = super().instantiate_trainer(**kwargs)
