@@ -11,6 +11,7 @@ from .nested import NestedMemory
 from .reporting import EpochLines, ExportBest, PredictionWriter, export_weights
 from .sequence import SequenceTask
 from .sequence_parallel import SequenceParallelStrategy
+from .sharding import FSDP2Strategy
 
 __all__ = [
     "EMA",
@@ -19,6 +20,7 @@ __all__ = [
     "DistillationTask",
     "EpochLines",
     "ExportBest",
+    "FSDP2Strategy",
     "ImagesPerSecond",
     "LastCheckpoint",
     "NestedMemory",

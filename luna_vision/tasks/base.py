@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import timm
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from timm.layers import to_2tuple
 from timm.models import get_arch_name
@@ -20,6 +22,7 @@ from torchmetrics import MeanMetric
 from luna_vision.models import init_from_vit, load_weights  # with which the luna_vit models are registered, too
 
 from .optimization import build_optimizer, build_scheduler
+from .sharding import check_same_weights, shapes, shard
 
 
 class TimmTask(LightningModule):
@@ -45,6 +48,18 @@ class TimmTask(LightningModule):
 
     def setup(self, stage: str) -> None:
         self.check_data(self.trainer.datamodule, stage)
+
+    def configure_model(self) -> None:
+        """Under FSDP2, cut up the weights. Whole files are read before that, as they do not fit into parts."""
+        if not self._is_sharded():
+            return
+        if self.trainer.ckpt_path:
+            self._has_weights = True  # Lightning loads them, but only after on_fit_start
+        self._load_starting_weights()
+        shard(self.model, self.device_mesh["data_parallel"], self.trainer.strategy.root_device)
+
+    def _is_sharded(self) -> bool:
+        return self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     def check_data(self, data: LightningDataModule | None, stage: str) -> None:
         """Raise ``ValueError`` where the data module's channels or, unless there is nothing to compare them with in
@@ -112,15 +127,12 @@ class TimmTask(LightningModule):
                 metric = self._epoch_mean(name)
                 metric.mean_value += state["sum"]
                 metric.weight += state["weight"]
-        own = {name: tuple(value.shape) for name, value in self.state_dict().items()}
-        given = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
-        differing = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
-        if differing:
-            name = differing[0]
-            raise ValueError(
-                f"the checkpoint holds another model's weights: {len(differing)} of {len(own)} differ, such as {name} "
-                f"(here {own.get(name)}, there {given.get(name)}); use the config.yaml of the run that wrote it"
-            )
+        if self._is_sharded():  # its weights have been compared and loaded by now
+            return
+        check_same_weights(shapes(self.state_dict()), shapes(checkpoint["state_dict"]))
+        fits = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if fits and "optimizer_states" not in checkpoint:
+            raise ValueError("the checkpoint is of a sharded run: go on with --trainer.strategy=fsdp2")
 
     # ---- optimisation
 

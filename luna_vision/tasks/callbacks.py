@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+import warnings
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -28,7 +30,8 @@ class EMA(WeightAveraging):
         warmup: raise the decay from 0.1 as (1 + step) / (10 + step), so that short runs do not average in the start.
 
     Raises:
-        ValueError: ``decay`` outside [0, 1), or a ModelCheckpoint of the run has ``save_weights_only``.
+        ValueError: ``decay`` outside [0, 1), a ModelCheckpoint of the run has ``save_weights_only``, or the strategy is
+            FSDP2.
     """
 
     def __init__(self, decay: float = 0.9999, start_step: int = 0, warmup: bool = True) -> None:
@@ -66,7 +69,14 @@ class EMA(WeightAveraging):
                 "EMA with ModelCheckpoint(save_weights_only=True) would save the raw weights; set it to False"
             )
         self._guard = next((c for c in trainer.callbacks if isinstance(c, NonFiniteGuard)), None)
-        super().setup(trainer, pl_module, stage)
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ValueError(
+                "EMA keeps a copy of the whole model, which no process has under FSDP2: leave the callback out, or "
+                "train with --trainer.strategy=ddp"
+            )
+        with warnings.catch_warnings():  # of configure_model, which does nothing unless the strategy is FSDP2
+            warnings.filterwarnings("ignore", message=".*overrides the configure_model.*")
+            super().setup(trainer, pl_module, stage)
 
     def _follow(self, pl_module: LightningModule) -> None:
         """Until the first update, the average is what the weights are now."""

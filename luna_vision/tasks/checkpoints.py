@@ -16,6 +16,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from luna_vision.models.weights import not_plain
 
+from .sharding import REST, check_whole, is_sharded, read_weights
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write a checkpoint beside its place and move it there when it is on the disk.
@@ -53,6 +55,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             kept = "; the checkpoint that was there before is whole" if path.exists() else ""
             raise OSError(code, f"cannot write the checkpoint {path}: {os.strerror(code)}{kept}") from error
 
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Whatever ``weights_only`` says, nothing but plain data is loaded, see `load_plain`.
+
+        A folder that FSDP2 has written is read, too: without the optimizer, as for testing or prediction.
+        """
+        return read_checkpoint(path) if is_sharded(path) else load_plain(path, map_location=map_location)
+
 
 class _Sink:
     """What torch.save writes to, which keeps the first error instead of raising it.
@@ -75,12 +86,6 @@ class _Sink:
     def flush(self) -> None:
         """Left to the owner of the file."""
 
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
-    ) -> dict[str, Any]:
-        """Whatever ``weights_only`` says, nothing but plain data is loaded, see `load_plain`."""
-        return load_plain(path, map_location=map_location)
-
 
 def load_plain(path: str | Path, **options: Any) -> dict[str, Any]:
     """``torch.load`` of a checkpoint that holds tensors and plain data only.
@@ -96,6 +101,25 @@ def load_plain(path: str | Path, **options: Any) -> dict[str, Any]:
         raise ValueError(not_plain(path, error)) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{str(path)!r} is not a checkpoint: it holds a {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def read_checkpoint(path: str | Path, weights: bool = True) -> dict[str, Any]:
+    """A checkpoint as it was saved, on the CPU; one that is a folder without the optimizer.
+
+    Args:
+        path: A file, or a folder that FSDP2 has written.
+        weights: Whether those of a folder are wanted, too; if not, it is made sure that they are all there.
+
+    Raises:
+        ValueError: As `load_plain`.
+    """
+    if not is_sharded(path):
+        return load_plain(path, map_location="cpu", mmap=True)
+    checkpoint = load_plain(Path(path, REST), map_location="cpu")
+    if weights:
+        return {**checkpoint, "state_dict": read_weights(path)}
+    check_whole(path)
     return checkpoint
 
 

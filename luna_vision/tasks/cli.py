@@ -29,6 +29,8 @@ from .classification import ClassificationTask
 from .guard import NonFiniteLossError
 from .reporting import ExportBest, relative
 from .resume import ExactResume, RunRecord, find_unfinished, fingerprint, go_on, log_dir
+from .sharding import is_sharded
+from .stopping import StopTogether
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 USER_ERRORS = (ArgumentError, MisconfigurationException, NonFiniteLossError, OSError, ValueError)
@@ -67,6 +69,8 @@ class LunaCLI(LightningCLI):
         if self.subcommand == "fit":
             name = fingerprint(self._configuration())
             trainer.callbacks[:0] = [ExactResume(name), RunRecord(name)]
+            # after those that write checkpoints: a step whose checkpoint is due is not done again
+            trainer.callbacks.append(StopTogether())
         return trainer
 
     def _configuration(self) -> str:
@@ -82,7 +86,7 @@ class LunaCLI(LightningCLI):
     def check_run(self) -> None:
         """Find what is missing before the loggers create the run's folder."""
         path = self._get(self.config, "ckpt_path")
-        if path and path not in ("best", "last", "hpc") and not Path(path).is_file():
+        if path and path not in ("best", "last", "hpc") and not (Path(path).is_file() or is_sharded(path)):
             raise FileNotFoundError(f"--ckpt_path: there is no file {path}")
         if self.subcommand != "fit" and not path and not self.model.hparams.checkpoint:
             raise ValueError(

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
@@ -175,9 +176,14 @@ class NonFiniteGuard(Callback):
     # ---- what cannot be skipped
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        bad = ""
         for name, value in checkpoint["state_dict"].items():
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                self._stop(trainer, f"{name} has values that are not finite")
+            own = value.to_local() if isinstance(value, DTensor) else value
+            if not bad and own.is_floating_point() and not bool(own.isfinite().all()):
+                bad = name
+        # under FSDP2 it may be in the part of another process, and none may wait for one that has stopped
+        if trainer.strategy.reduce_boolean_decision(bool(bad), all=False):
+            self._stop(trainer, f"{bad or 'the part of another process'} has values that are not finite")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # before ModelCheckpoint, which Lightning runs last

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.trainer.states import TrainerFn
@@ -20,7 +19,7 @@ from safetensors.torch import save_file
 from luna_vision.models import unwrap_state_dict
 
 from .base import TimmTask
-from .checkpoints import best_checkpoint, last_checkpoint, model_checkpoint
+from .checkpoints import best_checkpoint, last_checkpoint, model_checkpoint, read_checkpoint
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -92,10 +91,10 @@ def export_weights(checkpoint: str | Path, output: str | Path) -> None:
     """Write the model's weights (with EMA, the averaged ones) from a Lightning checkpoint as timm loads them.
 
     Args:
-        checkpoint: a checkpoint of a task.
+        checkpoint: a checkpoint of a task; of FSDP2, the folder.
         output: the ``.safetensors`` file to write, in one move.
     """
-    state_dict = unwrap_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
+    state_dict = unwrap_state_dict(read_checkpoint(checkpoint))
     partial = Path(f"{output}.partial")
     save_file({name: value.contiguous() for name, value in state_dict.items()}, partial)
     os.replace(partial, output)

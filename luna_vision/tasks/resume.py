@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
-from .checkpoints import is_exact
+from .checkpoints import is_exact, read_checkpoint
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".run.lock"
@@ -260,7 +260,7 @@ def newest_whole(folders: list[Path], name: str) -> str | None:
     files = [p for folder in folders if folder.is_dir() for p in folder.glob("*.ckpt") if not p.name.startswith(".")]
     for path in sorted(files, key=lambda p: p.stat().st_mtime_ns, reverse=True):
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            checkpoint = read_checkpoint(path, weights=False)
             state = checkpoint["callbacks"]["ExactResume"]
         except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
             first = str(error).strip().split("\n")[0]
@@ -278,7 +278,7 @@ def go_on(trainer: Trainer, run: Unfinished) -> None:
     callback = next((c for c in trainer.callbacks if isinstance(c, ExactResume)), None)
     if callback is not None and run.checkpoint and trainer.is_global_zero:
         callback.keep_rows(trainer)
-        step = torch.load(run.checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+        step = read_checkpoint(run.checkpoint, weights=False)["global_step"]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger._kwargs["purge_step"] = step
