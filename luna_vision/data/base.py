@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from luna_vision._statistics import per_channel
 from luna_vision.data.faults import check_fault_policy
 from luna_vision.data.images import PredictDataset, Source, StreamDataset, TransformedDataset, find_images, one_line
-from luna_vision.data.sampling import EpochLoader, EpochSampler, next_batch
+from luna_vision.data.sampling import EpochLoader, EpochSampler, EvalSampler, next_batch
 from luna_vision.data.sizes import BatchDataset, SizeSampler, parse_sizes, patches_of
 from luna_vision.data.transforms import Augmentation, SeededTransform, eval_transform, train_transform
 
@@ -50,7 +50,8 @@ class ImageDataModule(LightningDataModule):
         root: Folder of the data.
         img_size: Side of the images in pixels, or [height, width].
         in_chans: 1 (grey) or 3 (RGB); images are converted.
-        batch_size: Images in a batch, on each device.
+        batch_size: Images in a batch, on each device: an optimizer step sees as many times the number of devices and
+            ``accumulate_grad_batches``.
         eval_batch_size: The same for validation, test and prediction; ``batch_size`` if None.
         num_workers: Processes that load images; 0 loads in the main process. The batches do not depend on it.
         seed: Seed of the shuffle and of all augmentation.
@@ -223,8 +224,8 @@ class ImageDataModule(LightningDataModule):
             sizes = (self.train_sizes, self.patch_size, patches, self.drop_last)
             sampler = SizeSampler(dataset, *sizes, self.seed, world_size, rank)
             return self._loader(BatchDataset(dataset), None, train=True, sampler=sampler)
-        sampler = EpochSampler(dataset, seed=self.seed, num_replicas=world_size, rank=rank)
-        drop_last = self.drop_last and len(sampler) >= self.batch_size
+        drop_last = self.drop_last and len(dataset) >= self.batch_size * world_size
+        sampler = EpochSampler(dataset, self.seed, world_size, rank, drop_last=drop_last)
         return self._loader(dataset, self.batch_size, train=True, sampler=sampler, drop_last=drop_last)
 
     def val_dataloader(self) -> DataLoader | list:
@@ -242,14 +243,20 @@ class ImageDataModule(LightningDataModule):
 
     def _eval_loader(self, split: str) -> DataLoader | list:
         dataset = self.dataset(split)
-        return [] if dataset is None else self._loader(dataset, self.eval_batch_size)  # Lightning skips an empty list
+        if dataset is None:
+            return []  # which Lightning skips
+        if isinstance(dataset, StreamDataset):
+            return self._loader(dataset, self.eval_batch_size)
+        rank, world_size = self._rank()
+        sampler = EvalSampler(dataset, self.eval_batch_size, world_size, rank)
+        return self._loader(dataset, sampler.batch_size, sampler=sampler)
 
     def _loader(
         self,
         dataset: Dataset,
         batch_size: int | None,
         train: bool = False,
-        sampler: EpochSampler | None = None,
+        sampler: EpochSampler | EvalSampler | None = None,
         drop_last: bool = False,
     ) -> DataLoader:
         arguments = {
@@ -263,10 +270,10 @@ class ImageDataModule(LightningDataModule):
         }
         if isinstance(dataset, StreamDataset):
             dataset.share(self.num_workers, batch_size, *self._rank())
-        if not train:
-            return DataLoader(generator=torch.Generator(), **arguments)
         if sampler is not None:
             arguments["sampler"] = sampler
+        if not train:
+            return DataLoader(generator=torch.Generator(), **arguments)
         return EpochLoader(next_batch=self._next_batch, **arguments)
 
     def _rank(self) -> tuple[int, int]:

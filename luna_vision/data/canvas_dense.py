@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from luna_vision.data.canvas import CanvasDataset, CanvasSpec
 from luna_vision.data.canvas_module import ITEM_SOURCES
 from luna_vision.data.images import to_channels
-from luna_vision.data.sampling import EpochLoader, EpochSampler, next_batch
+from luna_vision.data.sampling import EpochLoader, EpochSampler, EvalSampler, next_batch
 
 __all__ = ["CanvasDetectionDataModule", "CanvasSegmentationDataModule"]
 
@@ -153,17 +153,27 @@ class CanvasModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         trainer, dataset = self.trainer, self.dataset("train")
-        ranks = (trainer is not None and trainer.distributed_sampler_kwargs) or {}
-        sampler = EpochSampler(dataset, seed=self.seed, **ranks)
-        arguments = {"sampler": sampler, "drop_last": len(sampler) >= self.batch_size}
+        share = self._share()
+        drop_last = len(dataset) >= self.batch_size * share["num_replicas"]
+        sampler = EpochSampler(dataset, seed=self.seed, drop_last=drop_last, **share)
+        arguments = {"sampler": sampler, "drop_last": drop_last}
         kind = partial(EpochLoader, next_batch=lambda: next_batch(trainer))
         return self._loader(dataset, self.batch_size, kind, **arguments)
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader(self.dataset("val"), self.eval_batch_size)
+        return self._eval_loader("val")
 
     def test_dataloader(self) -> DataLoader:
-        return self._loader(self.dataset("test"), self.eval_batch_size)
+        return self._eval_loader("test")
+
+    def _eval_loader(self, split: str) -> DataLoader:
+        dataset = self.dataset(split)
+        sampler = EvalSampler(dataset, self.eval_batch_size, **self._share())
+        return self._loader(dataset, sampler.batch_size, sampler=sampler)
+
+    def _share(self) -> dict[str, int]:
+        """This process's share of the data; processes that share an image have the same."""
+        return (self.trainer is not None and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
 
     def _loader(
         self, dataset: Dataset, batch_size: int, kind: Callable[..., DataLoader] = DataLoader, **kwargs

@@ -46,12 +46,20 @@ class EpochSampler(DistributedSampler):
         num_replicas: Number of processes that share the epoch.
         rank: The rank of this process among them.
         shuffle: Draw a new order each epoch.
+        drop_last: Where the samples cannot be shared out evenly, leave the last few of the epoch's order out; else the
+            first few come twice.
     """
 
     def __init__(
-        self, dataset: Dataset, seed: int = 0, num_replicas: int = 1, rank: int = 0, shuffle: bool = True
+        self,
+        dataset: Dataset,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
     ) -> None:
-        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed, drop_last=drop_last)
         self.start = 0
 
     def begin(self, epoch: int, start: int = 0) -> None:
@@ -74,6 +82,41 @@ def batch_indices(loader: DataLoader, epoch: int, batch: int) -> list[int] | Non
     order = copy.copy(sampler)  # what the sampler itself is about to do stays as it is
     order.begin(epoch, batch * loader.batch_size)
     return [index for _, index in islice(order, loader.batch_size)]
+
+
+class EvalSampler(DistributedSampler):
+    """Every sample once, on one of the processes; ``DistributedSampler`` would have some count twice in a score.
+
+    As a ``DistributedSampler`` it is left in place by Lightning. Processes of which some have a batch more than others
+    would wait for each other for ever where the model itself communicates, so batches are to be made of
+    :attr:`batch_size`.
+
+    Args:
+        dataset: The dataset; only its length is used.
+        batch_size: The largest batch.
+        num_replicas: Number of processes that share the samples.
+        rank: The rank of this process among them.
+
+    Attributes:
+        batch_size: The largest up to the given one with which all processes have equally many batches. Where there is
+            none (it is 1, or there are fewer samples than processes) it is the given one, and the first few samples
+            come twice after all.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
+        least, rest = divmod(len(dataset), num_replicas)
+        self.repeats, self.batch_size = False, batch_size
+        if rest:  # some have one more than the others: it must not begin a batch
+            fitting = (size for size in range(batch_size, 1, -1) if least % size)
+            self.batch_size = next(fitting, batch_size)
+            self.repeats = least % self.batch_size == 0
+
+    def __iter__(self) -> Iterator[int]:
+        return super().__iter__() if self.repeats else iter(range(self.rank, len(self.dataset), self.num_replicas))
+
+    def __len__(self) -> int:
+        return super().__len__() if self.repeats else len(range(self.rank, len(self.dataset), self.num_replicas))
 
 
 class EpochLoader(DataLoader):
