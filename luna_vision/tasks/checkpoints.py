@@ -170,6 +170,9 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A progress bar, which only the first process has, has asked for the epoch's means by now and waits for the
+        # others to add theirs: they do that here, before they exchange anything else.
+        _ = trainer.callback_metrics
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
