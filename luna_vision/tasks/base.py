@@ -43,6 +43,7 @@ class TimmTask(LightningModule):
         super().__init__()
         # means over the epoch so far; a checkpoint keeps them, which Lightning's own sums it does not
         self.epoch_means = nn.ModuleDict()
+        self.evaluation_means = nn.ModuleDict()
 
     # ---- start of a run
 
@@ -124,7 +125,7 @@ class TimmTask(LightningModule):
         self._has_weights = True
         if self._trainer is not None and self.trainer.is_global_zero:  # the sums are those of all ranks
             for name, state in checkpoint.get("epoch_means", {}).items():
-                metric = self._epoch_mean(name)
+                metric = self._mean("epoch_means", name)
                 metric.mean_value += state["sum"]
                 metric.weight += state["weight"]
         if self._is_sharded():  # its weights have been compared and loaded by now
@@ -166,19 +167,29 @@ class TimmTask(LightningModule):
         self.log("lr", max(group["lr"] for group in self.optimizers().param_groups))
 
     def log_epoch_mean(self, name: str, value: Tensor, batch_size: int) -> None:
-        """Log the mean of a value over the images of an epoch, of which some may lie before a resume.
+        """Log the mean of a value over the training images of an epoch, of which some may lie before a resume.
 
         Batches whose value is not finite are left out.
         """
-        metric = self._epoch_mean(name)
+        self._log_mean("epoch_means", name, value, batch_size)
+
+    def log_evaluation_mean(self, name: str, value: Tensor, batch_size: int) -> None:
+        """Log the mean of a value over the images of a validation or a test, however many each process has: Lightning's
+        own ``sync_dist`` divides by the mean of the counts rounded to a whole number."""
+        self._log_mean("evaluation_means", name, value, batch_size)
+
+    def _log_mean(self, where: str, name: str, value: Tensor, batch_size: int) -> None:
+        metric = self._mean(where, name)
         metric.update(value, batch_size)
-        attribute = f"epoch_means.{name}"
+        attribute = f"{where}.{name}"
         self.log(name, metric, on_step=False, on_epoch=True, batch_size=batch_size, metric_attribute=attribute)
 
-    def _epoch_mean(self, name: str) -> MeanMetric:
-        if name not in self.epoch_means:
-            self.epoch_means[name] = _FiniteMean().to(self.device)
-        return self.epoch_means[name]
+    def _mean(self, where: str, name: str) -> MeanMetric:
+        means = getattr(self, where)
+        if name not in means:
+            mean = _FiniteMean() if where == "epoch_means" else MeanMetric(nan_strategy="disable")
+            means[name] = mean.to(self.device)
+        return means[name]
 
     # ---- what comes out
 

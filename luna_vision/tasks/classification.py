@@ -211,7 +211,7 @@ class ClassificationTask(TimmTask):
     def _log_evaluation(self, logits: Tensor, targets: Tensor, metrics: MetricCollection, loss_name: str) -> None:
         metrics.update(logits, targets)
         # Plain cross-entropy whatever the training loss is, so that runs can be compared.
-        self.log(loss_name, F.cross_entropy(logits, targets), sync_dist=True, batch_size=len(logits))
+        self.log_evaluation_mean(loss_name, F.cross_entropy(logits, targets), len(logits))
         for name, metric in metrics.items():
             self.log(name, metric, prog_bar=name.endswith("acc1"), batch_size=len(logits))
 

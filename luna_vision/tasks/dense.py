@@ -284,7 +284,7 @@ class SegmentationTask(_PyramidTask):
     def _evaluate(self, split: str, images: Tensor, masks: Tensor) -> None:
         self._check_batch(images, masks)
         logits = self(images)
-        self.log(f"{split}_loss", self._loss(logits, masks), sync_dist=True, batch_size=len(images))
+        self.log_evaluation_mean(f"{split}_loss", self._loss(logits, masks), len(images))
         metric = self.metrics[f"{split}_miou"]
         metric.update(logits.argmax(1), masks)
         self.log(f"{split}_miou", metric, prog_bar=True, batch_size=len(images))

@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 DEBUG = ROOT / "configs" / "debug.yaml"
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "timm", "sklearn.datasets", "luna_vision.data", "luna_vision.tasks.cli"])
+CONTEXT.set_forkserver_preload(["luna_vision.data", "luna_vision.tasks.cli", "torch.distributed.fsdp"])
 
 
 def free_port() -> int:
