@@ -100,7 +100,7 @@ def test_an_epoch_is_shared_out_and_augmented_alike():
     def epoch(world_size: int, batch_size: int) -> list[list]:
         found = []
         for rank in range(world_size):
-            data = DigitsDataModule(img_size=16, batch_size=batch_size, num_workers=0)
+            data = DigitsDataModule(img_size=16, batch_size=batch_size, num_workers=0, val_fraction=0.8)
             data._rank = lambda rank=rank: (rank, world_size)
             loader = data.train_dataloader()
             loader.next_batch = lambda: (3, 0)
@@ -163,7 +163,7 @@ def test_processes_stop_together_and_go_on_exactly(tmp_path, strategy, number, r
     """Dropped paths, mixing, accumulation and, with DDP, the average of the weights are as in a run left alone."""
     config = DEBUG if strategy == "ddp" else without_ema(tmp_path)
     arguments = ["fit", f"--config={config}", f"--trainer.strategy={strategy}", "--trainer.devices=2"]
-    arguments += ["--trainer.max_epochs=5", "--test_after_fit=false", "--model.model_kwargs.drop_path_rate=0.3"]
+    arguments += ["--trainer.max_epochs=3", "--test_after_fit=false", "--model.model_kwargs.drop_path_rate=0.3"]
     run(tmp_path / "whole", 2, command_line, *arguments)
     assert killed(tmp_path / "killed", arguments, number, ranks) == codes, said(tmp_path / "killed")
     run(tmp_path / "killed", 2, command_line, *arguments)

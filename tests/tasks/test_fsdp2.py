@@ -1,5 +1,6 @@
 """FSDP2: its folders of checkpoints are whole or not there, resumed from, read by one process, and exported."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def test_only_whole_folders_are_resumed_from(checkpoints):
     with pytest.warns(UserWarning, match="last.ckpt is left out.*__1_0.distcp is missing or cut off"):
         assert newest_whole([checkpoints], name) is None
     shutil.copytree(checkpoints / ".last.ckpt.partial", checkpoints / "last.previous.ckpt")  # killed between two moves
+    os.utime(checkpoints / "last.previous.ckpt", (1, 1))
     with pytest.warns(UserWarning, match="last.ckpt is left out"):
         assert newest_whole([checkpoints], name) == str(checkpoints / "last.previous.ckpt")
     (checkpoints / "last.previous.ckpt" / "meta.pt").unlink()
