@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from PIL import Image
 
 from luna_vision import export
@@ -19,6 +20,7 @@ from luna_vision.data import LitDataDataModule, WebDatasetDataModule
 from luna_vision.downstream import embed, probe
 from luna_vision.streaming import __main__ as streaming
 from luna_vision.tasks.cli import main as train
+from luna_vision.tasks.sharding import check_whole, read_weights
 from luna_vision.visualize import __main__ as visualize
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +122,19 @@ def test_a_folder_of_weights(tmp_path, capsys):
         run_command(lambda: embed.main(words))
     assert end.value.code == 2 and not Path(MARKER).exists()
     assert f"--model local-dir:{tmp_path / 'model'}" in capsys.readouterr().err
+
+
+def test_the_index_of_a_sharded_checkpoint(tmp_path):
+    """PyTorch's own reader unpickles it."""
+    folder = tmp_path / "last.ckpt"
+    dcp.save({"state_dict": {"a": torch.ones(3), "b": torch.ones(2, dtype=torch.bfloat16)}}, checkpoint_id=folder)
+    assert read_weights(folder)["a"].sum() == 3
+    for content in (Hostile(), {"state_dict": Hostile()}):
+        (folder / ".metadata").write_bytes(pickle.dumps(content))
+        for read in (read_weights, check_whole):
+            with pytest.raises(ValueError, match=r"last.ckpt/.metadata' is not a checkpoint .*mkdir\) are refused"):
+                read(folder)
+    assert not Path(MARKER).exists()
 
 
 def test_arrays_as_images(tmp_path, capsys):
