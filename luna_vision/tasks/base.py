@@ -187,7 +187,7 @@ class TimmTask(LightningModule):
     def _mean(self, where: str, name: str) -> MeanMetric:
         means = getattr(self, where)
         if name not in means:
-            mean = _FiniteMean() if where == "epoch_means" else MeanMetric(nan_strategy="disable")
+            mean = _FiniteMean() if where == "epoch_means" else _Mean()
             means[name] = mean.to(self.device)
         return means[name]
 
@@ -203,16 +203,23 @@ class TimmTask(LightningModule):
         raise NotImplementedError
 
 
-class _FiniteMean(MeanMetric):
-    """The weighted mean of the values that are finite, without waiting for the device to know which these are.
+class _Mean(MeanMetric):
+    """The weighted mean, without waiting for the device to know whether values are finite.
 
     The base class either waits or, with ``nan_strategy="disable"``, leaves the weights out (torchmetrics 1.9).
     """
 
     def update(self, value: Tensor, weight: float) -> None:
+        self.mean_value += value * weight
+        self.weight += weight
+
+
+class _FiniteMean(_Mean):
+    """The weighted mean of the values that are finite."""
+
+    def update(self, value: Tensor, weight: float) -> None:
         finite = value.isfinite()
-        self.mean_value += torch.where(finite, value, 0.0) * weight
-        self.weight += finite * weight
+        super().update(torch.where(finite, value, 0.0), finite * weight)
 
 
 def _sums(metric: MeanMetric) -> dict[str, float]:
