@@ -62,7 +62,7 @@ def not_plain(path: str | Path, error: Exception) -> str:
     cause = error.__cause__ or error  # timm's own message leaves out what it is
     if isinstance(cause, pickle.UnpicklingError):
         found = re.search(r"GLOBAL ([\w.]+)", str(cause))
-        what = f" ({found[1]})" if found else ""
+        what = f" ({found[1]})" if found else ", if there are any,"
         return (
             f"{str(path)!r} is not a checkpoint of tensors and plain data only: other Python objects{what} are "
             "refused, as loading them could run any code"

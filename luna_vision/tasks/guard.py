@@ -97,8 +97,9 @@ class NonFiniteGuard(Callback):
         # sum of one number over the processes, and one wait for the device per step.
         values = [loss for _, loss in self._losses]
         if not has_scaler(trainer):
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            if gradients:
+            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            gradients = [_own(p.grad) for p in parameters]
+            if gradients := [gradient for gradient in gradients if gradient.numel()]:
                 values.append(torch.stack(torch._foreach_norm(gradients, math.inf)).max().float())
         bad = torch.zeros((), device=pl_module.device)
         if values:
@@ -178,7 +179,7 @@ class NonFiniteGuard(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         bad = ""
         for name, value in checkpoint["state_dict"].items():
-            own = value.to_local() if isinstance(value, DTensor) else value
+            own = _own(value)
             if not bad and own.is_floating_point() and not bool(own.isfinite().all()):
                 bad = name
         # under FSDP2 it may be in the part of another process, and none may wait for one that has stopped
@@ -221,3 +222,8 @@ def batch_names(trainer: Trainer, batch_idx: int) -> list[str]:
         process = f" in process {trainer.global_rank}" if trainer.world_size > 1 else ""
         return [f"batch {batch_idx} of epoch {epoch}{process}"]
     return [sample_name(loader.dataset, index) for index in indices]
+
+
+def _own(value: Tensor) -> Tensor:
+    """What this process holds of a weight or gradient, which under FSDP2 may be nothing."""
+    return value.to_local() if isinstance(value, DTensor) else value
