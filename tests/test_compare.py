@@ -43,6 +43,7 @@ def write(out, run, result: dict) -> None:
 # ---- runs
 
 
+@pytest.mark.slow
 def test_command_runs_reports_and_skips(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(SUITES, "mixers", {"luna": {"mixer": "luna"}, "broken": {"mixer": "nonsense"}})
     assert main([*TINY, *folders(tmp_path), "--jobs", "2"]) == 1

@@ -56,6 +56,7 @@ def exit_code(argv: list[str], monkeypatch) -> int:
     return end.value.code
 
 
+@pytest.mark.slow
 @settings(
     max_examples=30, derandomize=True, deadline=None, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

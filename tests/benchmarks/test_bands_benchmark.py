@@ -10,6 +10,7 @@ from luna_vision.benchmarks import bands
 TINY = ["--model", "test_luna_vit", "--model-args", "depth=1", "--side", "64", "--large-side", "96", "--rows", "2"]
 
 
+@pytest.mark.slow
 def test_command_measures_and_goes_on(tmp_path, capsys, monkeypatch):
     out = tmp_path / "bands.json"
     words = [*TINY, "--threads", "1", "--out", str(out)]
@@ -28,6 +29,7 @@ def test_command_measures_and_goes_on(tmp_path, capsys, monkeypatch):
     assert bands.main([*words, "--ways", "plain", "bands"]) == 0
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_is_a_row_and_exit_code_1(capsys):
     assert (
         bands.main(["--model", "test_luna_vit", "--model-args", "proj_drop_rate=0.1", *TINY[4:], "--ways"] + ["bands"])

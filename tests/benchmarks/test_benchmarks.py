@@ -21,6 +21,7 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_measures_every_cell_and_says_on_what(tmp_path, capsys):
     sizes = ["--sizes", "160", "160x208"]
     modes = ["--modes", "inference", "training"]
@@ -73,6 +74,7 @@ def test_a_killed_cell_is_a_row(monkeypatch):
     assert rows[0]["error"] == "out of memory (killed)"
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured(tmp_path):
     command = [sys.executable, "-m", "luna_vision.benchmarks", "--models", "test_luna_vit", "--out", str(tmp_path)]
     process = subprocess.Popen(

@@ -12,6 +12,7 @@ from luna_vision.tasks import SequenceTask
 TINY = ["--width", "32", "--depth", "1", "--samples", "40", "--batch-size", "4", "--test-sequences", "8"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_command_runs_reports_and_skips(tmp_path, capsys, monkeypatch):
     words = [*TINY, "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]

@@ -11,6 +11,7 @@ TINY = ["--task", "digits", "--width", "32", "--depth", "1", "--samples", "320",
 LENS = ["--memory-len", "4", "--lens", "1", "4", "--test-lens", "1", "3", "4"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_command_runs_reports_and_skips(tmp_path, capsys, monkeypatch):
     words = [*TINY, *LENS, "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]

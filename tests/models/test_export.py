@@ -34,6 +34,7 @@ def test_compile_fullgraph_with_inductor():
     check_compiled(timm.create_model("test_luna_vit", num_classes=5, depth=1).eval(), "inductor", SIZES[1:2])
 
 
+@pytest.mark.slow
 def test_compile_fullgraph_at_several_sizes_and_with_a_mask(model):
     compiled = check_compiled(model, "aot_eager", SIZES)
     valid = torch.ones(1, 100, dtype=torch.bool)
@@ -53,6 +54,7 @@ def test_export_with_dynamic_batch_height_and_width(name):
         torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pos_embed", ["fourier", "learn"])
 def test_onnx_with_dynamic_height_and_width(pos_embed, tmp_path):
     model = timm.create_model("test_luna_vit", num_classes=5, pos_embed=pos_embed).eval()

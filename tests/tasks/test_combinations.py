@@ -26,6 +26,7 @@ def trained(folder, world_size: int, *arguments: str) -> tuple[dict[str, torch.T
     return read_checkpoint(run_folder / "checkpoints/last.ckpt")["state_dict"], losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_all_but_compile_combine_with_processes(tmp_path, strategy):
     weights, losses = trained(tmp_path / "one", 1, *ALL)

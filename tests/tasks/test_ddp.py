@@ -76,6 +76,7 @@ def one(tmp_path_factory) -> dict:
     return results(folder)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one_with_both_batches(one, tmp_path, strategy):
     arguments = [*PLAIN, *DATA, *STEPS, "--data.init_args.batch_size=8"]
@@ -152,6 +153,7 @@ def end(folder: Path) -> tuple[dict, list[dict[str, str]]]:
     return read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"], rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "number", "ranks", "codes"),
     [

@@ -38,6 +38,7 @@ def checkpoints(trained, tmp_path) -> Path:
     return shutil.copytree(trained / "runs/debug/version_0/checkpoints", tmp_path / "checkpoints")
 
 
+@pytest.mark.slow
 def test_weights_are_exported_as_timm_loads_them(trained):
     said_by_first = (trained / "rank0.txt").read_text()
     line = next(line for line in said_by_first.splitlines() if line.startswith("load it with:"))
@@ -53,6 +54,7 @@ def test_weights_are_exported_as_timm_loads_them(trained):
     assert (exported["head.weight"] - began["head.weight"]).abs().max() < 0.1  # but it began there
 
 
+@pytest.mark.slow
 def test_one_process_reads_and_tests_the_folder(trained, tmp_path):
     folder = trained / "runs/debug/version_0/checkpoints"
     config = trained / "runs/debug/version_0/config.yaml"
@@ -103,6 +105,7 @@ def test_a_folder_or_a_file_is_replaced(tmp_path):
         assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"] and [p.name for p in path.iterdir()] == ["new"]
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(trained, tmp_path):
     config = trained / "config.yaml"
     last = trained / "runs/debug/version_0/checkpoints/last.ckpt"

@@ -213,6 +213,7 @@ def end(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, str]]]:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"], rows
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_after_a_kill(tmp_path):
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()

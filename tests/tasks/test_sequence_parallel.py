@@ -44,6 +44,7 @@ def checkpoint(folder: Path) -> dict:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path, monkeypatch):
     """Four steps of optimizer, clipping and EMA, validation, and the test of the best checkpoint."""
     two, one = tmp_path / "two", tmp_path / "one"
