@@ -19,7 +19,9 @@ def trained(folder, world_size: int, *arguments: str) -> tuple[dict[str, torch.T
     if world_size > 1:
         arguments = (*arguments, "--trainer.devices=2", "--data.init_args.batch_size=8")
     plain = ["--model.mixup=0", "--model.cutmix=0", "--test_after_fit=false", "--trainer.num_sanity_val_steps=0"]
-    run(folder, world_size, command_line, "fit", f"--config={without_ema(folder)}", *plain, *arguments, timeout=500)
+    run(
+        folder, world_size, command_line, "fit", f"--config={without_ema(folder)}", *plain, *arguments, timeout=1200
+    )  # compiling C++ takes its time
     run_folder = folder / "runs/debug/version_0"
     with (run_folder / "metrics.csv").open(newline="") as file:
         losses = [float(row["train_loss_epoch"]) for row in csv.DictReader(file) if row["train_loss_epoch"]]
