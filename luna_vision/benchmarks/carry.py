@@ -9,7 +9,6 @@ the logits of all crops with fresh memories. Without remembering, no more can be
 
 import argparse
 import datetime
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,12 @@ from torch.utils.data import DataLoader
 
 from luna_vision._commands import Parser, at_least, run_command
 from luna_vision._compare_run import MODEL, Progress, Run, make_data, provenance, train, train_loader
-from luna_vision._compare_workers import run_all
-from luna_vision.compare import HEAD_WIDTH, OPTIMIZATION, PIECES, check, unfinished
+from luna_vision.compare import HEAD_WIDTH, OPTIMIZATION, PIECES
 from luna_vision.data.canvas_module import ITEM_SOURCES
 from luna_vision.tasks import SequenceTask
 
 from .record import write_json
-from .small_runs import add_run_arguments, cell, finished
+from .small_runs import add_run_arguments, cell, do_runs, finished
 
 __all__ = ["evaluate_memories", "execute", "main", "plan"]
 
@@ -175,14 +173,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line says; returns the exit code: 1 if a run failed."""
     args = _parser().parse_args(argv)
-    runs = plan(args)
-    todo = [] if args.report_only else unfinished(runs, args.out)
-    check(todo, args.root)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    print(f"{len(runs)} runs, of which {len(runs) - len(todo)} have finished before", flush=True)
-    failed = run_all(todo, args.jobs, args.root, args.out, args.work, execute)
-    print(write_report(args.out))
-    return int(failed > 0)
+    return do_runs(args, plan(args), execute, write_report)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,16 @@ asked for, without any training in between. Shell, data, schedule and budget are
 
 import argparse
 import datetime
-import signal
 from pathlib import Path
 from typing import Any
 
 from luna_vision._commands import Parser, at_least, run_command
 from luna_vision._compare_run import Progress, Run, evaluate, make_data, make_task, provenance, train, train_loader
-from luna_vision._compare_workers import run_all
-from luna_vision.compare import TASKS, check, configuration, unfinished
+from luna_vision.compare import TASKS, configuration
 from luna_vision.tasks import NestedMemory
 
 from .record import write_json
-from .small_runs import add_run_arguments, cell, error_bars, finished
+from .small_runs import add_run_arguments, cell, do_runs, error_bars, finished
 
 __all__ = ["execute", "main", "plan"]
 
@@ -134,14 +132,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line says; returns the exit code: 1 if a run failed."""
     args = _parser().parse_args(argv)
-    runs = plan(args)
-    todo = [] if args.report_only else unfinished(runs, args.out)
-    check(todo, args.root)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    print(f"{len(runs)} runs, of which {len(runs) - len(todo)} have finished before", flush=True)
-    failed = run_all(todo, args.jobs, args.root, args.out, args.work, execute)
-    print(write_report(args.out))
-    return int(failed > 0)
+    return do_runs(args, plan(args), execute, write_report)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,18 @@
 
 import argparse
 import json
+import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from luna_vision._commands import at_least
 from luna_vision._compare_report import wilson
+from luna_vision._compare_run import Run
+from luna_vision._compare_workers import run_all
+from luna_vision.compare import check, unfinished
 
-__all__ = ["add_run_arguments", "cell", "error_bars", "finished"]
+__all__ = ["add_run_arguments", "cell", "do_runs", "error_bars", "finished"]
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, name: str, depth: int) -> None:
@@ -21,6 +26,29 @@ def add_run_arguments(parser: argparse.ArgumentParser, name: str, depth: int) ->
     parser.add_argument("--out", type=Path, default=Path(f"runs/{name}/results"), help="(default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path(f"runs/{name}/work"), help="checkpoints (%(default)s)")
     parser.add_argument("--report-only", action="store_true", help="only make the report from what there is")
+
+
+def do_runs(
+    args: argparse.Namespace, runs: Sequence[Run], execute: Callable[..., dict[str, Any]], report: Callable[[Path], str]
+) -> int:
+    """Do what has not finished yet, and print the report.
+
+    Args:
+        args: With what `add_run_arguments` adds.
+        runs: All runs.
+        execute: Does one, as `luna_vision._compare_run.execute` does.
+        report: Writes the report into a folder, and returns its text.
+
+    Returns:
+        The exit code: 1 if a run failed.
+    """
+    todo = [] if args.report_only else unfinished(runs, args.out)
+    check(todo, args.root)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    print(f"{len(runs)} runs, of which {len(runs) - len(todo)} have finished before", flush=True)
+    failed = run_all(todo, args.jobs, args.root, args.out, args.work, execute)
+    print(report(args.out))
+    return int(failed > 0)
 
 
 def finished(out: Path) -> list[dict[str, Any]]:
