@@ -136,8 +136,13 @@ def _check(out: Path, overwrite: bool) -> None:
 
 
 def _find(paths: Paths) -> list[str]:
-    """All image files; an error for each of `paths` that has none, be there images in the others or not."""
-    return [file for path in ([paths] if isinstance(paths, str | os.PathLike) else paths) for file in find_images(path)]
+    """All image files, each once; an error for each of `paths` that has none, be there images in the others or not."""
+    paths = [paths] if isinstance(paths, str | os.PathLike) else paths
+    files: dict[str, str] = {}
+    for path in paths:
+        for file in find_images(path):
+            files.setdefault(os.path.abspath(file), file)
+    return list(files.values())
 
 
 def _bar(total: int, done: int, progress: bool) -> tqdm:

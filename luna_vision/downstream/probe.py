@@ -25,6 +25,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from luna_vision._checksums import describe
 from luna_vision._commands import Parser, add_model_arguments, at_least, load_model, parse_pairs, run_command
 from luna_vision.benchmarks.record import machine, write_json
 from luna_vision.data.base import hold_out
@@ -239,8 +240,9 @@ def main(argv: list[str] | None = None) -> int:
     if not linear.converged:
         print(f"the linear classifier had not converged after {MAX_ITER} iterations", file=sys.stderr)
     if args.out:
+        name = getattr(model, "pretrained_cfg", {}).get("architecture", args.model)
         result: dict[str, Any] = {
-            "model": {"name": args.model, "args": args.model_args, "class": extractor.name},
+            "model": {"name": name, "args": args.model_args, "class": extractor.name, **describe(model)},
             "checkpoint": str(args.checkpoint) if args.checkpoint else None,
             "features": train[0].shape[1],
             "data": {"name": args.data, "root": args.root, "folders": args.folders, "args": args.data_args},

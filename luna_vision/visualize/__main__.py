@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from torch import nn
+from tqdm import tqdm
 
 from luna_vision._commands import (
     USER_ERRORS,
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     _try_out(model, args, kind)
     fitted = _fit_colors(model, files, args, errors) if kind != "memory" else None
     drawn = 0
-    for file, target in zip(files, targets, strict=True):
+    for file, target in zip(_bar(files, "drawing"), targets, strict=True):
         if file is None:
             continue
         try:
@@ -109,7 +110,8 @@ def main(argv: list[str] | None = None) -> int:
             errors.append(one_line(error))
             continue
         drawn += 1
-        print(target, flush=True)
+        tqdm.write(str(target))  # above the bar, if there is one
+        sys.stdout.flush()
     if not drawn and len(errors) == 1:
         raise ValueError(errors[0])
     for error in errors:
@@ -183,12 +185,17 @@ def _try_out(model: nn.Module, args: argparse.Namespace, kind: str) -> None:
         check_slots(args.slots or args.top, slot_maps(model, seen, args.layers, args.head))
 
 
+def _bar(files: list[str | None], name: str) -> tqdm:
+    # None: only on a terminal
+    return tqdm(files, desc=name, unit="image", disable=None if len(files) > 1 else True)
+
+
 def _fit_colors(
     model: nn.Module, files: list[str | None], args: argparse.Namespace, errors: list[str]
 ) -> dict[int, FeatureColors] | None:
     """Colours that mean the same in all pictures; images that cannot be read become None in `files`."""
     patches: dict[int, list[np.ndarray]] = {}
-    for i, file in enumerate(files):
+    for i, file in enumerate(_bar(files, "fitting colours")):
         try:
             maps = feature_maps(model, _see(model, file, args), args.layers)
         except USER_ERRORS as error:

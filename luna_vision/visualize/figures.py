@@ -20,6 +20,7 @@ from .view import ImageLike, View, view
 
 __all__ = ["plot_features", "plot_memory", "plot_pack", "plot_unpack"]
 
+COMPONENTS = "colours: the first three principal components of patch features, by layer"
 PER_ROW = 8  # panels in a row, where a row has no meaning of its own
 
 
@@ -66,7 +67,10 @@ def plot_memory(
             panels.insert(0, _feature_panel(seen, colors[layer.layer], features[layer.layer]))
         panels += [_pack_panel(seen, layer, slot, top) for slot in slots]
         rows.append((f"layer {layer.layer}", panels))
-    return draw_sheet(_head(model, seen, title, warning, maps, slots, top, unpack_scale, head), rows)
+    about = _head(model, seen, title, warning, maps, slots, top, unpack_scale, head)
+    if colors:
+        about.remark += f"\nfeatures, {COMPONENTS}"
+    return draw_sheet(about, rows)
 
 
 def plot_pack(
@@ -143,8 +147,7 @@ def plot_features(
         rows.append(("", panels))
     title = title or (f"{len(seen)} images" if len(seen) > 1 else _short(seen[0].name))
     subtitle = _about(model, seen[0]) if len(seen) == 1 else _name(model)
-    remark = "colours: the first three principal components of patch features, by layer"
-    return draw_sheet(Head(None, title, subtitle, warning, remark=remark), rows)
+    return draw_sheet(Head(None, title, subtitle, warning, remark=COMPONENTS), rows)
 
 
 def fit_colors(

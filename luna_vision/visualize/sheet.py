@@ -53,7 +53,7 @@ class Head:
         pack_top: Top of the scale of the pack; no key to it if None.
         unpack_top: Top of the scale of the unpack; no key to it if None.
         slots: L, whose colours the key to the unpack shows.
-        remark: Last line; left out if empty.
+        remark: Last lines; left out if empty.
     """
 
     image: np.ndarray | None
@@ -116,7 +116,7 @@ def draw_sheet(head: Head, rows: list[tuple[str, list[Panel]]]) -> Figure:
     key_height = (head.pack_top is not None) * KEY
     if head.unpack_top is not None:
         key_height += KEY + CHIP * -(-head.slots // chips)
-    words = LINE * (2.3 + bool(head.warning) + bool(head.remark)) + key_height
+    words = LINE * (2.3 + bool(head.warning) + (head.remark.count("\n") + 1) * bool(head.remark)) + key_height
     shrink = min(1.0, IMAGE / max(panel_width, panel_height))
     image_width, image_height = panel_width * shrink, panel_height * shrink
     picture_width = image_width + 0.3 if head.image is not None else 0.0
@@ -187,8 +187,9 @@ def _draw_head(paper: _Paper, head: Head, x: float, y: float, chips: int) -> Non
             left, top = x + slot % chips * CHIP, y + slot // chips * CHIP
             _chip(paper, left, top, color, str(slot))
         y += CHIP * -(-head.slots // chips)
-    if head.remark:
-        paper.text(x, y, head.remark, color=QUIET, fontsize=9)
+    for line in head.remark.splitlines():
+        paper.text(x, y, line, color=QUIET, fontsize=9)
+        y += LINE
 
 
 def _bar(paper: _Paper, x: float, y: float, colors: np.ndarray, norm: Normalize, label: str) -> Any:

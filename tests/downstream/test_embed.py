@@ -105,6 +105,12 @@ def test_the_model_says_how_pixels_are_normalised(photos, tiny, caplog):
     assert not caplog.records
 
 
+def test_an_image_that_is_named_twice_is_one_row(photos, tiny):
+    first, *_, last = find_images(photos)
+    result = embed_images(tiny(), [last, photos, first], Settings(**HALF, max_size=32))
+    assert result.paths[0] == last and sorted(result.paths) == find_images(photos)
+
+
 @torch.no_grad()
 def test_sizes(photos, tiny):
     model, path = tiny(), str(photos / "02.png")

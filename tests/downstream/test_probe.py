@@ -174,6 +174,7 @@ def test_the_command_and_its_file(folder, weights, tmp_path, capsys):
     assert result["knn"]["top1"] >= 0.8 and result["linear"]["top1"] >= 0.8  # a temple is no flower
     assert result["images"] == {"train": 20, "test": 10, "height": 48, "width": 48}
     assert result["normalisation"]["mean"] == [0.485, 0.456, 0.406]
+    assert result["model"]["name"] == "test_luna_vit" and len(result["model"]["weights"]) == 64
     # the two folders may be given, too, and be anywhere
     moved = shutil.move(folder / "val", tmp_path / "elsewhere")
     words[2:4] = ["--folders", str(folder / "train"), str(moved)]

@@ -58,6 +58,7 @@ def test_memory_with_features(model):
     seen = view(model, IMAGE)
     figure = plot_memory(model, seen, layers=[1], slots=[0], colors=fit_colors(model, [seen], [1]))
     assert panels(figure) == ["layer 1 features", "layer 1 slot read most", "layer 1 slot 0"]
+    assert "features, colours: the first three principal components" in words(figure)
 
 
 def test_title_and_warning(model):
