@@ -188,12 +188,15 @@ class PillowImage:
             self.image = Image.open(path)
         except UnidentifiedImageError as error:
             raise ValueError(f"{path} is not an image of a format that is known here") from error
+        except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError at damaged PNG headers
+            raise OSError(f"cannot read {path}: {_one_line(error)}") from error
         finally:
             Image.MAX_IMAGE_PIXELS = limit
         mode = self.image.mode
         if mode == "F":
             raise ValueError(f"{path} has floating-point pixels, of unknown range: save it in 8 or 16 bits")
-        turned = self.image.getexif().get(_TURNED, 1)
+        # not the PNG's own, which would decode all pixels, before a budget is known, to look for an entry behind them
+        turned = Image.Image.getexif(self.image).get(_TURNED, 1)
         width, height = self.image.size if turned < 5 else self.image.size[::-1]
         self.path, self.loaded, self.identity = path, False, ""
         self.deep = mode.startswith("I")  # 16-bit greys, which Pillow reads as 32-bit, too
@@ -207,6 +210,8 @@ class PillowImage:
         if not self.loaded:
             self.image.load()
             ImageOps.exif_transpose(self.image, in_place=True)
+            if self.image.size != self.shape[1::-1]:
+                raise OSError(f"{self.path} says after its pixels that they lie on their side: turn it before")
             self.loaded = True
         start, stop, _ = rows.indices(self.shape[0])
         part = self.image.crop((0, start, self.shape[1], stop))

@@ -3,6 +3,7 @@
 Shapes: H, W pixels, c channels, p side of a patch.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,6 +126,7 @@ class Pixels:
         """Normalised pixels (1, in_chans, stop - start, W); on integers exactly those of `eval_transform`.
 
         Raises:
+            ValueError: Floating-point pixels that are not numbers, or clearly not in [0, 1] where they are normalised.
             OSError: They cannot be read.
         """
         array = convert(self.raw(start, stop), self.in_chans)
@@ -133,7 +135,21 @@ class Pixels:
         x = x.to(self.out["dtype"], memory_format=torch.contiguous_format, copy=True)
         if array.dtype == np.uint8:
             x.div_(255)
+        else:
+            self._check_range(x, start, stop)
         return x.sub_(self.mean).div_(self.std)[None]
+
+    def _check_range(self, x: Tensor, start: int, stop: int) -> None:
+        """See that floating-point pixels are what they are taken for: one that is not a number would be in all of the
+        result, and 0 to 255 would go unnoticed. Interpolation may go a little beyond [0, 1]."""
+        low, high = (float(value) for value in torch.aminmax(x))
+        as_they_are = not self.mean.any() and bool((self.std == 1).all())
+        least, most = (-math.inf, math.inf) if as_they_are else (-1, 2)
+        if not (math.isfinite(low) and math.isfinite(high) and least <= low and high <= most):
+            raise ValueError(
+                f"the pixel rows {start} to {stop - 1} of the image have values from {low:g} to {high:g}: floating "
+                "point must be finite, and in [0, 1] (or with mean 0 and std 1, which leave it as it is)"
+            )
 
 
 def _dtype(image: Any) -> np.dtype:

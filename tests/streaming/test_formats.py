@@ -1,11 +1,14 @@
 """Every kind of file gives the pixels that it holds, converted as everywhere in the package."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tifffile
 import torch
 import zarr
-from PIL import Image
+from PIL import Image, ImageFile
 
 from luna_vision.data.images import read_image, to_channels
 from luna_vision.data.transforms import SeededTransform
@@ -98,6 +101,41 @@ def test_floating_point_goes_in_as_it_is(picture):
     torch.testing.assert_close(got, (torch.from_numpy(x[:5]).permute(2, 0, 1)[None] - 0.5) / 0.25)
 
 
+@pytest.mark.parametrize("value", [255.0, -3.0, np.nan, np.inf, -np.inf])
+def test_floating_point_that_is_no_pixel_is_said(value, picture, make):
+    x = (picture / 255).astype(np.float32)
+    x[70, 8, 1] = value
+    with pytest.raises(ValueError, match="the pixel rows 64 to 79 of the image have values from .* finite, and"):
+        encode(make(), x, band_rows=4, progress=False)
+    x[70, 8, 1] = 1.1  # as interpolation makes them
+    encode(make(), x, band_rows=4, progress=False)
+    x[70, 8, 1] = value
+    if np.isfinite(value):  # and whatever goes in as it is
+        assert encode(make(), x, mean=0, std=1, progress=False).logits.isfinite().all()
+    else:
+        with pytest.raises(ValueError, match="must be finite"):
+            encode(make(), x, mean=0, std=1, progress=False)
+
+
+def test_nothing_is_decoded_before_a_row_is_asked_for(picture, tmp_path, monkeypatch):
+    """So that an image that does not fit into the budget is refused, and not decoded."""
+    for name in ("a.png", "a.jpg", "a.webp"):
+        Image.fromarray(picture).save(tmp_path / name)
+        with monkeypatch.context() as patch:
+            patch.setattr(ImageFile.ImageFile, "load", None)
+            assert open_image(tmp_path / name).shape == picture.shape
+
+
+def test_a_png_that_is_cut_off_is_one_line_with_its_name(picture, tmp_path):
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:5000])
+    with pytest.raises(OSError, match="cannot read the pixel rows 0 to 9 of the image: .*truncated"):
+        Pixels(open_image(tmp_path / "a.png"), 3, (0.0,), (1.0,)).rows(0, 10)
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:20])
+    with pytest.raises(OSError, match="cannot read .*a.png|not an image"):
+        open_image(tmp_path / "a.png")
+
+
 def test_every_tile_is_decoded_once(picture, make, tmp_path, monkeypatch):
     tiff(tmp_path / "a.tif", picture, tile=(32, 48))
     image, read = open_image(tmp_path / "a.tif"), []
@@ -106,6 +144,27 @@ def test_every_tile_is_decoded_once(picture, make, tmp_path, monkeypatch):
     want = encode(make(), picture, band_rows=3, progress=False).logits
     assert torch.equal(encode(make(), image, band_rows=3, progress=False).logits, want)
     assert read == [0, 32, 64, 96, 128]
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_the_reader_of_slides_in_the_documentation(level, picture, make):
+    """`Slide` in docs/gigapixel.md, on what OpenSlide's readers have."""
+    text = (Path(__file__).parents[2] / "docs/gigapixel.md").read_text()
+    names = {"np": np}
+    exec(re.search(r"^class Slide:\n.*?(?=```)", text, re.DOTALL | re.MULTILINE)[0], names)
+
+    class Reader:
+        level_downsamples = (1.0, 2.01)
+        levels = [Image.fromarray(picture[::step, ::step]) for step in (1, 2)]
+        level_dimensions = [image.size for image in levels]
+
+        def read_region(self, corner, level, size):
+            left, top = (round(n / self.level_downsamples[level]) for n in corner)
+            return self.levels[level].crop((left, top, left + size[0], top + size[1])).convert("RGBA")
+
+    slide, step = names["Slide"](Reader(), level, tile_rows=32), (1, 2)[level]
+    want, got = (encode(make(), i, progress=False).logits for i in (picture[::step, ::step], slide))
+    assert torch.equal(got, want)
 
 
 def test_levels(picture, tmp_path):
