@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 import luna_vision
@@ -59,12 +60,17 @@ def _save(path: Path, result: Encoded, about: dict[str, Any]) -> None:
     """Write in one move, so that a file of this name is always complete."""
     named = {name: getattr(result, name) for name in ("embedding", "logits", "memory", "raw_memory")}
     arrays = {name: value.float().numpy() for name, value in named.items() if value is not None}
+    about = {**about, "grid_size": list(result.grid_size)}
     partial = path.with_name(f".{path.name}.partial{path.suffix}")
-    if path.suffix == ".npz":
-        np.savez(partial, **arrays, about=np.array(json.dumps(about)))
-    else:
-        save_file(arrays, partial, {"about": json.dumps(about)})
-    os.replace(partial, path)
+    try:
+        if path.suffix == ".npz":
+            np.savez(partial, **arrays, about=np.array(json.dumps(about)))
+        else:
+            save_file(arrays, partial, {"about": json.dumps(about)})
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,6 +86,14 @@ def main(argv: list[str] | None = None) -> int:
         raise NotADirectoryError(f"--store {args.store} is a file: give a folder")
     image = open_image(args.image, args.level)
     model = load_model(args)
+    about = {
+        "luna_vision": luna_vision.__version__,
+        "model": getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__),
+        "random_weights": random_weights(args),
+        "image": str(args.image),
+        "image_shape": list(image.shape),
+        "store_dtype": args.store_dtype,
+    }
     try:
         result = encode(
             model,
@@ -91,21 +105,12 @@ def main(argv: list[str] | None = None) -> int:
             memory_budget=args.memory_budget,
             band_rows=args.band_rows,
             grid=args.grid,
+            save=lambda result: _save(args.out, result, about),
         )
     except KeyboardInterrupt:
         again = "the same command goes on from here" if args.store else "with --store FOLDER it could have gone on"
         print(f"stopped; {again}", file=sys.stderr)
         return 130
-    about = {
-        "luna_vision": luna_vision.__version__,
-        "model": getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__),
-        "random_weights": random_weights(args),
-        "image": str(args.image),
-        "image_shape": list(image.shape),
-        "grid_size": list(result.grid_size),
-        "store_dtype": args.store_dtype,
-    }
-    _save(args.out, result, about)
     (height, width), (rows, columns) = image.shape[:2], result.grid_size
     print(f"{args.out}: {height} x {width} pixels, {rows} x {columns} patches")
     return 0

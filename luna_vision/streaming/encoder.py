@@ -5,7 +5,7 @@ Shapes: H', W' patch grid, L memory slots, C width.
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ def encode(
     band_rows: int | None = None,
     grid: str | os.PathLike | None = None,
     progress: bool = True,
+    save: Callable[[Encoded], None] | None = None,
 ) -> Encoded:
     """Encode an image that need not fit into memory: exactly, up to rounding, what `model(image)` computes.
 
@@ -90,6 +91,8 @@ def encode(
             not depend on it, but for rounding.
         grid: A .npy or .zarr file for the patches after the final norm, (H', W', C).
         progress: Show a progress bar on stderr, if that is a terminal.
+        save: Called with the result before the store is emptied, to keep it: if that fails, the same call goes on from
+            there.
 
     Raises:
         ValueError: A model that cannot stream, an image or an argument that does not fit, a budget that is too small
@@ -146,6 +149,8 @@ def encode(
 
             embedding, memory = engine.run(after_band)
         result = _finish(model, embedding, memory, grid_size, plan.bytes)
+        if save is not None:
+            save(result)
         if out is not None:
             out.finish()
     finally:

@@ -33,7 +33,7 @@ class Grid:
 
         Raises:
             ValueError: Another suffix, or zarr is not installed.
-            OSError: It cannot be written, or there is no room for it.
+            OSError: It cannot be written, there is no room for it, or the partial file is gone.
         """
         check_grid(path)
         self.path, self.partial = path, path.with_name(f"{path.name}.partial")
@@ -41,6 +41,8 @@ class Grid:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not resume:
             remove(self.partial)
+        elif not self.partial.exists():  # a new one would lack the rows that are done
+            raise FileNotFoundError(f"{self.partial} is gone, with the rows that were done: remove the store, too")
         self.array, self.rows = None, None
         name = str(self.dtype).removeprefix("torch.")
         if path.suffix == ".zarr":
@@ -60,8 +62,11 @@ class Grid:
         x = x.to("cpu", self.dtype)
         if self.rows is not None:
             self.rows.write(start, x.flatten(1))
-        else:
+            return
+        try:
             self.array[start : start + len(x)] = x.numpy()
+        except OSError as error:
+            raise OSError(f"cannot write {self.partial}: {error.strerror or error}") from error
 
     def sync(self) -> None:
         """Return when what was written would survive a power cut (a .npy file), or a kill (a .zarr folder)."""

@@ -1,5 +1,8 @@
 """An image in bands gives what the ordinary forward gives, whatever the model, the size and the band."""
 
+import io
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -136,6 +139,18 @@ def test_a_model_in_training_mode_is_put_in_eval_mode(make, photo):
     model = make(proj_drop_rate=0.9)
     want = encode(model, photo[:30, :40], progress=False)
     close(encode(model.train(), photo[:30, :40], progress=False).logits, want.logits, 0)
+
+
+def test_progress_with_the_time_that_is_left(make, photo, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for progress, pattern in ((True, r"encoding: 100%.*\[\d\d:\d\d<\d\d:\d\d, .*row/s\]"), (False, "^$")):
+        terminal = Terminal()
+        monkeypatch.setattr("sys.stderr", terminal)
+        encode(make(), photo[:40, :40], band_rows=2, progress=progress)
+        assert re.search(pattern, terminal.getvalue())
 
 
 # ---------------------------------------------------------------- mistakes

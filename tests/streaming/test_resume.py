@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import luna_vision
 from luna_vision.streaming import encode, store
+from luna_vision.streaming.grid import remove
 from luna_vision.streaming.resume import Checkpoint
 
 
@@ -237,6 +238,33 @@ def test_a_full_disk(what, make, image, tmp_path, monkeypatch):
         with pytest.raises(OSError, match=r"cannot write .*store/[a-z.]+: No space left on device"):
             run(model, image, folder)
     same(run(model, image, folder), run(model, image, None))
+
+
+def test_a_result_that_cannot_be_saved_leaves_the_store(make, image, tmp_path):
+    """As on a disk that is too full for it: the same call does the last step again, and reads no pixels for it."""
+    model, folder, grid, read, saved = make(dtype=torch.float32), tmp_path / "store", tmp_path / "grid.npy", [], []
+    want = run(model, image, None, tmp_path / "want.npy")
+
+    def fail(result):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        run(model, image, folder, grid, save=fail)
+    assert folder.is_dir() and not grid.exists()
+    got = run(model, Recorded(image, read), folder, grid, save=saved.append)
+    same(got, want)
+    assert saved == [got] and [rows.stop for rows in read] == [1]
+    assert grid.read_bytes() == (tmp_path / "want.npy").read_bytes() and not folder.exists()
+
+
+@pytest.mark.parametrize("name", ["grid.npy", "grid.zarr"])
+def test_a_grid_that_is_gone_is_not_made_anew(name, make, image, tmp_path, monkeypatch):
+    """It would lack the rows that were done."""
+    model, grid = make(dtype=torch.float32), tmp_path / name
+    stopped(model, image, tmp_path / "store", monkeypatch, bands=14, grid=grid)
+    remove(tmp_path / f"{name}.partial")
+    with pytest.raises(OSError, match=f"{name}.partial is gone, with the rows that were done: remove the store, too"):
+        run(model, image, tmp_path / "store", grid)
 
 
 def test_what_is_no_state(make, image, tmp_path):

@@ -1,6 +1,7 @@
 """The command: what it writes, that it goes on where it was stopped, and one line for each mistake."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,6 +68,24 @@ def test_a_stopped_run_goes_on(words, tmp_path, monkeypatch, capsys):
     found, want = np.load(tmp_path / "out.npz"), np.load(tmp_path / "want.npz")
     assert all(np.array_equal(found[name], want[name]) for name in ("embedding", "logits", "memory", "raw_memory"))
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    "name, writer", [("out.npz", "numpy.savez"), ("out.safetensors", "luna_vision.streaming.__main__.save_file")]
+)
+def test_an_output_that_cannot_be_written_costs_the_last_step_only(name, writer, words, tmp_path, monkeypatch):
+    words += ["--store", str(tmp_path / "store"), "--out", str(tmp_path / name)]
+
+    def fail(*args, **_):
+        next(a for a in args if isinstance(a, Path)).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=f"cannot write .*{name}: No space left"):
+        patch.setattr(writer, fail)
+        main(words)
+    assert not list(tmp_path.glob(".*")) and (tmp_path / "store/state.safetensors").exists()
+    assert main(words) == 0
+    assert (tmp_path / name).exists() and not (tmp_path / "store").exists()
 
 
 def test_random_weights_are_announced(photo, tmp_path, capsys):
