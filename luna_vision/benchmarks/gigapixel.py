@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from luna_vision._commands import Parser, add_model_arguments, at_least, load_model, random_weights, run_command
 from luna_vision.streaming import encode, open_image
 from luna_vision.streaming.pixels import Pixels, pixel_statistics
+from luna_vision.streaming.resume import Checkpoint
 
 from .record import machine, write_json
 
@@ -159,6 +160,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--out must end in .json, got {args.out}")
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.store is not None and (args.store / Checkpoint.STATE).exists():
+        raise ValueError(f"--store {args.store} holds a run that was stopped, of which only the rest would be timed")
     model = load_model(args)
     image: Any = Mosaic(args.side)
     if args.tiff is not None:

@@ -31,3 +31,6 @@ def test_the_report(tmp_path, capsys):
     assert "throughput, streamed over ordinary" in capsys.readouterr().out
     with pytest.raises(ValueError, match="not that of --side 500"):
         main([*words, "--side", "500"])
+    (tmp_path / "state.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds a run that was stopped, of which only the rest would be timed"):
+        main([*words, "--store", str(tmp_path)])
