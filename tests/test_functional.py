@@ -154,6 +154,17 @@ def test_compiled_code_takes_one_form_for_any_number_of_patches():
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+def test_rounding_does_not_grow_with_the_number_of_patches():
+    """As an image out of core, which is summed in parts, must equal it to 1e-4 after many layers."""
+    torch.manual_seed(0)
+    layer = LunaAttention(24, 2, pack_form="absorbed")
+    x, memory = torch.randn(1, 2**17, 24) + 1, torch.randn(1, 3, 24)
+    with torch.no_grad():
+        packed = layer(x, memory)[1]
+        want = layer.double()(x.double(), memory.double())[1]
+    assert ((packed - want).abs().max() / want.abs().max()).item() < 2e-6
+
+
 def test_unknown_form_is_said():
     with pytest.raises(ValueError, match="the form must be one of 'auto', 'projected', 'absorbed', got 'fast'"):
         LunaAttention(C, H, pack_form="fast")
