@@ -17,6 +17,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS as _TORCHVISION_EXTENSION
 
 from luna_vision.data.faults import SampleError, SkipFaults
 from luna_vision.data.sampling import sample_seed
+from luna_vision.data.sizes import BatchDataset
 from luna_vision.data.transforms import SeededTransform
 
 IMG_EXTENSIONS = (*_TORCHVISION_EXTENSIONS, ".gif")  # of an animation, the first frame is read
@@ -192,7 +193,7 @@ def sample_name(dataset: Dataset, index: int) -> str:
     Files are known of sources that have ``sample_file(index)``, or ``samples`` of (file, label) as torchvision's
     folders have, and of parts of them.
     """
-    source, at = dataset, index
+    source, at = dataset.dataset if isinstance(dataset, BatchDataset) else dataset, index
     if isinstance(source, TransformedDataset):
         at = index if source.faults is None else source.faults.replacement(index)
         source = source.source

@@ -80,6 +80,9 @@ def batch_indices(loader: DataLoader, epoch: int, batch: int) -> list[int] | Non
     if not isinstance(sampler := getattr(loader, "sampler", None), EpochSampler):
         return None
     order = copy.copy(sampler)  # what the sampler itself is about to do stays as it is
+    if loader.batch_size is None:  # it yields whole batches
+        order.begin(epoch, batch)
+        return [index for _, index, _ in next(iter(order), [])]
     order.begin(epoch, batch * loader.batch_size)
     return [index for _, index in islice(order, loader.batch_size)]
 

@@ -252,6 +252,14 @@ def test_the_samples_are_those_of_the_batch(tmp_path, photos, caplog, how, worke
     assert "\n" not in message and str(photos) in message
 
 
+def test_the_samples_of_a_batch_of_one_of_several_sizes(tmp_path, photos, caplog):
+    task = SeePhotos([(3, 0), (5, 2)])
+    data = photo_data(photos, train_sizes=[8, 16], patch_size=4, drop_last=False)
+    fit(tmp_path, task, data=data, limit_val_batches=0)
+    assert sorted(len(task.seen[step, step % 3]) for step in (3, 4, 5)) == [3, 3, 12]
+    assert [named(message) for message in skips(caplog)] == [task.seen[3, 0], task.seen[5, 2]]
+
+
 def test_a_broken_file_goes_by_the_name_of_what_takes_its_place(tmp_path, photos, caplog):
     (photos / "train" / "a" / "0.png").write_bytes(b"")
     data = photo_data(photos, on_error="skip", max_error_share=0.5, batch_size=18)
