@@ -113,7 +113,8 @@ class ExactResume(Callback):
         trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
         batches, epochs, step = loop.batch_progress, trainer.fit_loop.epoch_progress.current, loop._batches_that_stepped
         if batches.current.completed < batches.current.processed:  # at the end of a batch
-            if loop._should_accumulate() or (step + 1) % trainer.log_every_n_steps:
+            every = trainer.log_every_n_steps  # 0 is never
+            if loop._should_accumulate() or not every or (step + 1) % every:
                 return None
             metrics = loop._results.metrics(on_step=True)["log"]
         elif batches.is_last_batch and epochs.completed < epochs.ready:  # of an epoch

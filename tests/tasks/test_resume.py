@@ -103,6 +103,7 @@ CASES = {
     "accumulation": {"accumulate_grad_batches": 2},
     "validation within the epoch": {"val_check_interval": 3},
     "no validation": {"limit_val_batches": 0},
+    "no rows of steps": {"log_every_n_steps": 0},
 }
 
 
