@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from .base import TimmTask
 from .checkpoints import AtomicCheckpointIO, best_checkpoint
 from .classification import ClassificationTask
+from .csv_log import make_durable
 from .guard import NonFiniteLossError
 from .reporting import ExportBest, relative
 from .resume import ExactResume, RunRecord, find_unfinished, fingerprint, go_on, log_dir
@@ -62,8 +63,9 @@ class LunaCLI(LightningCLI):
             raise ValueError(f"the configuration does not fit: {type(error).__name__}: {error}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """With what exact resume needs: atomic checkpoints, and what they lack of the state."""
+        """With what exact resume needs: atomic checkpoints and logs, and what checkpoints lack of the state."""
         trainer = super().instantiate_trainer(**kwargs)
+        make_durable(trainer)
         if isinstance(trainer.strategy.checkpoint_io, TorchCheckpointIO):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if self.subcommand == "fit":

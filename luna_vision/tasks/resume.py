@@ -8,7 +8,6 @@ draws from them), the rows that the loggers have written, and the means of the e
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
 import json
 import os
@@ -25,9 +24,12 @@ from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from .checkpoints import is_exact, read_checkpoint
+from .csv_log import DurableCSVLogger, read_rows, write_rows
+from .sharding import to_disk
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".run.lock"
@@ -105,7 +107,10 @@ class ExactResume(Callback):
         counts = []
         for logger in csv_loggers(self._trainer):
             logger.save()
-            counts.append(len(read_rows(logger)[1]))
+            file = rows_file(logger)
+            if file.is_file():
+                to_disk(file)  # as the checkpoint is
+            counts.append(len(read_rows(file)[1]))
         return counts
 
     def _unwritten(self) -> dict[str, float] | None:
@@ -134,7 +139,12 @@ class ExactResume(Callback):
             self._random = state["random"][trainer.global_rank]
         if self._old_rows:
             for i, count in enumerate(state["rows"]):
-                restore_rows(csv_loggers(trainer)[i], self._old_rows[i][0], self._old_rows[i][1][:count])
+                logger, (names, rows) = csv_loggers(trainer)[i], self._old_rows[i]
+                if len(rows) < count:
+                    rank_zero_warn(
+                        f"{rows_file(logger)} has lost {count - len(rows)} of the {count} rows logged so far"
+                    )
+                restore_rows(logger, names, rows[:count])
             if state["unwritten"] is not None:
                 row = dict(state["unwritten"])
                 step = int(row.pop("step"))
@@ -144,8 +154,11 @@ class ExactResume(Callback):
         self._old_rows = {}
 
     def keep_rows(self, trainer: Trainer) -> None:
-        """Remember what is in the CSV loggers' files, which they delete when they begin."""
-        self._old_rows = {i: read_rows(logger) for i, logger in enumerate(csv_loggers(trainer))}
+        """Remember what is in the CSV loggers' files, and let it stay there until it is put back."""
+        for i, logger in enumerate(csv_loggers(trainer)):
+            self._old_rows[i] = read_rows(rows_file(logger))
+            if isinstance(logger, DurableCSVLogger):
+                logger.goes_on = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._random is not None:
@@ -158,14 +171,9 @@ def csv_loggers(trainer: Trainer) -> list[CSVLogger]:
     return [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
 
 
-def read_rows(logger: CSVLogger) -> tuple[list[str], list[dict[str, str]]]:
-    """Column names and rows of a CSV logger's file; none if there is no file. A row that a kill cut off is no row."""
-    path = Path(logger.log_dir, "metrics.csv")
-    if not path.is_file():
-        return [], []
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        return list(reader.fieldnames or []), [row for row in reader if None not in row.values()]
+def rows_file(logger: CSVLogger) -> Path:
+    """Where a CSV logger writes."""
+    return Path(logger.log_dir, ExperimentWriter.NAME_METRICS_FILE)
 
 
 def restore_rows(logger: CSVLogger, names: list[str], rows: list[dict[str, str]]) -> None:
@@ -173,12 +181,7 @@ def restore_rows(logger: CSVLogger, names: list[str], rows: list[dict[str, str]]
     writer = logger.experiment
     if not names:
         return
-    partial = Path(writer.log_dir, ".metrics.csv.partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, fieldnames=names)
-        table.writeheader()
-        table.writerows(rows)
-    os.replace(partial, writer.metrics_file_path)
+    write_rows(writer.metrics_file_path, names, rows)
     writer.metrics_keys = list(names)
 
 

@@ -88,10 +88,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.barrier()
         super().save_checkpoint(checkpoint, partial, storage_options)
         for file in partial.glob(f"__{self.global_rank}_*"):
-            _to_disk(file)
+            to_disk(file)
         self.barrier()
         if self.is_global_zero:
-            _to_disk(partial / REST)
+            to_disk(partial / REST)
             _replace(path, partial)
         self.barrier()
 
@@ -105,7 +105,8 @@ class FSDP2Strategy(ModelParallelStrategy):
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Fully sharded data parallelism, of torch's fully_shard")
 
 
-def _to_disk(file: Path) -> None:
+def to_disk(file: Path) -> None:
+    """Return when what has been written to a file would survive a loss of power."""
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
 

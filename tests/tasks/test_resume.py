@@ -9,17 +9,18 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 
 from luna_vision.data import DigitsDataModule
 from luna_vision.tasks import EMA, ClassificationTask, ImagesPerSecond, NonFiniteGuard
 from luna_vision.tasks.checkpoints import AtomicCheckpointIO
+from luna_vision.tasks.csv_log import DurableCSVLogger
 from luna_vision.tasks.resume import ExactResume, Unfinished, go_on, newest_whole
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +54,7 @@ def fit(
     keep: Path | None = None,
     num_workers: int = 0,
     data_arguments: dict | None = None,
+    also: Sequence[Callback] = (),
     **arguments,
 ):
     """Two epochs of six batches with everything that is random, and what they leave: weights, logged rows."""
@@ -69,7 +71,7 @@ def fit(
         warmup_epochs=0.5,
     )
     callbacks = [ExactResume("this"), EMA(decay=0.9), ImagesPerSecond(), NonFiniteGuard()]
-    callbacks += [EveryMoment(keep)] if keep else []
+    callbacks += [*([EveryMoment(keep)] if keep else []), *also]
     settings = {
         "max_epochs": 2,
         "limit_train_batches": 6,
@@ -80,7 +82,7 @@ def fit(
         **arguments,
     }
     trainer = Trainer(
-        logger=CSVLogger(folder, name=""),
+        logger=DurableCSVLogger(folder, name=""),
         callbacks=callbacks,
         accelerator="cpu",
         default_root_dir=folder,
@@ -125,6 +127,33 @@ def test_any_checkpoint_leads_to_the_same_end(tmp_path, case):
         assert logged == rows, path.name
         if path != kept[-1]:  # with nothing left to do, training does not end anew and leaves the raw weights in place
             torch.testing.assert_close(ours, weights, rtol=0, atol=0)
+
+
+class StopAtStart(Callback):
+    """Stop when the loggers have begun, and the checkpoint has not been read."""
+
+    def setup(self, trainer, task, stage):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_is_stopped_while_it_resumes_has_its_rows(tmp_path):
+    _, rows = fit(tmp_path / "run", keep=tmp_path / "kept")
+    path = sorted((tmp_path / "kept").glob("*-step9-batch.ckpt"))[0]
+    logged = tmp_path / "run" / "version_0" / "metrics.csv"
+    before = logged.read_bytes()
+    with pytest.raises(SystemExit):  # which Lightning makes of Ctrl-C
+        fit(tmp_path / "run", resume=path, also=[StopAtStart()])
+    assert logged.read_bytes() == before
+    assert fit(tmp_path / "run", resume=path)[1] == rows
+
+
+def test_rows_that_are_lost_all_the_same_are_counted(tmp_path):
+    fit(tmp_path / "run", keep=tmp_path / "kept")
+    path = sorted((tmp_path / "kept").glob("*-step9-batch.ckpt"))[0]
+    (tmp_path / "run" / "version_0" / "metrics.csv").unlink()
+    with pytest.warns(UserWarning, match=r"metrics.csv has lost (\d) of the \1 rows logged so far"):
+        fit(tmp_path / "run", resume=path)
 
 
 def test_without_the_callback_the_end_is_another(tmp_path):
