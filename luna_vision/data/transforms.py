@@ -4,6 +4,7 @@ An augmentation backend is a function from :class:`Augmentation` to a callable `
 :data:`AUGMENTATIONS` lists them. What follows is the same for all: to float, random erasing, normalisation.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,8 +68,8 @@ class Augmentation:
         if not 0 <= self.hflip <= 1:
             raise ValueError(f"hflip is a probability, got {self.hflip}")
         for name in ("crop_padding", "rotate", "color_jitter"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
 
 
 class _Albumentations:

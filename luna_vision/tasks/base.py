@@ -21,7 +21,7 @@ from torchmetrics import MeanMetric
 
 from luna_vision.models import init_from_vit, load_weights  # with which the luna_vit models are registered, too
 
-from .optimization import build_optimizer, build_scheduler
+from .optimization import build_optimizer, build_scheduler, check_rates
 from .sharding import check_same_weights, shapes, shard
 
 
@@ -83,7 +83,8 @@ class TimmTask(LightningModule):
             optimizer: whether there will be one.
 
         Raises:
-            ValueError: an unknown optimizer, or ``init_from_vit`` is neither a file nor a timm model.
+            ValueError: an unknown optimizer, a learning rate that is none, or ``init_from_vit`` is neither a file nor a
+                timm model.
             FileNotFoundError: there is no such ``checkpoint``.
         """
         hp = self.hparams
@@ -93,6 +94,7 @@ class TimmTask(LightningModule):
         if vit and not Path(vit).is_file() and not timm.is_model(get_arch_name(vit)):
             raise ValueError(f"init_from_vit {vit!r} is neither a file nor the name of a timm model")
         if optimizer:
+            check_rates(**{name: hp[name] for name in ("lr", "warmup_epochs", "warmup_lr", "min_lr")})
             self._build_optimizer()
 
     def load_starting_weights(self, load: Callable[[nn.Module], None]) -> None:

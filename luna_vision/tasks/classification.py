@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H x W pixels, K classes.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -132,6 +133,12 @@ class ClassificationTask(TimmTask):
 
     def _mixer(self) -> StepMixup | None:
         hp = self.hparams
+        for name in ("mixup", "cutmix"):
+            if not 0 <= hp[name] < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {hp[name]}")
+        for name in ("mix_prob", "mix_switch_prob"):
+            if not 0 <= hp[name] <= 1:
+                raise ValueError(f"{name} is a probability, got {hp[name]}")
         if hp.mixup == 0 and hp.cutmix == 0:
             return None
         mixup = Mixup(

@@ -94,6 +94,8 @@ class LunaCLI(LightningCLI):
             raise ValueError(
                 f"{self.subcommand} needs weights: give --ckpt_path (or --model.checkpoint for a timm file)"
             )
+        if self.subcommand == "fit" and not self.trainer.limit_train_batches:
+            raise ValueError("limit_train_batches is 0: there is nothing to train")
         self.model.check_start(optimizer=self.subcommand == "fit")
         if self.datamodule is not None and self.trainer.world_size == 1:
             self.datamodule.prepare_data()

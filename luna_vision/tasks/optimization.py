@@ -57,6 +57,13 @@ def build_optimizer(
         raise ValueError(f"optimizer_kwargs {arguments} do not fit {name}: {error}") from error
 
 
+def check_rates(**values: float) -> None:
+    """Raise ``ValueError`` unless all of these learning rates and lengths are finite and not negative."""
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
 def build_scheduler(
     optimizer: torch.optim.Optimizer,
     trainer: Trainer,
@@ -98,8 +105,9 @@ def build_scheduler(
             updates_per_epoch=updates_per_epoch,
             **arguments,
         )
-    except TypeError as error:
-        raise ValueError(f"scheduler_kwargs {arguments} do not fit {name}: {error}") from error
+    except (ArithmeticError, AssertionError, TypeError) as error:
+        why = error or f"timm refuses them with warmup_lr={warmup_lr}, min_lr={min_lr}"
+        raise ValueError(f"scheduler_kwargs {arguments} do not fit {name}: {why}") from error
     if scheduler is None:
         raise ValueError(f"scheduler {name!r} is none of timm's; 'constant' keeps the learning rate as it is")
     return scheduler
