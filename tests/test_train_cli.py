@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from luna_vision.tasks.cli import main, one_line, with_default_config
@@ -211,6 +212,17 @@ def test_mistakes_are_found_before_a_run_folder_is_made(argument, message, tmp_p
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
     assert list(tmp_path.rglob("*")) == []
+
+
+@pytest.mark.parametrize("name", ["optimizer", "mix_seed"])
+def test_null_in_a_file_is_no_value(name, tmp_path, monkeypatch, capsys):
+    config = yaml.safe_load(Path(DEBUG).read_text())
+    config["model"][name] = None
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "fit", "--config", "config.yaml") == 2
+    assert error_line(capsys) == f"error: {name} must not be null"
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def test_weights_that_a_last_step_broke_are_not_saved(tmp_path, monkeypatch, capsys):
