@@ -178,6 +178,7 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_resume(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "COLUMNS": "80"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
     checkpoint = tmp_path / "runs/debug/version_0/checkpoints/last.ckpt"
     deadline = time.monotonic() + 120

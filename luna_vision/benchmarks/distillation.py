@@ -6,10 +6,11 @@ too. What differs between the students is the loss, and nothing else: initial we
 """
 
 from pathlib import Path
+from typing import Any
 
 from luna_vision._commands import at_least, run_command
 
-from .train_runs import Config, complete, parser, place, read_config, run_folder
+from .train_runs import Config, complete, figure_file, parser, place, read_config, run_folder
 
 __all__ = ["main", "plan"]
 
@@ -45,6 +46,18 @@ def plan(configs: Path, work: Path, root: Path, seeds: int = 1, epochs: int | No
     return runs
 
 
+def draw(runs: dict[str, dict[str, Any]], out: Path) -> None:
+    """Validation accuracy by epoch, and test accuracy in the legend."""
+    with figure_file(out, (6.5, 4)) as axes:
+        for name, row in runs.items():
+            shares = [100 * share for share in row["val_acc1"]]
+            label = f"{name}: test {100 * row['test_acc1']:.2f}"
+            style = {"color": "grey", "linestyle": "--"} if name == "teacher" else {}
+            axes.plot(range(1, len(shares) + 1), shares, marker=".", label=label, **style)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("validation accuracy (%)")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Do what is missing, and print the accuracies. Returns the exit code."""
     arguments = parser(
@@ -55,7 +68,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--seeds", type=at_least(1), default=1, help="so many of each student, with one teacher")
     args = arguments.parse_args(argv)
     runs = plan(args.configs, args.work, args.root, args.seeds, args.epochs)
-    for name, row in complete(args.out / "results.json", runs, args.work, args.root).items():
+    done = complete(args.out / "results.json", runs, args.work, args.root)
+    draw(done, args.out / "results.png")
+    for name, row in done.items():
         print(f"{name:<24} test accuracy {row['test_acc1']:.4f}  {row['seconds']:.0f} s")
     return 0
 

@@ -16,7 +16,8 @@ from luna_vision._commands import run_command
 from luna_vision.data import CanvasDataModule
 from luna_vision.tasks import ClassificationTask
 
-from .train_runs import Config, complete, parser, place, read_config, run_folder
+from .small_runs import error_bars
+from .train_runs import Config, complete, figure_file, parser, place, read_config, run_folder
 
 __all__ = ["main", "plan"]
 
@@ -54,6 +55,22 @@ def score_larger(config: Config) -> dict[str, Any]:
     return {"larger": accuracy}
 
 
+def draw(runs: dict[str, dict[str, Any]], out: Path) -> None:
+    """Accuracy against the side of the test canvases, with 95% intervals."""
+    with figure_file(out, (6, 4)) as axes:
+        for name, row in runs.items():
+            tests = [
+                {**at, "images": at["canvases"], "correct": round(at["accuracy"] * at["canvases"])}
+                for at in row["larger"].values()
+            ]
+            sides, scores = [test["side"] for test in tests], [100 * test["accuracy"] for test in tests]
+            axes.errorbar(sides, scores, error_bars(tests), marker="o", capsize=3, label=f"{name} sides in training")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sides, [str(side) for side in sides])
+        axes.set_xlabel("side of test canvases (px); training ends at the first")
+        axes.set_ylabel("test accuracy (%)")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Do what is missing, and print the accuracies. Returns the exit code."""
     args = parser(
@@ -62,7 +79,9 @@ def main(argv: list[str] | None = None) -> int:
         "command goes on with what was stopped.",
     ).parse_args(argv)
     runs = plan(args.configs, args.work, args.root, args.epochs)
-    for name, row in complete(args.out / "results.json", runs, args.work, args.root, score_larger).items():
+    done = complete(args.out / "results.json", runs, args.work, args.root, score_larger)
+    draw(done, args.out / "results.png")
+    for name, row in done.items():
         scores = "  ".join(f"{at['side']} px {at['accuracy']:.4f}" for at in row["larger"].values())
         print(f"{name:<12} test accuracy at {scores}  {row['seconds']:.0f} s of training")
     return 0

@@ -1,15 +1,17 @@
 """Runs of `train.py` that belong together: each in a folder of its own, done once, with its result in one JSON."""
 
+import contextlib
 import csv
 import datetime
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
 from argparse import ArgumentDefaultsHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from luna_vision._commands import Parser, at_least
 
 from .record import machine, read_json, write_json
 
-__all__ = ["complete", "parser", "place", "read_config", "run_folder"]
+__all__ = ["complete", "figure_file", "parser", "place", "read_config", "run_folder"]
 
 COMMAND = "from luna_vision.tasks.cli import main; main()"  # what train.py is, wherever that is
 Config = dict[str, Any]
@@ -134,7 +136,12 @@ def complete(
 
     Returns:
         The results by name; what was in the file of other names stays there.
+
+    Raises:
+        ValueError: A run has failed, or matplotlib is not installed, which draws the results.
     """
+    if importlib.util.find_spec("matplotlib") is None:  # before the work, and not after it
+        raise ValueError("the picture of the results needs matplotlib: pip install matplotlib")
     result = read_json(path)
     done = result.setdefault("runs", {})
     for name, config in runs.items():
@@ -147,6 +154,24 @@ def complete(
         done[name] = {**row, "date": datetime.date.today().isoformat(), "machine": about, "config": portable}
         write_json(path, result)
     return {name: done[name] for name in runs}
+
+
+@contextlib.contextmanager
+def figure_file(out: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """Axes to draw on, written to `out` at the end, with a grid and a legend.
+
+    Args:
+        out: The picture.
+        size: Width and height, inches.
+    """
+    from matplotlib.figure import Figure  # here, as training does without
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    yield axes
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(out, dpi=120)
 
 
 def _portable(config: Any, work: Path, root: Path) -> Any:

@@ -67,6 +67,7 @@ def test_distillation(tmp_path, configs, runs, monkeypatch, capsys):
     assert distillation.main(arguments) == 0 and runs == names  # nothing again
     Path("out/results.json").unlink()
     assert distillation.main(arguments) == 0 and runs == names  # what a run has left is enough
+    assert Path("out/results.png").stat().st_size > 10_000
     assert "logits-and-layers-seed0  test accuracy" in capsys.readouterr().out
     more = distillation.plan(configs, Path("work"), Path("data"), seeds=2)
     assert list(more)[4:] == ["targets-seed1", "logits-seed1", "logits-and-layers-seed1"]
@@ -108,4 +109,5 @@ def test_progressive(tmp_path, runs, monkeypatch, capsys):
         assert [at["side"] for at in row["larger"].values()] == [192, 384, 768]
         assert row["larger"]["1"]["accuracy"] == pytest.approx(row["test_acc1"])
     assert progressive.main(arguments) == 0 and len(runs) == 2  # nothing again
+    assert Path("out/results.png").stat().st_size > 10_000
     assert "progressive  test accuracy at 192 px" in capsys.readouterr().out
