@@ -78,7 +78,10 @@ def test_a_killed_cell_is_a_row(monkeypatch):
 def test_ctrl_c_keeps_what_was_measured(tmp_path):
     command = [sys.executable, "-m", "luna_vision.benchmarks", "--models", "test_luna_vit", "--out", str(tmp_path)]
     process = subprocess.Popen(
-        [*command, "--sizes", *map(str, range(32, 1024, 8)), "--repeats", "3"], stdout=subprocess.PIPE, text=True
+        [*command, "--sizes", *map(str, range(32, 1024, 8)), "--repeats", "3"],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
     while not (tmp_path / "results.json").is_file():
         assert process.poll() is None
