@@ -152,6 +152,9 @@ class PyramidBackbone(nn.Module):
         reductions = {info["reduction"] for info in getattr(model, "feature_info", [])}
         if not hasattr(model, "forward_intermediates") or len(reductions) != 1:
             raise ValueError(f"{model_name} has no maps of a single stride: torchvision builds pyramids on such models")
+        patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+        if isinstance(patch, tuple) and len(set(patch)) > 1:
+            raise ValueError(f"strides are those of both axes, so patches must be square, got {patch[0]} x {patch[1]}")
         layers = [len(model.feature_info) - 1] if layers is None else list(layers)
         if len(layers) not in (1, len(strides)):
             raise ValueError(f"layers must name 1 block or {len(strides)}, one for each stride, got {len(layers)}")

@@ -107,3 +107,5 @@ def test_other_models():
         PyramidBackbone("test_resnet")
     with pytest.raises(ValueError, match="unknown model name 'luna_vit_smal'"):
         PyramidBackbone("luna_vit_smal")
+    with pytest.raises(ValueError, match="patches must be square, got 8 x 16"):
+        PyramidBackbone("luna_vit_tiny", patch_size=(8, 16), embed_dim=32, depth=1, num_heads=2)
