@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -22,11 +23,16 @@ ASPECT_RATIOS = (0.5, 1.0, 2.0)
 _SET_HERE = ("self", "backbone", "num_classes", "min_size", "max_size", "image_mean", "image_std", "kwargs")
 
 
-class _Sizes:
-    """The image sizes of the batch at hand: torchvision hands its backbone the padded batch and nothing else."""
+class _Sizes(threading.local):
+    """The image sizes of the batch at hand: torchvision hands its backbone the padded batch and nothing else.
 
-    def __init__(self) -> None:
-        self.value: list[tuple[int, int]] | None = None
+    Of each thread its own, as servers call one detector from several.
+    """
+
+    value: list[tuple[int, int]] | None = None
+
+    def __reduce__(self) -> tuple[type, tuple]:  # what is at hand is not copied or pickled; threads cannot be
+        return _Sizes, ()
 
 
 class _Transform(GeneralizedRCNNTransform):

@@ -1,6 +1,7 @@
 """torchvision's detectors and segmentation heads run on the backbone, and see no padding."""
 
 import copy
+import threading
 
 import pytest
 import segmentation_models_pytorch as smp
@@ -53,6 +54,37 @@ def test_the_backbone_is_told_the_sizes_of_the_images(monkeypatch):
     assert sizes == [(96, 128), (144, 96)] and padded == (160, 128)  # whole patches of the coarsest map
     model.backbone(torch.rand(1, 3, 64, 64))  # by itself: no sizes are left over
     assert seen[1] == ((64, 64), None)
+
+
+def test_threads_do_not_see_each_others_sizes(monkeypatch):
+    """One thread is held between torchvision's transform and the backbone, while another runs as a whole."""
+    model = detector().eval()
+    seen = []
+    forward = PyramidBackbone.forward
+
+    def spy(self, x, image_sizes=None):
+        seen.append(image_sizes)
+        return forward(self, x, image_sizes)
+
+    monkeypatch.setattr(PyramidBackbone, "forward", spy)
+    transform = model.transform.forward
+    between, go_on = threading.Event(), threading.Event()
+
+    def held(images, targets=None):
+        out = transform(images, targets)
+        if threading.current_thread() is slow:
+            between.set()
+            go_on.wait(60)
+        return out
+
+    monkeypatch.setattr(model.transform, "forward", held)
+    slow = threading.Thread(target=lambda: model(IMAGES[:1]))
+    slow.start()
+    assert between.wait(60)
+    model(IMAGES[1:])
+    go_on.set()
+    slow.join()
+    assert seen == [[(144, 96)], [(96, 128)]]
 
 
 def test_an_image_is_not_changed_by_what_it_is_batched_with():
