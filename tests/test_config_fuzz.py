@@ -71,3 +71,55 @@ def test_wrong_values(key, value, misspelt, monkeypatch, capsys):
         words = name.split(".")[-1].replace("_", ".")  # "model_name", "model name"
         assert re.search(words, lines[0], re.IGNORECASE), (name, value, lines[0])
     assert not list(Path().iterdir())
+
+
+JUNK = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-9, 9), st.floats(-9, 9), st.text(max_size=4, alphabet="ab:.{-")),
+    lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(st.sampled_from("ab"), inner, max_size=2)),
+    max_leaves=3,
+)
+
+
+def sections(config: dict, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Where a config has a value or a section, from the outermost on."""
+    found = []
+    for name, value in config.items():
+        found += [(*path, name), *(sections(value, (*path, name)) if isinstance(value, dict) else [])]
+    return found
+
+
+@st.composite
+def damaged(draw) -> bytes:
+    """A config file: something in it is replaced, left out or added, or the file is cut off or overwritten."""
+    config = yaml.safe_load(DEBUG.read_text())
+    *path, name = draw(st.sampled_from(sections(config)))
+    section = config
+    for part in path:
+        section = section[part]
+    how = draw(st.sampled_from(["replace", "replace", "leave out", "add", "cut", "noise", "all"]))
+    if how == "replace":
+        section[name] = draw(JUNK)
+    elif how == "leave out":
+        del section[name]
+    elif how == "add":
+        section[f"{name}s_"] = draw(JUNK)
+    text = yaml.safe_dump(config, sort_keys=False).encode()
+    at = draw(st.integers(0, len(text)))
+    if how == "cut":
+        return text[:at]
+    if how == "noise":
+        return text[:at] + draw(st.binary(min_size=1, max_size=8)) + text[at:]
+    return draw(st.binary(max_size=40)) if how == "all" else text
+
+
+@pytest.mark.slow
+@settings(
+    max_examples=60, derandomize=True, deadline=None, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+@given(content=damaged())
+def test_damaged_files(content, monkeypatch, capsys):
+    Path("config.yaml").write_bytes(content)
+    code = exit_code(["fit", "--config", "config.yaml"], monkeypatch)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert (code, len(lines)) in ((0, 0), (2, 1)), content
