@@ -3,6 +3,7 @@
 import argparse
 import ast
 import difflib
+import json
 import os
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from typing import Any, NoReturn
 
 import timm
 import torch
+from safetensors import safe_open
 from timm.models import get_arch_name
 from torch import nn
 
@@ -132,9 +134,9 @@ def pick_device(name: str) -> torch.device:
 def load_model(args: argparse.Namespace, **overrides: Any) -> nn.Module:
     """The model that the arguments of `add_model_arguments` name, with its weights, in eval mode on its device.
 
-    A Lightning checkpoint of `train.py` says which model it holds and with which arguments; `--model` and
-    `--model-args` go over them. It also says what its images were like (size, normalisation, names of the classes),
-    which goes into the model's `pretrained_cfg`. A model without weights is announced loudly on stderr.
+    A checkpoint of `train.py`, and the weights that it exported, say which model they hold and with which arguments;
+    `--model` and `--model-args` go over them. They also say what their images were like (size, normalisation, names of
+    the classes), which goes into the model's `pretrained_cfg`. A model without weights is announced loudly on stderr.
 
     Args:
         args: The parsed command line.
@@ -184,15 +186,28 @@ def _from_folder(name: str, arguments: dict[str, Any]) -> nn.Module:
 
 
 def training_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """What a Lightning checkpoint of `train.py` holds; empty for any other file."""
-    if checkpoint.suffix == ".safetensors" or not checkpoint.is_file():
+    """What a Lightning checkpoint of `train.py` holds, or the header of the weights that it exported; empty for any
+    other file."""
+    if not checkpoint.is_file():
         return {}
     try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        if checkpoint.suffix == ".safetensors":
+            content = _exported_training(checkpoint)
+        else:
+            content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # load_weights says what is wrong with the file
         return {}
     parameters = content.get("hyper_parameters") if isinstance(content, dict) else None
     return content if isinstance(parameters, dict) and "model_name" in parameters else {}
+
+
+def _exported_training(weights: Path) -> dict[str, Any]:
+    """What `luna_vision.tasks.export_weights` has written into the header, with the tuples that JSON makes lists of."""
+    with safe_open(weights, "pt") as file:
+        content = json.loads((file.metadata() or {}).get("training", "{}"))
+    cfg = content.get("data", {}).get("cfg", {})
+    cfg |= {name: tuple(cfg[name]) for name in ("input_size", "mean", "std") if name in cfg}
+    return content
 
 
 def check_output(path: Path, suffixes: Sequence[str], overwrite: bool) -> None:

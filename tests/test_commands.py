@@ -11,7 +11,7 @@ from timm.data import resolve_model_data_config
 
 from luna_vision._commands import Parser, add_model_arguments, at_least, load_model, run_command
 from luna_vision.data import DigitsDataModule
-from luna_vision.tasks import ClassificationTask
+from luna_vision.tasks import ClassificationTask, export_weights
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 1}
 
@@ -106,8 +106,9 @@ def test_exit_codes(raised, code):
     assert end.value.code == code
 
 
+@pytest.mark.parametrize("name", ["last.ckpt", "best.safetensors"])
 @pytest.mark.parametrize("crop_pct, mode", [(None, "squash"), (0.875, "center")])
-def test_a_training_checkpoint_says_what_its_images_were_like(tmp_path, crop_pct, mode):
+def test_a_training_checkpoint_says_what_its_images_were_like(tmp_path, crop_pct, mode, name):
     """In the words of timm, so that whatever prepares images for a timm model prepares them as the training did."""
     task = ClassificationTask("test_luna_vit", num_classes=10, in_chans=1, model_kwargs=SMALL)
     data = DigitsDataModule(img_size=32, in_chans=1, mean=[0.2], crop_pct=crop_pct)
@@ -116,6 +117,9 @@ def test_a_training_checkpoint_says_what_its_images_were_like(tmp_path, crop_pct
     task.trainer._data_connector.attach_datamodule(task, data)
     task.on_save_checkpoint(content)
     torch.save(content, tmp_path / "last.ckpt")
-    cfg = resolve_model_data_config(load_model(parse("--checkpoint", str(tmp_path / "last.ckpt"))))
+    export_weights(tmp_path / "last.ckpt", tmp_path / "best.safetensors")
+    model = load_model(parse("--checkpoint", str(tmp_path / name)))
+    torch.testing.assert_close(model.state_dict(), task.model.state_dict(), rtol=0, atol=0)
+    cfg = resolve_model_data_config(model)
     assert (cfg["input_size"], cfg["mean"], cfg["std"]) == ((1, 32, 32), (0.2,), data.std)
     assert (cfg["crop_pct"], cfg["crop_mode"]) == (crop_pct or 1.0, mode)

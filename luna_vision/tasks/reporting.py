@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -90,13 +91,19 @@ class PredictionWriter(BasePredictionWriter):
 def export_weights(checkpoint: str | Path, output: str | Path) -> None:
     """Write the model's weights (with EMA, the averaged ones) from a Lightning checkpoint as timm loads them.
 
+    What the checkpoint says of its training (which model, how images were normalised, classes, epochs) goes into the
+    file's header as JSON, under "training"; `training_checkpoint` of the commands reads it.
+
     Args:
         checkpoint: a checkpoint of a task; of FSDP2, the folder.
         output: the ``.safetensors`` file to write, in one move.
     """
-    state_dict = unwrap_state_dict(read_checkpoint(checkpoint))
+    content = read_checkpoint(checkpoint)
+    state_dict = unwrap_state_dict(content)
+    training = {name: content[name] for name in ("hyper_parameters", "data", "epoch", "global_step") if name in content}
     partial = Path(f"{output}.partial")
-    save_file({name: value.contiguous() for name, value in state_dict.items()}, partial)
+    tensors = {name: value.contiguous() for name, value in state_dict.items()}
+    save_file(tensors, partial, {"training": json.dumps(training, default=str)})
     os.replace(partial, output)
 
 
