@@ -59,7 +59,8 @@ class CanvasModule(LightningDataModule):
     """Plain canvases of items from digits or Fashion-MNIST; those of the splits share no item.
 
     Canvases are drawn when asked for, each a function of ``canvas_seed``, its split and its index. There is no
-    augmentation: there are as many canvases as are wanted.
+    augmentation: there are as many canvases as are wanted. More than half of the items on a canvas are of one class,
+    drawn for each canvas (`CanvasDataModule` asks which).
 
     Attributes:
         num_classes: 10, without the background.
