@@ -39,7 +39,9 @@ def draw_detection(task: DetectionTask, data: CanvasDetectionDataModule, out: Pa
             colour = COLOURS[label - 1]
             ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec=colour, lw=1.8))
             y, align = (top - 6, "bottom") if top > 30 else (bottom + 6, "top")
-            ax.text(left, y, f"{data.class_names[label - 1]} {score:.2f}", color=colour, fontsize=8, va=align)
+            x, side = (left, "left") if left < image.shape[-1] * 0.7 else (right, "right")
+            text = f"{data.class_names[label - 1]} {score:.2f}"
+            ax.text(x, y, text, color=colour, fontsize=8, va=align, ha=side)
         ax.set(xticks=[], yticks=[])
     figure.suptitle(f"found with a score above {SCORE}, in the colour of the class; thin white frames: what is there")
     figure.tight_layout()
