@@ -179,7 +179,7 @@ class CausalLunaAttention(nn.Module):
             x: Tokens (B, N, C).
             memory: Memory (B, L, C); the layer is causal only if it does not depend on the tokens.
             patch_valid: (B, N) bool, True where a token is part of the image, anywhere in the row. A token that is not
-                changes nothing. NOTE: the authors' code has no such mask.
+                changes nothing, and what is returned for it means nothing. NOTE: the authors' code has no such mask.
 
         Returns:
             (B, N, C), what the tokens read, projected. The packed memory is another one for every token.
@@ -210,14 +210,18 @@ class CausalLunaAttention(nn.Module):
             (B, N, C), and the state after the last valid token.
 
         Raises:
-            ValueError: A shape does not fit.
+            ValueError: A shape does not fit, or a mask is not bool.
         """
         _check(x, "x", state.count.shape[0], None, self.dim)
+        if patch_valid is not None:
+            _check(patch_valid, "patch_valid", *x.shape[:2])
+            if patch_valid.dtype != torch.bool:
+                raise ValueError(f"patch_valid must be bool, got {patch_valid.dtype}")
+            x = x.masked_fill(~patch_valid[:, :, None], 0.0)  # zero times what is not a number is not a number
         q, weights, kv = self._project(x, state.queries)
         read = torch.arange(1, x.shape[1] + 1, device=x.device).expand(x.shape[:2])
         total = state.count + x.shape[1]
         if patch_valid is not None:
-            _check(patch_valid, "patch_valid", *x.shape[:2])
             weights = weights.masked_fill(~patch_valid[:, None, :, None], 0.0)
             read = patch_valid.cumsum(dim=1)
             total = state.count + patch_valid.sum(dim=1)

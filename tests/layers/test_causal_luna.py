@@ -86,11 +86,14 @@ def test_equals_the_formula_at_every_chunk(n, batch, tie_kv, masked):
     valid = torch.arange(n) % 3 != 1 if masked else None
     valid = valid.expand(batch, n) if masked else None
     want = naive(attn, x, memory, valid)
-    cotangent = torch.randn_like(want)
+    used = (
+        torch.ones(batch, n, 1) if valid is None else valid[..., None].double()
+    )  # what else is returned means nothing
+    cotangent, want = torch.randn_like(want) * used, want * used
     grads = torch.autograd.grad((want * cotangent).sum(), leaves)
     for chunk in (1, 3, 4, n, 64):
         attn.chunk = chunk
-        y = attn(x, memory, valid)
+        y = attn(x, memory, valid) * used
         close(y, want)
         for a, b in zip(torch.autograd.grad((y * cotangent).sum(), leaves), grads, strict=True):
             close(a, b)
@@ -157,13 +160,14 @@ def test_dropout_drops_pack_weights_and_slots(monkeypatch):
     close(y_0, attn(x, memory)[:, 0])
 
 
+@pytest.mark.parametrize("fill", [1e3, float("nan"), float("inf")])
 @pytest.mark.parametrize("tie_kv", [True, False])
-def test_padding_changes_nothing(tie_kv):
+def test_padding_changes_nothing(tie_kv, fill):
     """Neither what others read nor their number, wherever it stands; a row without any valid token stays finite."""
     attn = layer(tie_kv, chunk=4)
     x, memory = tokens(9)
     y, state = attn.read(x, attn.init_state(memory))
-    junk = torch.full((B, 3, C), 1e3, dtype=x.dtype)
+    junk = torch.full((B, 3, C), fill, dtype=x.dtype)
     padded = torch.cat([junk, x[:, :5], junk, x[:, 5:], junk], dim=1)
     valid = torch.tensor([0] * 3 + [1] * 5 + [0] * 3 + [1] * 4 + [0] * 3, dtype=torch.bool).expand(B, -1)
     y_padded, state_padded = attn.read(padded, attn.init_state(memory), valid)
@@ -345,6 +349,7 @@ def test_errors_name_the_problem():
         (lambda: attn(x, memory, torch.ones(B, 5)), "bool"),
         (lambda: attn(x, memory, torch.zeros(B, 5, dtype=torch.bool)), "without any valid token"),
         (lambda: attn.read(x, state, torch.ones(B, 1, dtype=torch.bool)), "patch_valid must have shape"),
+        (lambda: attn.read(x, state, torch.ones(B, 5)), "patch_valid must be bool, got torch.float32"),
     ):
         with pytest.raises(ValueError, match=match):
             call()
