@@ -36,9 +36,12 @@ __all__ = [
     "StarMixer",
     "StridedMixer",
     "create_mixer",
+    "mixer_defaults",
 ]
 
-# name: class, or None for what needs no class here: Luna, which has a block of its own, and no mixing at all
+# name: class, or None for what needs no class here. "luna" is `luna_vision.layers.LunaAttention` in a block of its own
+# (Ma et al. 2021; cost O(N L C), or O(N C^2) where its projections are not absorbed; parameters: 5 C^2, or 7 C^2 with
+# tie_kv=False). "identity" is no mixing at all: cost and parameters 0, the limit for all others.
 MIXERS: dict[str, type[nn.Module] | None] = {
     "luna": None,
     "softmax": SoftmaxMixer,
@@ -59,6 +62,13 @@ MIXERS: dict[str, type[nn.Module] | None] = {
 _COMMON = ("self", "dim", "num_heads", "qkv_bias", "proj_bias", "attn_drop", "proj_drop", "device", "dtype")
 
 
+def mixer_defaults(name: str) -> dict[str, Any]:
+    """What a mixer of `MIXERS` takes in `mixer_args`, with the defaults."""
+    cls = MIXERS[name]
+    parameters = inspect.signature(cls.__init__).parameters if cls is not None else {}
+    return {argument: p.default for argument, p in parameters.items() if argument not in _COMMON}
+
+
 def create_mixer(name: str, mixer_args: dict[str, Any] | None = None, **common: Any) -> nn.Module | None:
     """Build a mixer by its name.
 
@@ -77,7 +87,7 @@ def create_mixer(name: str, mixer_args: dict[str, Any] | None = None, **common: 
         raise ValueError(f"mixer must be one of {', '.join(map(repr, MIXERS))}, got {name!r}")
     mixer_args = mixer_args or {}
     cls = MIXERS[name]
-    allowed = [a for a in inspect.signature(cls.__init__).parameters if a not in _COMMON] if cls is not None else []
+    allowed = mixer_defaults(name)
     for argument in mixer_args:
         if argument not in allowed:
             options = ", ".join(map(repr, allowed)) or "no arguments"

@@ -247,6 +247,19 @@ def test_linformer_with_the_identity_is_softmax(mask, share_kv):
     close(mixer(x, grid, valid)[every], softmax(x, grid, valid)[every])
 
 
+def test_linformer_approaches_softmax_as_its_projection_grows():
+    """With the identity, each token that is attended to is the mean of a cell, of fewer patches each time."""
+    grid, x, errors = (12, 12), randn(1, 144, DIM), []
+    for ref_size in (1, 2, 4, 6, 12):
+        mixer = build(LinformerMixer, proj_len=ref_size**2, ref_size=ref_size, share_kv=True)
+        softmax = build(SoftmaxMixer)
+        with torch.no_grad():
+            mixer.proj_k.copy_(torch.eye(ref_size**2))
+            mixer.load_state_dict(softmax.state_dict(), strict=False)
+        errors.append((mixer(x, grid) - softmax(x, grid)).abs().mean())
+    assert errors == sorted(errors, reverse=True) and errors[0] > 0.01 and errors[-1] < 1e-10
+
+
 def test_linformer_shares_its_projection_if_asked():
     assert "proj_v" not in LinformerMixer(24, 3, share_kv=True).state_dict()
     assert LinformerMixer(24, 3).proj_v.shape == (64, 14 * 14)

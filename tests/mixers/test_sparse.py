@@ -158,7 +158,7 @@ def naive(name, m, x, grid, valid):
     return y
 
 
-@pytest.mark.parametrize("name, grid, masked", itertools.product(ARGS, GRIDS, [False, True]))
+@pytest.mark.parametrize("name, grid, masked", itertools.product(NAIVE, GRIDS, [False, True]))
 def test_equals_its_formula_in_values_and_gradients(name, grid, masked):
     m = mixer(name)
     x = patches(3, grid).requires_grad_()
@@ -211,6 +211,18 @@ def test_routing_with_one_cluster_is_softmax_of_normalised_queries_and_keys():
     x = patches(2, grid)
     q, k, v = (t.unflatten(-1, (H, -1)).transpose(1, 2) for t in m.qkv(x).chunk(3, -1))
     close(m.mix(q, k, v, grid), F.scaled_dot_product_attention(normalised(q), normalised(k), v))
+
+
+def test_routing_approaches_softmax_as_clusters_grow():
+    grid = (6, 8)
+    x = patches(2, grid)
+    errors = []
+    for clusters in (16, 8, 4, 2, 1):
+        m = mixer("routing", args={"num_clusters": clusters})
+        q, k, v = (t.unflatten(-1, (H, -1)).transpose(1, 2) for t in m.qkv(x).chunk(3, -1))
+        softmax = F.scaled_dot_product_attention(normalised(q), normalised(k), v)
+        errors.append((m.mix(q, k, v, grid) - softmax).abs().mean())
+    assert errors == sorted(errors, reverse=True) and errors[0] > 0.05 and errors[-1] < 1e-10
 
 
 # ---------------------------------------------------------------- masks
