@@ -50,6 +50,7 @@ def measure(runs: Sequence[Run], out: Path, rounds: int) -> int:
                 times[run].append(time.perf_counter() - since)
         for run, seconds in times.items():
             median = statistics.median(seconds)
+            device = run.config.get("accelerator", "cpu")
             result = {
                 "task": task,
                 "variant": run.variant,
@@ -58,20 +59,26 @@ def measure(runs: Sequence[Run], out: Path, rounds: int) -> int:
                 "step_seconds_all": seconds,
                 "images_per_s": run.config["batch_size"] / median,
                 "config": run.config,
-                **provenance(),
+                **provenance(device),
             }
-            write_json(out / "measured" / f"{task}-{run.variant}.json", result)
+            write_json(measured_path(out, run), result)
             print(f"{task} {run.variant}: {median * 1e3:.1f} ms a step", flush=True)
     return failed
 
 
+def measured_path(out: Path, run: Run) -> Path:
+    """Where the times of a run's task and variant are written."""
+    return out / "measured" / f"{run.task}-{run.variant}.json"
+
+
 def training_step(config: dict[str, Any]) -> Callable[[], None]:
     """A whole training step on random images: forward, backward, clipping and the optimizer's step."""
-    task = make_task(config)
+    device = torch.device(config.get("accelerator", "cpu"))
+    task = make_task(config).to(device)
     hp = task.hparams
     optimizer = build_optimizer(task.model, hp.optimizer, hp.lr, hp.weight_decay, None, {})
-    images = torch.randn(config["batch_size"], hp.in_chans, *[config["model"]["img_size"]] * 2)
-    targets = torch.arange(config["batch_size"]) % hp.num_classes
+    images = torch.randn(config["batch_size"], hp.in_chans, *[config["model"]["img_size"]] * 2, device=device)
+    targets = torch.arange(config["batch_size"], device=device) % hp.num_classes
     parameters = list(task.model.train().parameters())
 
     def step() -> None:
@@ -79,5 +86,7 @@ def training_step(config: dict[str, Any]) -> Callable[[], None]:
         task.compute_loss(task(images), targets).backward()
         torch.nn.utils.clip_grad_norm_(parameters, config["gradient_clip_val"])
         optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
     return step

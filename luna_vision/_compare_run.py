@@ -123,14 +123,14 @@ class Ledger(Callback):
         self.report({"kind": "progress", "step": trainer.global_step, "accuracy": values["acc1"], "seconds_left": left})
 
 
-def make_data(config: dict[str, Any], root: str, scale: int = 1) -> ImageDataModule:
-    """The data module of a configuration, at `scale` times the side of training."""
+def make_data(config: dict[str, Any], root: str, scale: int = 1, download: bool = False) -> ImageDataModule:
+    """The data module of a configuration, at `scale` times the side of training; `download` fetches what is missing."""
     data = config["data"]
     arguments = dict(data["args"])
     for name in data["scaled"]:
         arguments[name] *= scale
     if data["has_root"]:
-        arguments["root"] = root
+        arguments |= {"root": root, "download": download}
     shared = {"batch_size": config["batch_size"], "num_workers": 0, "seed": config["seed"]}
     return getattr(luna_vision.data, data["class"])(**arguments, **shared)
 
@@ -161,7 +161,7 @@ def train(
     """Train, or go on from the checkpoint in `work`.
 
     Args:
-        config: Of which pieces, steps, batch_size and gradient_clip_val count.
+        config: Of which pieces, steps, batch_size, gradient_clip_val and accelerator (default: cpu) count.
         task, loader: What is trained, on what; an epoch of the loader is a piece.
         work: Folder of this run's checkpoint.
         report: Called after each piece of training with step, accuracy and seconds_left.
@@ -174,7 +174,7 @@ def train(
         max_epochs=config["pieces"],
         gradient_clip_val=config["gradient_clip_val"],
         callbacks=[*callbacks, ledger, NonFiniteGuard(max_skipped=0), keep_last],
-        accelerator="cpu",
+        accelerator=config.get("accelerator", "cpu"),
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -219,7 +219,7 @@ def execute(run: Run, root: str, work: Path, report: Progress) -> dict[str, Any]
         "test_seconds": round(time.perf_counter() - since, 1),
         "curve": ledger.curve,
         "config": config,
-        **provenance(),
+        **provenance(config.get("accelerator", "cpu")),
     }
 
 
@@ -248,9 +248,9 @@ def describe(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def provenance() -> dict[str, Any]:
+def provenance(device: str = "cpu") -> dict[str, Any]:
     """Where and with what a number came about."""
-    about = {**machine(), "lightning": lightning.__version__, "threads": torch.get_num_threads()}
+    about = {**machine(device), "lightning": lightning.__version__, "threads": torch.get_num_threads()}
     return {"date": datetime.date.today().isoformat(), "machine": about}
 
 

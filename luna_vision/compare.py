@@ -1,7 +1,7 @@
 """Compare mixers, or variants of Luna's own block, in one shell: `python -m luna_vision.compare --help`.
 
 Every variant is trained by the project's classification task with the same images, augmented alike, in the same order,
-the same schedule, initialisation scheme and budget, and is then tested without fine-tuning at 1, 2 and 4 times the side
+the same schedule and budget, and is then tested without fine-tuning at 1, 2 and 4 times the side
 it was trained at. A task and a variant are plain data here; to add one is to add an entry.
 
 Results go to `OUT/runs`, one JSON for each finished run, and the report (a table as Markdown and JSON, two plots) is
@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from luna_vision.mixers import MIXERS
+from luna_vision.mixers import MIXERS, mixer_defaults
 from luna_vision.models import LunaVit
 
 from ._commands import Parser, at_least
-from ._compare_measure import measure
+from ._compare_measure import measure, measured_path
 from ._compare_report import write_report
 from ._compare_run import Run, make_data
 from ._compare_workers import result_path, run_all
@@ -116,7 +116,7 @@ PIECES = 20  # of a run: after each there is a line of progress and a checkpoint
 SUITES: dict[str, dict[str, dict[str, Any]]] = {
     "mixers": {
         **{name: {"mixer": name} for name in MIXERS},
-        # with the initial queries that Luna has by default
+        # with initial queries as much larger as Luna's are by default
         "softmax-query-gain-8": {"mixer": "softmax", "mixer_args": {"query_gain": 8.0}},
     },
     "ablation": {
@@ -135,7 +135,6 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
             "local-mlp": {"local_mixing": "mlp"},
             "memory-mlp-own": {"memory_mlp": "own"},
             "memory-mlp-shared": {"memory_mlp": "shared"},
-            "stem-patch": {"stem": "patch"},
             "stem-conv": {"stem": "conv"},
             "pos-none": {"pos_embed": "none"},
             "pos-learn": {"pos_embed": "learn"},
@@ -197,15 +196,19 @@ def configuration(args: argparse.Namespace, task: str, variant: dict[str, Any], 
     if not pieces:
         raise ValueError(f"--samples must be at least one batch, {batch_size} for {task}")
     defaults = inspect.signature(LunaVit.__init__).parameters
-    if variant.get("mixer", "luna") == "luna":
+    mixer = variant.get("mixer", "luna")
+    own = (mixer_defaults(mixer) if mixer in MIXERS else {}) | variant.get("mixer_args", {})
+    if mixer == "luna":
         shell = {name: defaults[name].default for name in SHELL + MEMORY}
     else:  # without a memory to read
         shell = {name: defaults[name].default for name in SHELL} | {"global_pool": "avg"}
     shell |= {"embed_dim": args.width, "depth": args.depth, "num_heads": args.width // HEAD_WIDTH}
+    if own:
+        variant = variant | {"mixer_args": own}
     side = recipe["args"][recipe["scaled"][0]]
     optimization = {**OPTIMIZATION, **recipe["optimization"], **({"lr": args.lr} if args.lr else {})}
     limit = args.test_images or max(recipe["test_images"].values())
-    return {
+    config = {
         "data": {name: recipe[name] for name in ("class", "args", "scaled", "has_root")},
         "model": {"mixer": "luna", "img_size": side, **shell, **recipe["model"], **variant},
         # of Lightning's epochs, which are pieces here
@@ -216,25 +219,32 @@ def configuration(args: argparse.Namespace, task: str, variant: dict[str, Any], 
         "pieces": pieces,
         "seed": seed,
         "test_images": {scale: min(n, limit) for scale, n in recipe["test_images"].items()},
+        **({"accelerator": args.device} if args.device != "cpu" else {}),
     }
+    return json.loads(json.dumps(config))  # as it comes back from a result
 
 
 def unfinished(runs: Sequence[Run], out: Path) -> list[Run]:
     """The runs that have no result yet, or failed.
 
     Raises:
-        ValueError: A result was made with another configuration.
+        ValueError: A result of one of their tasks and variants, of whatever seed, was made with another configuration,
+            so that the report would take one for the other.
     """
-    todo = []
+    done = set()
     for run in runs:
-        path = result_path(out, run)
-        result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        if result is None or "error" in result:
-            todo.append(run)
-        elif result["config"] != run.config:
-            names = [name for name in run.config if run.config[name] != result["config"].get(name)]
-            raise ValueError(f"{path} was made with another {' and '.join(names)}: give another --out, or remove it")
-    return todo
+        others = (out / "runs").glob(f"{run.task}-{run.variant}-seed*.json")
+        for path in [*sorted(others), measured_path(out, run)]:
+            result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"error": "not there"}
+            if "error" in result:
+                continue
+            expected = {**run.config, "seed": result["config"].get("seed")}
+            names = [n for n in {**expected, **result["config"]} if expected.get(n) != result["config"].get(n)]
+            if names:
+                what = " and ".join(names)
+                raise ValueError(f"{path} was made with another {what}: give another --out, or remove it")
+            done.add(path)
+    return [run for run in runs if result_path(out, run) not in done]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -262,6 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--width", type=at_least(1), default=96, help=f"in steps of {HEAD_WIDTH} (default: 96)")
     parser.add_argument("--depth", type=at_least(1), default=6, help="blocks (default: 6)")
     parser.add_argument("--test-images", type=at_least(1), metavar="N", help="at most, at each side")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of all runs (default: cpu)")
     parser.add_argument("--root", default="data", help="folder of Fashion-MNIST, fetched if missing (default: data)")
     parser.add_argument("--out", type=Path, default=Path("runs/compare/results"), help="(default: %(default)s)")
     parser.add_argument(
@@ -281,7 +292,7 @@ def check(runs: Sequence[Run], root: str) -> None:
         ValueError, OSError, RuntimeError: What is wrong; a RuntimeError is a failed download.
     """
     for run in {run.task: run for run in runs}.values():
-        data = make_data(run.config, root)
+        data = make_data(run.config, root, download=True)
         data.prepare_data()
         data.setup("fit")
 

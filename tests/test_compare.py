@@ -1,20 +1,23 @@
 """The comparison command, on scikit-learn's digits and models of one block."""
 
 import argparse
+import inspect
 import json
 
 import pytest
 import torch
 from timm.models import create_model
 from torch import nn
+from torchvision.datasets import FashionMNIST
 
 from luna_vision import _compare_workers, compare
-from luna_vision._compare_measure import measure
+from luna_vision._compare_measure import measure, measured_path
 from luna_vision._compare_report import wilson
 from luna_vision._compare_run import MODEL, BudgetSampler, execute, make_data, make_task, train_loader
 from luna_vision._compare_workers import result_path
 from luna_vision.benchmarks.cell import saved_bytes
 from luna_vision.compare import SUITES, TASKS, main, plan, unfinished
+from luna_vision.mixers import LongformerMixer
 
 TINY = ["--tasks", "digits", "--width", "32", "--depth", "1", "--samples", "320", "--test-images", "40"]
 
@@ -162,6 +165,30 @@ def test_every_variant_is_a_model(suite):
         create_model(MODEL, num_classes=10, device="meta", **run.config["model"])
 
 
+def test_a_result_says_what_its_mixer_was_built_with():
+    own = {run.variant: run.config["model"].get("mixer_args") for run in plan(arguments())}
+    assert own["longformer"]["window_size"] == inspect.signature(LongformerMixer).parameters["window_size"].default
+    assert own["softmax"] == {"query_gain": 1.0} and own["softmax-query-gain-8"] == {"query_gain": 8.0}
+    assert own["luna"] is None and own["identity"] is None
+    configs = [run.config for run in plan(arguments())]
+    assert configs == json.loads(json.dumps(configs))  # as they come back
+
+
+def test_missing_data_is_fetched(monkeypatch):
+    fetched = []
+    monkeypatch.setattr(FashionMNIST, "download", lambda self: fetched.append(self.root))
+    monkeypatch.setattr(FashionMNIST, "_check_exists", lambda self: False)
+    words = ["--tasks", "fashion32", "canvas", "--only", "luna", "--samples", "640"]
+    with pytest.raises((RuntimeError, ValueError, OSError)):  # nothing has come
+        compare.check(plan(arguments(*words)), "nowhere")
+    assert fetched == ["nowhere"] * len(fetched) and fetched
+
+
+def test_device_is_part_of_the_configuration():
+    on_cpu, on_gpu = (plan(arguments("--only", "luna", *words))[0].config for words in ([], ["--device", "cuda"]))
+    assert on_gpu == on_cpu | {"accelerator": "cuda"}
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_has_data_at_all_sides(task):
     run = plan(arguments("--tasks", task, "--only", "luna"))[0]
@@ -281,3 +308,17 @@ def test_results_of_another_configuration_are_not_mixed_in(tmp_path, capsys):
         main([*TINY, *folders(tmp_path), "--only", "luna", "--depth", "2"])
     assert exit_.value.code == 2
     assert "was made with another model: give another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["runs", "measured"])
+def test_seeds_of_another_budget_are_not_averaged_in(tmp_path, capsys, where):
+    run = plan(arguments("--only", "luna"))[0]
+    path = result_path(tmp_path / "out", run) if where == "runs" else measured_path(tmp_path / "out", run)
+    _compare_workers.write_json(path, finished(run))
+    with pytest.raises(SystemExit) as exit_:
+        main([*TINY, *folders(tmp_path), "--only", "luna", "--seeds", "1", "--samples", "640"])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert f"{path} was made with another " in error and "steps" in error
+    again = plan(arguments("--only", "luna", "--seeds", "1"))
+    assert unfinished(again, tmp_path / "out") == again
