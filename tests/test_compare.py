@@ -66,10 +66,12 @@ def test_command_runs_reports_and_skips(tmp_path, capsys, monkeypatch):
     assert "1 runs, of which 1 have finished before" in capsys.readouterr().out
 
 
-def test_stopped_run_goes_on_as_if_never_stopped(tmp_path):
-    # dropout makes the generator's state matter
-    run = plan(arguments("--only", "luna"))[0]
+@pytest.mark.parametrize("mixer, args", [("luna", {}), ("performer", {"redraw_interval": 2}), ("routing", {})])
+def test_stopped_run_goes_on_as_if_never_stopped(tmp_path, mixer, args):
+    # dropout makes the generator's state matter; random features and centroids are state of the model
+    run = plan(arguments("--only", mixer))[0]
     run.config["model"]["proj_drop_rate"] = 0.1
+    run.config["model"].setdefault("mixer_args", {}).update(args)
     whole = execute(run, "", tmp_path / "whole", lambda message: None)
 
     def stop(message):
