@@ -151,7 +151,7 @@ class SequenceParallel(nn.Module):
         with self._same_random(strip.device):
             x = self._embed(strip, start, stop, height)
             columns = x.shape[2]
-            memory = initial_memory(model.memory, memory, x.flatten(1, 2))
+            memory = initial_memory(model.learned_memory(), memory, x.flatten(1, 2))
             for block in model.blocks:
                 if model.grad_checkpointing and torch.is_grad_enabled():
                     x, memory = checkpoint(self._block, block, x, memory)

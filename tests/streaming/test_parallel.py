@@ -88,6 +88,7 @@ def check(
     heights: list[int] | None = None,
     checkpointing: bool = False,
     given: bool = False,
+    slots: int | None = None,
 ) -> None:
     """Outputs and all gradients against those of one process.
 
@@ -97,11 +98,14 @@ def check(
         heights: Of the strips, pixels; even ones if None.
         checkpointing: Recompute blocks in the backward pass.
         given: Hand in a memory.
+        slots: Of the memory, in use; all if None.
     """
     model = make(**options).eval()
+    model.set_memory_len(slots or model.memory_len)
     image, memory = image_of(model, *size).requires_grad_(), None
     if given:
-        memory = torch.linspace(-1, 1, 2 * 3 * 16, dtype=torch.float64).view(2, 3, 16).requires_grad_()
+        memory = torch.linspace(-1, 1, 2 * model.memory_len * 16, dtype=torch.float64)
+        memory = memory.view(2, -1, 16).requires_grad_()
     features = model.forward_features(image, memory=memory)
     want = model.forward_head(features)
     loss_of(want).backward()
@@ -308,6 +312,11 @@ def test_recomputed_blocks(ranks):
 
 def test_given_memory(ranks):
     ranks.run(check, 3, options={"memory_mlp": "own"}, given=True)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_shortened_memory(given, ranks):
+    ranks.run(check, 3, options={"global_pool": "both"}, given=given, slots=2)
 
 
 def test_without_pooling_there_are_memory_and_patches(ranks):
