@@ -93,7 +93,7 @@ class FileRows:
         return rows
 
     def write(self, start: int, rows: Tensor) -> None:
-        rows = rows.to(self.dtype).contiguous()
+        rows = rows.to("cpu", self.dtype).contiguous()
         self.file.seek(self.offset + start * self.row_bytes)
         try:
             write_all(self.file, memoryview(rows.view(torch.uint8).numpy()).cast("B"))
