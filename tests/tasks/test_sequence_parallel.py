@@ -10,7 +10,13 @@ import pytest
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from luna_vision.tasks import ClassificationTask, SequenceParallelStrategy, sequence_parallel
+from luna_vision.tasks import (
+    ClassificationTask,
+    DistillationTask,
+    SequenceParallelStrategy,
+    SequenceTask,
+    sequence_parallel,
+)
 from luna_vision.tasks.cli import main
 from luna_vision.tasks.dense import SegmentationTask
 
@@ -94,6 +100,14 @@ def compiled() -> ClassificationTask:
     return task
 
 
+def sequences() -> SequenceTask:
+    return SequenceTask(model_name="test_luna_vit", num_classes=3)
+
+
+def distilled() -> DistillationTask:
+    return DistillationTask("test_vit", "teacher.ckpt", model_name="test_luna_vit", num_classes=3)
+
+
 @pytest.mark.parametrize(
     "task, fn, message",
     [
@@ -105,6 +119,8 @@ def compiled() -> ClassificationTask:
             TrainerFn.FITTING,
             "trains a ClassificationTask, got SegmentationTask",
         ),
+        (sequences, TrainerFn.FITTING, "trains a ClassificationTask, got SequenceTask"),
+        (distilled, TrainerFn.FITTING, "trains a ClassificationTask, got DistillationTask"),
     ],
 )
 def test_what_strips_do_not_fit_is_refused(task, fn, message, monkeypatch):
