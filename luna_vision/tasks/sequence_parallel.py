@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -98,7 +99,7 @@ class SequenceParallelStrategy(DDPStrategy):
 
     def _compare(self, images: Tensor) -> None:
         """Find out once whether the data gives the processes of an image the same one."""
-        (total,) = struct.unpack("q", struct.pack("d", float(images.double().sum())))
+        (total,) = struct.unpack("q", struct.pack("d", float(images.sum(dtype=torch.float64))))
         sums = from_all([total], self._mesh["seq"].get_group(), self.root_device)
         if any(other != sums[0] for other in sums):
             raise ValueError(
