@@ -197,11 +197,18 @@ class _Sum:
 
     def __init__(self, count: int) -> None:
         self.grads: list[Tensor | None] = [None] * count
+        self.own = [False] * count
 
     def add(self, grads: tuple[Tensor | None, ...]) -> None:
         for i, grad in enumerate(grads):
-            if grad is not None:
-                self.grads[i] = grad if self.grads[i] is None else self.grads[i].add_(grad)
+            if grad is None:
+                continue
+            if self.grads[i] is None:  # may be what autograd was handed, which others read
+                self.grads[i] = grad
+            elif self.own[i]:
+                self.grads[i].add_(grad)
+            else:
+                self.grads[i], self.own[i] = self.grads[i] + grad, True
 
 
 def _grad(outputs: list[Tensor], inputs: list[Tensor], d_outputs: list[Tensor]) -> tuple[Tensor | None, ...]:

@@ -104,6 +104,21 @@ def test_a_memory_that_is_handed_in_gets_its_gradient():
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-10, atol=1e-10)
 
 
+def test_a_gradient_that_is_handed_in_is_left_alone():
+    """One that is a single number everywhere, as a sum's is, and one that two memories have in common."""
+    model, x, grads = tiny(), image(2, 3, 20, 12), []
+    ours = image(2, 3, 16)
+    for rows in (0, 2):
+        model.set_band_checkpointing(rows)
+        for handed in (torch.ones(()).double().expand(2, 3, 16), ours):
+            model.zero_grad()
+            (model.encode(x)[1] + model.encode(x.flip(0))[1]).backward(handed)
+            grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert torch.equal(ours, image(2, 3, 16))
+    same(grads[2], grads[0])
+    same(grads[3], grads[1])
+
+
 @pytest.mark.parametrize("rates", [{"drop_path_rate": 0.5}, {"patch_drop_rate": 0.5, "pos_drop_rate": 0.3}], ids=str)
 def test_what_is_dropped_is_dropped_in_all_bands(rates):
     model, x = tiny(global_pool="both", **rates), image(5, 3, 24, 16)
