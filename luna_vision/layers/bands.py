@@ -119,6 +119,13 @@ class _Bands:
         """Pack rows [start, stop)."""
         return state.update(self.block.norm_patches(mixed), self.part(self.valid, start, stop))
 
+    def sums(self, nothing: PackState, mixed: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The same from a state that has read nothing, as sums that are measured against its maximum: of patches that
+        were rounded, some may score above it."""
+        state = self.enter(nothing, mixed, start, stop)
+        rise = (state.maximum - nothing.maximum).exp().nan_to_num(nan=1.0)  # -inf twice where nothing is valid
+        return state.total * rise, state.weighted * rise[..., None]
+
     def pack(self, state: PackState, memory: Tensor) -> tuple[Tensor, Tensor]:
         """What was packed, and the memory after the block."""
         packed = saturate(state.finish().to(memory.dtype))
@@ -311,8 +318,8 @@ def _enter(
         rows = _leaf(bands.part(x, top, bottom).to(bands.x_dtype))
         with torch.enable_grad():
             mixed = bands.before(rows, top, bottom, start, stop)
-            state = bands.enter(nothing, mixed, start, stop)
-        ends = [(state.total, d_total), (state.weighted, d_weighted)]
+            total, weighted = bands.sums(nothing, mixed, start, stop)
+        ends = [(total, d_total), (weighted, d_weighted)]
         ends.append((mixed, None if d_mixed is None else bands.part(d_mixed, start, stop)))
         ends = [(y, d_y) for y, d_y in ends if d_y is not None]
         found = _grad([y for y, _ in ends], [rows, nothing.queries, *bands.params], [d_y for _, d_y in ends])
