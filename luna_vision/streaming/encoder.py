@@ -52,7 +52,7 @@ class Encoded:
     peak_bytes: int
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: what comes out may be trained on
 def encode(
     model: nn.Module,
     image: Any,

@@ -125,6 +125,17 @@ def test_the_memory_of_an_earlier_image(make, photo):
     close(got.logits, model(normalised(model, photo[40:80, :40]), memory=raw)[0], 1e-10)
 
 
+def test_the_result_can_be_trained_on(make, photo):
+    """A linear probe of an embedding, and a memory that is handed on to a step of training."""
+    model = make()
+    result = encode(model, photo[:30, :40], progress=False)
+    probe = torch.nn.Linear(16, 2).double()
+    probe(result.embedding).square().sum().backward()
+    assert bool(probe.weight.grad.any())
+    model(normalised(model, photo[:30, :40]), memory=result.raw_memory[None]).square().sum().backward()
+    assert bool(model.patch_embed.proj.weight.grad.any())
+
+
 @torch.no_grad()
 def test_a_model_that_was_changed(make, photo, tmp_path):
     model = make()
