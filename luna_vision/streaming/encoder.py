@@ -125,6 +125,8 @@ def encode(
         checkpoint = Checkpoint(Path(store), about)
         band = checkpoint.band or band
     plan = make_plan(model, pixels, grid_size, store_dtype, store is not None, budget, band)
+    if checkpoint is not None:  # only now that there is room for pixels
+        checkpoint.expect({"image": hashlib.sha256(pixels.raw(0, 1).tobytes()).hexdigest()})
     resume = checkpoint is not None and checkpoint.band is not None
     state = checkpoint.load(parameter.device) if resume else start
     shape = grid_size[0] + plan.margin, grid_size[1] * model.embed_dim, store_dtype
@@ -192,15 +194,14 @@ def _about(
     band_rows: int | None,
     grid: str | os.PathLike | None,
 ) -> dict[str, Any]:
-    """Everything that the result depends on. Of the image, that is its shape, its first row, and what it says of itself
-    (`identity`)."""
-    first = pixels.raw(0, 1).tobytes()
+    """What the result depends on. Of the image, that is its shape and what it says of itself (`identity`); its first
+    row is added when there is a plan for reading it."""
     return {
         "luna_vision": luna_vision.__version__,
         **describe(model),
         "pooling": model.global_pool,
         "image_shape": [*pixels.shape, str(pixels.dtype)],
-        "image": [hashlib.sha256(first).hexdigest(), str(getattr(pixels.image, "identity", ""))],
+        "image_name": str(getattr(pixels.image, "identity", "")),
         "mean": statistics[0],
         "std": statistics[1],
         "memory": hashlib.sha256(memory.detach().double().cpu().numpy().tobytes()).hexdigest(),

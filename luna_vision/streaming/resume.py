@@ -32,13 +32,13 @@ class Checkpoint:
         """
         Args:
             folder: Made if it is not there.
-            about: Everything that the result depends on, as JSON can hold it.
+            about: What the result depends on, as JSON can hold it.
 
         Raises:
             ValueError: A run that was stopped is another one, or its state cannot be read.
             OSError: The folder cannot be made.
         """
-        self.folder, self.about = folder, json.loads(json.dumps(about))
+        self.folder, self.about, self._found = folder, {}, None
         folder.mkdir(parents=True, exist_ok=True)
         self.patches, self.path = folder / self.PATCHES, folder / self.STATE
         self.band: int | None = None
@@ -49,14 +49,22 @@ class Checkpoint:
                 with safe_open(self.path, "pt") as file:
                     found = file.metadata()
                     self.band, self._place = int(found["band"]), (int(found["sweep"]), int(found["row"]))
-                    found = json.loads(found["about"])
+                    self._found = dict(json.loads(found["about"]))
             except (SafetensorError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{self.path} is not the state of a run: remove {folder} to begin anew") from error
-            self._compare(found)
+        self.expect(about)
 
-    def _compare(self, found: dict[str, Any]) -> None:
-        names = sorted(found.keys() | self.about.keys())
-        other = [name.replace("_", " ") for name in names if found.get(name) != self.about.get(name)]
+    def expect(self, about: dict[str, Any]) -> None:
+        """Add to what the result depends on.
+
+        Raises:
+            ValueError: A run that was stopped is another one.
+        """
+        about = json.loads(json.dumps(about))
+        self.about |= about
+        if self._found is None:
+            return
+        other = [name.replace("_", " ") for name in sorted(about) if self._found.get(name) != about[name]]
         if other:
             raise ValueError(
                 f"{self.folder} holds a run that was stopped, with other {', '.join(other)}: "

@@ -104,6 +104,17 @@ def test_a_budget_that_is_too_small_says_what_it_takes(store_dtype, disk, make, 
     encode(model, image, memory_budget=least, **arguments)
 
 
+def test_a_budget_that_is_too_small_is_refused_before_pixels_are_read(make, image, tmp_path):
+    class Unread:
+        shape, dtype = image.shape, image.dtype
+
+        def __getitem__(self, rows):
+            raise AssertionError("read")
+
+    with pytest.raises(ValueError, match="a memory budget of 10 KB is too small for this image"):
+        encode(make(), Unread(), memory_budget="10KB", store=tmp_path / "store", progress=False)
+
+
 def test_chunks_count(make, image):
     class Chunked:
         shape, dtype, chunks = image.shape, image.dtype, (400, 100, 3)
