@@ -53,8 +53,8 @@ def open_image(path: str | os.PathLike, level: int | None = None) -> Any:
         image = NpyImage(path)
     else:
         image = PillowImage(path)
-    status = path.stat()
-    image.identity = f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns} {level or 0}"
+    # not its size and date: a damaged file may be replaced by a whole one, to go on with
+    image.identity = f"{os.path.abspath(path)} {level or 0}"
     return image
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import timm
 import torch
 import zarr
 from safetensors.torch import save_file
 
 import luna_vision
-from luna_vision.streaming import encode, store
+from luna_vision.streaming import encode, open_image, store
 from luna_vision.streaming.grid import remove
 from luna_vision.streaming.resume import Checkpoint
 
@@ -214,6 +215,20 @@ def test_pixels_that_cannot_be_read_leave_the_store_as_it_is(make, image, tmp_pa
         run(model, torn, tmp_path / "store")
     torn.broken = False
     same(run(model, torn, tmp_path / "store"), run(model, image, None))
+
+
+def test_a_file_that_was_damaged_may_be_replaced(make, image, tmp_path):
+    model, path = make(dtype=torch.float32), tmp_path / "a.tif"
+    tifffile.imwrite(path, image, photometric="rgb", tile=(16, 16), compression="deflate")
+    whole = path.read_bytes()
+    with tifffile.TiffFile(path) as file:
+        offset, count = file.pages[0].dataoffsets[-1], file.pages[0].databytecounts[-1]
+    path.write_bytes(whole[:offset] + b"\xff" * count + whole[offset + count :])
+    with pytest.raises(OSError, match="cannot read the pixel rows 48 to 60 of the image"):
+        run(model, open_image(path), tmp_path / "store")
+    path.write_bytes(whole + b"\0")  # of another size and date
+    same(run(model, open_image(path), tmp_path / "store"), run(model, image, None))
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize("what", ["patches", "state", "room"])
