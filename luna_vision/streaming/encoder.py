@@ -130,7 +130,7 @@ def encode(
     resume = checkpoint is not None and checkpoint.band is not None
     state = checkpoint.load(parameter.device) if resume else start
     shape = grid_size[0] + plan.margin, grid_size[1] * model.embed_dim, store_dtype
-    rows = RamRows(*shape) if checkpoint is None else FileRows(checkpoint.patches, *shape)
+    rows = RamRows(*shape) if checkpoint is None else FileRows(checkpoint.patches, *shape, resume=resume)
     out = None
     try:
         if grid is not None:

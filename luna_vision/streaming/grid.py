@@ -32,7 +32,7 @@ class Grid:
             resume: Go on with the partial file.
 
         Raises:
-            ValueError: Another suffix, or zarr is not installed.
+            ValueError: Another suffix, zarr is not installed, or the partial file is of another size.
             OSError: It cannot be written, there is no room for it, or the partial file is gone.
         """
         check_grid(path)
@@ -51,9 +51,14 @@ class Grid:
             chunks = (min(band, shape[0]), min(shape[1], 512), shape[2])
             kind = {"shape": shape, "chunks": chunks, "dtype": name}
             self.array = zarr.open_array(self.partial, mode="r+" if resume else "w", **({} if resume else kind))
+            if self.array.shape != shape:
+                raise ValueError(
+                    f"{self.partial} has shape {self.array.shape} where the run that was stopped had {shape}: "
+                    "something else has changed it; remove the store to begin anew"
+                )
             return
         header = npy_header(shape, np.dtype(name))
-        self.rows = FileRows(self.partial, shape[0], shape[1] * shape[2], self.dtype, len(header))
+        self.rows = FileRows(self.partial, shape[0], shape[1] * shape[2], self.dtype, len(header), resume)
         self.rows.file.seek(0)
         write_all(self.rows.file, memoryview(header))
 

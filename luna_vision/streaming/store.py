@@ -59,21 +59,32 @@ class FileRows:
     that is full after all would kill it.
     """
 
-    def __init__(self, path: Path, count: int, numbers: int, dtype: torch.dtype, offset: int = 0) -> None:
+    def __init__(
+        self, path: Path, count: int, numbers: int, dtype: torch.dtype, offset: int = 0, resume: bool = False
+    ) -> None:
         """
         Args:
             path: The file; kept as it is if it has the right size.
             count, numbers, dtype: What it holds.
             offset: Bytes before the first row, which are left alone.
+            resume: Go on with what the file holds.
 
         Raises:
+            ValueError: It is to go on with a file of another size.
             OSError: The file cannot be made, or there is no room for it.
         """
         self.path, self.numbers, self.dtype, self.offset = path, numbers, dtype, offset
         self.row_bytes = numbers * dtype.itemsize
         size = offset + count * self.row_bytes
         self.file = open(path, "r+b" if path.exists() else "w+b", buffering=0)
-        if os.fstat(self.file.fileno()).st_size != size:
+        found = os.fstat(self.file.fileno()).st_size
+        if found != size and resume:
+            self.file.close()
+            raise ValueError(
+                f"{path} has {found:,} bytes where the run that was stopped had {size:,}: something else has changed "
+                "it; remove the store to begin anew"
+            )
+        if found != size:
             try:
                 reserve(self.file.fileno(), size)
             except OSError as error:

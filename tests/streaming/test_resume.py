@@ -282,6 +282,28 @@ def test_a_grid_that_is_gone_is_not_made_anew(name, make, image, tmp_path, monke
         run(model, image, tmp_path / "store", grid)
 
 
+@pytest.mark.parametrize("name", ["store/patches.bin", "grid.npy.partial"])
+@pytest.mark.parametrize("change", [-100, 100])
+def test_a_file_of_another_size_is_not_gone_on_with(name, change, make, image, tmp_path, monkeypatch):
+    """Zeros would stand for what is missing."""
+    model, grid = make(dtype=torch.float32), tmp_path / "grid.npy"
+    stopped(model, image, tmp_path / "store", monkeypatch, grid=grid)
+    size = (tmp_path / name).stat().st_size
+    os.truncate(tmp_path / name, size + change)
+    message = rf"{name} has {size + change:,} bytes where the run that was stopped had {size:,}: .* remove the store"
+    with pytest.raises(ValueError, match=message):
+        run(model, image, tmp_path / "store", grid)
+    assert (tmp_path / name).stat().st_size == size + change
+
+
+def test_a_zarr_grid_of_another_shape_is_not_gone_on_with(make, image, tmp_path, monkeypatch):
+    model, grid = make(dtype=torch.float32), tmp_path / "grid.zarr"
+    stopped(model, image, tmp_path / "store", monkeypatch, grid=grid)
+    zarr.open_array(f"{grid}.partial", mode="w", shape=(2, 3, 4), chunks=(2, 3, 4), dtype="float32")
+    with pytest.raises(ValueError, match=r"grid.zarr.partial has shape \(2, 3, 4\) where the run that was stopped had"):
+        run(model, image, tmp_path / "store", grid)
+
+
 def test_what_is_no_state(make, image, tmp_path):
     folder = tmp_path / "store"
     folder.mkdir()
