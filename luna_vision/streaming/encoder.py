@@ -131,9 +131,11 @@ def encode(
     state = checkpoint.load(parameter.device) if resume else start
     shape = grid_size[0] + plan.margin, grid_size[1] * model.embed_dim, store_dtype
     rows = RamRows(*shape) if checkpoint is None else FileRows(checkpoint.patches, *shape, resume=resume)
+    # killed when the grid had its name, and before the store was removed
+    at_end = (state.sweep, state.row) == (len(model.blocks), grid_size[0])
     out = None
     try:
-        if grid is not None:
+        if grid is not None and not (at_end and Grid.is_finished(Path(grid))):
             out = Grid(Path(grid), (*grid_size, model.embed_dim), parameter.dtype, plan.band, resume)
         ring = Ring(rows, grid_size[0], grid_size[1], plan.margin)
         engine = Engine(model, pixels, grid_size, plan.band, ring, state, out)

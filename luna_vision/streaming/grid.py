@@ -36,7 +36,7 @@ class Grid:
             OSError: It cannot be written, there is no room for it, or the partial file is gone.
         """
         check_grid(path)
-        self.path, self.partial = path, path.with_name(f"{path.name}.partial")
+        self.path, self.partial = path, _partial(path)
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
         path.parent.mkdir(parents=True, exist_ok=True)
         if not resume:
@@ -82,11 +82,20 @@ class Grid:
         if self.rows is not None:
             self.rows.close()
 
+    @staticmethod
+    def is_finished(path: Path) -> bool:
+        """Whether a run that has written all rows has given the file its name, too."""
+        return path.exists() and not _partial(path).exists()
+
     def finish(self) -> None:
         """Give the complete file its name."""
         self.close()
         remove(self.path)
         os.replace(self.partial, self.path)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
 
 
 def check_grid(path: Path) -> None:

@@ -304,6 +304,24 @@ def test_a_zarr_grid_of_another_shape_is_not_gone_on_with(make, image, tmp_path,
         run(model, image, tmp_path / "store", grid)
 
 
+@pytest.mark.parametrize("name", ["grid.npy", "grid.zarr"])
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_killed_when_all_is_written(name, pool, make, image, tmp_path, monkeypatch):
+    """The grid has its name, and the store is still there."""
+    model, folder, grid = make(dtype=torch.float32, global_pool=pool), tmp_path / "store", tmp_path / name
+    want = run(model, image, None)
+
+    def die(self):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Checkpoint, "remove", die)
+        run(model, image, folder, grid)
+    before = grid.stat()
+    same(run(model, image, folder, grid), want)
+    assert grid.stat() == before and os.listdir(tmp_path) == [name]
+
+
 def test_what_is_no_state(make, image, tmp_path):
     folder = tmp_path / "store"
     folder.mkdir()
