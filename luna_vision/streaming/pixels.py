@@ -102,13 +102,20 @@ class Pixels:
         """
         if not self.step:
             return self._slice(start, stop)
-        parts = []
+        out, done = None, 0
         for first in range(start // self.step * self.step, stop, self.step):
             if self.slab is None or self.slab[0] != first:
                 self.slab = None  # before the next one is read: there is to be one at a time
                 self.slab = first, self._slice(first, min(first + self.step, self.shape[0]))
-            parts.append(self.slab[1][max(start - first, 0) : stop - first])
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+            part = self.slab[1][max(start - first, 0) : stop - first]
+            if len(part) == stop - start:
+                return part
+            if out is None:
+                out = np.empty((stop - start, *part.shape[1:]), part.dtype)
+            out[done : done + len(part)] = part
+            done += len(part)
+            del part  # which would keep its slab
+        return out
 
     def _slice(self, start: int, stop: int) -> np.ndarray:
         try:

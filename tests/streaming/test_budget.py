@@ -128,6 +128,20 @@ def test_chunks_count(make, image):
     assert chunked - plain == 400 * image.shape[1] * 3
 
 
+def test_one_row_of_chunks_is_held_at_a_time(make, image):
+    tall = np.tile(image, (5, 1, 1))
+
+    class Chunked:
+        shape, dtype, chunks = tall.shape, tall.dtype, (1500, 100, 3)
+
+        def __getitem__(self, rows):
+            return tall[rows].copy()
+
+    model = make(dtype=torch.float32, patch_size=16, depth=1)
+    used, planned = allocated(model, Chunked(), band_rows=1)  # of which some begin in one row and end in the next
+    assert used <= planned
+
+
 @pytest.mark.parametrize(
     "text, size",
     [
