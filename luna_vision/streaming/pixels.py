@@ -55,7 +55,7 @@ class Pixels:
             image: Anything with a `shape`, (H, W) or (H, W, c), and rows by `image[start:stop]`. 8 bits, 16 bits
                 (scaled to 8, as `luna_vision.data` does it) or floating point in [0, 1]. Grey and colour are converted
                 to each other, transparency is dropped. What is stored in chunks of many rows (`image.chunks`, as
-                zarr's) is read chunk by chunk.
+                zarr's or dask's) is read chunk by chunk.
             in_chans: Channels that the model wants.
             mean, std: As `pixel_statistics` gives them.
             dtype, device: Of the result.
@@ -73,11 +73,11 @@ class Pixels:
             raise ValueError(
                 f"an image for this model must have {' or '.join(map(str, allowed))} channels, got shape {shape}{hint}"
             )
-        self.dtype = _dtype(image)
+        self.dtype = _dtype(image).newbyteorder("=")
         if self.dtype not in (np.uint8, np.uint16) and self.dtype.kind != "f":
             raise ValueError(f"pixels must be uint8, uint16 or floating point in [0, 1], got {self.dtype}")
         self.image, self.shape, self.channels, self.in_chans = image, shape, channels, in_chans
-        self.step = int(image.chunks[0]) if getattr(image, "chunks", None) else 0
+        self.step = _rows_of_chunks(image)
         self.slab: tuple[int, np.ndarray] | None = None
         self.out = {"dtype": dtype, "device": device}
         self.mean = torch.tensor(mean, **self.out).view(-1, 1, 1)
@@ -95,13 +95,14 @@ class Pixels:
         return rows * columns * (2 * raw + 3 * self.in_chans * self.out["dtype"].itemsize)
 
     def raw(self, start: int, stop: int) -> np.ndarray:
-        """Pixels (stop - start, W[, c]) as the image has them.
+        """Pixels (stop - start, W[, c]) as the image has them, but in the byte order of this machine.
 
         Raises:
             OSError: They cannot be read.
         """
         if not self.step:
-            return self._slice(start, stop)
+            rows = self._slice(start, stop)
+            return rows.astype(rows.dtype.newbyteorder("="), copy=False)
         out, done = None, 0
         for first in range(start // self.step * self.step, stop, self.step):
             if self.slab is None or self.slab[0] != first:
@@ -109,9 +110,9 @@ class Pixels:
                 self.slab = first, self._slice(first, min(first + self.step, self.shape[0]))
             part = self.slab[1][max(start - first, 0) : stop - first]
             if len(part) == stop - start:
-                return part
+                return part.astype(part.dtype.newbyteorder("="), copy=False)
             if out is None:
-                out = np.empty((stop - start, *part.shape[1:]), part.dtype)
+                out = np.empty((stop - start, *part.shape[1:]), part.dtype.newbyteorder("="))
             out[done : done + len(part)] = part
             done += len(part)
             del part  # which would keep its slab
@@ -157,6 +158,14 @@ class Pixels:
                 f"the pixel rows {start} to {stop - 1} of the image have values from {low:g} to {high:g}: floating "
                 "point must be finite, and in [0, 1] (or with mean 0 and std 1, which leave it as it is)"
             )
+
+
+def _rows_of_chunks(image: Any) -> int:
+    """How many rows are stored together, 0 if nothing is said; dask lists those of every chunk."""
+    chunks = getattr(image, "chunks", None)
+    if not chunks:
+        return 0
+    return max(map(int, chunks[0])) if isinstance(chunks[0], Sequence) else int(chunks[0])
 
 
 def _dtype(image: Any) -> np.dtype:

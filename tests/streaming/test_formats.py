@@ -146,6 +146,35 @@ def test_every_tile_is_decoded_once(picture, make, tmp_path, monkeypatch):
     assert read == [0, 32, 64, 96, 128]
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("kind", ["u2", "f4"])
+def test_both_byte_orders(kind, chunked, picture, make, tmp_path):
+    x = (picture / 255).astype("f4") if kind == "f4" else picture.astype("u2") * 257
+    want = encode(make(), x, band_rows=3, progress=False).logits
+    if chunked:
+        zarr.create_array(tmp_path / "a.zarr", data=x.astype(f">{kind}"), chunks=(30, 40, 3), zarr_format=2)
+        image = open_image(tmp_path / "a.zarr")
+    else:
+        np.save(tmp_path / "a.npy", x.astype(f">{kind}"))
+        image = open_image(tmp_path / "a.npy")
+    assert image.dtype == np.dtype(f">{kind}")
+    assert torch.equal(encode(make(), image, band_rows=3, progress=False).logits, want)
+
+
+def test_chunks_as_dask_lists_them(picture, make):
+    class Lists:
+        shape, dtype, read = picture.shape, picture.dtype, []
+        chunks = (50, 50, 37), (111,), (3,)
+
+        def __getitem__(self, rows):
+            self.read.append(rows.start)
+            return picture[rows]
+
+    want = encode(make(), picture, band_rows=3, progress=False).logits
+    assert torch.equal(encode(make(), Lists(), band_rows=3, progress=False).logits, want)
+    assert Lists.read == [0, 50, 100]
+
+
 @pytest.mark.parametrize("level", [0, 1])
 def test_the_reader_of_slides_in_the_documentation(level, picture, make):
     """`Slide` in docs/gigapixel.md, on what OpenSlide's readers have."""
