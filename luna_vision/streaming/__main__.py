@@ -17,7 +17,7 @@ import luna_vision
 from .._commands import Parser, add_model_arguments, at_least, check_output, load_model, random_weights, run_command
 from .encoder import Encoded, encode
 from .formats import open_image
-from .grid import check_grid
+from .grid import check_apart, check_grid
 from .plan import parse_bytes
 
 SUFFIXES = (".npz", ".safetensors")
@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help=".npz or .safetensors")
     sub.add_argument("--grid", type=Path, metavar="FILE", help="the patch features (H', W', C), .npy or .zarr")
-    sub.add_argument("--overwrite", action="store_true", help="replace FILE, which is refused otherwise")
+    sub.add_argument("--overwrite", action="store_true", help="replace what is at --out and --grid")
     add_model_arguments(sub, default="luna_vit_tiny")
     group = sub.add_argument_group("image")
     group.add_argument("--level", type=at_least(0), metavar="N", help="of a pyramid; 0, the default, is the largest")
@@ -77,9 +77,11 @@ def main(argv: list[str] | None = None) -> int:
     """Do what the command line says; returns the exit code, 130 after Ctrl-C."""
     args = _parser().parse_args(argv)
     check_output(args.out, SUFFIXES, args.overwrite)
+    check_apart(args.out, "the output", args.image)
     parse_bytes(args.memory_budget)
     if args.grid is not None:
         check_grid(args.grid)
+        check_apart(args.grid, "the patch grid", args.image)
         if args.grid.exists() and not args.overwrite:
             raise FileExistsError(f"{args.grid} exists: give --overwrite to replace it")
     if args.store is not None and args.store.exists() and not args.store.is_dir():

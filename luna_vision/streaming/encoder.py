@@ -20,7 +20,7 @@ from .._checksums import describe
 from ..models import LunaVit
 from ..models._parts import initial_memory
 from .engine import Engine, State
-from .grid import Grid, check_grid
+from .grid import Grid, check_apart, check_grid
 from .pixels import Pixels, pixel_statistics
 from .plan import make_plan, parse_bytes
 from .resume import Checkpoint
@@ -89,7 +89,8 @@ def encode(
         memory_budget: Bytes, or a text such as "8GB", that may be allocated beyond the model, Python and the libraries.
         band_rows: Rows of patches that go through a layer together; chosen from the budget if None. The result does
             not depend on it, but for rounding.
-        grid: A .npy or .zarr file for the patches after the final norm, (H', W', C).
+        grid: A .npy or .zarr file for the patches after the final norm, (H', W', C). What is there is replaced in the
+            end, a .zarr folder as a whole.
         progress: Show a progress bar on stderr, if that is a terminal.
         save: Called with the result before the store is emptied, to keep it: if that fails, the same call goes on from
             there.
@@ -109,6 +110,7 @@ def encode(
         raise ValueError(f"band_rows must be at least 1, got {band_rows}")
     if grid is not None:
         check_grid(Path(grid))
+        check_apart(Path(grid), "the patch grid", getattr(image, "file", None))
     budget = None if memory_budget is None else parse_bytes(memory_budget)
 
     statistics = pixel_statistics(model, mean, std)

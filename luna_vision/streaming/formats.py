@@ -53,6 +53,7 @@ def open_image(path: str | os.PathLike, level: int | None = None) -> Any:
         image = NpyImage(path)
     else:
         image = PillowImage(path)
+    image.file = path
     # not its size and date: a damaged file may be replaced by a whole one, to go on with
     image.identity = f"{os.path.abspath(path)} {level or 0}"
     return image

@@ -109,6 +109,18 @@ def check_grid(path: Path) -> None:
         raise ValueError("a .zarr grid takes zarr (pip install 'luna-vision[streaming]'); .npy does not")
 
 
+def check_apart(path: Path, what: str, image: Path | None) -> None:
+    """
+    Raises:
+        ValueError: What is written there would replace the file or folder of an image, or a part of it.
+    """
+    if image is None:
+        return
+    path, image = path.resolve(), image.resolve()
+    if path == image or path in image.parents or image in path.parents:
+        raise ValueError(f"{what} {path} would be written over the image {image}: give another name")
+
+
 def remove(path: Path) -> None:
     """Remove a file or a folder, if there is one."""
     if path.is_dir():

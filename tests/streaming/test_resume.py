@@ -322,6 +322,19 @@ def test_killed_when_all_is_written(name, pool, make, image, tmp_path, monkeypat
     assert grid.stat() == before and os.listdir(tmp_path) == [name]
 
 
+@pytest.mark.parametrize("at, name", [("", "a.zarr"), ("/0", "a.zarr"), ("", "a.zarr/0.zarr")])
+def test_a_grid_is_not_written_over_the_image(at, name, make, image, tmp_path):
+    path, call = tmp_path / "a.zarr", {"progress": False}
+    group = zarr.open_group(path, mode="w")
+    group.create_array("0", data=image, chunks=(30, 40, 3))
+    group.attrs["multiscales"] = [{"axes": ["y", "x", "c"], "datasets": [{"path": "0"}]}]
+    opened = open_image(f"{path}{at}")
+    with pytest.raises(ValueError, match="the patch grid .*a.zarr.* would be written over the image .*a.zarr"):
+        encode(make(), opened, grid=tmp_path / name, **call)
+    assert np.array_equal(opened[0:61], image)
+    encode(make(), opened, grid=tmp_path / "grid.zarr", **call)
+
+
 def test_what_is_no_state(make, image, tmp_path):
     folder = tmp_path / "store"
     folder.mkdir()

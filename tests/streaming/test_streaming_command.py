@@ -126,6 +126,19 @@ def test_mistakes(change, message, words, tmp_path, capsys):
     assert last.startswith("error: ") and message in last, last
 
 
+def test_the_image_is_not_written_over(photo, tmp_path):
+    image, out = tmp_path / "a.npy", tmp_path / "o.npz"
+    np.save(image, photo)
+    before = image.read_bytes()
+    with pytest.raises(
+        ValueError, match="the patch grid .*a.npy would be written over the image .*a.npy: give another"
+    ):
+        main(["encode", str(image), "--out", str(out), "--grid", str(image), "--overwrite"])
+    with pytest.raises(ValueError, match="the output .*o.npz would be written over the image .*o.npz: give another"):
+        main(["encode", str(out), "--out", str(out), "--overwrite"])
+    assert image.read_bytes() == before
+
+
 def test_no_image(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run_command(lambda: main(["encode", str(tmp_path / "no.tif"), "--out", str(tmp_path / "o.npz")]))
