@@ -8,6 +8,8 @@ Shapes: H, W pixels, c channels.
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +178,16 @@ class NpyImage:
         return out
 
 
+@contextmanager
+def _any_size() -> Iterator[None]:
+    """Large images, and large bands of them, are what this is for: Pillow takes them for an attack."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
 class PillowImage:
     """What Pillow decodes: as a whole, when the first row is asked for."""
 
@@ -184,15 +196,13 @@ class PillowImage:
         Raises:
             ValueError: Not an image of a format and of numbers that are read.
         """
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # large images are what this is for
         try:
-            self.image = Image.open(path)
+            with _any_size():
+                self.image = Image.open(path)
         except UnidentifiedImageError as error:
             raise ValueError(f"{path} is not an image of a format that is known here") from error
         except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError at damaged PNG headers
             raise OSError(f"cannot read {path}: {_one_line(error)}") from error
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
         mode = self.image.mode
         if mode == "F":
             raise ValueError(f"{path} has floating-point pixels, of unknown range: save it in 8 or 16 bits")
@@ -215,7 +225,8 @@ class PillowImage:
                 raise OSError(f"{self.path} says after its pixels that they lie on their side: turn it before")
             self.loaded = True
         start, stop, _ = rows.indices(self.shape[0])
-        part = self.image.crop((0, start, self.shape[1], stop))
+        with _any_size():
+            part = self.image.crop((0, start, self.shape[1], stop))
         if self.deep:
             return np.asarray(part).astype(np.int64).clip(0, 65535).astype(np.uint16)
         if part.mode in ("P", "PA"):  # a palette may carry transparency, which Pillow only resolves by way of RGBA

@@ -126,6 +126,13 @@ def test_nothing_is_decoded_before_a_row_is_asked_for(picture, tmp_path, monkeyp
             assert open_image(tmp_path / name).shape == picture.shape
 
 
+def test_pillow_sets_no_limit_to_the_size_of_a_band(picture, tmp_path, monkeypatch):
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    np.testing.assert_array_equal(Pixels(open_image(tmp_path / "a.png"), 3, (0.0,), (1.0,)).raw(0, 64), picture[:64])
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
 def test_a_png_that_is_cut_off_is_one_line_with_its_name(picture, tmp_path):
     Image.fromarray(picture).save(tmp_path / "a.png")
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:5000])
