@@ -39,11 +39,11 @@ class SequenceTask(ClassificationTask):
             will need.
         carry: False begins every image with the learned memory, and takes the mean of the logits of the images so far:
             what can be told without remembering.
-        **kwargs: the arguments of :class:`ClassificationTask`, without MixUp and CutMix.
+        **kwargs: the arguments of :class:`ClassificationTask`, without MixUp, CutMix and ``compile``.
 
     Raises:
-        ValueError: a negative ``bptt_steps``, MixUp or CutMix, a model that is no Luna ViT or has no memory, or as
-            :class:`ClassificationTask`.
+        ValueError: a negative ``bptt_steps``, MixUp, CutMix or ``compile``, a model that is no Luna ViT or has no
+            memory, or as :class:`ClassificationTask`.
     """
 
     def __init__(self, bptt_steps: int = 0, carry: bool = True, **kwargs: Any) -> None:
@@ -52,6 +52,8 @@ class SequenceTask(ClassificationTask):
             raise ValueError(f"bptt_steps must be at least 0, got {bptt_steps}")
         if self.mix is not None:
             raise ValueError("mixup and cutmix mix single images: they must be 0 for sequences")
+        if self.hparams.compile:
+            raise ValueError("compile has no effect on model.encode, which sequences go through: set it to false")
         if not isinstance(self.model, LunaVit) or self.model.memory is None:
             raise ValueError(f"sequences need a Luna ViT with a memory, and {self.hparams.model_name} has none")
 

@@ -114,6 +114,7 @@ def test_prediction_is_after_the_last_image():
     [
         ({"bptt_steps": -1}, "bptt_steps must be at least 0, got -1"),
         ({"mixup": 0.5}, "mixup and cutmix mix single images: they must be 0"),
+        ({"compile": True}, "compile has no effect on model.encode, .* set it to false"),
         ({"model_name": "test_vit", "model_kwargs": {}}, "need a Luna ViT with a memory, and test_vit has none"),
         ({"model_kwargs": {**SMALL, "global_pool": "avg", "mixer": "softmax"}}, "need a Luna ViT with a memory"),
     ],
