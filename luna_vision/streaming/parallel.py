@@ -86,6 +86,11 @@ class StripFeatures:
     grid_size: tuple[int, int]
 
 
+def _shape(x: Tensor, dims: int) -> list[int]:
+    """The shape of a tensor of so many dimensions; -1 in the place of each for any other."""
+    return list(x.shape) if x.dim() == dims else [-1] * dims
+
+
 class SequenceParallel(nn.Module):
     """A Luna ViT on images of which each process of a group holds a strip: exactly, up to rounding, what the model
     computes of the whole images, forward and backward.
@@ -144,7 +149,7 @@ class SequenceParallel(nn.Module):
         model = self.model
         if model.training:
             self.check_training()
-        start, stop, height = self._place(strip)
+        start, stop, height = self._place(strip, memory)
         strip = own_gradient(strip, self.group)
         if memory is not None:
             memory = mean_gradient(memory, self.group)
@@ -167,10 +172,12 @@ class SequenceParallel(nn.Module):
             logits = model.head(embedding) if embedding is not None and model.num_classes else None
         return StripFeatures(x, memory, raw, embedding, logits, (start, stop), (height, columns))
 
-    def _place(self, strip: Tensor) -> tuple[int, int, int]:
+    def _place(self, strip: Tensor, memory: Tensor | None) -> tuple[int, int, int]:
         """Where the strip's rows of patches begin and end, and how many the image has. All processes find the same
         mistakes: one that raised alone would leave the others waiting."""
-        shapes = from_all(list(strip.shape) if strip.dim() == 4 else [-1] * 4, self.group, strip.device)
+        given = [0] * 3 if memory is None else _shape(memory, 3)
+        found = from_all([*_shape(strip, 4), *given], self.group, strip.device)
+        shapes, memories = [f[:4] for f in found], [f[4:] for f in found]
         chans, side = self.model.in_chans, self.model.patch_embed.patch_size[0]
         for i, (batch, channels, height, width) in enumerate(shapes):
             if batch < 0 or channels != chans or height < 1 or width < 1:
@@ -186,6 +193,11 @@ class SequenceParallel(nn.Module):
                 raise ValueError(
                     f"strips but the last must be whole patches of {side} rows, got {height} rows on process {i}"
                 )
+        want = [shapes[0][0], self.model.memory_len, self.model.embed_dim] if any(map(any, memories)) else [0] * 3
+        for i, shape in enumerate(memories):
+            if shape != want:
+                got = "none" if not any(shape) else "another number of dimensions" if min(shape) < 0 else shape
+                raise ValueError(f"process {i}: memory must have shape {want}, as on all processes, got {got}")
         stops = torch.tensor([-(-shape[2] // side) for shape in shapes]).cumsum(0).tolist()
         rank = dist.get_rank(self.group)
         return stops[rank - 1] if rank else 0, stops[rank], stops[-1]

@@ -269,6 +269,11 @@ def check_refusals(group: dist.ProcessGroup) -> None:
     refuses("process 0: a strip must have shape", parallel, good[0] if rank == 0 else good)
     refuses("same batch and width, got 2 of 8 on process 1", parallel, good.repeat(1 + rank, 1, 1, 1))
     refuses("whole patches of 4 rows, got 6 rows on process 0", parallel, good[:, :, : 8 if rank == last else 6])
+    memory = torch.zeros(1, 3, 16, dtype=torch.float64)
+    message = r"process 1: memory must have shape \[1, 3, 16\], as on all processes, got "
+    refuses(message + r"\[1, 2, 16\]", parallel, good, memory[:, : 3 - rank])
+    refuses(message + "none", parallel, good, memory if rank == 0 else None)
+    refuses(message + "another number of dimensions", parallel, good, memory if rank == 0 else memory[0])
     refuses("global_pool='' pools nothing: call encode", SequenceParallel(make(global_pool=""), group), good)
     refuses("takes a Luna ViT, got Linear", SequenceParallel, nn.Linear(2, 2), group)
     for mixer in MIXERS:
