@@ -143,10 +143,12 @@ class SequenceParallel(nn.Module):
             memory: (B, L, C), the same on all processes, takes the place of the learned initial memory.
 
         Raises:
-            ValueError: Strips that do not belong together, or random parts of the model that the processes cannot draw
-                alike; on all processes.
+            ValueError: Strips that do not belong together, a model that runs in bands, or random parts of it that the
+                processes cannot draw alike; on all processes.
         """
         model = self.model
+        if model.band_rows:
+            raise ValueError("strips are not computed in bands: set band_rows to 0 (grad_checkpointing goes with them)")
         if model.training:
             self.check_training()
         start, stop, height = self._place(strip, memory)

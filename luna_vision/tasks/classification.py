@@ -17,6 +17,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from luna_vision._commands import build_model
+from luna_vision.models import LunaVit
 
 from .base import TimmTask
 from .mixing import StepMixup
@@ -63,6 +64,8 @@ class ClassificationTask(TimmTask):
             trainer sets the task up, and not where the trainer detects anomalies.
         channels_last: keep images and convolutions in channels-last memory format.
         grad_checkpointing: recompute activations in the backward pass, for less memory.
+        band_rows: for very large images: recompute, too, and run each block of a Luna ViT so many rows of patches at a
+            time (`LunaVit.set_band_checkpointing`); 0 is off. Instead of ``grad_checkpointing`` and ``compile``.
 
     Raises:
         ValueError: an argument out of its range, an unknown model, or (when a run starts) data that does not fit.
@@ -101,6 +104,7 @@ class ClassificationTask(TimmTask):
         compile: bool = False,
         channels_last: bool = False,
         grad_checkpointing: bool = False,
+        band_rows: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()  # plain data, so that checkpoints load with weights_only=True
@@ -113,6 +117,8 @@ class ClassificationTask(TimmTask):
         self.model = build_model(model_name, num_classes, in_chans, **model_kwargs or {})
         if grad_checkpointing:
             self.model.set_grad_checkpointing(True)
+        if band_rows:
+            self._set_bands()
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.train_loss, self.train_loss_soft = self._losses()
@@ -122,6 +128,15 @@ class ClassificationTask(TimmTask):
             accuracies["acc5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro", validate_args=False)
         self.val_metrics = MetricCollection(accuracies, prefix="val_")
         self.test_metrics = MetricCollection(accuracies, prefix="test_").clone()
+
+    def _set_bands(self) -> None:
+        hp = self.hparams
+        for name in ("grad_checkpointing", "compile"):
+            if hp[name]:
+                raise ValueError(f"band_rows={hp.band_rows} and {name} do not go together: give one of them")
+        if not isinstance(self.model, LunaVit):
+            raise ValueError(f"band_rows is for Luna ViTs, and {hp.model_name} is none: set it to 0")
+        self.model.set_band_checkpointing(hp.band_rows)
 
     def _losses(self) -> tuple[nn.Module, nn.Module]:
         """The losses of class indices and of soft targets; mixing smooths soft targets itself."""

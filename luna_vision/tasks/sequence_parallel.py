@@ -73,6 +73,8 @@ class SequenceParallelStrategy(DDPStrategy):
             raise ValueError("sequence parallelism has strips, which mixup and cutmix do not fit: set both to 0")
         if task.hparams.compile:
             raise ValueError("sequence parallelism runs the model part by part: set compile to false")
+        if task.model.band_rows:
+            raise ValueError("sequence parallelism has strips, which are not computed in bands: set band_rows to 0")
         if task.trainer.state.fn == TrainerFn.PREDICTING:
             raise ValueError(
                 "prediction is for single processes: give --trainer.strategy=auto --trainer.devices=1, or encode very "

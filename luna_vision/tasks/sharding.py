@@ -38,9 +38,16 @@ def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
         model: The same on all processes but for its values, which become those of the first.
         mesh: The processes, in one dimension.
         device: Where this process computes.
+
+    Raises:
+        ValueError: The model runs in bands.
     """
     if isinstance(model, FSDPModule):
         return
+    if any(getattr(module, "band_rows", 0) for module in model.modules()):
+        raise ValueError(
+            "bands run parts of a block, whose weights are gathered for the whole of it: set band_rows to 0"
+        )
     for value in [*model.parameters(), *model.buffers()]:
         shared = value.detach().to(device)
         dist.broadcast(shared, 0)

@@ -274,6 +274,9 @@ def check_refusals(group: dist.ProcessGroup) -> None:
     refuses(message + r"\[1, 2, 16\]", parallel, good, memory[:, : 3 - rank])
     refuses(message + "none", parallel, good, memory if rank == 0 else None)
     refuses(message + "another number of dimensions", parallel, good, memory if rank == 0 else memory[0])
+    model.set_band_checkpointing(2)
+    refuses("set band_rows to 0", parallel, good)
+    model.set_band_checkpointing(0)
     refuses("global_pool='' pools nothing: call encode", SequenceParallel(make(global_pool=""), group), good)
     refuses("takes a Luna ViT, got Linear", SequenceParallel, nn.Linear(2, 2), group)
     for mixer in MIXERS:

@@ -127,6 +127,17 @@ def test_fit_learns_and_logs(tmp_path, data):
     assert metrics["val_acc5"] >= metrics["val_acc1"]
 
 
+def test_bands_train_as_whole_images(tmp_path, data):
+    found = []
+    for rows in (0, 3):
+        torch.manual_seed(0)
+        task = tiny_task(optimizer="sgd", lr=0.1, band_rows=rows)
+        tiny_trainer(tmp_path, max_epochs=1).fit(task, data)
+        found.append(task.state_dict())
+        assert task.model.band_rows == rows
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
+
+
 def test_top5_needs_more_than_five_classes(tmp_path):
     trainer = tiny_trainer(tmp_path, max_epochs=1)
     trainer.fit(tiny_task(num_classes=4), SyntheticData(num_classes=4))
@@ -172,6 +183,10 @@ def test_compile_is_in_place(tmp_path, data, monkeypatch):
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"num_classes": 1}, "num_classes"),
         ({"checkpoint": "a", "init_from_vit": "b"}, "give one"),
+        ({"band_rows": 2, "grad_checkpointing": True}, "band_rows=2 and grad_checkpointing do not go together"),
+        ({"band_rows": 2, "compile": True}, "band_rows=2 and compile do not go together"),
+        ({"band_rows": 2, "model_name": "test_vit", "model_kwargs": {}}, "is for Luna ViTs, and test_vit is none"),
+        ({"band_rows": -1}, "rows must be at least 0, got -1"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -77,9 +77,10 @@ def one(tmp_path_factory) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one_with_both_batches(one, tmp_path, strategy):
-    arguments = [*PLAIN, *DATA, *STEPS, "--data.init_args.batch_size=8"]
+@pytest.mark.parametrize("strategy, rows", [("ddp", 0), ("ddp", 3), ("fsdp2", 0)])
+def test_two_processes_train_as_one_with_both_batches(one, tmp_path, strategy, rows):
+    """With blocks in bands, too."""
+    arguments = [*PLAIN, *DATA, *STEPS, "--data.init_args.batch_size=8", f"--model.band_rows={rows}"]
     arguments += [f"--trainer.strategy={strategy}", "--trainer.devices=2"]
     run(tmp_path, 2, train, f"--config={without_ema(tmp_path)}", *arguments)
     first, second = results(tmp_path)

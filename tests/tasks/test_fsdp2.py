@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from luna_vision.tasks.checkpoints import read_checkpoint
 from luna_vision.tasks.reporting import export_weights
 from luna_vision.tasks.resume import newest_whole
-from luna_vision.tasks.sharding import _replace
+from luna_vision.tasks.sharding import _replace, shard
 
 from .ranks import command_line, finish, run, said, start, without_ema
 
@@ -103,6 +103,13 @@ def test_a_folder_or_a_file_is_replaced(tmp_path):
         (new / "new").touch()
         _replace(path, new)
         assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"] and [p.name for p in path.iterdir()] == ["new"]
+
+
+def test_bands_are_refused():
+    model = timm.create_model("test_luna_vit")
+    model.set_band_checkpointing(2)
+    with pytest.raises(ValueError, match="gathered for the whole of it: set band_rows to 0"):
+        shard(model, None, torch.device("cpu"))
 
 
 @pytest.mark.slow

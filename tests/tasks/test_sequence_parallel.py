@@ -113,6 +113,7 @@ def distilled() -> DistillationTask:
     [
         (lambda: tiny_task(mixup=0.5), TrainerFn.FITTING, "mixup and cutmix do not fit: set both to 0"),
         (compiled, TrainerFn.FITTING, "set compile to false"),
+        (lambda: tiny_task(band_rows=2), TrainerFn.FITTING, "set band_rows to 0"),
         (lambda: tiny_task(), TrainerFn.PREDICTING, "give --trainer.strategy=auto --trainer.devices=1"),
         (
             lambda: SegmentationTask("test_luna_vit", num_classes=3),
