@@ -48,11 +48,16 @@ def estimate(model: LunaVit, side: int, store_bytes: int, rows: int | None = Non
     p, q = model.patch_embed.patch_size
     columns, width = -(-side // q), model.embed_dim
     patches = -(-side // p) * columns
-    rows = max(1, BAND_PATCHES // columns) if rows is None else rows
+    rows = default_rows(model, side) if rows is None else rows
     pixels = 4 * model.in_chans * side * side
     kept = patches * width * (len(model.blocks) * store_bytes + 4 * 4)
     band = min(patches, rows * columns) * 4 * (14 * width + 3 * model.blocks[0].hidden)
     return pixels + kept + 2 * 4 * sum(x.numel() for x in model.parameters()) + band
+
+
+def default_rows(model: LunaVit, side: int) -> int:
+    """Rows of a band of about 4,096 patches, of an image of this side."""
+    return max(1, BAND_PATCHES // -(-side // model.patch_embed.patch_size[1]))
 
 
 def measure(job: dict[str, Any]) -> None:
@@ -60,13 +65,10 @@ def measure(job: dict[str, Any]) -> None:
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
     model = build_model(job["model"], **job["model_args"]).train()
-    rows = 0
     if job["way"] == "checkpointing":
         model.set_grad_checkpointing(True)
     elif job["way"] == "bands":
-        columns = -(-job["side"] // model.patch_embed.patch_size[1])
-        rows = job["rows"] or max(1, BAND_PATCHES // columns)
-        model.set_band_checkpointing(rows, STORE_TYPES[job["store_dtype"]])
+        model.set_band_checkpointing(job["rows"], STORE_TYPES[job["store_dtype"]])
     x = torch.rand(1, model.in_chans, job["side"], job["side"])
     before = peak_resident()
     started = time.perf_counter()
@@ -81,12 +83,13 @@ def measure(job: dict[str, Any]) -> None:
         "forward_seconds": forward,
         "peak_resident_bytes": peak_resident(),
         "resident_bytes_before": before,  # Python, the libraries, the model and the pixels
-        "rows": rows,
         "loss": loss.item(),
         "gradient_norm": float(norm),
     }
     if job["way"] == "bands":
-        result["estimated_bytes"] = estimate(model, job["side"], 2 if job["store_dtype"] == "bfloat16" else 4, rows)
+        result["estimated_bytes"] = estimate(
+            model, job["side"], 2 if job["store_dtype"] == "bfloat16" else 4, job["rows"]
+        )
     print(json.dumps(result))
 
 
@@ -121,12 +124,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What is to be measured, in turns."""
-    common = {name: getattr(args, name) for name in ("model", "rows", "store_dtype", "autocast", "threads")}
+def jobs(args: argparse.Namespace, model: LunaVit) -> list[dict[str, Any]]:
+    """What is to be measured of a model, in turns."""
+    common = {name: getattr(args, name) for name in ("model", "store_dtype", "autocast", "threads")}
     common["model_args"] = parse_pairs(args.model_args)
     cells = [(way, args.side) for way in args.ways] + [("bands", side) for side in args.large_side]
-    return [{**common, "way": way, "side": side, "repeat": i} for i in range(args.repeats) for way, side in cells]
+
+    def rows(way: str, side: int) -> int:
+        return (args.rows or default_rows(model, side)) if way == "bands" else 0
+
+    return [
+        {**common, "way": way, "side": side, "rows": rows(way, side), "repeat": i}
+        for i in range(args.repeats)
+        for way, side in cells
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,8 +151,8 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     if args.out is not None and args.out.exists():
         rows = [row for row in json.loads(args.out.read_text(encoding="utf-8"))["rows"] if "error" not in row]
-    for job in jobs(args):
-        if any(all(row.get(name) == value for name, value in job.items() if name != "rows") for row in rows):
+    for job in jobs(args, model):
+        if any(all(row.get(name) == value for name, value in job.items()) for row in rows):
             continue
         row = run_job(job)
         rows.append(row)

@@ -29,6 +29,17 @@ def test_command_measures_and_goes_on(tmp_path, capsys, monkeypatch):
     assert bands.main([*words, "--ways", "plain", "bands"]) == 0
 
 
+def test_bands_of_another_height_are_measured_too(tmp_path, monkeypatch):
+    done = []
+    measured = {"seconds": 1.0, "peak_resident_bytes": 1}
+    monkeypatch.setattr(bands, "run_job", lambda job: done.append(job["way"]) or {**job, **measured})
+    words = [*TINY[:-2], "--ways", "plain", "bands", "--out", str(tmp_path / "bands.json")]
+    for rows, expected in ((2, ["plain", "bands", "bands"]), (2, []), (3, ["bands", "bands"])):
+        done.clear()
+        assert bands.main([*words, "--rows", str(rows)]) == 0
+        assert done == expected
+
+
 @pytest.mark.slow
 def test_a_step_that_fails_is_a_row_and_exit_code_1(capsys):
     assert (
