@@ -1,6 +1,8 @@
 """Every kind of file gives the pixels that it holds, converted as everywhere in the package."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +225,50 @@ def test_levels(picture, tmp_path):
 def test_what_pillow_holds_counts(picture, tmp_path):
     Image.fromarray(picture).save(tmp_path / "a.png")
     assert open_image(tmp_path / "a.png").held_bytes == 137 * 111 * 4
+
+
+PEAK = """
+import os, sys
+from PIL import Image
+from luna_vision.streaming import open_image
+def resident(name):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) * 1024
+Image.init()
+for path in sys.argv[1:]:
+    if not os.fork():
+        image, before = open_image(path), resident("VmRSS")
+        open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here
+        image[0:1]
+        print(image.held_bytes, resident("VmHWM") - before, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="counts the memory of a process as Linux does")
+def test_what_decoders_take_counts(photo, tmp_path):
+    image = Image.fromarray(np.tile(photo, (2, 2, 1)))
+    image.save(tmp_path / "a.png", compress_level=1)
+    image.save(tmp_path / "a.jpg", progressive=True, subsampling=0)
+    image.save(tmp_path / "a.webp", method=0)
+    image.save(tmp_path / "a.jp2")
+    paths = [str(tmp_path / f"a.{suffix}") for suffix in ("png", "jpg", "webp", "jp2")]
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", PEAK, *paths], cwd=root, check=True, capture_output=True, text=True)
+    pairs = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert [held / (image.width * image.height) for held, _ in pairs] == [4, 10, 16, 19]
+    for held, peak in pairs:
+        assert 0.9 * held < peak < 1.05 * held + 2**20
+
+
+@pytest.mark.parametrize("at_once", [2, 10])
+def test_chunks_that_are_decoded_at_once_count(at_once, picture, tmp_path):
+    tiff(tmp_path / "a.tif", picture, tile=(32, 48))  # three of them in a row
+    zarr.create_array(tmp_path / "a.zarr", data=picture.transpose(2, 0, 1), chunks=(1, 30, 111))  # one for each colour
+    with zarr.config.set({"async.concurrency": at_once}):
+        assert open_image(tmp_path / "a.tif").held_bytes == 2 * min(at_once, 3) * 32 * 48 * 3
+        assert open_image(tmp_path / "a.zarr").held_bytes == 2 * min(at_once, 3) * 30 * 111
 
 
 @pytest.mark.parametrize(
