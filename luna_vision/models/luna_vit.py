@@ -211,6 +211,7 @@ class LunaVit(nn.Module):
 
         if stem == "conv":
             self.patch_embed = ConvPatchEmbed(img_size, patch_size, in_chans, embed_dim, **dd)
+            self._traits = {"first_conv": "patch_embed.stem.0.conv"}  # what timm adapts to other channels
         else:
             any_size = dict(strict_img_size=False, dynamic_img_pad=False)
             self.patch_embed = PatchEmbed(

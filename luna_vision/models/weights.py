@@ -10,6 +10,7 @@ from pathlib import Path
 
 from timm.models import load_pretrained
 from timm.models import load_state_dict as read_state_dict
+from timm.models._input import get_model_input_config
 from torch import nn
 
 from ._parts import unwrap_state_dict
@@ -48,7 +49,7 @@ def load_weights(
             model,
             pretrained_cfg=cfg,
             num_classes=model.num_classes,
-            in_chans=model.patch_embed.proj.in_channels if hasattr(model, "patch_embed") else cfg["input_size"][0],
+            in_chans=get_model_input_config(model)["input_size"][0],
             # timm keeps the filter beside the model class and hands it only to `create_model(pretrained=True)`.
             filter_fn=getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None),
         )
@@ -94,6 +95,6 @@ def _keep_own_head(model: nn.Module, cfg: dict, path: str, say: Callable[[str], 
 
 def _declare_channels(model: nn.Module, cfg: dict) -> None:
     """Tell timm how many channels the file's first convolution reads; the cfg declares the model's, not the file's."""
-    weight = cfg["state_dict"].get(f"{cfg.get('first_conv')}.weight")
+    weight = cfg["state_dict"].get(f"{get_model_input_config(model)['first_conv']}.weight")
     if weight is not None and weight.ndim == 4:
         cfg["input_size"] = (weight.shape[1], *cfg["input_size"][1:])

@@ -66,6 +66,25 @@ def test_first_convolution_adapts_to_other_channels(tmp_path):
     torch.testing.assert_close(model.patch_embed.proj.weight, source.patch_embed.proj.weight.sum(1, keepdim=True))
 
 
+@pytest.mark.parametrize(
+    "name, arguments, first",
+    [
+        ("test_luna_vit", {"stem": "conv"}, "patch_embed.stem.0.conv"),
+        ("xcit_nano_12_p16_224", {"depth": 1, "cls_attn_layers": 1}, "patch_embed.proj.0.0"),
+    ],
+)
+def test_stems_of_several_convolutions(name, arguments, first, tmp_path):
+    source = timm.create_model(name, num_classes=3, **arguments)
+    torch.save(source.state_dict(), tmp_path / "rgb.pt")
+    for in_chans in (3, 1):
+        model = timm.create_model(name, num_classes=3, in_chans=in_chans, **arguments)
+        load_weights(model, tmp_path / "rgb.pt")
+        wanted = source.state_dict()
+        if in_chans == 1:
+            wanted[f"{first}.weight"] = wanted[f"{first}.weight"].sum(1, keepdim=True)
+        torch.testing.assert_close(model.state_dict(), wanted, rtol=0, atol=0)
+
+
 def test_plain_vit_resamples_its_positions(tmp_path):
     """A model that is not ours: its checkpoint_filter_fn has to run."""
     small = timm.create_model("test_vit", img_size=32, num_classes=6)
