@@ -14,6 +14,8 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
+from luna_vision._statistics import per_channel
+
 from .pyramid import PyramidBackbone
 
 __all__ = ["DETECTORS", "build_detector"]
@@ -110,7 +112,7 @@ def build_detector(
     sizes = _Sizes()
     cfg = backbone.body.pretrained_cfg
     in_chans = backbone.arguments["in_chans"]
-    mean, std = (list(v or cfg[k])[:in_chans] for v, k in ((image_mean, "mean"), (image_std, "std")))
+    mean, std = (list(per_channel(k, v or cfg[k], in_chans)) for v, k in ((image_mean, "mean"), (image_std, "std")))
     # whole patches of the coarsest map, so that all maps cover the same pixels
     divisor = max(*backbone.strides, backbone.stride)
     transform = _Transform(sizes, min_size, max_size, mean, std, size_divisible=divisor)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.segmentation.fcn import FCNHead
 
+from luna_vision._statistics import per_channel
+
 from .pyramid import PyramidBackbone, patches_of_images
 
 __all__ = ["FCN"]
@@ -46,7 +48,7 @@ class FCN(nn.Module):
         self.backbone = backbone
         self.classifier = FCNHead(backbone.out_channels, num_classes)
         cfg, in_chans = backbone.body.pretrained_cfg, backbone.arguments["in_chans"]
-        mean, std = (list(v or cfg[k])[:in_chans] for v, k in ((image_mean, "mean"), (image_std, "std")))
+        mean, std = (per_channel(k, v or cfg[k], in_chans) for v, k in ((image_mean, "mean"), (image_std, "std")))
         self.register_buffer("image_mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 

@@ -110,6 +110,14 @@ def test_mistakes(arguments, message):
         detector(**arguments)
 
 
+def test_a_grey_model_is_normalised_by_the_means_over_the_colours():
+    for in_chans, mean, std in ((1, [0.449], [0.226]), (3, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])):
+        backbone = PyramidBackbone("test_luna_vit", strides=(8,), out_channels=8, in_chans=in_chans)
+        transform, fcn = build_detector("retinanet", backbone, 3).transform, FCN(backbone, 3)
+        for found in ((transform.image_mean, transform.image_std), (fcn.image_mean.flatten(), fcn.image_std.flatten())):
+            torch.testing.assert_close([torch.as_tensor(x) for x in found], [torch.tensor(mean), torch.tensor(std)])
+
+
 def test_fcn_of_any_size_and_of_padded_batches():
     torch.manual_seed(0)
     model = FCN(PyramidBackbone("test_luna_vit", strides=(4,), out_channels=8), 5).double()
