@@ -38,10 +38,13 @@ def check_target(path: Path, format: str, overwrite: bool) -> None:
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """A path to write to, beside `path`. What is there at the end is moved to `path`, in one step but for a folder that
-    replaces the files of another; after an error nothing is left of it."""
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.absolute().parent) as folder:
-        temporary = Path(folder, path.name)
+    """A path to write to, beside `path`, or in it if it is a folder: its parent may be read-only or another disk.
+
+    What is there at the end is moved to `path`, in one step but for a folder that gets files; after an error nothing is
+    left of it."""
+    place = path if path.is_dir() else path.absolute().parent
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=place) as folder:
+        temporary = Path(folder, f"new{path.suffix}")
         yield temporary
         if path.is_dir():
             for file in temporary.iterdir():

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import onnx
@@ -252,6 +253,21 @@ def test_random_weights_are_said_loudly_and_a_folder_goes_into_another(tmp_path,
     assert run(*words, "--out", tmp_path / "a", "--overwrite") == 0
     assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_folder_that_exists_is_filled_from_within(tmp_path, monkeypatch):
+    """Its parent may be read-only, or on another file system than a folder that is mounted there."""
+    folder, make = tmp_path / "it", tempfile.TemporaryDirectory
+    folder.mkdir()
+
+    def refuse(dir, **kwargs):  # the superuser may write everywhere
+        if dir != folder:
+            raise PermissionError(13, "Permission denied", str(dir))
+        return make(dir=dir, **kwargs)
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)
+    export.save_for_hf(small(), folder)
+    assert sorted(file.name for file in folder.iterdir()) == sorted(export.HF_FILES)
 
 
 def test_weights_of_a_file_are_named_and_what_it_does_not_say(tmp_path, capsys):
