@@ -201,7 +201,7 @@ class CanvasDetectionDataModule(CanvasModule):
     """Canvases for detectors. Batches are (images, targets), as torchvision's detectors take them.
 
     Images are a list of (C, S, S) with pixels in [0, 1]; targets a list of dicts of boxes (n, 4) (left, top, right,
-    bottom in pixels), labels (n,) from 1, and masks (n, S, S) bool. Arguments are those of :class:`CanvasDataModule`.
+    bottom in pixels), labels (n,) from 1, and masks (n, S, S) bool. Arguments are those of :class:`CanvasModule`.
     """
 
     targets = _Boxes
@@ -212,7 +212,7 @@ class CanvasSegmentationDataModule(CanvasModule):
     """Canvases for semantic segmentation. Batches are (images (B, C, S, S), masks (B, S, S) int64).
 
     Pixels are in [0, 1]; a mask is 0 where there is no item, else the item's class + 1. Arguments are those of
-    :class:`CanvasDataModule`.
+    :class:`CanvasModule`.
     """
 
     targets = _Masks
