@@ -17,7 +17,7 @@ from luna_vision.data.transforms import SeededTransform, eval_transform
 
 from ._features import Extractor, Features
 
-__all__ = ["Settings", "Window", "group", "normalisation", "read_windows"]
+__all__ = ["Settings", "Window", "crop", "group", "normalisation", "read_windows"]
 
 # images in a window: read in the order of the input, then grouped by size
 WINDOW_IMAGES, WINDOW_PIXELS = 1024, 2**24
@@ -33,7 +33,7 @@ class Settings:
         max_size: Images whose longer side is longer are shrunk to this many pixels, their aspect ratio kept; the others
             keep their size.
         img_size: All images become squares of this side instead, by the evaluation transform with the model's own
-            `crop_pct`.
+            `crop_pct` and `crop_mode`: the centre of the image or, squashed, the whole image.
         mean: Mean by channel that is subtracted from pixels in [0, 1], one number for all or three; the model's own,
             from its `pretrained_cfg`, by default.
         std: Standard deviation to divide by, likewise.
@@ -89,6 +89,12 @@ def normalisation(extractor: Extractor, settings: Settings) -> tuple[tuple[float
         per_channel("mean", settings.mean or config["mean"], extractor.in_chans),
         per_channel("std", settings.std or config["std"], extractor.in_chans),
     )
+
+
+def crop(extractor: Extractor) -> tuple[float, str]:
+    """`crop_pct` and `crop_mode` of the model's evaluation transform, in timm's words. "squash" is the whole image."""
+    config = _data_config(extractor)
+    return config["crop_pct"], config["crop_mode"]
 
 
 def read_windows(
@@ -219,7 +225,8 @@ def _data_config(extractor: Extractor) -> dict[str, Any]:
 def _transform(extractor: Extractor, settings: Settings) -> SeededTransform:
     mean, std = normalisation(extractor, settings)
     if settings.img_size:
-        crop_pct = _data_config(extractor)["crop_pct"]
+        crop_pct, crop_mode = crop(extractor)
+        crop_pct = None if crop_mode == "squash" else crop_pct
         return eval_transform((settings.img_size, settings.img_size), mean, std, crop_pct)
     return SeededTransform(partial(_shrink, max_size=settings.max_size), mean, std)
 

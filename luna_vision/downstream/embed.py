@@ -31,7 +31,7 @@ from luna_vision.data.images import find_images
 from ._features import Extractor
 from ._files import check_output
 from ._parts import WRITERS, PartFolder, describe, printable
-from ._windows import Settings, normalisation, read_windows
+from ._windows import Settings, crop, normalisation, read_windows
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -168,6 +168,7 @@ def _about(extractor: Extractor, files: list[str], settings: Settings) -> dict[s
         "max_pixels": settings.max_pixels,
     }
 
+    crop_pct, crop_mode = crop(extractor) if settings.img_size else (None, None)
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
@@ -176,6 +177,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Embeddings of images, a row for each. A run that was stopped goes on with the same command.",
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, and folders that are searched for images")
+        "crop_pct": crop_pct,
+        "crop_mode": crop_mode,
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".parquet or .npz")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE, which is refused otherwise")
     add_model_arguments(parser)
@@ -188,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
         "--img-size",
         type=at_least(1),
         metavar="N",
-        help="squares of this side, by the evaluation transform with the model's crop_pct",
+        help="squares of this side, by the evaluation transform with the model's crop_pct and crop_mode",
     )
     group.add_argument(
         "--mean", type=float, nargs="+", help="of pixels in [0, 1], 1 or 3 numbers (default: the model's)"

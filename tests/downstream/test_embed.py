@@ -121,6 +121,10 @@ def test_sizes(photos, tiny):
     close(embed_images(model, path, Settings(**HALF, max_size=200)).embedding, model(image(path)))  # never enlarged
     square = eval_transform((64, 64), (0.5,), (0.5,), model.pretrained_cfg["crop_pct"])(read_image(path), 0)
     close(embed_images(model, path, Settings(**HALF, img_size=64)).embedding, model(square[None]))
+    # as training does by default
+    model.pretrained_cfg = model.pretrained_cfg | {"crop_pct": 1.0, "crop_mode": "squash"}
+    square = eval_transform((64, 64), (0.5,), (0.5,))(read_image(path), 0)
+    close(embed_images(model, path, Settings(**HALF, img_size=64)).embedding, model(square[None]))
     assert len(embed_images(model, photos / "07.png", Settings(max_size=2, grid=True)).grid[0]) == 1
 
 
@@ -239,25 +243,27 @@ def test_a_run_that_was_stopped_while_the_parts_were_joined(photos, tiny, tmp_pa
     assert len(np.load(out)["path"]) == 11
 
 
-@pytest.mark.parametrize("change", ["weights", "architecture", "max_size", "mean", "memory", "images"])
+@pytest.mark.parametrize("change", ["weights", "architecture", "max_size", "mean", "memory", "images", "crop_mode"])
 def test_parts_of_another_run_are_refused(change, photos, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(_windows, "WINDOW_IMAGES", 3)
-    out = tmp_path / "out.npz"
+    out, first = tmp_path / "out.npz", Settings(img_size=64 if change == "crop_mode" else None)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(patch, 1)
-        embed_to_file(tiny(), photos, out)
-    model, paths, settings = tiny(), [photos], Settings()
+        embed_to_file(tiny(), photos, out, first)
+    model, paths, settings = tiny(), [photos], first
     if change == "weights":
         model.norm.bias.data[3] += 1e-3
     elif change == "architecture":
         model = tiny(num_heads=1)  # with weights of the same shapes
     elif change == "images":
         paths = find_images(photos)[::-1]
+    elif change == "crop_mode":
+        model.pretrained_cfg = model.pretrained_cfg | {"crop_mode": "squash"}
     else:
         settings = Settings(**{"max_size": {"max_size": 99}, "mean": HALF, "memory": {"memory": True}}[change])
     with pytest.raises(ValueError, match=f"parts of a run that was stopped, with other {change}[a-z, ]*: remove"):
         embed_to_file(model, paths, out, settings)
-    assert embed_to_file(tiny(), [photos], out) == []
+    assert embed_to_file(tiny(), [photos], out, first) == []
 
 
 def test_an_old_file_stays_until_the_new_one_is_complete(photos, tiny, tmp_path, monkeypatch):
