@@ -2,7 +2,7 @@
 
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -99,18 +99,23 @@ def to_channels(image: Image.Image | np.ndarray, in_chans: int) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def find_images(path: str | Sequence[str]) -> list[str]:
+def find_images(path: str | Sequence[str], on_error: Callable[[OSError], object] | None = None) -> list[str]:
     """Image files named by a file, a folder (searched recursively, sorted) or a list of files.
+
+    Args:
+        path: The file, folder or list.
+        on_error: Is told of each folder inside of these that cannot be read; without it, the first one is raised.
 
     Raises:
         FileNotFoundError: A path does not exist.
+        OSError: A folder cannot be read.
         ValueError: There is not a single image.
     """
     roots = [path] if isinstance(path, str | os.PathLike) else list(path)
     files: list[str] = []
     for root in map(Path, roots):
         if root.is_dir():
-            files += sorted(str(p) for p in root.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+            files += sorted(_walk(root, on_error))
         elif root.is_file():
             files.append(str(root))
         else:
@@ -120,9 +125,29 @@ def find_images(path: str | Sequence[str]) -> list[str]:
     return files
 
 
+def _walk(root: Path, on_error: Callable[[OSError], object] | None) -> Iterator[str]:
+    """The image files below a folder, links to what is not there among them."""
+
+    def fail(error: OSError) -> None:
+        if on_error is None:
+            raise error
+        on_error(error)
+
+    for folder, _, names in os.walk(root, onerror=fail):
+        for path in (Path(folder, name) for name in names):
+            # a pipe would be read for ever; a link to nothing stays, so that whoever reads it says what is missing
+            if path.suffix.lower() in IMG_EXTENSIONS and (os.path.isfile(path) or not os.path.exists(path)):
+                yield str(path)
+
+
 def one_line(error: Exception) -> str:
     """The message of an error in one line; its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    r"""Text as UTF-8 can hold it: bytes of a file name that are no UTF-8 become \xNN."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 class TransformedDataset(Dataset):

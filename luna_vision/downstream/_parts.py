@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from luna_vision._checksums import describe
+from luna_vision.data.images import printable
 
 from ._files import write_npz, write_parquet
 from ._windows import Window
@@ -131,8 +132,3 @@ def columns(window: Window) -> dict[str, np.ndarray]:
         arrays["grid"] = np.concatenate([one.grid.reshape(-1, one.grid.shape[-1]) for one in features])
         arrays["grid_shape"] = np.array([one.grid.shape for one in features], np.int32)
     return arrays
-
-
-def printable(text: str) -> str:
-    r"""Text as UTF-8 can hold it: bytes of a file name that are no UTF-8 become \xNN."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

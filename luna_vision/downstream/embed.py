@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import luna_vision
 from luna_vision._commands import Parser, add_model_arguments, at_least, load_model, run_command
-from luna_vision.data.images import find_images
+from luna_vision.data.images import find_images, one_line
 
 from ._features import Extractor
 from ._files import check_output
@@ -47,7 +47,7 @@ class Embeddings:
         embedding: (n, C) float32.
         memory: (n, L, C) float32 if it was wanted.
         grid: Of each image (H', W', C) float32, if it was wanted.
-        failures: (path, reason) of each image that could not be used.
+        failures: (path, reason) of each image that could not be used, and of what of the input is not there.
     """
 
     paths: list[str]
@@ -68,18 +68,18 @@ def embed_images(model: nn.Module, paths: Paths, settings: Settings | None = Non
 
     Raises:
         ValueError: There are no images, not one of them can be used, or what is wanted does not go with the model.
-        FileNotFoundError: There is no such file or folder.
+        OSError: Not one of the files and folders is there.
     """
     settings = settings or Settings()
-    files = _find(paths)
+    files, failures = _find(paths)
     extractor = Extractor(model, settings.memory, settings.grid)
-    found, failures = [], []
+    found = []
     with _bar(len(files), 0, progress) as bar:
         for window in read_windows(extractor, files, settings, advance=bar.update):
             found += window.features.items()
             failures += ((files[i], reason) for i, reason in window.failures.items())
     if not found:
-        raise ValueError(f"not one of {len(files)} images can be used; the first: {failures[0][1]}")
+        raise ValueError(f"not one of {len(failures)} images can be used; the first: {failures[0][1]}")
     return Embeddings(
         paths=[files[i] for i, _ in found],
         embedding=np.stack([features.embedding for _, features in found]),
@@ -109,17 +109,23 @@ def embed_to_file(
         overwrite: Replace the file if it exists.
 
     Returns:
-        (path, reason) of each image that could not be used.
+        (path, reason) of each image that could not be used, and of what of the input is not there.
 
     Raises:
         ValueError: As `embed_images`, except that it does not matter how many can be used; or another suffix, or
             parts of another run.
         OSError: `out` cannot be written, or exists.
     """
-    settings = settings or Settings()
     out = Path(out)
     _check(out, overwrite)
-    files = _find(paths)
+    files, missing = _find(paths)
+    return missing + _write(model, files, out, settings or Settings(), progress)
+
+
+def _write(
+    model: nn.Module, files: list[str], out: Path, settings: Settings, progress: bool = True
+) -> list[tuple[str, str]]:
+    """`embed_to_file`, of files that have been found; returns those that could not be used."""
     extractor = Extractor(model, settings.memory, settings.grid)
     parts = PartFolder(out, _about(extractor, files, settings))
     with _bar(len(files), parts.done, progress) as bar:
@@ -135,14 +141,23 @@ def _check(out: Path, overwrite: bool) -> None:
         raise ValueError("a .parquet file takes pyarrow (pip install 'luna-vision[downstream]'); .npz does not")
 
 
-def _find(paths: Paths) -> list[str]:
-    """All image files, each once; an error for each of `paths` that has none, be there images in the others or not."""
-    paths = [paths] if isinstance(paths, str | os.PathLike) else paths
+def _find(paths: Paths) -> tuple[list[str], list[tuple[str, str]]]:
+    """All image files, each once, and (path, reason) of what is not there, has no images or cannot be searched.
+
+    Raises:
+        ValueError, OSError: There is not a single image.
+    """
     files: dict[str, str] = {}
-    for path in paths:
-        for file in find_images(path):
-            files.setdefault(os.path.abspath(file), file)
-    return list(files.values())
+    errors: list[tuple[str, Exception]] = []
+    for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
+        try:
+            for file in find_images(path, on_error=lambda error: errors.append((error.filename, error))):
+                files.setdefault(os.path.abspath(file), file)
+        except (ValueError, OSError) as error:
+            errors.append((os.fspath(path), error))
+    if not files:
+        raise errors[0][1] if errors else ValueError("there are no images: the list of paths is empty")
+    return list(files.values()), [(path, printable(one_line(error))) for path, error in errors]
 
 
 def _bar(total: int, done: int, progress: bool) -> tqdm:
@@ -153,6 +168,7 @@ def _bar(total: int, done: int, progress: bool) -> tqdm:
 def _about(extractor: Extractor, files: list[str], settings: Settings) -> dict[str, Any]:
     """Everything that the features depend on, but for rounding."""
     mean, std = normalisation(extractor, settings)
+    crop_pct, crop_mode = crop(extractor) if settings.img_size else (None, None)
     names = "\0".join(map(os.path.abspath, files))
     return {
         "luna_vision": luna_vision.__version__,
@@ -161,6 +177,8 @@ def _about(extractor: Extractor, files: list[str], settings: Settings) -> dict[s
         "images": hashlib.sha256(os.fsencode(names)).hexdigest(),
         "max_size": settings.max_size,
         "img_size": settings.img_size,
+        "crop_pct": crop_pct,
+        "crop_mode": crop_mode,
         "mean": mean,
         "std": std,
         "memory": settings.memory,
@@ -168,7 +186,6 @@ def _about(extractor: Extractor, files: list[str], settings: Settings) -> dict[s
         "max_pixels": settings.max_pixels,
     }
 
-    crop_pct, crop_mode = crop(extractor) if settings.img_size else (None, None)
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
@@ -177,8 +194,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Embeddings of images, a row for each. A run that was stopped goes on with the same command.",
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, and folders that are searched for images")
-        "crop_pct": crop_pct,
-        "crop_mode": crop_mode,
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".parquet or .npz")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE, which is refused otherwise")
     add_model_arguments(parser)
@@ -221,17 +236,18 @@ def main(argv: list[str] | None = None) -> int:
     names = ("max_size", "img_size", "mean", "std", "memory", "grid", "batch_size", "max_pixels", "workers")
     settings = Settings(**{name: getattr(args, name) for name in names})
     _check(args.out, args.overwrite)
-    files = _find(args.images)
+    files, missing = _find(args.images)
     model = load_model(args, num_classes=0)
     try:
-        failures = embed_to_file(model, files, args.out, settings, args.overwrite)
+        failures = missing + _write(model, files, args.out, settings)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    used = len(files) - len(failures)
-    print(f"{args.out}: {used} of {len(files)} images" if used else f"{args.out} is not written: it would be empty")
+    total = len(files) + len(missing)
+    used = total - len(failures)
+    print(f"{args.out}: {used} of {total} images" if used else f"{args.out} is not written: it would be empty")
     if failures:
-        print(f"{len(failures)} of {len(files)} images could not be used:", file=sys.stderr)
+        print(f"{len(failures)} of {total} images could not be used:", file=sys.stderr)
     for path, reason in failures:
         name = printable(path)
         print(f"  {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Decoding: every kind of image file, and every kind of broken one."""
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,6 +133,26 @@ def test_find_images(folder_root: Path, tmp_path: Path):
         find_images(str(tmp_path / "bare"))
     with pytest.raises(ValueError, match="no images .* in an empty list"):
         find_images([])
+
+
+def test_links_to_nothing_are_found_and_folders_that_cannot_be_read_are_told(tmp_path, monkeypatch):
+    for name in ("here", "locked"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "here" / "link.png").symlink_to("nothing.png")
+    os.mkfifo(tmp_path / "here" / "pipe.png")  # which would be read for ever
+    scandir = os.scandir
+
+    def denied(path):  # the superuser may read everywhere
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    told = []
+    assert find_images(tmp_path, told.append) == [str(tmp_path / "here" / "link.png")]
+    assert [error.filename for error in told] == [str(tmp_path / "locked")]
+    with pytest.raises(PermissionError):
+        find_images(tmp_path)
 
 
 def test_tensors_are_writable_and_independent():

@@ -313,6 +313,40 @@ def test_files_that_cannot_be_used_are_listed_and_the_others_kept(photos, weight
     assert len(paths) == 7 and str(photos / "06\\xff.png") in paths
 
 
+def test_what_is_not_there_is_listed_and_the_others_kept(photos, weights, tmp_path, capsys, monkeypatch):
+    (photos / "link.png").symlink_to("nothing.png")
+    (photos / "locked").mkdir()
+    (tmp_path / "empty").mkdir()
+    scandir = os.scandir
+
+    def denied(path):  # the superuser may read everywhere
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    missing = {
+        str(photos / "locked"): "Permission denied",
+        str(tmp_path / "gone.png"): "there is no image file or folder",
+        str(tmp_path / "empty"): "no images",
+        str(photos / "link.png"): "No such file",
+    }
+    words = [str(photos), str(tmp_path / "gone.png"), str(tmp_path / "empty")]
+    assert main([*words, "--out", str(tmp_path / "out.npz"), *weights]) == 1
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path / 'out.npz'}: 11 of 15 images\n"
+    first, *lines = [line for line in err.splitlines() if "loaded" not in line]
+    assert first == "4 of 15 images could not be used:"
+    assert all(name in line and missing[name] in line for name, line in zip(missing, lines, strict=True))
+
+
+def test_no_images_at_all(tiny, tmp_path):
+    for call in (lambda: embed_images(tiny(), []), lambda: embed_to_file(tiny(), [], tmp_path / "out.npz")):
+        with pytest.raises(ValueError, match="there are no images: the list of paths is empty"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_that_refuses_some_sizes(photos, tmp_path):
     convnext = timm.create_model("test_convnext", num_classes=0)
     result = embed_images(convnext, photos)
@@ -363,7 +397,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(out, messag
     "words, message",
     [
         (["empty"], "no images (.jpg, "),
-        (["photos", "empty"], "no images (.jpg, "),
+        (["empty", "gone.png"], "no images (.jpg, "),
         (["gone.png"], "there is no image file or folder gone.png"),
         ([], "required: IMAGE"),
         (["photos", "--max-size", "0"], "--max-size: must be a whole number of at least 1"),
