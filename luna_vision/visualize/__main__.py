@@ -24,7 +24,7 @@ from luna_vision._commands import (
     run_command,
 )
 from luna_vision.data import find_images
-from luna_vision.data.images import one_line
+from luna_vision.data.images import one_line, printable
 
 from .features import FeatureColors, feature_maps, thinned
 from .figures import plot_features, plot_memory
@@ -32,6 +32,8 @@ from .maps import check_memory, check_slots, has_memory, slot_maps
 from .view import MAX_SIZE, View, view
 
 KINDS = ("memory", "features", "both")
+# what a single image may raise: it is broken, its picture cannot be written, or it takes more memory than there is
+IMAGE_ERRORS = (*USER_ERRORS, RuntimeError, MemoryError)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,11 +108,11 @@ def main(argv: list[str] | None = None) -> int:
                 warnings.filterwarnings("ignore", "Glyph .* missing")  # file names may be in any script
                 target.parent.mkdir(parents=True, exist_ok=True)
                 figure.savefig(target)
-        except USER_ERRORS as error:
-            errors.append(one_line(error))
+        except IMAGE_ERRORS as error:
+            errors.append(_failure(file, error))
             continue
         drawn += 1
-        tqdm.write(str(target))  # above the bar, if there is one
+        tqdm.write(printable(str(target)))  # above the bar, if there is one
         sys.stdout.flush()
     if not drawn and len(errors) == 1:
         raise ValueError(errors[0])
@@ -119,14 +121,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if not errors else 1 if drawn else 2
 
 
+def _failure(file: str, error: Exception) -> str:
+    """What to say of an image, which not every error names."""
+    name, reason = printable(file), printable(one_line(error))
+    return reason if name in reason else f"{name}: {reason}"
+
+
 def _find(paths: list[str], errors: list[str]) -> list[str | None]:
     """The image files, each once; what is wrong with the other paths goes to `errors`."""
     files: list[str | None] = []
     for path in paths:
         try:
-            files += find_images(path)
+            files += find_images(path, on_error=lambda error: errors.append(printable(one_line(error))))
         except USER_ERRORS as error:
-            errors.append(one_line(error))
+            errors.append(printable(one_line(error)))
     if not files and len(errors) == 1:
         raise ValueError(errors[0])
     return list(dict.fromkeys(files))
@@ -198,8 +206,8 @@ def _fit_colors(
     for i, file in enumerate(_bar(files, "fitting colours")):
         try:
             maps = feature_maps(model, _see(model, file, args), args.layers)
-        except USER_ERRORS as error:
-            errors.append(one_line(error))
+        except IMAGE_ERRORS as error:
+            errors.append(_failure(file, error))
             files[i] = None
             continue
         for layer, features in maps.items():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from luna_vision.data import eval_transform, read_image
 from luna_vision.data.base import per_channel
-from luna_vision.data.images import to_channels
+from luna_vision.data.images import one_line, printable, to_channels
 from luna_vision.models.luna_vit import LunaVit
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray
@@ -105,17 +105,20 @@ def view(
     in_chans = getattr(model, "in_chans", cfg["input_size"][0])
     if in_chans not in (1, 3):
         raise ValueError(f"pictures are made for models of 1 or 3 channels, and this one has {in_chans}")
-    name = str(image) if isinstance(image, str | os.PathLike) else "the image"
+    name = printable(str(image)) if isinstance(image, str | os.PathLike) else "the image"
     if isinstance(image, str | os.PathLike):
         image = read_image(image)
-    original = to_channels(image, 3)
+    try:
+        original, own = to_channels(image, 3), to_channels(image, in_chans)
+    except Exception as error:  # a mode, such as LAB, that Pillow reads but does not convert
+        raise ValueError(f"cannot use {name}: {one_line(error)}") from error
     if min(original.size) < 1:
         raise ValueError(f"{name} has no pixels: {original.width} x {original.height}")
 
     height, width = _input_size(model, original.height, original.width, max_size)
     mean = per_channel("mean", cfg["mean"] if mean is None else mean, in_chans)
     std = per_channel("std", cfg["std"] if std is None else std, in_chans)
-    pixels = eval_transform((height, width), mean, std)(to_channels(image, in_chans), 0)[None]
+    pixels = eval_transform((height, width), mean, std)(own, 0)[None]
     patch_size = tuple(model.patch_embed.patch_size) if isinstance(model, LunaVit) else None
     # a picture of fewer pixels than there are patches could not show them all
     patches = math.ceil(max(height, width) / min(patch_size)) if patch_size else 1

@@ -1,9 +1,12 @@
 """`python -m luna_vision.visualize`: pictures for what can be drawn, one line for what cannot."""
 
+import os
+
 import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -76,6 +79,46 @@ def test_images_that_cannot_be_read_are_named_and_the_others_kept(folder, capsys
         assert len(lines) == 3
         for name in ("empty.png", "gone.png", "words.png"):
             assert sum(name in line for line in lines) == 1
+
+
+@pytest.mark.parametrize("kind", ["memory", "features"])
+def test_whatever_goes_wrong_with_one_image_names_it_and_leaves_the_others(kind, monkeypatch, capsys):
+    for name in "bcd":
+        Image.fromarray(IMAGE).save(f"{name}.png")
+    see, save = command._see, Figure.savefig
+    failures = {"a.png": MemoryError(), "b.png": RuntimeError("cannot allocate\na trace"), "c.png": ValueError("odd")}
+
+    def failing(model, image, args):
+        if isinstance(image, str) and image in failures:
+            raise failures[image]
+        return see(model, image, args)
+
+    def full(self, target):
+        if target.name == "d.png":
+            raise OSError(28, "No space left on device")
+        save(self, target)
+
+    monkeypatch.setattr(command, "_see", failing)
+    monkeypatch.setattr(Figure, "savefig", full)
+    Image.fromarray(IMAGE).save("e.png")
+    assert run(*(f"{name}.png" for name in "abcde"), *SMALL, "--kind", kind, "--out", kind) == 1
+    out, err = capsys.readouterr()
+    assert out == f"{kind}/e.png\n"
+    assert [line for line in err.splitlines() if line.startswith("error: ")] == [
+        "error: a.png: MemoryError",
+        "error: b.png: cannot allocate a trace",
+        "error: c.png: odd",
+        "error: d.png: [Errno 28] No space left on device",
+    ]
+
+
+def test_names_that_are_no_utf8(folder, drawn, capsys):
+    os.rename("a.png", os.fsdecode(b"a\xff.png"))
+    (folder / os.fsdecode(b"empty\xff.png")).touch()
+    assert run(*sorted(os.listdir()), *SMALL, "--out", "out") == 1
+    out, err = capsys.readouterr()
+    assert out == "out/a\\xff.png\n" and r"error: image file empty\xff.png is empty" in err
+    assert drawn[0][1][1].name == r"a\xff.png"
 
 
 def test_not_a_single_image(folder, capsys):

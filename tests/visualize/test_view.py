@@ -141,3 +141,9 @@ def test_mistakes(model, image, arguments, message, tmp_path, monkeypatch):
 def test_a_model_of_other_channels():
     with pytest.raises(ValueError, match="models of 1 or 3 channels, and this one has 5"):
         view(timm.create_model("test_luna_vit", in_chans=5), ramp(4, 4))
+
+
+def test_a_file_of_a_mode_that_pillow_does_not_convert_is_named(tmp_path):
+    path = save(tmp_path / "lab.tif", Image.new("LAB", (4, 4)))
+    with pytest.raises(ValueError, match="cannot use .*lab.tif: conversion from LAB to "):
+        view(timm.create_model("test_luna_vit", in_chans=1), path)
