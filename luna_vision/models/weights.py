@@ -15,6 +15,9 @@ from torch import nn
 
 from ._parts import unwrap_state_dict
 
+# where the detectors and segmenters of `luna_vision.downstream` have their backbone
+BODIES = ("backbone.pyramid_backbone.body.", "backbone.body.")
+
 
 def load_weights(
     model: nn.Module, path: str | Path, say: Callable[[str], None] = print, fresh_head: bool = True
@@ -23,7 +26,8 @@ def load_weights(
 
     The model's ``checkpoint_filter_fn`` runs (so positions are resampled), the first convolution is adapted to another
     number of channels, and a head for another number of classes is left as initialised, with a notice (a model without
-    a head takes none). EMA weights are preferred where the file has both.
+    a head takes none). EMA weights are preferred where the file has both. Of a detector or a segmenter, the backbone is
+    taken, which has no head.
 
     Args:
         model: a timm model.
@@ -33,29 +37,62 @@ def load_weights(
 
     Raises:
         FileNotFoundError: there is no such file.
+        IsADirectoryError: it is a folder.
         ValueError: the file holds no weights, weights of another model or, without ``fresh_head``, other classes.
     """
+    if Path(path).is_dir():
+        raise IsADirectoryError(
+            f"checkpoint {str(path)!r} is a folder, as FSDP2 writes them: luna_vision.tasks.export_weights makes a "
+            ".safetensors file of it"
+        )
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
     try:
         state_dict = unwrap_state_dict(read_state_dict(str(path)))
     except Exception as error:  # reading a file that is no checkpoint raises nearly anything
         raise ValueError(not_plain(path, error)) from error
-    cfg = dict(model.pretrained_cfg, state_dict=state_dict, source="", num_classes=model.num_classes)
-    _keep_own_head(model, cfg, str(path), say, fresh_head)
+    body = _body(state_dict)
+    cfg = dict(model.pretrained_cfg, state_dict=body or state_dict, source="", num_classes=model.num_classes)
+    _keep_own_head(model, cfg, str(path), say, fresh_head, headless=bool(body))
     _declare_channels(model, cfg)
+    # timm keeps the filter beside the model class and hands it only to `create_model(pretrained=True)`.
+    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
+        if filter_fn is not None:  # here, so that what does not fit has the names that the model has
+            cfg["state_dict"] = filter_fn(cfg["state_dict"], model)
         load_pretrained(
             model,
             pretrained_cfg=cfg,
             num_classes=model.num_classes,
             in_chans=get_model_input_config(model)["input_size"][0],
-            # timm keeps the filter beside the model class and hands it only to `create_model(pretrained=True)`.
-            filter_fn=getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None),
         )
     except RuntimeError as error:
-        raise ValueError(f"{str(path)!r} does not fit {type(model).__name__}: {error}") from error
+        differing = _differences(model.state_dict(), cfg["state_dict"]) or " ".join(str(error).split())
+        raise ValueError(f"{str(path)!r} does not fit {type(model).__name__}: {differing}") from error
     say(f"weights loaded from {path}")
+
+
+def _body(state_dict: dict) -> dict:
+    """The backbone of a detector or segmenter by itself; empty for any other model."""
+    for prefix in BODIES:
+        body = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
+        if body:
+            return body
+    return {}
+
+
+def _differences(own: dict, given: dict) -> str:
+    """How a state dict differs from a model's in names and shapes, in one line with three names of each kind."""
+    kinds = {
+        "missing": [name for name in own if name not in given],
+        "of another shape": [n for n in own if n in given and getattr(given[n], "shape", None) != own[n].shape],
+        "not the model's": [name for name in given if name not in own],
+    }
+    return "; ".join(
+        f"{len(names)} weights are {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in kinds.items()
+        if names
+    )
 
 
 def not_plain(path: str | Path, error: Exception) -> str:
@@ -71,26 +108,32 @@ def not_plain(path: str | Path, error: Exception) -> str:
     return f"{str(path)!r} is not a checkpoint: {' '.join(str(error).split()) or type(error).__name__}"
 
 
-def _keep_own_head(model: nn.Module, cfg: dict, path: str, say: Callable[[str], None], fresh_head: bool) -> None:
+def _keep_own_head(
+    model: nn.Module, cfg: dict, path: str, say: Callable[[str], None], fresh_head: bool, headless: bool
+) -> None:
     """Give a head of another size the model's own values, so that the rest can still be loaded strictly."""
     own, given = model.state_dict(), cfg["state_dict"]
     classifiers = cfg.get("classifier") or ()
     for classifier in (classifiers,) if isinstance(classifiers, str) else classifiers:
         weight = f"{classifier}.weight"
-        if weight not in given:
-            continue
         if weight not in own:  # a model for features
             for name in (weight, f"{classifier}.bias"):
                 given.pop(name, None)
-        elif given[weight].shape[0] != own[weight].shape[0]:
-            if not fresh_head:
-                classes = (given[weight].shape[0], own[weight].shape[0])
-                raise ValueError(f"{path!r} has a head for {classes[0]} classes, the model one for {classes[1]}")
-            say(
-                f"{path}: its head for {given[weight].shape[0]} classes is dropped; the model's own, for "
-                f"{own[weight].shape[0]}, starts fresh"
-            )
-            given.update({name: own[name] for name in (weight, f"{classifier}.bias") if name in own})
+            continue
+        classes = own[weight].shape[0]
+        if weight in given:
+            count = given[weight].shape[0]
+            if count == classes:
+                continue
+            found, notice = f"a head for {count} classes", f"its head for {count} classes is dropped"
+        elif headless:
+            found, notice = "a backbone and no head (num_classes=0 builds a model without)", "it has no head"
+        else:
+            continue
+        if not fresh_head:
+            raise ValueError(f"{path!r} has {found}, the model one for {classes}")
+        say(f"{path}: {notice}; the model's own, for {classes}, starts fresh")
+        given.update({name: own[name] for name in (weight, f"{classifier}.bias") if name in own})
 
 
 def _declare_channels(model: nn.Module, cfg: dict) -> None:
