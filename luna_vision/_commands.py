@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NoReturn
 
 import timm
@@ -20,6 +21,8 @@ from torch import nn
 from .models import load_weights
 
 USER_ERRORS = (ValueError, OSError)
+RANDOM_WEIGHTS = "random_weights"  # what config.json of an exported folder calls a model that was not trained
+LOCAL = "local-dir:"  # what the name of a folder begins with, for timm
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -149,22 +152,16 @@ def load_model(args: argparse.Namespace, **overrides: Any) -> nn.Module:
     run = training_checkpoint(args.checkpoint) if args.checkpoint else {}
     recorded = run.get("hyper_parameters", {})
     name = args.model or recorded.get("model_name") or args.default_model
-    same = name == recorded.get("model_name")
-    arguments = dict(recorded.get("model_kwargs") or {}) if same else {}
-    if same:
-        arguments |= {key: recorded[key] for key in ("num_classes", "in_chans") if key in recorded}
+    arguments = _recorded_arguments(recorded) if name == recorded.get("model_name") else {}
     arguments |= parse_pairs(args.model_args) | overrides
-    local = name.startswith("local-dir:")
-    if local and not Path(name.partition(":")[2], "config.json").is_file():
-        raise FileNotFoundError(f"--model {name}: there is no {Path(name.partition(':')[2], 'config.json')}")
-    if local:
+    if _folder(name):
         model = _from_folder(name, arguments)
     else:
         model = build_model(name, **arguments)
     if args.checkpoint:
-        load_weights(model, args.checkpoint, say=lambda text: print(text, file=sys.stderr))
+        load_weights(model, args.checkpoint, say=lambda text: print(text, file=sys.stderr), fresh_head=False)
         model.pretrained_cfg = model.pretrained_cfg | run.get("data", {}).get("cfg", {})
-    elif random_weights(args) and not arguments.get("pretrained"):
+    elif random_weights(args):
         print(
             f"WARNING: {name} has RANDOM WEIGHTS: what comes out says nothing about the images. Give --checkpoint.",
             file=sys.stderr,
@@ -172,17 +169,54 @@ def load_model(args: argparse.Namespace, **overrides: Any) -> nn.Module:
     return model.eval().to(pick_device(args.device))
 
 
+def _recorded_arguments(recorded: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the model that a task with these hyperparameters has built."""
+    # a detector's backbone is built for the size that images are brought to
+    arguments = {"img_size": recorded["min_size"]} if "min_size" in recorded else {}
+    arguments |= recorded.get("model_kwargs") or {}
+    return arguments | {key: recorded[key] for key in ("num_classes", "in_chans") if key in recorded}
+
+
 def random_weights(args: argparse.Namespace) -> bool:
     """Whether the model that the arguments of `add_model_arguments` name has no weights but its initial ones."""
-    local = (args.model or args.default_model or "").startswith("local-dir:")
-    return not (args.checkpoint or local or parse_pairs(args.model_args).get("pretrained"))
+    if args.checkpoint:
+        return False
+    if folder := _folder(args.model):
+        return bool(_read_config(folder).get(RANDOM_WEIGHTS))
+    return not parse_pairs(args.model_args).get("pretrained")
+
+
+def knows_its_images(args: argparse.Namespace) -> bool:
+    """Whether the weights that the arguments of `add_model_arguments` name say how their images were normalised."""
+    if args.checkpoint:
+        run = training_checkpoint(args.checkpoint)
+        # detectors and segmenters normalise images themselves, as the model's configuration says
+        return "data" in run or "pyramid_channels" in run.get("hyper_parameters", {})
+    return bool(_folder(args.model)) or not random_weights(args)
+
+
+def _folder(name: str | None) -> Path | None:
+    """The folder of `save_for_hf` that a model's name is, if it is one."""
+    return Path(name.removeprefix(LOCAL)) if name and name.startswith(LOCAL) else None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"--model {LOCAL}{folder}: there is no {file}")
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--model {LOCAL}{folder}: {file} is broken: {error}") from error
 
 
 def _from_folder(name: str, arguments: dict[str, Any]) -> nn.Module:
+    _read_config(_folder(name))
     try:
         return timm.create_model(name, pretrained=True, **arguments)
-    except (TypeError, RuntimeError, KeyError) as error:
-        raise ValueError(f"--model {name}: {error}") from error
+    except Exception as error:  # a file that is cut off, and arguments that do not fit it, raise nearly anything
+        reason = shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
+        raise ValueError(f"--model {name}: {reason}") from error
 
 
 def training_checkpoint(checkpoint: Path) -> dict[str, Any]:

@@ -24,7 +24,15 @@ import torch
 from timm.models._input import get_model_input_config
 from torch import Tensor, nn
 
-from ._commands import Parser, add_model_arguments, load_model, parse_pairs, run_command, training_checkpoint
+from ._commands import (
+    RANDOM_WEIGHTS,
+    Parser,
+    add_model_arguments,
+    knows_its_images,
+    load_model,
+    random_weights,
+    run_command,
+)
 from ._export_files import SUFFIXES, check_target, staged
 from ._export_graph import (
     OUTPUTS,
@@ -152,7 +160,7 @@ def save_for_hf(
         model: A Luna ViT. It is put into eval mode.
         folder: Where to: a new or an empty folder.
         training: How the weights came about, for the card: {what: value}.
-        random_weights: Have the card say loudly that the model was not trained.
+        random_weights: Have the card say loudly that the model was not trained, and the commands that read the folder.
         overwrite: Replace these three files in a folder that has some already.
 
     Returns:
@@ -172,13 +180,13 @@ def save_for_hf(
         )
     check_target(folder, "hf", overwrite)
     with staged(folder) as temporary:
-        size = get_model_input_config(model)["input_size"]
+        size, tag = get_model_input_config(model)["input_size"], "untrained" if random_weights else ""
         timm.models.save_for_hf(
             model.eval(),
             temporary,
             safe_serialization=True,
             data_config={"input_size": size},
-            model_config={"pretrained_cfg": {"tag": "untrained" if random_weights else ""}},
+            model_config={"pretrained_cfg": {"tag": tag}, RANDOM_WEIGHTS: random_weights},
         )
         card = model_card(model, folder.resolve().name, training or {}, random_weights)
         Path(temporary, "README.md").write_text(card, encoding="utf-8")
@@ -238,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _normalise(model: nn.Module, args: argparse.Namespace) -> None:
     """Put --mean and --std into the model's configuration, and say so where nobody knows them."""
-    if args.checkpoint and not (args.mean and args.std) and "data" not in training_checkpoint(args.checkpoint):
+    if args.checkpoint and not (args.mean and args.std) and not knows_its_images(args):
         print(
             f"NOTE: {args.checkpoint} does not say how images are normalised: it is written down as in "
             f"{model.pretrained_cfg['architecture']}'s configuration. --mean and --std say otherwise.",
@@ -282,10 +290,8 @@ def main(argv: list[str] | None = None) -> int:
     _normalise(model, args)
     try:
         if args.format == "hf":
-            named = (args.model or "").startswith("local-dir:") or "pretrained" in parse_pairs(args.model_args)
             training = training_details(args.checkpoint) if args.checkpoint else {}
-            random_weights = not args.checkpoint and not named
-            checks = save_for_hf(model, args.out, training, random_weights, args.overwrite)
+            checks = save_for_hf(model, args.out, training, random_weights(args), args.overwrite)
         else:
             export = export_onnx if args.format == "onnx" else export_program
             checks = export(model, args.out, args.output, args.memory, args.overwrite)

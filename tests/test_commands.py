@@ -1,6 +1,7 @@
 """What the commands share: a mistake is one line and exit code 2, and the model that is named is the one that runs."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 import timm
@@ -9,9 +10,18 @@ from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 
-from luna_vision._commands import Parser, add_model_arguments, at_least, load_model, run_command
+from luna_vision import export
+from luna_vision._commands import (
+    Parser,
+    add_model_arguments,
+    at_least,
+    knows_its_images,
+    load_model,
+    random_weights,
+    run_command,
+)
 from luna_vision.data import DigitsDataModule
-from luna_vision.tasks import ClassificationTask, export_weights
+from luna_vision.tasks import ClassificationTask, DetectionTask, SegmentationTask, export_weights
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 1}
 
@@ -46,12 +56,23 @@ def test_a_training_checkpoint_says_what_model_it_holds(tmp_path):
     assert features(torch.zeros(1, 1, 32, 32)).shape == (1, 32)
 
 
-def test_a_folder_of_save_for_hf(tmp_path, capsys):
+@pytest.mark.parametrize("random", [None, False, True])
+def test_a_folder_of_save_for_hf(random, tmp_path, capsys):
+    """timm's own does not say whether the weights are random, ours does."""
     trained = timm.create_model("test_luna_vit", num_classes=5)
-    timm.models.save_for_hf(trained, tmp_path)
-    model = load_model(parse("--model", f"local-dir:{tmp_path}"))
+    if random is None:
+        timm.models.save_for_hf(trained, tmp_path)
+    else:
+        export.save_for_hf(trained, tmp_path, random_weights=random)
+    words = parse("--model", f"local-dir:{tmp_path}")
+    model = load_model(words)
     torch.testing.assert_close(model.state_dict(), trained.state_dict(), rtol=0, atol=0)
-    assert "RANDOM" not in capsys.readouterr().err
+    assert ("RANDOM" in capsys.readouterr().err) == random_weights(words) == bool(random)
+
+
+def test_weights_that_are_not_pretrained_are_random():
+    assert random_weights(parse("--model-args", "pretrained=False"))
+    assert not random_weights(parse("--model-args", "pretrained=True"))
 
 
 @pytest.mark.parametrize(
@@ -78,9 +99,65 @@ def test_a_checkpoint_of_another_model(tmp_path):
     save_file(timm.create_model("test_luna_vit", embed_dim=32).state_dict(), tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="does not fit LunaVit: [0-9]+ weights are of another shape .*, ") as raised:
         load_model(parse("--checkpoint", str(tmp_path / "a.safetensors")))
+    assert len(str(raised.value).replace(str(tmp_path), "")) < 200
     (tmp_path / "b.ckpt").write_text("no checkpoint")
     with pytest.raises(ValueError, match="not a checkpoint"):
         load_model(parse("--checkpoint", str(tmp_path / "b.ckpt")))
+
+
+def test_a_head_of_other_classes_is_refused_where_it_would_be_a_random_one(tmp_path):
+    save_file(timm.create_model("test_luna_vit", num_classes=5).state_dict(), tmp_path / "five.safetensors")
+    words = parse("--checkpoint", str(tmp_path / "five.safetensors"))
+    with pytest.raises(ValueError, match="has a head for 5 classes, the model one for 1000"):
+        load_model(words)
+    assert load_model(words, num_classes=0).num_classes == 0
+
+
+def test_a_folder_of_fsdp2_is_no_file(tmp_path):
+    with pytest.raises(OSError, match="is a folder, as FSDP2 writes them: luna_vision.tasks.export_weights makes a"):
+        load_model(parse("--checkpoint", str(tmp_path)))
+
+
+def _cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "name, damage, message",
+    [
+        ("model.safetensors", _cut_off, "--model local-dir:{}: Error while deserializing header"),
+        ("model.safetensors", lambda file: file.unlink(), "--model local-dir:{}: "),
+        ("config.json", _cut_off, "--model local-dir:{0}: {0}/config.json is broken: "),
+        ("config.json", lambda file: file.write_text("[1]"), "--model local-dir:{0}: {0}/config.json is broken: "),
+        ("config.json", lambda file: file.write_text("{}"), "--model local-dir:{}: "),
+    ],
+)
+def test_a_broken_folder_is_named_in_one_line(name, damage, message, tmp_path, capsys):
+    export.save_for_hf(timm.create_model("test_luna_vit", depth=1, num_classes=5), tmp_path / "it")
+    damage(tmp_path / "it" / name)
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: load_model(parse("--model", f"local-dir:{tmp_path / 'it'}")) and None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith("error: " + message.format(tmp_path / "it"))
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "best.safetensors"])
+@pytest.mark.parametrize("task", [DetectionTask, SegmentationTask])
+@pytest.mark.parametrize("model_name", ["test_luna_vit", "vit_tiny_patch16_224"])  # which knows its image size
+def test_the_backbone_of_a_detector_or_segmenter(task, model_name, name, tmp_path):
+    size = {"min_size": 64} if task is DetectionTask else {}
+    arguments = {"depth": 2} | ({"img_size": 64} if task is SegmentationTask else {})
+    task = task(model_name, num_classes=6, in_chans=1, pyramid_channels=8, model_kwargs=arguments, **size)
+    content = {"state_dict": task.state_dict(), "hyper_parameters": dict(task.hparams)}
+    torch.save(content, tmp_path / "last.ckpt")
+    export_weights(tmp_path / "last.ckpt", tmp_path / "best.safetensors")
+    words = parse("--checkpoint", str(tmp_path / name))
+    model = load_model(words, num_classes=0)
+    body = task.model.get_submodule(task.pyramid).body
+    torch.testing.assert_close(model.state_dict(), body.state_dict(), rtol=0, atol=0)
+    assert model(torch.zeros(1, 1, 64, 64)).shape == (1, body.num_features) and knows_its_images(words)
+    with pytest.raises(ValueError, match=f"{name}' has a backbone and no head .*, the model one for 6"):
+        load_model(words)
 
 
 def test_the_parser_and_its_numbers(capsys):

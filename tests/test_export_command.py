@@ -248,7 +248,7 @@ def test_random_weights_are_said_loudly_and_a_folder_goes_into_another(tmp_path,
 
     assert run("--format", "hf", "--model", f"local-dir:{tmp_path / 'a'}", "--out", tmp_path / "b") == 0
     assert json.loads((tmp_path / "b" / "config.json").read_text())["pretrained_cfg"]["std"] == [0.1, 0.2]
-    assert "RANDOM" not in (tmp_path / "b" / "README.md").read_text()
+    assert "RANDOM WEIGHTS" in capsys.readouterr().err and "RANDOM" in (tmp_path / "b" / "README.md").read_text()
 
     assert run(*words, "--out", tmp_path / "a", "--overwrite") == 0
     assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
@@ -313,6 +313,10 @@ MISTAKES = [
     (["--format", "hf", "--out", "it", "--model", "resnet18"], "this exports Luna ViTs, got ResNet"),
     (["--format", "hf", "--out", "it", "--checkpoint", "gone.ckpt"], "checkpoint 'gone.ckpt' does not exist"),
     (["--format", "hf", "--out", "it", "--checkpoint", "other.safetensors"], "does not fit LunaVit"),
+    (
+        ["--format", "hf", "--out", "it", "--checkpoint", "other.safetensors", "--model-args", "num_classes=3"],
+        "has a head for 1000 classes, the model one for 3",
+    ),
     (["--out", "a.onnx"], "the following arguments are required: --format"),
 ]
 

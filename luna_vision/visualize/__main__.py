@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     errors: list[str] = []
     files = _find(args.images, errors)
     targets = _targets(args.out, files, single=len(files) + len(errors) == 1)
-    model = load_model(args)
+    model = load_model(args, num_classes=0)  # nothing that is drawn comes from the head
     kind = _kind(args.kind, model)
     _try_out(model, args, kind)
     fitted = _fit_colors(model, files, args, errors) if kind != "memory" else None
