@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 import luna_vision
-from luna_vision._commands import Parser, add_model_arguments, at_least, load_model, run_command
+from luna_vision._commands import Parser, add_model_arguments, at_least, load_model, random_weights, run_command
 from luna_vision.data.images import find_images, one_line
 
 from ._features import Extractor
@@ -96,6 +96,7 @@ def embed_to_file(
     settings: Settings | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    random_weights: bool = False,
 ) -> list[tuple[str, str]]:
     """Write the embeddings of image files to a .parquet or .npz file, going on where a run was stopped.
 
@@ -107,6 +108,7 @@ def embed_to_file(
         model, paths, settings, progress: As in `embed_images`.
         out: The file; its suffix says what it is.
         overwrite: Replace the file if it exists.
+        random_weights: Whether the model was not trained at all, which the file then says.
 
     Returns:
         (path, reason) of each image that could not be used, and of what of the input is not there.
@@ -119,15 +121,15 @@ def embed_to_file(
     out = Path(out)
     _check(out, overwrite)
     files, missing = _find(paths)
-    return missing + _write(model, files, out, settings or Settings(), progress)
+    return missing + _write(model, files, out, settings or Settings(), random_weights, progress)
 
 
 def _write(
-    model: nn.Module, files: list[str], out: Path, settings: Settings, progress: bool = True
+    model: nn.Module, files: list[str], out: Path, settings: Settings, random_weights: bool, progress: bool = True
 ) -> list[tuple[str, str]]:
     """`embed_to_file`, of files that have been found; returns those that could not be used."""
     extractor = Extractor(model, settings.memory, settings.grid)
-    parts = PartFolder(out, _about(extractor, files, settings))
+    parts = PartFolder(out, _about(extractor, files, settings) | {"random_weights": random_weights})
     with _bar(len(files), parts.done, progress) as bar:
         for window in read_windows(extractor, files, settings, parts.done, bar.update):
             parts.add(window)
@@ -239,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     files, missing = _find(args.images)
     model = load_model(args, num_classes=0)
     try:
-        failures = missing + _write(model, files, args.out, settings)
+        failures = missing + _write(model, files, args.out, settings, random_weights(args))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -194,6 +194,14 @@ def test_the_file_has_what_the_call_returns(suffix, photos, tiny, tmp_path, monk
     assert os.listdir(out.parent) == [out.name]
 
 
+@pytest.mark.parametrize("random", [True, False])
+def test_random_weights_are_announced_and_written_down(random, photos, weights, tmp_path, capsys):
+    words = ["--model", "test_luna_vit", "--device", "cpu"] if random else weights
+    assert main([str(photos / "00.png"), *words, "--out", str(tmp_path / "out.npz")]) == 0
+    assert ("test_luna_vit has RANDOM WEIGHTS" in capsys.readouterr().err) == random
+    assert json.loads(str(np.load(tmp_path / "out.npz")["about"]))["random_weights"] is random
+
+
 def stop_after(monkeypatch, windows: int):
     """Ctrl-C at the moment when the next window would be kept."""
     add = _parts.PartFolder.add
