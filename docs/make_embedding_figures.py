@@ -20,9 +20,8 @@ from torch import nn
 
 from luna_vision.benchmarks.record import machine, write_json
 from luna_vision.data import FashionMNISTDataModule
-from luna_vision.downstream._probe_data import open_data
 from luna_vision.downstream.embed import Settings, embed_images
-from luna_vision.downstream.probe import extract_features, knn_accuracy, linear_probe_accuracy
+from luna_vision.downstream.probe import knn_accuracy, linear_probe_accuracy, open_data, probe_model
 from luna_vision.tasks import ClassificationTask
 
 FOLDER = Path("runs/embeddings")
@@ -72,13 +71,13 @@ def probe(model: nn.Module | None, root: str) -> dict[str, float]:
     """Top-1 of both probes on `PROBED` images; without a model, of the pixels."""
     options = dict(root=root, img_size=SHAPE["img_size"], in_chans=1)
     opened = open_data("fashion_mnist", options, PROBED, PROBED, 100)
+    if model is not None:
+        found = probe_model(model, opened)
+        return {"kNN": found.knn, "linear": found.linear.accuracy}
     features = []
     for loader in (opened.train, opened.test):
-        if model is None:
-            images, labels = zip(*((x.flatten(1).numpy(), y.numpy()) for x, y in loader), strict=True)
-            features += [np.concatenate(images), np.concatenate(labels)]
-        else:
-            features += extract_features(model, loader)
+        images, labels = zip(*((x.flatten(1).numpy(), y.numpy()) for x, y in loader), strict=True)
+        features += [np.concatenate(images), np.concatenate(labels)]
     return {"kNN": knn_accuracy(*features), "linear": linear_probe_accuracy(*features).accuracy}
 
 

@@ -12,7 +12,8 @@ not trained any further, of images that are not augmented.
 import argparse
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,16 +27,26 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from luna_vision._checksums import describe
-from luna_vision._commands import Parser, add_model_arguments, at_least, load_model, parse_pairs, run_command
+from luna_vision._commands import Parser, add_model_arguments, at_least, load_model, random_weights, run_command
 from luna_vision.benchmarks.record import machine, write_json
 from luna_vision.data.base import hold_out
 
 from ._features import Extractor
 from ._files import check_output
-from ._probe_data import DATA, check_classes, open_data
-from ._windows import Settings, normalisation
+from ._probe_data import DATA, ProbeData, add_data_arguments, check_classes, data_arguments, open_data
 
-__all__ = ["LinearProbe", "extract_features", "knn_accuracy", "linear_probe_accuracy", "main"]
+__all__ = [
+    "DATA",
+    "LinearProbe",
+    "ProbeData",
+    "Probes",
+    "extract_features",
+    "knn_accuracy",
+    "linear_probe_accuracy",
+    "main",
+    "open_data",
+    "probe_model",
+]
 
 K, TEMPERATURE = 20, 0.07
 C_GRID = tuple(10.0**exponent for exponent in range(-5, 3))
@@ -55,6 +66,59 @@ class LinearProbe(NamedTuple):
     """Accuracy on the held-out part of the training images for each C that was tried."""
     converged: bool
     """Whether the last fit ended by itself, and not after `MAX_ITER` iterations."""
+
+
+class Probes(NamedTuple):
+    """What `probe_model` returns."""
+
+    knn: float
+    """Top-1 of the nearest neighbours on the test images, 0 to 1."""
+    linear: LinearProbe
+    """The linear classifier."""
+    features: int
+    """How many numbers an embedding has."""
+
+
+def probe_model(
+    model: nn.Module,
+    data: str | ProbeData,
+    data_args: dict[str, Any] | None = None,
+    k: int = K,
+    temperature: float = TEMPERATURE,
+    progress: bool = True,
+    say: Callable[[str], object] = lambda line: None,
+) -> Probes:
+    """Both probes of a model, on a data module or on a pair of image folders.
+
+    Args:
+        model: A timm model, on its device; it is put in eval mode.
+        data: A key of `DATA`, such as "digits" or "imagefolder", or what `open_data` returns.
+        data_args: Arguments of the data module, if `data` is a key. For "imagefolder" they are those of
+            `ImageFolderDataModule`, and `folders`, the folders of training and of test images. `in_chans` is the
+            model's; `mean` and `std` are by default those with which `train.py` trains on these data.
+        k, temperature: As in `knn_accuracy`.
+        progress: Show progress bars on stderr, if that is a terminal.
+        say: Is told what has been found, line by line.
+
+    Raises:
+        ValueError: The data, the model and the arguments do not fit together; see the functions above and below.
+        OSError: The data are not there.
+    """
+    in_chans = Extractor(model).in_chans
+    if isinstance(data, str):
+        data = open_data(data, {"in_chans": in_chans, **(data_args or {})})
+    check_vote(k, temperature, len(data.train.dataset))
+    if data.train_labels is not None:
+        hold_out(data.train_labels, HELD_OUT)  # what the linear probe will do, so that it does not fail at the end
+    train = extract_features(model, data.train, progress, "training images")
+    test = extract_features(model, data.test, progress, "test images")
+    features = train[0].shape[1]
+    say(f"{features} features from {type(model).__name__}; top-1 in %:")
+    knn = knn_accuracy(*train, *test, k, temperature, progress)
+    say(f"{f'kNN, k={k}, cosine, T={temperature:g}':<40}{100 * knn:6.2f}")
+    linear = linear_probe_accuracy(*train, *test, progress=progress)
+    say(f"{f'linear, logistic regression, C={linear.C:g}':<40}{100 * linear.accuracy:6.2f}")
+    return Probes(knn, linear, features)
 
 
 def extract_features(
@@ -185,28 +249,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Top-1 accuracy of frozen features: k nearest neighbours, and a linear classifier.",
     )
     add_model_arguments(parser)
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", choices=list(DATA), required=True, help="imagefolder is ROOT/train and ROOT/val")
-    group.add_argument("--root", help="folder of the data (default: the data module's)")
-    group.add_argument(
-        "--folders", nargs=2, metavar=("TRAIN", "TEST"), help="of an imagefolder, <class>/<images> in each, for --root"
-    )
-    group.add_argument("--data-args", nargs="+", default=[], metavar="NAME=VALUE", help="others of the data module's")
-    group.add_argument("--img-size", type=at_least(1), metavar="N", help="side in pixels (default: the data module's)")
-    group.add_argument(
-        "--mean",
-        type=float,
-        nargs="+",
-        help="1 or 3 numbers, of pixels in [0, 1] (default: the model's if its weights are pretrained ones of timm's, "
-        "or from a local-dir; else those of the data, with which train.py trains)",
-    )
-    group.add_argument("--std", type=float, nargs="+", help="likewise")
-    group.add_argument("--num-train", type=at_least(1), metavar="N", help="training images at most, of all classes")
-    group.add_argument("--num-test", type=at_least(1), metavar="N", help="test images at most")
-    group.add_argument("--batch-size", type=at_least(1), default=128, metavar="N", help="(default: %(default)s)")
-    group.add_argument(
-        "--workers", type=at_least(0), default=0, metavar="N", help="processes that read (default: 0, this one does)"
-    )
+    add_data_arguments(parser)
     group = parser.add_argument_group("probes")
     group.add_argument("--knn-k", type=at_least(1), default=K, metavar="K", help="neighbours (default: %(default)s)")
     group.add_argument("--knn-t", type=float, default=TEMPERATURE, metavar="T", help="(default: %(default)s)")
@@ -223,20 +266,11 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--folders are those of --data imagefolder, got {args.data}")
     model = load_model(args, num_classes=0)
     extractor = Extractor(model)
-    data = open_data(args.data, _data_arguments(args, extractor), args.num_train, args.num_test, args.batch_size)
+    data = open_data(args.data, data_arguments(args, extractor), args.num_train, args.num_test, args.batch_size)
     counts = len(data.train.dataset), len(data.test.dataset)
-    check_vote(args.knn_k, args.knn_t, counts[0])
-    if data.train_labels is not None:
-        hold_out(data.train_labels, HELD_OUT)  # what the linear probe will do, so that it does not fail at the end
     height, width = data.module.img_size
     print(f"{args.data}: {counts[0]} training and {counts[1]} test images of {height} x {width} pixels")
-    train = extract_features(model, data.train, name="training images")
-    test = extract_features(model, data.test, name="test images")
-    print(f"{train[0].shape[1]} features from {extractor.name}; top-1 in %:", flush=True)
-    knn = knn_accuracy(*train, *test, args.knn_k, args.knn_t)
-    print(f"{f'kNN, k={args.knn_k}, cosine, T={args.knn_t:g}':<40}{100 * knn:6.2f}", flush=True)
-    linear = linear_probe_accuracy(*train, *test)
-    print(f"{f'linear, logistic regression, C={linear.C:g}':<40}{100 * linear.accuracy:6.2f}", flush=True)
+    knn, linear, features = probe_model(model, data, None, args.knn_k, args.knn_t, say=partial(print, flush=True))
     if not linear.converged:
         print(f"the linear classifier had not converged after {MAX_ITER} iterations", file=sys.stderr)
     if args.out:
@@ -244,7 +278,8 @@ def main(argv: list[str] | None = None) -> int:
         result: dict[str, Any] = {
             "model": {"name": name, "args": args.model_args, "class": extractor.name, **describe(model)},
             "checkpoint": str(args.checkpoint) if args.checkpoint else None,
-            "features": train[0].shape[1],
+            "random_weights": random_weights(args),
+            "features": features,
             "data": {"name": args.data, "root": args.root, "folders": args.folders, "args": args.data_args},
             "images": {"train": counts[0], "test": counts[1], "height": height, "width": width},
             "normalisation": {"mean": data.module.mean, "std": data.module.std},
@@ -255,28 +290,6 @@ def main(argv: list[str] | None = None) -> int:
         result["linear"]["top1"] = result["linear"].pop("accuracy")
         write_json(args.out, result)
     return 0
-
-
-def _data_arguments(args: argparse.Namespace, extractor: Extractor) -> dict[str, Any]:
-    mean, std = args.mean, args.std
-    own = args.checkpoint is None and (
-        (args.model or "").startswith("local-dir:") or "pretrained=True" in args.model_args
-    )
-    if own:
-        mean, std = normalisation(extractor, Settings(mean=mean, std=std))
-    options = {
-        "root": args.root,
-        "folders": args.folders,
-        "in_chans": extractor.in_chans,
-        "side" if args.data == "canvas" else "img_size": args.img_size,
-        "mean": mean,
-        "std": std,
-        "num_workers": args.workers,
-    }
-    extra = parse_pairs(args.data_args, "--data-args")
-    if twice := sorted(set(extra) & {*options, "val_fraction", "batch_size"}):
-        raise ValueError(f"--data-args {', '.join(twice)}: there is an option for it, or it is settled by the model")
-    return {**{name: value for name, value in options.items() if value is not None}, **extra}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from lightning.pytorch import Trainer
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch.utils.data import DataLoader
@@ -17,7 +18,14 @@ from luna_vision._commands import run_command
 from luna_vision.data import DigitsDataModule
 from luna_vision.downstream import probe
 from luna_vision.downstream._probe_data import DATA, choose, open_data
-from luna_vision.downstream.probe import extract_features, knn_accuracy, linear_probe_accuracy, main
+from luna_vision.downstream.probe import (
+    extract_features,
+    knn_accuracy,
+    linear_probe_accuracy,
+    main,
+    probe_model,
+)
+from luna_vision.tasks import ClassificationTask
 
 TINY = ["--model", "test_luna_vit", "--model-args", "embed_dim=32", "depth=2"]
 
@@ -158,6 +166,30 @@ def test_every_module_can_be_named():
             open_data(name, {"nonsense": 1})
 
 
+# ---------------------------------------------------------------- both probes in one call
+
+
+def test_one_call_gives_both_probes(folder, tiny):
+    arguments = {"folders": [folder / "train", folder / "val"], "img_size": 48, "num_workers": 0}
+    model, lines = tiny(num_classes=5), []
+    found = probe_model(model, "imagefolder", arguments, k=3, say=lines.append)
+    data = open_data("imagefolder", arguments)
+    train, test = extract_features(model, data.train), extract_features(model, data.test)
+    assert found.knn == knn_accuracy(*train, *test, 3)
+    assert found.linear == linear_probe_accuracy(*train, *test) and found.features == 32
+    assert lines[0] == "32 features from LunaVit; top-1 in %:" and len(lines) == 3
+    assert probe_model(model, data, k=3) == found
+
+
+def test_one_call_on_a_data_module_has_the_channels_of_the_model(tiny):
+    with pytest.raises(ValueError, match="data must be one of digits, fashion_mnist, .*, got 'mnist'"):
+        probe_model(tiny(), "mnist")
+    data = open_data("digits", {"in_chans": 1, "img_size": 8}, num_train=60, num_test=20)
+    assert probe_model(tiny(in_chans=1), data).features == 32
+    with pytest.raises(ValueError, match=r"k \(--knn-k\) must be from 1 to the number of training images, 1437"):
+        probe_model(tiny(in_chans=1), "digits", k=2000)
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -175,6 +207,7 @@ def test_the_command_and_its_file(folder, weights, tmp_path, capsys):
     assert result["images"] == {"train": 20, "test": 10, "height": 48, "width": 48}
     assert result["normalisation"]["mean"] == [0.485, 0.456, 0.406]
     assert result["model"]["name"] == "test_luna_vit" and len(result["model"]["weights"]) == 64
+    assert result["random_weights"] is False
     # the two folders may be given, too, and be anywhere
     moved = shutil.move(folder / "val", tmp_path / "elsewhere")
     words[2:4] = ["--folders", str(folder / "train"), str(moved)]
@@ -202,6 +235,27 @@ def test_pixels_are_normalised_as_in_training(kind, words, mean, tiny, tmp_path)
     result = json.loads((tmp_path / "probe.json").read_text())
     assert result["normalisation"]["mean"] == pytest.approx(mean, abs=1e-6)
     assert result["images"]["train"] == 60
+
+
+def test_a_training_checkpoint_says_how_pixels_are_normalised(tmp_path):
+    data = DigitsDataModule(img_size=8, batch_size=8, num_workers=0, mean=[0.2], std=[0.6])
+    shape = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 1}
+    task = ClassificationTask("test_luna_vit", num_classes=10, in_chans=1, model_kwargs=shape)
+    quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+    trainer = Trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0, accelerator="cpu", **quiet)
+    trainer.fit(task, data)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    words = ["--data", "digits", "--num-train", "60", "--num-test", "20", "--img-size", "8"]
+    assert main([*words, "--checkpoint", str(tmp_path / "last.ckpt"), "--out", str(tmp_path / "probe.json")]) == 0
+    result = json.loads((tmp_path / "probe.json").read_text())
+    assert result["normalisation"] == {"mean": [0.2], "std": [0.6]}
+
+
+def test_random_weights_are_announced_and_written_down(tmp_path, capsys):
+    words = ["--data", "digits", "--num-train", "60", "--num-test", "20", "--img-size", "8", *TINY]
+    assert main([*words, "--out", str(tmp_path / "probe.json")]) == 0
+    assert "test_luna_vit has RANDOM WEIGHTS" in capsys.readouterr().err
+    assert json.loads((tmp_path / "probe.json").read_text())["random_weights"] is True
 
 
 def remove_cats(root: Path) -> None:
