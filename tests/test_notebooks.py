@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom, calls the package and defines nothing, and is committed with its outputs."""
 
+import time
 from pathlib import Path
 
 import nbformat
@@ -26,6 +27,9 @@ def test_notebook_is_committed_with_outputs_and_defines_nothing(path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path: Path):
+def test_notebook_runs(path: Path, record_property):
     notebook = nbformat.read(path, as_version=4)
+    start = time.perf_counter()
+    # the limit is for one cell: it ends one that hangs, and says nothing of how long a notebook should take
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    record_property("seconds", round(time.perf_counter() - start))  # into the report of --junitxml
