@@ -146,8 +146,9 @@ def load_model(args: argparse.Namespace, **overrides: Any) -> nn.Module:
         **overrides: Arguments of the model that go over all others.
 
     Raises:
-        ValueError: An unknown model or argument, or a checkpoint of another model.
-        FileNotFoundError: There is no such checkpoint.
+        ValueError: An unknown model or argument, or a checkpoint of another model or with another head: with
+            `num_classes=0` there is none.
+        OSError: There is no such checkpoint.
     """
     run = training_checkpoint(args.checkpoint) if args.checkpoint else {}
     recorded = run.get("hyper_parameters", {})

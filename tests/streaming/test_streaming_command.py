@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import timm
 import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file
@@ -107,6 +108,7 @@ def test_random_weights_are_announced(photo, tmp_path, capsys):
         (["--level", "3"], "has levels 0 to 0, got 3"),
         (["--store", "{tmp}/old.npz"], "is a file: give a folder"),
         (["--mean", "1", "2"], "mean must be 1 or 3 finite numbers"),
+        (["--checkpoint", "{tmp}/seven.safetensors"], "has a head for 7 classes, the model one for 1000"),
         (["--band-rows", "0"], "must be a whole number of at least 1, got '0'"),
         (["--model-args", "mixer=softmax"], "streaming takes a model with a memory"),
         (["--model", "test_vit", "--model-args", "num_classes=1"], "streaming takes a Luna ViT, got VisionTransformer"),
@@ -114,6 +116,7 @@ def test_random_weights_are_announced(photo, tmp_path, capsys):
     ids=str,
 )
 def test_mistakes(change, message, words, tmp_path, capsys):
+    save_file(timm.create_model("test_luna_vit", num_classes=7).state_dict(), tmp_path / "seven.safetensors")
     for name in ("old.npz", "old.npy"):
         (tmp_path / name).write_bytes(b"")
     words = ["--out", str(tmp_path / "o.npz"), *(w.format(tmp=tmp_path) for w in change)]

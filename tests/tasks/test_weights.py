@@ -5,7 +5,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 
 from luna_vision.models import load_weights
-from luna_vision.tasks import EMA, ExportBest, export_weights
+from luna_vision.tasks import EMA, ExportBest, SegmentationTask, export_weights
 
 from .conftest import tiny_task, tiny_trainer
 
@@ -56,6 +56,16 @@ def test_head_of_other_classes_is_dropped_with_a_notice(tmp_path, capsys):
     nine = torch.load(tmp_path / "nine.pt", weights_only=True)
     torch.testing.assert_close(model.state_dict()["blocks.0.norm1.weight"], nine["blocks.0.norm1.weight"])
     assert torch.equal(model.state_dict()["patch_embed.proj.weight"], nine["patch_embed.proj.weight"])
+
+
+def test_the_backbone_of_a_segmenter_starts_a_classifier(tmp_path, capsys):
+    source = SegmentationTask("test_luna_vit", pyramid_channels=8)
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "masks.ckpt")
+    model = timm.create_model("test_luna_vit", num_classes=5)
+    head = model.head.weight.detach().clone()
+    load_weights(model, tmp_path / "masks.ckpt")
+    assert "it has no head; the model's own, for 5, starts fresh" in capsys.readouterr().out
+    assert torch.equal(model.memory, source.model.backbone.body.memory) and torch.equal(model.head.weight, head)
 
 
 def test_first_convolution_adapts_to_other_channels(tmp_path):
