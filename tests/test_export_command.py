@@ -104,6 +104,14 @@ def test_onnx_of_features_replaces_a_file_when_told(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["routing", "linformer", "performer"])  # clusters, a fixed grid, random features
+def test_onnx_of_other_mixers(mixer, tmp_path):
+    """What is written has been compared at sizes of one block and of many."""
+    checks = export.export_onnx(small(mixer=mixer, num_heads=2), tmp_path / "model.onnx")
+    assert len(checks) == 4 and max(check.error for check in checks) < 1e-5
+
+
+@pytest.mark.slow
 def test_a_program_is_loaded_by_pytorch_alone(tmp_path):
     """In a process that has never heard of this package."""
     path = tmp_path / "model.pt2"
