@@ -16,7 +16,7 @@ import timm
 import torch
 
 import luna_vision  # noqa: F401  (registers the models)
-from luna_vision.benchmarks.record import machine, write_json
+from luna_vision._record import machine, write_json
 from luna_vision.export import export_onnx
 
 DOCS = Path(__file__).parent

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .benchmarks.record import write_json
+from ._record import write_json
 
 Rows = dict[str, list[dict[str, Any]]]  # by task
 NOTE = (

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 import luna_vision.data
+from luna_vision._record import machine
 from luna_vision.benchmarks.cell import saved_bytes
 from luna_vision.benchmarks.model_table import count_macs
-from luna_vision.benchmarks.record import machine
 from luna_vision.data import EpochSampler, ImageDataModule
 from luna_vision.tasks import ClassificationTask, NonFiniteGuard
 

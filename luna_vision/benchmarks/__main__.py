@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from luna_vision._record import machine, write_json
+
 from .cell import Spec, gemm_rate, run_cell
-from .record import machine, write_json
 from .report import plot, table
 
 # the models of the README's table, and what they are measured against

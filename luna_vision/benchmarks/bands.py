@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 
 from luna_vision._commands import Parser, at_least, build_model, parse_pairs, run_command
+from luna_vision._record import machine, write_json
 from luna_vision.models import LunaVit
 
 from .gigapixel import peak_resident
-from .record import machine, write_json
 
 __all__ = ["estimate", "main", "measure"]
 

@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader
 
 from luna_vision._commands import Parser, at_least, run_command
 from luna_vision._compare_run import MODEL, Progress, Run, make_data, provenance, train, train_loader
+from luna_vision._record import write_json
 from luna_vision.compare import HEAD_WIDTH, OPTIMIZATION, PIECES
 from luna_vision.data.canvas_module import ITEM_SOURCES
 from luna_vision.tasks import SequenceTask
 
-from .record import write_json
 from .small_runs import add_run_arguments, cell, do_runs, finished
 
 __all__ = ["evaluate_memories", "execute", "main", "plan"]

@@ -23,7 +23,7 @@ from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
 from luna_vision._commands import Parser, at_least, run_command
-from luna_vision.benchmarks.record import machine, write_json
+from luna_vision._record import machine, write_json
 from luna_vision.data import (
     AUGMENTATIONS,
     ImageDataModule,

@@ -12,10 +12,10 @@ from typing import Any
 
 from luna_vision._commands import Parser, at_least, run_command
 from luna_vision._compare_run import Progress, Run, evaluate, make_data, make_task, provenance, train, train_loader
+from luna_vision._record import write_json
 from luna_vision.compare import TASKS, configuration
 from luna_vision.tasks import NestedMemory
 
-from .record import write_json
 from .small_runs import add_run_arguments, cell, do_runs, error_bars, finished
 
 __all__ = ["execute", "main", "plan"]

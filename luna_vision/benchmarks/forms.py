@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luna_vision._record import machine, write_json
+
 from .. import functional as LF
-from .record import machine, write_json
 
 __all__ = ["fit", "main", "regret"]
 

@@ -20,8 +20,7 @@ import torch
 import yaml
 
 from luna_vision._commands import Parser, at_least
-
-from .record import machine, read_json, write_json
+from luna_vision._record import machine, read_json, write_json
 
 __all__ = ["complete", "figure_file", "parser", "place", "read_config", "run_folder"]
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from luna_vision._checksums import describe
 from luna_vision._commands import Parser, add_model_arguments, at_least, load_model, random_weights, run_command
-from luna_vision.benchmarks.record import machine, write_json
+from luna_vision._record import machine, write_json
 from luna_vision.data.base import hold_out
 
 from ._features import Extractor

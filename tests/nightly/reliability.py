@@ -26,7 +26,7 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from luna_vision.benchmarks.record import machine, write_json
+from luna_vision._record import machine, write_json
 
 ROOT = Path(__file__).parents[2]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

@@ -1,0 +1,58 @@
+"""Imports go one way: a part of the package knows only parts that stand below it."""
+
+import ast
+from pathlib import Path
+
+import luna_vision
+
+# from the top downwards; parts of one line may know each other
+PARTS = [
+    ("compare", "export", "benchmarks"),
+    (
+        "downstream",
+        "tasks",
+    ),  # tasks train the networks of downstream, whose commands read them
+    ("visualize",),  # draws image files, which data reads
+    ("data",),
+    ("streaming",),
+    ("models",),
+    ("mixers",),
+    ("layers",),
+    ("functional",),
+]
+RANK = {part: rank for rank, parts in enumerate(PARTS) for part in parts}
+# private modules at the top of the package serve the part that their name begins with, or all of them
+RANK |= {f"_{part}": rank for part, rank in RANK.items()}
+
+
+def part_of(module: str) -> str | None:
+    """The part that `luna_vision.a.b` belongs to; None if it serves all."""
+    name = module.split(".")[1] if module.startswith("luna_vision.") else ""
+    return next((part for part in RANK if name == part or part.startswith("_") and name.startswith(f"{part}_")), None)
+
+
+def imports(path: Path, root: Path) -> list[str]:
+    """The modules of the package that a file imports, wherever in it."""
+    package = ["luna_vision", *path.relative_to(root).parent.parts]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found += [f"{module}.{alias.name}" for alias in node.names]
+    return [name for name in found if name.startswith("luna_vision.")]
+
+
+def test_imports_go_downwards():
+    root = Path(luna_vision.__file__).parent
+    upward = []
+    for path in sorted(root.rglob("*.py")):
+        module = ".".join(["luna_vision", *path.relative_to(root).with_suffix("").parts])
+        own = part_of(module)
+        for name in imports(path, root):
+            other = part_of(name)
+            if own and other and RANK[other] < RANK[own]:
+                upward.append(f"{module} imports {name}")
+    assert not upward, "\n".join(upward)
