@@ -2,8 +2,9 @@
 
 A camera moves over a cued canvas (`luna_vision.data.canvas_sequence`) and never has the cue and an item in view at
 once. Models are trained alike but for what they remember: `carry` hands its memory on, with gradients through all
-crops; `bptt-1` hands it on without gradients; `mean` begins each crop anew and takes the mean of the logits. Each is
-tested with the memory handed on, with a fresh one for each crop (of which the last crop is read), and by the mean of
+crops; `bptt-1` hands it on without gradients; `mean` begins each crop anew and takes the mean of the logits. These have
+an MLP on the memory in each block, with which what a slot carries can be compared to what it has just read;
+`no-memory-mlp` is `carry` without. Each is tested with the memory handed on, with a fresh one for each crop (of which the last crop is read), and by the mean of
 the logits of all crops with fresh memories. Without remembering, no more can be told than which items there were.
 """
 
@@ -29,7 +30,13 @@ from .small_runs import add_run_arguments, cell, do_runs, finished
 
 __all__ = ["evaluate_memories", "execute", "main", "plan"]
 
-VARIANTS = {"carry": {"carry": True}, "bptt-1": {"carry": True, "bptt_steps": 1}, "mean": {"carry": False}}
+# name: arguments of the task, and of the model
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "carry": ({"carry": True}, {"memory_mlp": "own"}),
+    "bptt-1": ({"carry": True, "bptt_steps": 1}, {"memory_mlp": "own"}),
+    "mean": ({"carry": False}, {"memory_mlp": "own"}),
+    "no-memory-mlp": ({"carry": True}, {"memory_mlp": "none"}),
+}
 TESTS = {"carried": "memory handed on", "reset": "fresh memory, last crop", "mean": "fresh memories, mean logits"}
 
 
@@ -62,11 +69,13 @@ def plan(args: argparse.Namespace) -> list[Run]:
         "steps": steps // pieces * pieces,
         "pieces": pieces,
     }
-    return [
-        Run("canvas-sequence", variant, seed, {**config, "seed": seed, "memory": VARIANTS[variant]})
-        for seed in dict.fromkeys(args.seeds)
-        for variant in args.only
-    ]
+    runs = []
+    for seed in dict.fromkeys(args.seeds):
+        for variant in args.only:
+            memory, model = VARIANTS[variant]
+            own = {"seed": seed, "memory": memory, "model": {**config["model"], **model}}
+            runs.append(Run("canvas-sequence", variant, seed, {**config, **own}))
+    return runs
 
 
 def execute(run: Run, root: str, work: Path, report: Progress) -> dict[str, Any]:

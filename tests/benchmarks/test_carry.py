@@ -31,12 +31,14 @@ def test_command_runs_reports_and_skips(tmp_path, capsys, monkeypatch):
 
 def test_variants_differ_in_what_they_remember_alone():
     runs = plan(_parser().parse_args(TINY))
-    assert [run.config["memory"] for run in runs] == [
+    assert [run.config["memory"] for run in runs[:3]] == [
         {"carry": True},
         {"carry": True, "bptt_steps": 1},
         {"carry": False},
     ]
-    assert len({json.dumps(run.config | {"memory": None}) for run in runs}) == 1
+    assert len({json.dumps(run.config | {"memory": None}) for run in runs[:3]}) == 1
+    changed = {"model": runs[0].config["model"] | {"memory_mlp": "none"}}
+    assert runs[3].variant == "no-memory-mlp" and runs[3].config == runs[0].config | changed
 
 
 def test_what_is_tested_is_what_it_says():
