@@ -14,8 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from luna_vision.models.weights import not_plain
-
+from .plain import load_plain
 from .sharding import REST, check_whole, is_sharded, read_weights
 
 
@@ -85,23 +84,6 @@ class _Sink:
 
     def flush(self) -> None:
         """Left to the owner of the file."""
-
-
-def load_plain(path: str | Path, **options: Any) -> dict[str, Any]:
-    """``torch.load`` of a checkpoint that holds tensors and plain data only.
-
-    Raises:
-        ValueError: There are other objects in it, which could run code if they were unpickled, or it is no checkpoint.
-    """
-    try:
-        checkpoint = torch.load(path, weights_only=True, **options)
-    except OSError:
-        raise
-    except Exception as error:  # reading a file that is no checkpoint raises nearly anything
-        raise ValueError(not_plain(path, error)) from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{str(path)!r} is not a checkpoint: it holds a {type(checkpoint).__name__}")
-    return checkpoint
 
 
 def read_checkpoint(path: str | Path, weights: bool = True) -> dict[str, Any]:

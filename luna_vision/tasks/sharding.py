@@ -7,22 +7,22 @@ that ``meta.pt`` with all the rest. They are read here without a process group, 
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from luna_vision.models.weights import not_plain
+from .plain import check_entries, load_plain, read_index
 
 REST = "meta.pt"  # Lightning's name of what is not cut up
 WEIGHTS = "state_dict."  # what the names of weights begin with in a folder
@@ -104,9 +104,15 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.broadcast(str(checkpoint_path)))
-        if is_sharded(path):  # before torch says it in a hundred lines
-            check_same_weights(shapes(self.model.state_dict()), {k: tuple(v.size) for k, v in _tensors(path).items()})
-        return super().load_checkpoint(path, weights_only)
+        if is_sharded(path):
+            stored = {name: tuple(tensor.size) for name, tensor in _tensors(path).items()}
+            check_same_weights(shapes(self.model.state_dict()), stored)  # before torch says it in a hundred lines
+            check_entries(path)
+            load_plain(path / REST, map_location="cpu")
+        else:
+            load_plain(path, map_location="cpu", mmap=is_zipfile(path))
+        # what has been found to be plain here is read once more there; errors of that reading have many lines
+        return super().load_checkpoint(path, weights_only=True)
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Fully sharded data parallelism, of torch's fully_shard")
@@ -159,48 +165,6 @@ def is_sharded(path: str | Path) -> bool:
     return Path(path).is_dir() and Path(path, REST).is_file()
 
 
-_DCP = "torch.distributed.checkpoint"
-# what the index of a folder is made of, as pickles name it
-_PLAIN = {
-    *((f"{_DCP}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
-    *((f"{_DCP}.metadata", f"{kind}StorageMetadata") for kind in ("Bytes", "Chunk", "Tensor")),
-    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
-    (f"{_DCP}.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    *(("pathlib", name) for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
-}
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """PyTorch pickles the index of a folder. This lets nothing through but what such an index is made of."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _PLAIN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
-
-
-def read_index(path: str | Path) -> Metadata:
-    """What is where in a folder. To be called before anything of PyTorch's reads the folder, and its pickle, itself.
-
-    Raises:
-        ValueError: There is more in it than such an index, which could run code, or it is none.
-        OSError: It cannot be read.
-    """
-    file = Path(path, ".metadata")
-    try:
-        with file.open("rb") as opened:
-            index = _IndexUnpickler(opened).load()
-    except OSError:
-        raise
-    except Exception as error:  # reading a file that is no pickle raises nearly anything
-        raise ValueError(not_plain(file, error)) from error
-    if not isinstance(index, Metadata):
-        raise ValueError(f"{str(file)!r} is not the index of a checkpoint: it holds a {type(index).__name__}")
-    return index
-
-
 def check_whole(path: str | Path) -> None:
     """
     Raises:
@@ -214,7 +178,11 @@ def check_whole(path: str | Path) -> None:
 
 def _tensors(path: str | Path) -> dict[str, TensorStorageMetadata]:
     stored = read_index(path).state_dict_metadata
-    return {name.removeprefix(WEIGHTS): tensor for name, tensor in stored.items() if name.startswith(WEIGHTS)}
+    weights = {name.removeprefix(WEIGHTS): tensor for name, tensor in stored.items() if name.startswith(WEIGHTS)}
+    for name, tensor in weights.items():
+        if not isinstance(tensor, TensorStorageMetadata):  # which PyTorch would unpickle
+            raise ValueError(f"{str(path)!r} is not a checkpoint of weights: {name} is no tensor")
+    return weights
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
