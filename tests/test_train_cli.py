@@ -191,6 +191,22 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_resume(tmp_path):
     assert "the same command, or --ckpt_path runs/debug/version_0/checkpoints/last.ckpt, resumes it" in stderr
 
 
+def test_sigterm_to_a_whole_group_of_processes_ends_cleanly(tmp_path):
+    """As torchrun, timeout and SLURM send it: the processes that load images get it, too."""
+    command = [sys.executable, "-u", str(ROOT / "train.py"), "fit", "--config", DEBUG, "--trainer.max_epochs=100000"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(
+        [*command, "--data.init_args.num_workers=1"], cwd=tmp_path, text=True, start_new_session=True, **pipes
+    )
+    checkpoint = tmp_path / "runs/debug/version_0/checkpoints/last.ckpt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in stderr, stderr
+
+
 @pytest.mark.parametrize(
     "argument, message",
     [

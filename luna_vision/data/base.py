@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from lightning import LightningDataModule
@@ -18,6 +17,7 @@ from luna_vision.data.images import PredictDataset, Source, StreamDataset, Trans
 from luna_vision.data.sampling import EpochLoader, EpochSampler, EvalSampler, next_batch
 from luna_vision.data.sizes import BatchDataset, SizeSampler, parse_sizes, patches_of
 from luna_vision.data.transforms import Augmentation, SeededTransform, eval_transform, train_transform
+from luna_vision.data.workers import init_worker
 
 SPLIT_SEED = 0  # of held-out splits; deliberately not the run's seed, see `hold_out`
 STAGE_SPLITS = {
@@ -264,7 +264,7 @@ class ImageDataModule(LightningDataModule):
             "batch_size": batch_size,
             "drop_last": drop_last,
             "num_workers": self.num_workers,
-            "worker_init_fn": _one_thread,
+            "worker_init_fn": init_worker,
             "pin_memory": self.pin_memory,
             "persistent_workers": self.persistent_workers,
         }
@@ -283,10 +283,6 @@ class ImageDataModule(LightningDataModule):
 
     def _next_batch(self) -> tuple[int, int] | None:
         return next_batch(self.trainer)
-
-
-def _one_thread(worker_id: int) -> None:
-    cv2.setNumThreads(0)  # each worker would start a thread for every core
 
 
 def hold_out(labels: Sequence[int] | np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
