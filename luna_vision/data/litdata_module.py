@@ -11,7 +11,7 @@ from PIL import Image
 from luna_vision.data.base import train_or_val
 from luna_vision.data.faults import SampleError
 from luna_vision.data.images import Source, decode_image
-from luna_vision.data.shards import CONVERT, ShardDataModule, need
+from luna_vision.data.shards import CONVERT, ShardDataModule, listing, need
 
 INDEX = "index.json"
 PLAIN_FORMATS = ("bytes", "int", "str")  # of LitData's serializers; others, such as pickle and graph, unpickle
@@ -31,17 +31,19 @@ class LitDataSource:
         need("litdata")
         if not (folder / INDEX).is_file():
             raise FileNotFoundError(f"no file {folder / INDEX}, LitData's index of its chunks: {CONVERT}")
-        index = json.loads((folder / INDEX).read_text())
-        formats, chunks = (index.get("config") or {}).get("data_format") or [], index["chunks"]
+        with listing(folder / INDEX):
+            index = json.loads((folder / INDEX).read_text())
+            formats = [str(name) for name in (index.get("config") or {}).get("data_format") or []]
+            chunks = [(str(chunk["filename"]), int(chunk["chunk_size"])) for chunk in index["chunks"]]
         if unsafe := sorted({name for name in formats if name.partition(":")[0] not in PLAIN_FORMATS}):
             raise ValueError(
                 f"{folder / INDEX}: items of the format {', '.join(unsafe)} are refused, as loading pickled "
                 f"objects could run any code; only {', '.join(PLAIN_FORMATS)} are read"
             )
-        for chunk in chunks:
-            if not (folder / chunk["filename"]).is_file():
-                raise FileNotFoundError(f"{folder / INDEX} names a chunk that is missing: {chunk['filename']}")
-        self.folder, self.length = folder, sum(chunk["chunk_size"] for chunk in chunks)
+        for name, _ in chunks:
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder / INDEX} names a chunk that is missing: {name}")
+        self.folder, self.length = folder, sum(size for _, size in chunks)
         self._opened: tuple[int, Any] | None = None
 
     def __len__(self) -> int:

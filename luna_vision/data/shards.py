@@ -1,6 +1,8 @@
 """What data modules of shards share: the layout of a folder of shards, and what is said where it is not one."""
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +18,15 @@ def need(library: str) -> ModuleType:
         return importlib.import_module(library)
     except ImportError as error:
         raise ValueError(f"{library} is not installed: pip install 'luna-vision[shards]'") from error
+
+
+@contextmanager
+def listing(path: Path) -> Iterator[None]:
+    """For the reading of a file of JSON: whatever is missing in it, or of another kind, is a ValueError about it."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path} is not as docs/data.md describes it: {type(error).__name__}: {error}") from error
 
 
 class ShardDataModule(PhotoDataModule):

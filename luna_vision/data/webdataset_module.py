@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from luna_vision.data.faults import SampleError, SkipFaults
 from luna_vision.data.images import IMG_EXTENSIONS, StreamDataset, check_label, decode_image, one_line, to_channels
 from luna_vision.data.sampling import sample_seed
-from luna_vision.data.shards import CONVERT, ShardDataModule, need
+from luna_vision.data.shards import CONVERT, ShardDataModule, listing, need
 from luna_vision.data.transforms import SeededTransform
 
 INFO = "_info.json"  # of timm's own shards, for instance timm/imagenet-1k-wds
@@ -37,8 +37,9 @@ class TarShards(IterableDataset):
 
     def __init__(self, root: Path, info: dict) -> None:
         need("webdataset")
-        self.paths = [os.path.abspath(root / name) for name in info["filenames"]]
-        self.lengths = np.array(info["shard_lengths"], dtype=np.int64)
+        with listing(root / INFO):
+            self.paths = [os.path.abspath(root / name) for name in info["filenames"]]
+            self.lengths = np.array([int(length) for length in info["shard_lengths"]], dtype=np.int64)
         if not len(self.paths) == len(self.lengths) > 0:
             raise ValueError(f"{root / INFO}: {len(self.paths)} filenames, but {len(self.lengths)} shard_lengths")
         if missing := [path for path in self.paths if not os.path.isfile(path)]:
@@ -204,7 +205,8 @@ class WebDatasetDataModule(ShardDataModule):
         path = Path(self.root, INFO)
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}, the list of the shards: {CONVERT}")
-        splits = json.loads(path.read_text())["splits"]
+        with listing(path):
+            splits = dict(json.loads(path.read_text())["splits"])
         if "train" not in splits:
             raise ValueError(f"{path} has no split 'train', only {', '.join(splits)}")
         names = {"train": ["train"], "val": ["val", "validation"], "test": ["test", "val", "validation"]}[split]

@@ -314,6 +314,27 @@ def test_webdataset_mistakes(shards: dict[str, Path], tmp_path: Path, error_of: 
         data().dataset("train")
 
 
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("{", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ("{}", "KeyError: '(splits|chunks)'"),
+        ('{"splits": {"train": {"filenames": []}}, "chunks": [{"filename": "a"}]}', "KeyError: '(shard_l|chunk_size)"),
+        ('{"splits": {"train": []}, "chunks": 1}', "TypeError"),
+    ],
+)
+@pytest.mark.parametrize("source", ["webdataset", "litdata"])
+def test_lists_of_shards_that_make_no_sense(source: str, content: str, what: str, tmp_path: Path):
+    path = tmp_path / ("_info.json" if source == "webdataset" else "train/index.json")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    (tmp_path / "classes.txt").write_text("cat\n")
+    what = what if source == "webdataset" or content != "[]" else "AttributeError"
+    with pytest.raises(ValueError, match=f"^{path} is not as docs/data.md describes it: {what}"):
+        module(source, tmp_path, val_fraction=0.0).dataset("train")
+
+
 def test_litdata_mistakes(shards: dict[str, Path], tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="no file .*train/index.json, LitData's index of its chunks: python -m"):
         module("litdata", tmp_path).dataset("train")
