@@ -214,6 +214,18 @@ class ImageDataModule(LightningDataModule):
             raise ValueError("on_error='skip' needs samples with indices, which a stream of timm has not: give 'raise'")
         return StreamDataset(*arguments)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The samples that are known to be broken, for a run that goes on; called by all processes at once."""
+        found = {split: getattr(dataset, "faults", None) for split, dataset in self._datasets.items()}
+        broken = {split: faults.known() for split, faults in found.items() if faults is not None}
+        return {"root": self.root, "broken": broken} if broken else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for split, known in state_dict["broken"].items():
+            faults = getattr(self._datasets.get(split), "faults", None)
+            if faults is not None and self.root == state_dict["root"]:  # a run may go on with other data
+                faults.broken[[index for index in known if index < faults.length]] = True
+
     def train_dataloader(self) -> DataLoader:
         dataset = self.dataset("train")
         if isinstance(dataset, StreamDataset):

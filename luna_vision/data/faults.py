@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 
 ON_ERROR = ("raise", "skip")
 
@@ -26,7 +27,8 @@ class SkipFaults:
 
     Sample i is replaced by the first readable one of i + 1, i + 2, ... (the first sample follows the last). That is a
     function of i and the data alone, so batches keep their shape, and neither workers nor a resume change them. Each
-    fault is logged once: what is broken is marked in shared memory, for all workers and epochs of a process.
+    fault is logged once: what is broken is marked in shared memory, for all workers and epochs of a process. Others
+    learn of it by :meth:`known`.
 
     Args:
         length: Number of samples.
@@ -34,7 +36,7 @@ class SkipFaults:
         name: Names the data in the log and in errors, for instance "train".
 
     Raises:
-        SampleError: On :meth:`read`: more than that share is broken.
+        SampleError: On :meth:`read` and :meth:`known`: more than that share is broken.
     """
 
     def __init__(self, length: int, max_error_share: float, name: str) -> None:
@@ -58,6 +60,26 @@ class SkipFaults:
             index = (index + 1) % self.length
         return index
 
+    def known(self) -> list[int]:
+        """The broken samples that any process has found. To be called by all of them at once, which then all know.
+
+        Raises:
+            SampleError: Together they have found too many.
+        """
+        known = self.broken.nonzero().flatten().tolist()
+        if dist.is_initialized():
+            found = [None] * dist.get_world_size()
+            dist.all_gather_object(found, known)
+            known = sorted(set().union(*found))
+            self.broken[known] = True
+        if len(known) > self.max_error_share * self.length:
+            raise SampleError(f"{self._too_many(len(known))}, of all processes together")
+        return known
+
+    def _too_many(self, count: int) -> str:
+        share = f"more than max_error_share={self.max_error_share:g} allows"
+        return f"{self.name}: {count} of {self.length} samples cannot be read, {share}"
+
     def _report(self, read: Callable[[int], Sample], index: int, error: SampleError) -> None:
         self.broken[index] = True
         count = int(self.broken.sum())
@@ -70,10 +92,7 @@ class SkipFaults:
                 read(first)
             except SampleError as known:
                 reasons.append(str(known).removeprefix(f"{self.name} "))
-        raise SampleError(
-            f"{self.name}: {count} of {self.length} samples cannot be read, more than max_error_share="
-            f"{self.max_error_share:g} allows; the first: {'; '.join(reasons)}"
-        ) from error
+        raise SampleError(f"{self._too_many(count)}; the first: {'; '.join(reasons)}") from error
 
 
 def check_fault_policy(on_error: str, max_error_share: float) -> None:

@@ -219,3 +219,43 @@ def test_a_spawned_worker_knows_what_is_broken(root: Path):
     dataset[10]
     again = pickle.loads(pickle.dumps(dataset))
     assert again.faults.broken[10] and torch.equal(again[10][0], dataset[11][0])
+
+
+def test_a_run_that_goes_on_knows_what_is_broken(root: Path, log: Callable):
+    """It counts on, reads none of it again, and says nothing of it again."""
+    spoil(root, "empty", "text")
+    options = {"on_error": "skip", "max_error_share": 2.5 / 43, "num_workers": 0, "drop_last": False}
+    first = module(root, **options)
+    list(first.train_dataloader())
+    state = first.state_dict()
+    assert state == {"root": str(root), "broken": {"train": [10, 11]}} and len(log()) == 2
+    again = module(root, **options)
+    again.setup("validate")
+    again.dataset("train")
+    again.load_state_dict(state)
+    list(again.train_dataloader())
+    assert len(log()) == 2
+    (root / "train" / "b" / "c05.png").write_bytes(b"")
+    with pytest.raises(SampleError, match="3 of 42 samples cannot be read"):
+        list(again.train_dataloader())
+    other = module(root, **options)
+    other.dataset("train")
+    other.load_state_dict({**state, "root": "elsewhere"})
+    assert not other.dataset("train").faults.broken.any()
+    assert module(root).state_dict() == {}
+
+
+def test_processes_count_together(monkeypatch):
+    faults = SkipFaults(40, 0.05, "train")
+    faults.broken[[3, 7]] = True
+    assert faults.known() == [3, 7]
+
+    def gather(found: list, own: list[int]) -> None:
+        found[:] = [own, [7, 9]]
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    with pytest.raises(SampleError, match="train: 3 of 40 .* max_error_share=0.05 allows, of all processes together"):
+        faults.known()
+    assert faults.broken.nonzero().flatten().tolist() == [3, 7, 9]
