@@ -198,7 +198,8 @@ class TimmTask(LightningModule):
         means = getattr(self, where)
         if name not in means:
             mean = _FiniteMean() if where == "epoch_means" else _Mean()
-            means[name] = mean.to(self.device)
+            # with bf16-true and 16-true the default is theirs, in which sums soon stop growing, or overflow
+            means[name] = mean.set_dtype(torch.float32).to(self.device)
         return means[name]
 
     # ---- what comes out
@@ -220,7 +221,7 @@ class _Mean(MeanMetric):
     """
 
     def update(self, value: Tensor, weight: float) -> None:
-        self.mean_value += value * weight
+        self.mean_value += value.to(self.mean_value.dtype) * weight
         self.weight += weight
 
 

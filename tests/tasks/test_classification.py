@@ -220,3 +220,21 @@ def test_target_out_of_range(tmp_path):
 def test_wrong_channels():
     with pytest.raises(ValueError, match=r"images must be \(B, 1, H, W\)"):
         tiny_task().validation_step((torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long)), 0)
+
+
+class Counted(Callback):
+    """The number of images in the mean of the loss, at the end."""
+
+    def on_train_batch_end(self, trainer, task, *args):
+        self.count = float(task.epoch_means["train_loss_epoch"].weight)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_means_are_summed_in_float32(tmp_path):
+    """In bfloat16, 256 and 1 are 256."""
+    counted = Counted()
+    trainer = tiny_trainer(tmp_path, precision="bf16-true", callbacks=[counted], max_epochs=1, limit_val_batches=2)
+    task = tiny_task()
+    trainer.fit(task, SyntheticData(count=300, batch_size=1))
+    assert counted.count == 300
+    assert {mean.mean_value.dtype for mean in task.evaluation_means.values()} == {torch.float32}
