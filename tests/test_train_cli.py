@@ -219,6 +219,7 @@ def test_sigterm_to_a_whole_group_of_processes_ends_cleanly(tmp_path):
         ("--model.mixup=-1", "mixup must be finite and not negative, got -1.0"),
         ("--model.mix_prob=1.5", "mix_prob is a probability, got 1.5"),
         ("--trainer.limit_train_batches=0", "limit_train_batches is 0: there is nothing to train"),
+        ("--model.optimizer_kwargs={betas: [0.9]}", "optimizer_kwargs {'betas': [0.9]} do not fit adamw"),
         ("--model.model_kwargs.pretrained=true", "no pretrained weights"),
         ("--model.model_kwargs.drop_path_rate=2.0", "drop_path_rate must be in [0, 1), got 2.0"),
     ],
@@ -229,6 +230,25 @@ def test_mistakes_are_found_before_a_run_folder_is_made(argument, message, tmp_p
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
     assert list(tmp_path.rglob("*")) == []
+
+
+def test_a_model_of_another_size(tmp_path, monkeypatch, capsys):
+    """Most of timm's transformers are built for images of one size."""
+    monkeypatch.chdir(tmp_path)
+    model = ["--model.model_name=vit_tiny_patch16_224", "--model.model_kwargs=null"]
+    assert call(monkeypatch, "fit", "--config", DEBUG, *model) == 2
+    assert "the model does not take images of 16 x 16 pixels: " in error_line(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
+def test_weights_alone_are_no_checkpoint_to_go_on_from(subcommand, tmp_path, monkeypatch, capsys):
+    torch.save({"head.weight": torch.zeros(1)}, tmp_path / "model.pth")
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, subcommand, "--config", DEBUG, "--ckpt_path=model.pth") == 2
+    line = error_line(capsys)
+    assert "model.pth is not a checkpoint of a training; weights alone are given as --model.checkpoint" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
 
 
 @pytest.mark.parametrize("name", ["optimizer", "mix_seed"])

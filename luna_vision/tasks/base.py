@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_type_hints
 
@@ -212,6 +212,22 @@ class TimmTask(LightningModule):
             weights: the state dict of ``self.model``, as `export_weights` writes it.
         """
         raise NotImplementedError
+
+
+def check_sizes(model: nn.Module, in_chans: int, sizes: Iterable[tuple[int, int]]) -> None:
+    """Raise ``ValueError`` unless a model takes images of these (height, width): many of timm's are built for one."""
+    modes = [(module, module.training) for module in model.modules()]
+    own = next(model.parameters())
+    try:
+        for height, width in sizes:
+            images = torch.zeros(1, in_chans, height, width, dtype=own.dtype, device=own.device)
+            with torch.no_grad():
+                model.eval().forward(images)  # not what a compiled model would do when it is called
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"the model does not take images of {height} x {width} pixels: {error}") from error
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class _Mean(MeanMetric):

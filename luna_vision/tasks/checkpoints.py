@@ -8,6 +8,7 @@ import os
 import time
 from pathlib import Path
 from typing import Any, BinaryIO
+from zipfile import is_zipfile
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -97,12 +98,23 @@ def read_checkpoint(path: str | Path, weights: bool = True) -> dict[str, Any]:
         ValueError: As `load_plain`.
     """
     if not is_sharded(path):
-        return load_plain(path, map_location="cpu", mmap=True)
+        return load_plain(path, map_location="cpu", mmap=is_zipfile(path))
     checkpoint = load_plain(Path(path, REST), map_location="cpu")
     if weights:
         return {**checkpoint, "state_dict": read_weights(path)}
     check_whole(path)
     return checkpoint
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """
+    Raises:
+        ValueError: What is given as ``--ckpt_path`` is not Lightning's, or as `load_plain`.
+    """
+    if "pytorch-lightning_version" not in read_checkpoint(path, weights=False):  # what Lightning looks at first
+        raise ValueError(
+            f"--ckpt_path: {path} is not a checkpoint of a training; weights alone are given as --model.checkpoint"
+        )
 
 
 def is_exact(trainer: Trainer) -> bool:

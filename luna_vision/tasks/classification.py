@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from luna_vision._commands import build_model
 from luna_vision.models import LunaVit
 
-from .base import TimmTask
+from .base import TimmTask, check_sizes
 from .mixing import StepMixup
 
 Batch = tuple[Tensor, Tensor]
@@ -172,6 +173,13 @@ class ClassificationTask(TimmTask):
         # autograd could only say of compiled code that the anomaly is somewhere in it
         if self.hparams.compile and not self.trainer._detect_anomaly:
             self.model.compile()  # at the first call
+
+    def check_data(self, data: LightningDataModule | None, stage: str) -> None:
+        super().check_data(data, stage)
+        # a Luna ViT takes any size; once there are weights a run is under way, and they may have been cut up
+        if hasattr(data, "timm_cfg") and not isinstance(self.model, LunaVit) and not self._has_weights:
+            sizes = [tuple(data.timm_cfg()["input_size"][1:]), *(data.train_sizes if stage == "fit" else [])]
+            check_sizes(self.model, self.hparams.in_chans, sizes)
 
     # ---- batches
 

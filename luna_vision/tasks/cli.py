@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from .base import TimmTask
-from .checkpoints import AtomicCheckpointIO, best_checkpoint
+from .checkpoints import AtomicCheckpointIO, best_checkpoint, check_checkpoint
 from .classification import ClassificationTask
 from .csv_log import make_durable
 from .guard import NonFiniteLossError
@@ -88,8 +88,10 @@ class LunaCLI(LightningCLI):
     def check_run(self) -> None:
         """Find what is missing before the loggers create the run's folder."""
         path = self._get(self.config, "ckpt_path")
-        if path and path not in ("best", "last", "hpc") and not (Path(path).is_file() or is_sharded(path)):
-            raise FileNotFoundError(f"--ckpt_path: there is no file {path}")
+        if path and path not in ("best", "last", "hpc"):
+            if not (Path(path).is_file() or is_sharded(path)):
+                raise FileNotFoundError(f"--ckpt_path: there is no file {path}")
+            check_checkpoint(path)
         if self.subcommand != "fit" and not path and not self.model.hparams.checkpoint:
             raise ValueError(
                 f"{self.subcommand} needs weights: give --ckpt_path (or --model.checkpoint for a timm file)"

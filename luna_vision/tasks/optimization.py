@@ -53,7 +53,9 @@ def build_optimizer(
         return create_optimizer_v2(
             model, opt=name, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, **groups, **arguments
         )
-    except TypeError as error:
+    except ValueError:
+        raise
+    except Exception as error:  # nearly anything, such as an IndexError of a list that is too short
         raise ValueError(f"optimizer_kwargs {arguments} do not fit {name}: {error}") from error
 
 
