@@ -135,6 +135,11 @@ class DistillationTask(ClassificationTask):
             self._teachers.append(Teacher(model, self.teacher_size, **stats, compile=hp.compile))
         return self._teachers[0]
 
+    def configure_model(self) -> None:
+        if self._pairs and self._is_sharded():  # which gathers weights for forward() only, and leaves projections alone
+            raise ValueError("feature_layers do not work with fsdp2: use ddp, or the teacher's logits alone")
+        super().configure_model()
+
     def check_start(self, optimizer: bool = True) -> None:
         super().check_start(optimizer)
         if optimizer:

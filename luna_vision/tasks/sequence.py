@@ -57,6 +57,11 @@ class SequenceTask(ClassificationTask):
         if not isinstance(self.model, LunaVit) or self.model.memory is None:
             raise ValueError(f"sequences need a Luna ViT with a memory, and {self.hparams.model_name} has none")
 
+    def configure_model(self) -> None:
+        if self._is_sharded():  # which gathers weights for the model's forward() only
+            raise ValueError("sequences do not work with fsdp2: use ddp")
+        super().configure_model()
+
     def forward(self, images: Tensor, memory: Tensor | None = None) -> Tensor:
         """Logits (B, T, K) after each image of sequences (B, T, C, H, W), beginning with a memory (B, L, C), if given
         one."""

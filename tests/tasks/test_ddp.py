@@ -8,7 +8,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import yaml
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
@@ -181,3 +183,24 @@ def test_each_process_mixes_in_its_own_way(tmp_path):
     run(tmp_path, 2, train, f"--config={DEBUG}", *arguments)
     first, second = results(tmp_path)
     assert len(first["mixed"]) == 8 and first["mixed"] != second["mixed"]
+
+
+@pytest.mark.slow
+def test_two_processes_distill_layers_as_one_does(tmp_path):
+    config = yaml.safe_load(without_ema(tmp_path).read_text())
+    kwargs = config["model"]["model_kwargs"]
+    teacher = timm.create_model("test_luna_vit", num_classes=10, in_chans=1, **kwargs)
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
+    distilled = {"teacher_model": "test_luna_vit", "teacher_kwargs": kwargs, "feature_layers": [[0, 1], [1, 0]]}
+    distilled |= {"teacher_checkpoint": str(tmp_path / "teacher.pt"), "teacher_mean": [0.5], "teacher_std": [0.5]}
+    arguments = {**config["model"], **distilled, "mixup": 0.0, "cutmix": 0.0}
+    config["model"] = {"class_path": "luna_vision.tasks.DistillationTask", "init_args": arguments}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    one = [f"--config={tmp_path / 'config.yaml'}", "--trainer.accumulate_grad_batches=1", "--test_after_fit=false"]
+    run(tmp_path / "one", 1, train, *one)
+    two = ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.init_args.batch_size=8"]
+    run(tmp_path / "two", 2, train, *one, *two)
+    (whole,), halves = results(tmp_path / "one"), results(tmp_path / "two")
+    assert "projections.1.weight" in whole["weights"]
+    for ours in halves:
+        torch.testing.assert_close(ours["weights"], whole["weights"], rtol=0, atol=1e-5)

@@ -439,3 +439,11 @@ def test_command(tmp_path, monkeypatch, capsys):
     Image.new("L", (20, 30)).save(tmp_path / "0.png")
     arguments = ["--ckpt_path", str(best), "--data.predict_path=0.png"]
     assert call(monkeypatch, "predict", "--config", "distill.yaml", *arguments) == 0
+
+
+def test_layers_are_refused_with_fsdp2(teacher_file, monkeypatch):
+    """Which gathers the weights for forward() alone, and would leave the projections of each process to themselves."""
+    task = distill(teacher_file, feature_layers=[[0, 1]])
+    monkeypatch.setattr(task, "_is_sharded", lambda: True)
+    with pytest.raises(ValueError, match="feature_layers do not work with fsdp2"):
+        task.configure_model()

@@ -136,3 +136,11 @@ def test_wrong_arguments_are_said(arguments, message):
 def test_wrong_batches_are_said(shape, targets, known, message):
     with pytest.raises(ValueError, match=message):
         tiny().training_step((images(*shape), torch.tensor(targets), torch.tensor(known)), 0)
+
+
+def test_fsdp2_is_refused(monkeypatch):
+    """Which gathers the weights for forward() alone, and not for encode()."""
+    task = tiny()
+    monkeypatch.setattr(task, "_is_sharded", lambda: True)
+    with pytest.raises(ValueError, match="sequences do not work with fsdp2"):
+        task.configure_model()
