@@ -120,12 +120,16 @@ def check_checkpoint(path: str | Path) -> None:
 def is_exact(trainer: Trainer) -> bool:
     """Whether Lightning can go on exactly from a checkpoint that is made now.
 
-    Not between the batches of one optimizer step, whose gradients are in no checkpoint, and not right after the last
-    batch of an epoch, as it would leave out the validation.
+    Not between the batches of one optimizer step, whose gradients are in no checkpoint, and not where the end of an
+    epoch or, right after a batch, a validation is still to come that Lightning would leave out.
     """
-    loop = trainer.fit_loop.epoch_loop
+    fit = trainer.fit_loop
+    loop, epochs = fit.epoch_loop, fit.epoch_progress.current
+    out_of_steps = 0 <= trainer.max_steps <= trainer.global_step and epochs.processed < epochs.ready
+    if out_of_steps or loop._should_accumulate():
+        return False
     at_batch_end = loop.batch_progress.current.completed < loop.batch_progress.current.processed
-    return not at_batch_end or not (loop.batch_progress.is_last_batch or loop._should_accumulate())
+    return not at_batch_end or not (loop._num_ready_batches_reached() or loop._should_check_val_fx(fit._data_fetcher))
 
 
 class LastCheckpoint(Checkpoint):

@@ -80,6 +80,8 @@ class ExactResume(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trainer = trainer
+        # With max_steps, Lightning takes any checkpoint for one within an epoch, and counts a finished one once more.
+        trainer.fit_loop._iteration_based_training = lambda: False
         first = trainer.strategy.broadcast(str(trainer.ckpt_path))
         if first != str(trainer.ckpt_path):
             raise ValueError(
@@ -122,7 +124,8 @@ class ExactResume(Callback):
             if loop._should_accumulate() or not every or (step + 1) % every:
                 return None
             metrics = loop._results.metrics(on_step=True)["log"]
-        elif batches.is_last_batch and epochs.completed < epochs.ready:  # of an epoch
+        elif epochs.completed < epochs.ready and (batches.is_last_batch or epochs.processed == epochs.ready):
+            # of an epoch, which max_steps may have cut short
             metrics = loop._results.metrics(on_step=False)["log"]
             step -= epochs.processed == epochs.ready  # by then Lightning has counted the last batch
         else:

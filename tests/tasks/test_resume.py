@@ -99,13 +99,16 @@ def fit(
     return task.state_dict(), rows
 
 
+# with how many of the checkpoints are not to be resumed from, and which of the others are tried: each, every third
 CASES = {
-    "plain": {},
-    "workers": {"num_workers": 2},
-    "accumulation": {"accumulate_grad_batches": 2},
-    "validation within the epoch": {"val_check_interval": 3},
-    "no validation": {"limit_val_batches": 0},
-    "no rows of steps": {"log_every_n_steps": 0},
+    "plain": ({}, 2, 1),  # after the last batch of an epoch
+    "workers": ({"num_workers": 2}, 2, 3),
+    "accumulation": ({"accumulate_grad_batches": 2}, 8, 3),  # and between the batches of an optimizer step
+    "validation within the epoch": ({"val_check_interval": 3}, 4, 1),  # and after a batch that it follows
+    "both": ({"val_check_interval": 3, "accumulate_grad_batches": 2}, 10, 1),  # and after it, where gradients wait
+    "an end within the epoch": ({"val_check_interval": 3, "max_steps": 9}, 4, 1),  # and once there is nothing to do
+    "no validation": ({"limit_val_batches": 0}, 2, 3),
+    "no rows of steps": ({"log_every_n_steps": 0}, 2, 3),
 }
 
 
@@ -113,19 +116,17 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_any_checkpoint_leads_to_the_same_end(tmp_path, case):
     """Weights and every logged row, whether the run was cut off after a batch, a validation or an epoch."""
-    arguments = CASES[case]
+    arguments, inexact, every = CASES[case]
     weights, rows = fit(tmp_path / "whole", keep=tmp_path / "kept", **arguments)
     kept = sorted((tmp_path / "kept").glob("*.ckpt"))
     exact = [path for path in kept if torch.load(path, weights_only=True)["callbacks"]["ExactResume"]["exact"]]
-    # the others are never resumed from: after the last batches, and between the batches of an optimizer step
-    assert len(kept) - len(exact) == (6 if case == "accumulation" else 2) + (case == "accumulation") * 2
-    kept = exact
-    for path in kept[:: 1 if case == "plain" else 3]:
+    assert len(kept) - len(exact) == inexact
+    for path in exact[::every]:
         again = tmp_path / path.stem
         shutil.copytree(tmp_path / "whole", again)  # with the rows of what will be done again
         ours, logged = fit(again, resume=path, **arguments)
         assert logged == rows, path.name
-        if path != kept[-1]:  # with nothing left to do, training does not end anew and leaves the raw weights in place
+        if path != exact[-1]:  # with nothing left to do, training does not end anew and leaves the raw weights in place
             torch.testing.assert_close(ours, weights, rtol=0, atol=0)
 
 
