@@ -39,6 +39,14 @@ def test_all_but_compile_combine_with_processes(tmp_path, strategy):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_optimizers_that_take_norms_of_whole_weights(tmp_path, strategy):
+    weights, _ = trained(tmp_path / "one", 1, "--model.optimizer=lamb")
+    ours, _ = trained(tmp_path / "two", 2, "--model.optimizer=lamb", f"--trainer.strategy={strategy}")
+    assert max((ours[name] - weights[name]).abs().max() for name in weights) < 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["auto", "ddp"])
 def test_with_compile(tmp_path, strategy):
     world_size = 1 if strategy == "auto" else 2
