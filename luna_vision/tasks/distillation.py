@@ -91,7 +91,7 @@ class DistillationTask(ClassificationTask):
         self._teachers: list[Teacher] = []  # a plain list: nothing in it is a part of this module
         self._pairs: list[tuple[int, int]] = []
         self.projections = nn.ModuleList(self._projections())
-        self._run = logits_and_layers_of(hp.compile)
+        self._run = logits_and_layers_of(compile=False)
 
     def _projections(self) -> list[nn.Module]:
         """For each pair of layers, the student's channels to the teacher's, with bias (arXiv 1412.6550)."""
@@ -156,7 +156,12 @@ class DistillationTask(ClassificationTask):
         if hasattr(data, "timm_cfg"):
             cfg = data.timm_cfg()
             self.teacher.set_source(cfg["mean"], cfg["std"])
-            self.teacher.check(in_chans, tuple(cfg["input_size"][1:]))
+            for size in (tuple(cfg["input_size"][1:]), *data.train_sizes):
+                self.teacher.check(in_chans, size)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self._run = logits_and_layers_of(self.hparams.compile and not self.trainer._detect_anomaly)  # as the base class
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

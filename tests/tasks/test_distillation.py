@@ -151,6 +151,9 @@ def test_only_the_student_learns(tmp_path, data, monkeypatch, features, compile)
         task = distill(None, **arguments, teacher_img_size=32, feature_layers=layers, compile=True)
         tiny_trainer(tmp_path / "compiled", fast_dev_run=1).fit(task, data)
         assert task.model in compiled and compiled.count(logits_and_layers) == 2
+        task = distill(None, **arguments, teacher_img_size=32, feature_layers=layers, compile=True)
+        tiny_trainer(tmp_path / "anomaly", fast_dev_run=1, detect_anomaly=True).fit(task, data)
+        assert task.model not in compiled and compiled.count(logits_and_layers) == 3  # the teacher has no gradients
 
 
 def test_every_weight_that_features_reach_gets_a_gradient(teacher_file):
@@ -401,6 +404,9 @@ def test_images_that_the_teacher_does_not_take(tmp_path):
     arguments["teacher_kwargs"] = {"dynamic_img_size": False}
     task = distill(None, **arguments, num_classes=10)
     data = DigitsDataModule(img_size=16, num_workers=0)
+    sizes = DigitsDataModule(img_size=160, num_workers=0, train_sizes=[160, 96], patch_size=4)
+    with pytest.raises(ValueError, match="does not take images of 96 x 96 pixels"):
+        task.check_data(sizes, "fit")
     with pytest.raises(ValueError, match=r"does not take images of 16 x 16 pixels \(teacher_img_size is None\)"):
         tiny_trainer(tmp_path).fit(task, data)
     rgb = distill(None, **arguments, num_classes=10, in_chans=3, teacher_in_chans=1)
