@@ -7,7 +7,6 @@ draws from them), the rows that the loggers have written, and the means of the e
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -74,7 +73,7 @@ class ExactResume(Callback):
         self.fingerprint = fingerprint
         self._random: dict[str, Any] | None = None
         self._trainer: Trainer | None = None
-        self._old_rows: dict[int, tuple[list[str], list[dict[str, str]]]] = {}
+        self._old_rows: dict[int, tuple[list[str], list[dict[str, str]]]] | None = None  # of a run that goes on
 
     # ---- writing
 
@@ -140,7 +139,7 @@ class ExactResume(Callback):
         trainer = self._trainer
         if len(state["random"]) == trainer.world_size:
             self._random = state["random"][trainer.global_rank]
-        if self._old_rows:
+        if self._old_rows is not None:
             for i, count in enumerate(state["rows"]):
                 logger, (names, rows) = csv_loggers(trainer)[i], self._old_rows[i]
                 if len(rows) < count:
@@ -154,10 +153,11 @@ class ExactResume(Callback):
                 for logger in trainer.loggers:
                     logger.log_metrics(row, step)
                     logger.save()
-        self._old_rows = {}
+        self._old_rows = None
 
     def keep_rows(self, trainer: Trainer) -> None:
         """Remember what is in the CSV loggers' files, and let it stay there until it is put back."""
+        self._old_rows = {}
         for i, logger in enumerate(csv_loggers(trainer)):
             self._old_rows[i] = read_rows(rows_file(logger))
             if isinstance(logger, DurableCSVLogger):
@@ -310,8 +310,11 @@ class RunRecord(Callback):
         folder = log_dir(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / LOCK_FILE)
-        with contextlib.suppress(Timeout):  # two runs without loggers share a folder, and then a checkpoint's name too
+        try:
             self._lock.acquire(timeout=0)
+        except Timeout as error:
+            if trainer.loggers:  # which number the folders; without them all runs share one
+                raise ValueError(f"another process has just begun to work on {folder}: start this one again") from error
         self._folder = folder
         self._versions = [getattr(logger, "version", None) for logger in trainer.loggers]
         self._write(finished=False)

@@ -16,12 +16,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger
 
 from luna_vision.data import DigitsDataModule
 from luna_vision.tasks import EMA, ClassificationTask, ImagesPerSecond, NonFiniteGuard
 from luna_vision.tasks.checkpoints import AtomicCheckpointIO
 from luna_vision.tasks.csv_log import DurableCSVLogger
-from luna_vision.tasks.resume import ExactResume, Unfinished, go_on, newest_whole
+from luna_vision.tasks.resume import ExactResume, RunRecord, Unfinished, go_on, newest_whole
 
 ROOT = Path(__file__).parents[2]
 
@@ -228,6 +229,41 @@ def test_the_newest_whole_checkpoint_of_the_configuration_is_found(tmp_path):
     os.utime(tmp_path / "cut.ckpt", (9, 9))
     with pytest.warns(UserWarning, match="cut.ckpt is left out"):
         assert newest_whole([tmp_path, tmp_path / "none"], "ours") == str(tmp_path / "second.ckpt")
+
+
+class Recorder(Logger):
+    """Neither of files nor of versions."""
+
+    name, version = "recorder", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, metrics))
+
+    def log_hyperparams(self, params):
+        pass
+
+
+def test_the_row_after_a_checkpoint_is_given_to_any_logger():
+    callback, recorder = ExactResume(), Recorder()
+    callback._trainer = trainer = Trainer(logger=recorder, callbacks=[callback], accelerator="cpu")
+    state = {"random": [], "rows": [], "unwritten": {"val_acc1": 0.5, "step": 3}}
+    callback.load_state_dict(state)
+    assert recorder.rows == []  # of another run's checkpoint
+    callback.keep_rows(trainer)
+    callback.load_state_dict(state)
+    assert recorder.rows == [(3, {"val_acc1": 0.5})]
+
+
+def test_two_processes_do_not_begin_one_run(tmp_path):
+    trainers = [Trainer(logger=CSVLogger(tmp_path, name="", version=0), accelerator="cpu") for _ in range(2)]
+    first, second = RunRecord("this"), RunRecord("this")
+    first.setup(trainers[0], None, "fit")
+    with pytest.raises(ValueError, match="another process has just begun to work on .*version_0: start this one again"):
+        second.setup(trainers[1], None, "fit")
 
 
 def launch(folder: Path, *arguments: str) -> subprocess.Popen:
