@@ -50,7 +50,8 @@ class SizeSampler(EpochSampler):
         sizes: (height, width) of images, in pixels.
         patch_size: Side of a patch in pixels.
         patches: Patches in a batch, on each device.
-        drop_last: Leave out the last, incomplete batch, unless it is the only one.
+        drop_last: Leave out what cannot be shared out evenly, and the last, incomplete batch, unless it is the only
+            one.
         seed: Seed of the shuffle and of the sizes, the same on all ranks.
         num_replicas: Number of processes that share the epoch.
         rank: The rank of this process among them.
@@ -67,7 +68,9 @@ class SizeSampler(EpochSampler):
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
-        super().__init__(dataset, seed=seed, num_replicas=num_replicas, rank=rank)
+        # what cannot be shared out evenly is left out, unless some process would have nothing at all
+        uneven = drop_last and len(dataset) >= num_replicas
+        super().__init__(dataset, seed=seed, num_replicas=num_replicas, rank=rank, drop_last=uneven)
         self.batches: list[tuple[Size, int]] = []
         left = self.num_samples  # of this rank, and any other
         while left:

@@ -70,6 +70,13 @@ def test_ranks_have_the_same_size_and_other_images():
     assert isinstance(sampler(), DistributedSampler)  # Lightning would replace anything else under DDP
 
 
+@pytest.mark.parametrize("length", [1, 31, 39, 61])  # one less than fills the batches of both
+def test_ranks_leave_out_what_cannot_be_shared_out(length):
+    ranks = [batches(sampler(length=length, num_replicas=2, rank=rank, drop_last=True)) for rank in (0, 1)]
+    seen = [index for whole in ranks for _, indices in whole for index in indices]
+    assert len(seen) == len(set(seen)) or length == 1
+
+
 def test_loader_goes_on_within_an_epoch_whatever_the_workers():
     reference = check_loader(num_workers=0)
     for (images, targets), (others, labels) in zip(reference, check_loader(num_workers=2), strict=True):
