@@ -4,8 +4,9 @@ A camera moves over a cued canvas (`luna_vision.data.canvas_sequence`) and never
 once. Models are trained alike but for what they remember: `carry` hands its memory on, with gradients through all
 crops; `bptt-1` hands it on without gradients; `mean` begins each crop anew and takes the mean of the logits. These have
 an MLP on the memory in each block, with which what a slot carries can be compared to what it has just read;
-`no-memory-mlp` is `carry` without. Each is tested with the memory handed on, with a fresh one for each crop (of which the last crop is read), and by the mean of
-the logits of all crops with fresh memories. Without remembering, no more can be told than which items there were.
+`no-memory-mlp` is `carry` without. Each is tested with the memory handed on, with a fresh one for each crop (of which
+the last crop is read), and by the mean of the logits of all crops with fresh memories. Without remembering, no more can
+be told than which items there were.
 """
 
 import argparse
