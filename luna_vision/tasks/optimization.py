@@ -91,7 +91,11 @@ def build_scheduler(
     Raises:
         ValueError: no such schedule, arguments it does not take, or a run without end.
     """
-    updates = trainer.estimated_stepping_batches  # also finds out num_training_batches
+    if trainer.train_dataloader is None:  # with max_steps alone, Lightning does not look at the data for an estimate
+        trainer.fit_loop.setup_data()
+    updates = trainer.estimated_stepping_batches
+    if math.isinf(trainer.num_training_batches):
+        raise ValueError("a schedule needs the length of an epoch, but it has none: set trainer.limit_train_batches")
     updates_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
     if not math.isfinite(updates) or updates < 0:
         raise ValueError("a schedule needs an end: set trainer.max_epochs or trainer.max_steps")

@@ -72,9 +72,10 @@ def test_learning_rates_are_those_of_timm(tmp_path, data, options, accumulate):
     torch.testing.assert_close(torch.tensor(record.rates), torch.tensor(expected))
 
 
-def test_schedule_ends_with_max_steps(tmp_path, data):
+@pytest.mark.parametrize("max_epochs", [100, None, -1])
+def test_schedule_ends_with_max_steps(tmp_path, data, max_epochs):
     task = tiny_task(min_lr=1e-5)
-    trainer = tiny_trainer(tmp_path, max_epochs=100, max_steps=6)
+    trainer = tiny_trainer(tmp_path, max_epochs=max_epochs, max_steps=6)
     trainer.fit(task, data)
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-5)
 
