@@ -54,6 +54,7 @@ def plan(args: argparse.Namespace) -> list[Run]:
     if not pieces:
         raise ValueError(f"--samples must be at least one batch, {args.batch_size}, got {args.samples}")
     data = {"source": args.source, "num_items": args.items, "steps": args.crops, "num_train": args.samples}
+    data["cue_first"] = args.cue_first
     shape = {"img_size": 64, "patch_size": 16, "embed_dim": args.width, "depth": args.depth}
     config = {
         "data": {
@@ -172,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--source", choices=list(ITEM_SOURCES), default="digits", help="(default: digits)")
     parser.add_argument("--items", type=at_least(2), default=2, help="on a canvas (default: 2)")
     parser.add_argument("--crops", type=at_least(3), default=4, help="in a sequence (default: 4)")
+    parser.add_argument("--cue-first", action="store_true", help="show the cue before any item")
     parser.add_argument("--samples", type=at_least(1), default=120_000, help="training sequences (%(default)s)")
     parser.add_argument("--batch-size", type=at_least(1), default=32, help="(default: 32)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")

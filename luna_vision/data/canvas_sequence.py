@@ -47,7 +47,13 @@ class CropSequence:
 
 
 def crop_sequence(
-    rng: np.random.Generator, images: np.ndarray, labels: np.ndarray, spec: CanvasSpec, side: int, length: int
+    rng: np.random.Generator,
+    images: np.ndarray,
+    labels: np.ndarray,
+    spec: CanvasSpec,
+    side: int,
+    length: int,
+    cue_first: bool = False,
 ) -> CropSequence:
     """Draw a canvas and a way of the camera over it, a function of the state of ``rng``.
 
@@ -62,6 +68,7 @@ def crop_sequence(
         spec: What to draw; cued.
         side: Side of a crop in pixels.
         length: T, crops in a sequence, at least one for each item and one for the cue.
+        cue_first: The camera stands at the cue before it stands at any item.
 
     Raises:
         ValueError: The crops are too large for the canvas: 100 canvases had no place for them.
@@ -78,6 +85,8 @@ def crop_sequence(
             "make them smaller"
         )
     order = rng.permutation(len(things))
+    if cue_first:
+        order = np.concatenate([[0], order[order != 0]])
     moments = np.sort(rng.choice(length, len(things), replace=False))
     stops = np.array([places[i] for i in order])
     way = np.stack([np.interp(np.arange(length), moments, stops[:, axis]) for axis in (0, 1)], axis=1)
@@ -138,6 +147,7 @@ class CropSequences(Dataset):
         length: Sequences in an epoch.
         seed: Seed of the sequences.
         split: "train", "val" or "test".
+        cue_first: As in `crop_sequence`.
     """
 
     def __init__(
@@ -150,7 +160,9 @@ class CropSequences(Dataset):
         length: int,
         seed: int = 0,
         split: str = "train",
+        cue_first: bool = False,
     ) -> None:
+        self.cue_first = cue_first
         self.images, self.labels, self.spec, self.side, self.steps = images, labels, spec, side, steps
         self.length, self.key = length, (seed, SPLITS.index(split))
 
@@ -162,7 +174,7 @@ class CropSequences(Dataset):
         if not 0 <= index < self.length:
             raise IndexError(f"sequence {index} of {self.length}")
         rng = np.random.default_rng((*self.key, epoch, index))
-        return crop_sequence(rng, self.images, self.labels, self.spec, self.side, self.steps)
+        return crop_sequence(rng, self.images, self.labels, self.spec, self.side, self.steps, self.cue_first)
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int, int]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -194,6 +206,8 @@ class CanvasSequenceDataModule(CanvasModule):
         frame: Thickness of frames, and of the gap between frame and item, in pixels; by default a 14th of the item.
         cue_size: Side of the cue in pixels; by default a quarter of the item.
         grid: What stands on a canvas, and the camera, does so at multiples of so many pixels.
+        cue_first: The camera sees the cue before any item, so that one colour is all that has to be remembered until
+            the item is found; otherwise they come in random order.
         num_train: Sequences in an epoch of training.
         num_val: Sequences for validation.
         num_test: Sequences for testing.
@@ -221,6 +235,7 @@ class CanvasSequenceDataModule(CanvasModule):
         frame: int | None = 4,
         cue_size: int | None = 16,
         grid: int = 16,
+        cue_first: bool = False,
         num_train: int = 10_000,
         num_val: int = 1000,
         num_test: int = 2000,
@@ -241,7 +256,7 @@ class CanvasSequenceDataModule(CanvasModule):
             raise ValueError(
                 f"crop_size must be {self.spec.outer}, an item with its frame, to {side}, the canvas, got {crop_size}"
             )
-        self.crop_size, self.steps = crop_size, steps
+        self.crop_size, self.steps, self.cue_first = crop_size, steps, cue_first
         self.img_size = (crop_size, crop_size)
 
     def timm_cfg(self) -> dict[str, Any]:
@@ -252,4 +267,4 @@ class CanvasSequenceDataModule(CanvasModule):
     def make_dataset(self, split: str) -> CropSequences:
         items = ITEM_SOURCES[self.source](self.root)[split]
         size = (self.spec, self.crop_size, self.steps, self.lengths[split])
-        return CropSequences(*items, *size, self.canvas_seed, split)
+        return CropSequences(*items, *size, self.canvas_seed, split, self.cue_first)

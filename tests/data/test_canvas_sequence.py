@@ -19,10 +19,14 @@ def seen(sequence, box) -> list[tuple[bool, bool]]:
     return [(bool(v.any()), v.sum() == mask.sum()) for v in views]
 
 
-@pytest.mark.parametrize("arguments", [{}, {"num_items": 3, "steps": 7, "side": 320, "grid": 1}], ids=["2", "3"])
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"num_items": 3, "steps": 7, "side": 320, "grid": 1}, {"cue_first": True}],
+    ids=["2", "3", "cue first"],
+)
 def test_cue_and_items_are_never_in_view_at_once_and_all_are_seen(arguments):
     dataset = data(**arguments).dataset("train")
-    orders = set()
+    orders, cue_first = set(), arguments.get("cue_first", False)
     for index in range(40):
         sequence = dataset.sequence(index)
         canvas = sequence.canvas
@@ -33,7 +37,8 @@ def test_cue_and_items_are_never_in_view_at_once_and_all_are_seen(arguments):
         assert sequence.known == max(first[0], first[1 + canvas.cued_item])
         assert sequence.crops.shape == (dataset.steps, 64, 64, 3)
         orders.add(first[0] < first[1 + canvas.cued_item])
-    assert orders == {True, False}
+        assert not cue_first or first[0] == min(first)
+    assert orders == ({True} if cue_first else {True, False})
 
 
 def test_frames_are_where_the_canvas_has_them():
