@@ -70,6 +70,7 @@ def plan(args: argparse.Namespace) -> list[Run]:
         "batch_size": args.batch_size,
         "steps": steps // pieces * pieces,
         "pieces": pieces,
+        **({"accelerator": args.device} if args.device != "cpu" else {}),
     }
     runs = []
     for seed in dict.fromkeys(args.seeds):
@@ -98,7 +99,7 @@ def execute(run: Run, root: str, work: Path, report: Progress) -> dict[str, Any]
         "test_seconds": round(time.perf_counter() - since, 1),
         "curve": ledger.curve,
         "config": config,
-        **provenance(),
+        **provenance(config.get("accelerator", "cpu")),
     }
 
 

@@ -67,7 +67,7 @@ def execute(run: Run, root: str, work: Path, report: Progress) -> dict[str, Any]
         "test_seconds": 0.0,
         "curve": ledger.curve,
         "config": config,
-        **provenance(),
+        **provenance(config.get("accelerator", "cpu")),
     }
 
 

@@ -22,6 +22,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, name: str, depth: int) ->
     parser.add_argument("--jobs", type=at_least(1), default=1, help="runs at a time, one thread each (default: 1)")
     parser.add_argument("--width", type=at_least(32), default=96, help="a multiple of 32 (default: 96)")
     parser.add_argument("--depth", type=at_least(1), default=depth, help="blocks (default: %(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of all runs (default: cpu)")
     parser.add_argument("--root", default="data", help="folder of Fashion-MNIST, fetched if missing (default: data)")
     parser.add_argument("--out", type=Path, default=Path(f"runs/{name}/results"), help="(default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path(f"runs/{name}/work"), help="checkpoints (%(default)s)")
