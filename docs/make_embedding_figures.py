@@ -53,7 +53,16 @@ def draw_neighbours(model: nn.Module, data: FashionMNISTDataModule) -> None:
     labels = [int(source[int(Path(path).stem)][1]) for path in result.paths]
     queries = [labels.index(label) for label in range(0, 10, 2)] + [labels.index(9)]
     _, nearest = search.kneighbors(result.embedding[queries])
-    figure, axes = plt.subplots(QUERIES, NEIGHBOURS + 1, figsize=(NEIGHBOURS + 1, QUERIES + 0.4))
+    place = {
+        "left": 0.01,
+        "right": 0.99,
+        "bottom": 0.01,
+        "top": QUERIES / (QUERIES + 0.4),
+        "wspace": 0.06,
+        "hspace": 0.06,
+    }
+    size = (NEIGHBOURS + 1, QUERIES + 0.4)
+    figure, axes = plt.subplots(QUERIES, NEIGHBOURS + 1, figsize=size, gridspec_kw=place)
     for row, found in zip(axes, nearest, strict=True):
         for i, (ax, index) in enumerate(zip(row, found, strict=True)):
             ax.imshow(plt.imread(result.paths[index]), cmap="gray")
@@ -61,9 +70,8 @@ def draw_neighbours(model: nn.Module, data: FashionMNISTDataModule) -> None:
             right = labels[index] == labels[found[0]]
             for spine in ax.spines.values():
                 spine.set(color="black" if not i else "tab:green" if right else "tab:red", linewidth=2)
-    axes[0, 0].set_title("asked for", fontsize=9)
+    axes[0, 0].set_title("asked for", fontsize=9, loc="left")
     axes[0, 1].set_title(f"nearest of the other {SEARCHED - 1:,}, green: same class", fontsize=9, loc="left")
-    figure.tight_layout(pad=0.4)
     figure.savefig(DOCS / "figures" / "neighbours.png", dpi=110)
 
 
