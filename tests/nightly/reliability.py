@@ -76,7 +76,11 @@ def start(folder: Path, config: Path) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", str(config)]
     output = (folder.parent / f"{folder.name}.log").open("w")  # beside the folder, which may be a full disk
     env = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, env=env)
+    pipes = {"stdout": output, "stderr": subprocess.STDOUT}
+    # a job in the background ignores Ctrl-C, and so would what it starts
+    return subprocess.Popen(
+        command, cwd=folder, env=env, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
 
 
 def printed(folder: Path) -> str:
