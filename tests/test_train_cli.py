@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 
+from luna_vision.tasks import cli
 from luna_vision.tasks.cli import main, one_line, with_default_config
 
 ROOT = Path(__file__).parents[1]
@@ -167,6 +169,21 @@ def test_error_of_a_data_worker_is_reduced_to_its_last_line():
         '  File "x.py", line 1, in f\npackage.SampleError: cannot decode image file a.png: broken'
     )
     assert one_line(error) == "cannot decode image file a.png: broken"
+
+
+@pytest.mark.parametrize("signal_, code", [(KeyboardInterrupt, 130), (SIGTERMException, 143), (ValueError, None)])
+def test_what_cannot_be_torn_down_was_stopped_all_the_same(monkeypatch, signal_, code):
+    def build():
+        try:
+            raise signal_
+        except signal_:
+            raise RuntimeError("Please call `iter(combined_loader)` first.")  # noqa: B904 (as Lightning does)
+
+    monkeypatch.setattr(cli, "build", build)
+    monkeypatch.setattr(sys, "argv", ["train.py", "fit"])
+    with pytest.raises(SystemExit if code else RuntimeError) as end:
+        cli.main()
+    assert code is None or end.value.code == code
 
 
 def test_ctrl_c_ends_cleanly_and_says_how_to_resume(tmp_path):

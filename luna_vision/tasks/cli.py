@@ -200,6 +200,14 @@ def main(default_config: Path | None = None) -> None:
     except SystemExit as error:
         # Lightning shuts down on Ctrl-C and then exits with 1.
         sys.exit(130 if isinstance(error.__context__, KeyboardInterrupt) else error.code)
+    except RuntimeError as error:
+        # stopped between its set-up and its first batch, a run cannot be torn down by Lightning, which says so
+        context = error.__context__
+        while context is not None and not isinstance(context, (KeyboardInterrupt, SIGTERMException)):
+            context = context.__context__
+        if context is None:
+            raise
+        sys.exit(130 if isinstance(context, KeyboardInterrupt) else 143)
     except USER_ERRORS as error:
         if os.environ.get("LUNA_VISION_TRACEBACK") == "1":
             raise
