@@ -140,6 +140,20 @@ def test_the_index_of_a_sharded_checkpoint(tmp_path):
     assert not Path(MARKER).exists()
 
 
+def test_the_index_of_one_process(tmp_path):
+    """To which PyTorch's own reader turns where the index of all is plain, and yet not what it takes."""
+    folder = tmp_path / "last.ckpt"
+    dcp.save({"state_dict": {"a": torch.ones(3)}}, checkpoint_id=folder)
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    index.storage_meta = torch.Size([1])
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    (folder / "__0.metadata").write_bytes(pickle.dumps(Hostile()))
+    for read in (read_weights, check_whole):
+        with pytest.raises(ValueError, match=r"last.ckpt' is not a checkpoint .*: it has an index __0.metadata"):
+            read(folder)
+    assert not Path(MARKER).exists()
+
+
 @pytest.fixture
 def sharded(monkeypatch) -> Iterator[FSDP2Strategy]:
     """The strategy of a run with one process, and of a model with one weight."""

@@ -58,10 +58,13 @@ def read_index(path: str | Path) -> Metadata:
     """What is where in a folder. To be called before anything of PyTorch's reads the folder, and its pickle, itself.
 
     Raises:
-        ValueError: There is more in it than such an index, which could run code, or it is none.
+        ValueError: There is more in it than such an index, which could run code, or it is none; or there is an index of
+            one process alone beside it.
         OSError: It cannot be read.
     """
     file = Path(path, ".metadata")
+    if single := sorted(Path(path).glob("__*.metadata")):  # PyTorch unpickles it if anything goes wrong with the other
+        raise ValueError(f"{str(path)!r} is not a checkpoint that is read here: it has an index {single[0].name}")
     try:
         with file.open("rb") as opened:
             index = _IndexUnpickler(opened).load()
