@@ -176,5 +176,7 @@ def next_batch(trainer: Trainer | None) -> tuple[int, int] | None:
     if trainer is None:
         return None
     epochs, batches = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress
-    # after the last batch it is the next epoch, whether or not this one has been counted as processed yet
-    return (epochs.ready, 0) if batches.is_last_batch else (epochs.processed, batches.current.ready)
+    # after the last batch it is the next epoch, whether or not this one has been counted as processed yet; and so it is
+    # once one has been counted that max_steps has cut short
+    ended = batches.is_last_batch or epochs.processed == epochs.ready
+    return (epochs.ready, 0) if ended else (epochs.processed, batches.current.ready)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
+from luna_vision.data.sampling import next_batch
 from luna_vision.models import init_from_vit, load_weights  # with which the luna_vit models are registered, too
 
 from .optimization import build_optimizer, build_scheduler, check_rates
@@ -127,7 +128,8 @@ class TimmTask(LightningModule):
         data = self.trainer.datamodule
         if hasattr(data, "timm_cfg"):
             checkpoint["data"] = {"name": type(data).__name__, "cfg": data.timm_cfg()}
-        if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:  # else the next epoch begins with none
+        _, done = next_batch(self.trainer)
+        if done:  # else the next epoch begins with none
             checkpoint["epoch_means"] = {name: _sums(metric) for name, metric in self.epoch_means.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from luna_vision.data import DigitsDataModule
+from luna_vision.data.sampling import next_batch
 from luna_vision.tasks import EMA, ClassificationTask, ImagesPerSecond, NonFiniteGuard
 from luna_vision.tasks.checkpoints import AtomicCheckpointIO
 from luna_vision.tasks.csv_log import DurableCSVLogger
@@ -129,6 +130,26 @@ def test_any_checkpoint_leads_to_the_same_end(tmp_path, case):
         assert logged == rows, path.name
         if path != exact[-1]:  # with nothing left to do, training does not end anew and leaves the raw weights in place
             torch.testing.assert_close(ours, weights, rtol=0, atol=0)
+
+
+class Counted(Callback):
+    """Where training begins, and how many images are in the means at the end of an epoch."""
+
+    def on_train_start(self, trainer, task):
+        self.start = next_batch(trainer)
+
+    def on_train_epoch_end(self, trainer, task):
+        self.images = {name: float(mean.weight) for name, mean in task.epoch_means.items()}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_epoch_that_was_cut_short_is_not_counted_in_the_next(tmp_path):
+    """With more steps, the next epoch follows, with its own batches and their means."""
+    fit(tmp_path / "run", keep=tmp_path / "kept", max_steps=3)
+    path, counted = sorted((tmp_path / "kept").glob("*-step3-epoch.ckpt"))[0], Counted()
+    fit(tmp_path / "run", resume=path, max_steps=9, also=[counted])
+    assert counted.start == (1, 0)
+    assert counted.images == {"train_loss_epoch": 6 * 32, "train_acc1_epoch": 6 * 32}
 
 
 class StopAtStart(Callback):
