@@ -178,8 +178,8 @@ class ClassificationTask(TimmTask):
         super().check_data(data, stage)
         # a Luna ViT takes any size; once there are weights a run is under way, and they may have been cut up
         if hasattr(data, "timm_cfg") and not isinstance(self.model, LunaVit) and not self._has_weights:
-            sizes = [tuple(data.timm_cfg()["input_size"][1:]), *(data.train_sizes if stage == "fit" else [])]
-            check_sizes(self.model, self.hparams.in_chans, sizes)
+            sizes = getattr(data, "train_sizes", []) if stage == "fit" else []
+            check_sizes(self.model, self.hparams.in_chans, [tuple(data.timm_cfg()["input_size"][1:]), *sizes])
 
     # ---- batches
 

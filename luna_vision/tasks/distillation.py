@@ -156,7 +156,7 @@ class DistillationTask(ClassificationTask):
         if hasattr(data, "timm_cfg"):
             cfg = data.timm_cfg()
             self.teacher.set_source(cfg["mean"], cfg["std"])
-            for size in (tuple(cfg["input_size"][1:]), *data.train_sizes):
+            for size in (tuple(cfg["input_size"][1:]), *getattr(data, "train_sizes", [])):
                 self.teacher.check(in_chans, size)
 
     def setup(self, stage: str) -> None:

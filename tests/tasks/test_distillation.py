@@ -12,7 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
@@ -412,6 +412,20 @@ def test_images_that_the_teacher_does_not_take(tmp_path):
     rgb = distill(None, **arguments, num_classes=10, in_chans=3, teacher_in_chans=1)
     with pytest.raises(ValueError, match="images of 3 channels cannot be shown to a teacher of 1"):
         tiny_trainer(tmp_path).fit(rgb, SyntheticData(num_classes=10, in_chans=3))
+
+
+class OneSize(LightningDataModule):
+    """Of another package: it says what its images are like, and knows nothing of other sizes to train at."""
+
+    def timm_cfg(self) -> dict:
+        return {"input_size": (1, 16, 16), "mean": (0.5,), "std": (0.5,)}
+
+
+def test_data_that_knows_no_sizes_to_train_at(teacher_file):
+    distill(teacher_file).check_data(OneSize(), "fit")
+    with pytest.raises(ValueError, match="the model does not take images of 16 x 16 pixels"):
+        fixed = {"model_kwargs": {"dynamic_img_size": False}}
+        ClassificationTask("test_vit", num_classes=5, in_chans=1, **fixed).check_data(OneSize(), "fit")
 
 
 def call(monkeypatch, *args: str) -> int:
