@@ -135,6 +135,8 @@ class TimmTask(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in one line that a checkpoint is another model's, before PyTorch says it in a hundred."""
         self._has_weights = True
+        if "lr_schedulers" in checkpoint:  # timm's know lengths and rates, which are the configuration's, and no more
+            checkpoint["lr_schedulers"] = []
         if self._trainer is not None and self.trainer.is_global_zero:  # the sums are those of all ranks
             for name, state in checkpoint.get("epoch_means", {}).items():
                 metric = self._mean("epoch_means", name)
@@ -173,6 +175,14 @@ class TimmTask(LightningModule):
             scheduler.step_update(num_updates=self.global_step)
         else:
             scheduler.step(epoch=self.current_epoch + 1)
+
+    def on_train_start(self) -> None:
+        """Go on with the rates of this run's schedule: a checkpoint has those of the one that has written it."""
+        scheduler, (epoch, _) = self.lr_schedulers(), next_batch(self.trainer)
+        if self.hparams.schedule_by == "update" and self.global_step:
+            scheduler.step_update(num_updates=self.global_step)
+        elif self.hparams.schedule_by == "epoch" and epoch:
+            scheduler.step(epoch=epoch)
 
     def log_learning_rate(self) -> None:
         """With layer decay the groups differ; the largest rate is that of the head, lr itself."""

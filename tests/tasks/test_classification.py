@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from timm.scheduler import create_scheduler_v2
 from luna_vision.tasks import ClassificationTask
 
 from .conftest import SyntheticData, tiny_task, tiny_trainer
+from .test_resume import EveryMoment
 
 
 class RecordRates(Callback):
@@ -117,6 +119,25 @@ def test_fit_with_mixing(tmp_path, data, mix, loss):
     trainer = tiny_trainer(tmp_path, max_epochs=1)
     trainer.fit(tiny_task(**mix, loss=loss, bce_threshold=0.2 if loss == "bce" else None), data)
     assert torch.isfinite(trainer.callback_metrics["train_loss"])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [{"warmup_epochs": 1.5}, {"schedule_by": "epoch"}], ids=str)
+def test_a_longer_run_goes_on_with_its_own_schedule(tmp_path, data, options):
+    """Whether the checkpoint is of a batch, a validation or the end of an epoch."""
+    record = RecordRates()
+    tiny_trainer(tmp_path, max_epochs=3, callbacks=[record]).fit(tiny_task(**options), data)
+    keep = [EveryMoment(tmp_path / "kept")]
+    tiny_trainer(tmp_path, callbacks=keep, enable_checkpointing=True).fit(tiny_task(lr=1.0, **options), data)
+    kept = sorted((tmp_path / "kept").glob("*.ckpt"))
+    assert len(kept) == 2 * (4 + 2)
+    for path in kept[3:6]:  # the last batch of the first epoch, its validation, and its end
+        rest = RecordRates()
+        trainer = tiny_trainer(tmp_path, max_epochs=3, callbacks=[rest])
+        trainer.fit(tiny_task(**options), data, ckpt_path=path, weights_only=True)
+        step = int(re.search(r"step(\d+)", path.name)[1])
+        assert len(rest.rates) == 3 * 4 - step
+        assert rest.rates == record.rates[step:], path.name
 
 
 def test_fit_learns_and_logs(tmp_path, data):
