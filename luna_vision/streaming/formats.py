@@ -106,12 +106,13 @@ class ChunkedImage:
         return np.asarray(self.array[index]).transpose(self.order)
 
 
-def _chunks_at_once() -> int:
-    """How many chunks zarr reads and decodes at the same time."""
+def _chunks_at_once() -> float:
+    """How many chunks zarr reads and decodes at the same time; it may be told to take all."""
     import zarr
 
     config = getattr(zarr, "config", None)  # before version 3 it took one after the other
-    return 1 if config is None else config.get("async.concurrency")
+    limit = 1 if config is None else config.get("async.concurrency")
+    return math.inf if limit is None else limit
 
 
 def _open_tiff(path: Path, level: int) -> ChunkedImage:
