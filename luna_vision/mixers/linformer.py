@@ -38,10 +38,10 @@ def _overlap(index: Tensor, count: Tensor, cells: int, dtype: torch.dtype) -> Te
 def _pool(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Sum patches (B, H, H', W', D) into cells (B, H, R * R, D) by the shares (B, R, H') and (B, R, W')."""
     B, heads, height, width, D = x.shape
-    # by way of one dimension, as torch.export can follow it
-    x = rows[:, None] @ x.flatten(2).unflatten(2, (height, width * D))
-    x = columns[:, None, None] @ x.view(B, heads, -1, width, D)
-    return x.flatten(2, 3)
+    # heads beside D and by way of one dimension, as torch.export can follow it, a single head included
+    x = x.movedim(1, 3).flatten(1).unflatten(1, (height, width * heads * D))
+    x = columns[:, None] @ (rows @ x).view(B, -1, width, heads * D)
+    return x.flatten(1, 2).unflatten(2, (heads, D)).transpose(1, 2)
 
 
 def _covered_norm(weight: Tensor, filled: Tensor) -> Tensor:
