@@ -156,7 +156,7 @@ def load_model(args: argparse.Namespace, **overrides: Any) -> nn.Module:
     arguments = _recorded_arguments(recorded) if name == recorded.get("model_name") else {}
     arguments |= parse_pairs(args.model_args) | overrides
     if _folder(name):
-        model = _from_folder(name, arguments)
+        model = _from_folder(name, arguments, weights=not args.checkpoint)
     else:
         model = build_model(name, **arguments)
     if args.checkpoint:
@@ -211,13 +211,21 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"--model {LOCAL}{folder}: {file} is broken: {error}") from error
 
 
-def _from_folder(name: str, arguments: dict[str, Any]) -> nn.Module:
+def _from_folder(name: str, arguments: dict[str, Any], weights: bool) -> nn.Module:
     _read_config(_folder(name))
+    # with its own head: for another one timm drops it, and then leaves all that the file has not as initialised, too
+    own = {key: value for key, value in arguments.items() if not weights or key != "num_classes"}
     try:
-        return timm.create_model(name, pretrained=True, **arguments)
+        model = timm.create_model(name, pretrained=weights, **own)
     except Exception as error:  # a file that is cut off, and arguments that do not fit it, raise nearly anything
         reason = shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
         raise ValueError(f"--model {name}: {reason}") from error
+    classes = arguments.get("num_classes", model.num_classes)
+    if classes != model.num_classes:
+        if classes != 0:
+            raise ValueError(f"--model {name} has a head for {model.num_classes} classes, and not for {classes}")
+        model.reset_classifier(0)
+    return model
 
 
 def training_checkpoint(checkpoint: Path) -> dict[str, Any]:

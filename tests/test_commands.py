@@ -70,6 +70,31 @@ def test_a_folder_of_save_for_hf(random, tmp_path, capsys):
     assert ("RANDOM" in capsys.readouterr().err) == random_weights(words) == bool(random)
 
 
+@pytest.mark.parametrize("classes", [[], ["num_classes=0"], ["num_classes=5"]])
+def test_nothing_of_a_folder_is_left_as_initialised(classes, tmp_path):
+    """timm loads what there is where the number of classes differs, as it does in all commands that read features."""
+    trained = timm.create_model("test_luna_vit", num_classes=5, depth=2)
+    export.save_for_hf(trained, tmp_path)
+    folder = ["--model", f"local-dir:{tmp_path}", "--model-args", *classes]
+    model = load_model(parse(*folder, "drop_path_rate=0.1"), num_classes=0)
+    image = torch.randn(1, 3, 40, 50)
+    torch.testing.assert_close(model(image), trained.eval().forward_head(trained.forward_features(image), True))
+    for argument in ("depth=3", "memory_mlp=own"):
+        with pytest.raises(ValueError, match=f"^--model local-dir:{tmp_path}: .* Missing key"):
+            load_model(parse(*folder, argument), num_classes=0)
+    with pytest.raises(ValueError, match=f"--model local-dir:{tmp_path} has a head for 5 classes, and not for 7"):
+        load_model(parse(*folder, "num_classes=7"))
+
+
+def test_a_checkpoint_goes_over_the_weights_of_a_folder(tmp_path):
+    export.save_for_hf(timm.create_model("test_luna_vit", num_classes=5, depth=2), tmp_path / "it")
+    trained = timm.create_model("test_luna_vit", num_classes=7, depth=2)
+    save_file(trained.state_dict(), tmp_path / "best.safetensors")
+    words = ["--model", f"local-dir:{tmp_path / 'it'}", "--checkpoint", str(tmp_path / "best.safetensors")]
+    model = load_model(parse(*words, "--model-args", "num_classes=7"))
+    torch.testing.assert_close(model.state_dict(), trained.state_dict(), rtol=0, atol=0)
+
+
 def test_weights_that_are_not_pretrained_are_random():
     assert random_weights(parse("--model-args", "pretrained=False"))
     assert not random_weights(parse("--model-args", "pretrained=True"))
