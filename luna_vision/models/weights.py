@@ -66,7 +66,7 @@ def load_weights(
             num_classes=model.num_classes,
             in_chans=get_model_input_config(model)["input_size"][0],
         )
-    except RuntimeError as error:
+    except Exception as error:  # timm's filters, too, raise nearly anything where the file is not one of timm's
         differing = _differences(model.state_dict(), cfg["state_dict"]) or " ".join(str(error).split())
         raise ValueError(f"{str(path)!r} does not fit {type(model).__name__}: {differing}") from error
     say(f"weights loaded from {path}")

@@ -120,6 +120,15 @@ def test_bad_files(tmp_path, write, error, message):
         load_weights(tiny_task().model, path)
 
 
+@pytest.mark.parametrize("name", ["convnext_atto", "beit_base_patch16_224"])
+def test_a_file_that_the_filter_of_a_model_does_not_know(name, tmp_path):
+    """timm's filters look up the names that they expect, and raise a KeyError or an AttributeError."""
+    torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "vit.pt")
+    model = timm.create_model(name, num_classes=0, device="meta")
+    with pytest.raises(ValueError, match="vit.pt' does not fit [A-Za-z]+: [0-9]+ weights are missing"):
+        load_weights(model, tmp_path / "vit.pt")
+
+
 def test_starting_weights_are_not_read_on_resume(tmp_path, data):
     checkpoint = ModelCheckpoint(tmp_path, filename="first")
     tiny_trainer(tmp_path, max_epochs=1, callbacks=[checkpoint], enable_checkpointing=True).fit(tiny_task(), data)
