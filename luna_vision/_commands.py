@@ -154,7 +154,10 @@ def load_model(args: argparse.Namespace, **overrides: Any) -> nn.Module:
     recorded = run.get("hyper_parameters", {})
     name = args.model or recorded.get("model_name") or args.default_model
     arguments = _recorded_arguments(recorded) if name == recorded.get("model_name") else {}
-    arguments |= parse_pairs(args.model_args) | overrides
+    given = parse_pairs(args.model_args)
+    arguments |= given | overrides
+    if "checkpoint_path" in given:  # of which nobody would know that these are not random weights
+        raise ValueError("--model-args checkpoint_path: give the file as --checkpoint")
     if _folder(name):
         model = _from_folder(name, arguments, weights=not args.checkpoint)
     else:

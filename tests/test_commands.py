@@ -107,6 +107,7 @@ def test_weights_that_are_not_pretrained_are_random():
         (["--model-args", "memory"], "--model-args are NAME=VALUE, got 'memory'"),
         (["--model-args", "slots=3"], "slots"),
         (["--model-args", "memory_len=0"], "memory_len must be at least 1, got 0"),
+        (["--model-args", "checkpoint_path=a.pt"], "--model-args checkpoint_path: give the file as --checkpoint"),
         (["--checkpoint", "gone.ckpt"], "checkpoint 'gone.ckpt' does not exist"),
         (["--model", "local-dir:gone"], "there is no gone/config.json"),
     ],
