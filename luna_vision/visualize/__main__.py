@@ -1,7 +1,6 @@
 """Draw what the memory of a model looks at, and its features: `python -m luna_vision.visualize --help`."""
 
 import argparse
-import itertools
 import os
 import sys
 import tempfile
@@ -152,11 +151,7 @@ def _targets(out: Path, files: list[str | None], single: bool) -> list[Path]:
         raise ValueError(f"--out {out} is one file, for several images: give a folder")
     if as_file and out.suffix[1:].lower() not in FigureCanvasBase.filetypes:
         raise ValueError(f"--out {out}: the format must be one of {', '.join(sorted(FigureCanvasBase.filetypes))}")
-    targets: list[Path] = []
-    for file in files:
-        stem = Path(file).stem
-        names = itertools.chain([f"{stem}.png"], (f"{stem}-{i}.png" for i in itertools.count(2)))
-        targets.append(out if as_file else next(out / name for name in names if out / name not in targets))
+    targets = [out] * len(files) if as_file else [out / name for name in _names(files)]
     inputs = {Path(file).resolve() for file in files}
     for target in targets:
         if target.resolve() in inputs:
@@ -170,6 +165,21 @@ def _targets(out: Path, files: list[str | None], single: bool) -> list[Path]:
     except OSError as error:
         raise OSError(f"--out {out}: {folder} cannot be written ({error.strerror})") from error
     return targets
+
+
+def _names(files: list[str | None]) -> list[str]:
+    """A name for the picture of each image, no two alike: not even to a file system that takes A for a."""
+    names: list[str] = []
+    taken: set[str] = set()
+    numbers: dict[str, int] = {}  # the next one of a stem
+    for stem in (Path(file).stem for file in files):
+        number = numbers.get(stem.casefold(), 1)
+        while (name := f"{stem}-{number}.png" if number > 1 else f"{stem}.png").casefold() in taken:
+            number += 1
+        numbers[stem.casefold()] = number + 1
+        taken.add(name.casefold())
+        names.append(name)
+    return names
 
 
 def _kind(kind: str | None, model: nn.Module) -> str:

@@ -68,6 +68,13 @@ def test_a_picture_for_each_image_in_a_folder(folder, capsys):
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["a-2.png", "a.png", "b.png"]
 
 
+def test_names_differ_on_any_file_system():
+    """Some take A.png for a.png; and of many images of one name none is compared with all others."""
+    files = ["x/a.png", "y/A.jpg", "z/a-2.png", "z/a.png", "Ä.png", "x/ä.png"]
+    assert command._names(files) == ["a.png", "A-2.png", "a-2-2.png", "a-3.png", "Ä.png", "ä-2.png"]
+    assert command._names([f"{i}/1.jpg" for i in range(20_000)])[-1] == "1-20000.png"
+
+
 def test_images_that_cannot_be_read_are_named_and_the_others_kept(folder, capsys):
     (folder / "empty.png").touch()
     (folder / "words.png").write_text("no image")
