@@ -178,6 +178,8 @@ def _recorded_arguments(recorded: dict[str, Any]) -> dict[str, Any]:
     # a detector's backbone is built for the size that images are brought to
     arguments = {"img_size": recorded["min_size"]} if "min_size" in recorded else {}
     arguments |= recorded.get("model_kwargs") or {}
+    for start in ("pretrained", "checkpoint_path"):  # weights that the training has begun with, and changed
+        arguments.pop(start, None)
     return arguments | {key: recorded[key] for key in ("num_classes", "in_chans") if key in recorded}
 
 

@@ -56,6 +56,16 @@ def test_a_training_checkpoint_says_what_model_it_holds(tmp_path):
     assert features(torch.zeros(1, 1, 32, 32)).shape == (1, 32)
 
 
+@pytest.mark.parametrize("start", [{"checkpoint_path": "gone.safetensors"}, {"pretrained": True}])
+def test_what_a_training_has_begun_with_is_not_read_again(start, tmp_path):
+    """It may be gone by now, or far away, and has another head."""
+    task = ClassificationTask("test_luna_vit", num_classes=6, model_kwargs=SMALL)
+    parameters = {**task.hparams, "model_kwargs": SMALL | start}
+    torch.save({"state_dict": task.state_dict(), "hyper_parameters": parameters}, tmp_path / "last.ckpt")
+    model = load_model(parse("--checkpoint", str(tmp_path / "last.ckpt")))
+    torch.testing.assert_close(model.state_dict(), task.model.state_dict(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("random", [None, False, True])
 def test_a_folder_of_save_for_hf(random, tmp_path, capsys):
     """timm's own does not say whether the weights are random, ours does."""
