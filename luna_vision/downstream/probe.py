@@ -104,6 +104,8 @@ def probe_model(
         ValueError: The data, the model and the arguments do not fit together; see the functions above and below.
         OSError: The data are not there.
     """
+    if data_args and not isinstance(data, str):
+        raise ValueError(f"data_args are for data that is given by name, and not for {type(data).__name__}")
     in_chans = Extractor(model).in_chans
     if isinstance(data, str):
         data = open_data(data, {"in_chans": in_chans, **(data_args or {})})

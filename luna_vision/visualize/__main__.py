@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     files = _find(args.images, errors)
     targets = _targets(args.out, files, single=len(files) + len(errors) == 1)
     model = load_model(args, num_classes=0)  # nothing that is drawn comes from the head
-    kind = _kind(args.kind, model)
+    kind = _kind(args, model)
     _try_out(model, args, kind)
     fitted = _fit_colors(model, files, args, errors) if kind != "memory" else None
     drawn = 0
@@ -182,11 +182,19 @@ def _names(files: list[str | None]) -> list[str]:
     return names
 
 
-def _kind(kind: str | None, model: nn.Module) -> str:
+def _kind(args: argparse.Namespace, model: nn.Module) -> str:
+    kind = args.kind
     if kind is None:
-        return "both" if has_memory(model) else "features"
-    if kind != "features":
+        kind = "both" if has_memory(model) else "features"
+    elif kind != "features":
         check_memory(model)
+    for name, given, of in (
+        ("slots", args.slots is not None, "memory"),
+        ("head", args.head is not None, "memory"),
+        ("foreground", args.foreground, "features"),
+    ):
+        if given and kind not in (of, "both"):
+            raise ValueError(f"--{name} is of a picture of the {of}, and this one is of the {kind} alone")
     return kind
 
 

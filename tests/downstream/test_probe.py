@@ -186,6 +186,8 @@ def test_one_call_on_a_data_module_has_the_channels_of_the_model(tiny):
         probe_model(tiny(), "mnist")
     data = open_data("digits", {"in_chans": 1, "img_size": 8}, num_train=60, num_test=20)
     assert probe_model(tiny(in_chans=1), data).features == 32
+    with pytest.raises(ValueError, match="data_args are for data that is given by name, and not for ProbeData"):
+        probe_model(tiny(in_chans=1), data, {"img_size": 16})
     with pytest.raises(ValueError, match=r"k \(--knn-k\) must be from 1 to the number of training images, 1437"):
         probe_model(tiny(in_chans=1), "digits", k=2000)
 

@@ -171,6 +171,9 @@ def test_what_the_model_sees(drawn):
         (["a.png", "--kind", "memory", "--model-args", "mixer=softmax"], "this model has no memory to show"),
         (["a.png", "--kind", "both", "--model", "test_vit"], "this model has no memory to show"),
         (["a.png", "--model-args", "in_chans=4"], "models of 1 or 3 channels"),
+        (["a.png", "--kind", "memory", "--foreground"], "--foreground is of a picture of the features"),
+        (["a.png", "--kind", "features", "--slots", "1"], "--slots is of a picture of the memory"),
+        (["a.png", "--model", "test_vit", "--head", "0"], "--head is of a picture of the memory"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(words, message, capsys, folder):
