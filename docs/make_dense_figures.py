@@ -27,6 +27,7 @@ def draw_detection(task: DetectionTask, data: CanvasDetectionDataModule, out: Pa
     figure, axes = plt.subplots(1, 2, figsize=(11, 5.9))
     for index, ax in enumerate(axes):
         image, truth = data.dataset("test")[index]
+        named: list[tuple[float, float]] = []  # where there is a name already, above a box
         found = task.model([image])[0]
         ax.imshow(image.permute(1, 2, 0).clamp(0, 1))
         for left, top, right, bottom in truth["boxes"].tolist():
@@ -38,7 +39,9 @@ def draw_detection(task: DetectionTask, data: CanvasDetectionDataModule, out: Pa
                 continue
             colour = COLOURS[label - 1]
             ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec=colour, lw=1.8))
-            y, align = (top - 6, "bottom") if top > 30 else (bottom + 6, "top")
+            above = top > 30 and not any(abs(x - left) < 100 and abs(y - top) < 20 for x, y in named)
+            y, align = (top - 6, "bottom") if above else (bottom + 6, "top")
+            named.append((left, top))
             x, side = (left, "left") if left < image.shape[-1] * 0.7 else (right, "right")
             text = f"{data.class_names[label - 1]} {score:.2f}"
             ax.text(x, y, text, color=colour, fontsize=8, va=align, ha=side)
@@ -82,12 +85,14 @@ KINDS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", default="data", help="folder of Fashion-MNIST (default: data)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="(default: both)")
     for name in KINDS:
         checkpoint = Path(f"runs/canvas_{name}/version_0/checkpoints/best.ckpt")
         parser.add_argument(f"--{name}", type=Path, default=checkpoint, help=f"(default: {checkpoint})")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", module="lightning")
-    for name, (task_class, data_class, canvases, draw) in KINDS.items():
+    for name in args.kinds:
+        task_class, data_class, canvases, draw = KINDS[name]
         task = task_class.load_from_checkpoint(getattr(args, name), weights_only=True, map_location="cpu").eval()
         draw(task, data_class("fashion_mnist", args.root, side=512, **canvases), FIGURES / f"{name}.png")
 

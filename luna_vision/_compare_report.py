@@ -141,16 +141,13 @@ def write_report(
 
 
 def _draw_throughput(axes: Any, rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        if not row["images_per_s"] or "1" not in row["accuracy"]:
-            continue
-        found = row["accuracy"]["1"]
-        axes.errorbar(row["images_per_s"], 100 * found["mean"], yerr=_error_bar(found), marker="o", capsize=3)
-        place, style = (row["images_per_s"], 100 * found["mean"]), {"textcoords": "offset points", "fontsize": "small"}
-        axes.annotate(row["variant"], place, (5, 4), **style)
-    axes.margins(x=0.15)  # room for the names
+    for i, row in enumerate(r for r in rows if r["accuracy"]):
+        if row["images_per_s"] and "1" in row["accuracy"]:
+            found = row["accuracy"]["1"]
+            axes.errorbar(row["images_per_s"], 100 * found["mean"], yerr=_error_bar(found), **_style(i, row))
     axes.set_xlabel("training images a second, one thread")
     axes.set_ylabel("test accuracy (%)")
+    _legend(axes)
 
 
 def _draw_resolution(axes: Any, rows: list[dict[str, Any]]) -> None:
@@ -158,13 +155,25 @@ def _draw_resolution(axes: Any, rows: list[dict[str, Any]]) -> None:
         found = list(row["accuracy"].values())
         sides, means = [f["side"] for f in found], [100 * f["mean"] for f in found]
         bars = [[_error_bar(f)[end][0] for f in found] for end in (0, 1)]
-        style = {"marker": "osD^v<>PX*"[i % 10], "linestyle": ("-", "--", ":")[i // 10 % 3], "capsize": 3}
-        axes.errorbar(sides, means, yerr=bars, label=row["variant"], **style)
+        axes.errorbar(sides, means, yerr=bars, **_style(i, row))
         axes.set_xticks(sides, [str(side) for side in sides])
     axes.set_xlabel("side of test images (px), trained at the first")
     axes.set_ylabel("test accuracy (%)")
+    _legend(axes)
+
+
+def _style(i: int, row: dict[str, Any]) -> dict[str, Any]:
+    """The same in all plots."""
+    line = ("-", "--", ":")[i // 10 % 3]
+    return {
+        "label": row["variant"], "color": f"C{i % 10}", "marker": "osD^v<>PX*"[i % 10], "linestyle": line, "capsize": 3,
+        "markerfacecolor": "white" if line != "-" else None,  # where there are no lines to tell ten from ten more
+    }  # fmt: skip
+
+
+def _legend(axes: Any) -> None:
     if axes.has_data():
-        # beside the lines, as there is no room among twenty of them; long handles tell dashes from lines
+        # beside the plot, as there is no room among twenty names; long handles tell dashes from lines
         axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1), handlelength=4)
 
 

@@ -118,6 +118,13 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
         **{name: {"mixer": name} for name in MIXERS},
         # with initial queries as much larger as Luna's are by default
         "softmax-query-gain-8": {"mixer": "softmax", "mixer_args": {"query_gain": 8.0}},
+        # whose heads do not average the patches: Luna's reads the memory, and softmax attention has one query for it
+        "luna-pool-token": {"global_pool": "token"},
+        "softmax-query-gain-8-pool-map": {
+            "mixer": "softmax",
+            "mixer_args": {"query_gain": 8.0},
+            "global_pool": "map",
+        },
     },
     "ablation": {
         name: BLOCK | change
@@ -147,7 +154,14 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 REPEATED = {
-    "mixers": ["luna", "softmax", "softmax-query-gain-8", "external"],
+    "mixers": [
+        "luna",
+        "softmax",
+        "softmax-query-gain-8",
+        "external",
+        "luna-pool-token",
+        "softmax-query-gain-8-pool-map",
+    ],
     "ablation": ["luna"],
 }  # what seeds after the first are for
 
