@@ -72,9 +72,16 @@ def check_model_name(name: str) -> None:
         raise ValueError(f"unknown model name {name!r}{hint}")
 
 
+def check_num_classes(num_classes: Any) -> None:
+    """Raise a `ValueError` unless it is a number of classes, or None."""
+    if num_classes is not None and (type(num_classes) is not int or num_classes < 0):
+        raise ValueError(f"num_classes must be a whole number of at least 0, got {num_classes!r}")
+
+
 def build_model(name: str, num_classes: int | None = None, in_chans: int = 3, **model_kwargs: Any) -> nn.Module:
     """`timm.create_model`, with a `ValueError` for a name or an argument that does not exist."""
     check_model_name(name)
+    check_num_classes(num_classes)
     classes = {} if num_classes is None else {"num_classes": num_classes}
     try:
         return timm.create_model(name, in_chans=in_chans, **classes, **model_kwargs)
@@ -155,6 +162,7 @@ def load_model(args: argparse.Namespace, **overrides: Any) -> nn.Module:
     name = args.model or recorded.get("model_name") or args.default_model
     arguments = _recorded_arguments(recorded) if name == recorded.get("model_name") else {}
     given = parse_pairs(args.model_args)
+    check_num_classes(given.get("num_classes"))  # where the head is left out, too
     arguments |= given | overrides
     if "checkpoint_path" in given:  # of which nobody would know that these are not random weights
         raise ValueError("--model-args checkpoint_path: give the file as --checkpoint")

@@ -12,7 +12,7 @@ import torch
 
 import luna_vision
 
-__all__ = ["machine", "read_json", "write_json"]
+__all__ = ["machine", "read_json", "share_as_usual", "write_json"]
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
@@ -40,3 +40,11 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def share_as_usual(path: Path) -> None:
+    """Give a file the access that new files have. What safetensors writes is its owner's alone, where a server that is
+    to load the weights may be someone else."""
+    mask = os.umask(0o077)  # there is no other way to read it
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)

@@ -48,6 +48,7 @@ from ._export_graph import (
     trace,
 )
 from ._model_card import model_card, training_details
+from ._record import share_as_usual
 from .models.luna_vit import LunaVit
 
 __all__ = ["Check", "ExportError", "export_onnx", "export_program", "main", "save_for_hf"]
@@ -188,6 +189,7 @@ def save_for_hf(
             data_config={"input_size": size},
             model_config={"pretrained_cfg": {"tag": tag}, RANDOM_WEIGHTS: random_weights},
         )
+        share_as_usual(Path(temporary, "model.safetensors"))
         card = model_card(model, folder.resolve().name, training or {}, random_weights)
         Path(temporary, "README.md").write_text(card, encoding="utf-8")
         return compare_folder(model, temporary)

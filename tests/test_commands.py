@@ -39,6 +39,14 @@ def test_model_arguments_reach_the_model(capsys):
     assert "test_luna_vit has RANDOM WEIGHTS" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("overrides", [{}, {"num_classes": 0}])
+@pytest.mark.parametrize("value", ["abc", "-1", "1.5", "true"])
+def test_a_number_of_classes_that_is_none(value, overrides):
+    """Said even where features are read, and the head is left out."""
+    with pytest.raises(ValueError, match=r"num_classes must be a whole number of at least 0, got "):
+        load_model(parse("--model-args", f"num_classes={value}"), **overrides)
+
+
 def test_weights_of_a_file(tmp_path, capsys):
     trained = timm.create_model("test_luna_vit", num_classes=5)
     save_file(trained.state_dict(), tmp_path / "best.safetensors")

@@ -48,6 +48,8 @@ def test_fit_writes_logs_and_checkpoints_and_says_how_to_go_on(run_dir):
     files = {str(path.relative_to(version)) for path in version.rglob("*") if path.is_file()}
     names = {f"checkpoints/{name}" for name in ("best.ckpt", "last.ckpt", "best.safetensors")}
     assert names | {"config.yaml", "hparams.yaml", "metrics.csv", "run.json", ".run.lock"} == files
+    access = {(version / "checkpoints" / name).stat().st_mode for name in ("best.ckpt", "best.safetensors")}
+    assert len(access) == 1  # safetensors leaves its files to their owner alone
     assert list((folder / "runs" / "debug" / "tensorboard").rglob("events.out.tfevents.*"))
     columns = next(csv.reader((version / "metrics.csv").open()))
     assert {"train_loss", "train_acc1", "val_acc1", "val_acc5", "test_acc1", "images_per_s", "lr"} <= set(columns)
@@ -62,12 +64,16 @@ def test_checkpoint_holds_plain_data(run_dir):
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test"])
-def test_evaluation_of_a_checkpoint(run_dir, monkeypatch, tmp_path, capsys, subcommand):
+def test_evaluation_of_a_checkpoint(run_dir, monkeypatch, tmp_path, capsys, recwarn, subcommand):
     monkeypatch.chdir(tmp_path)
     checkpoint = run_dir[0] / "runs/debug/version_0/checkpoints/best.ckpt"
     config = run_dir[0] / "runs/debug/version_0/config.yaml"
     assert call(monkeypatch, subcommand, "--config", str(config), "--ckpt_path", str(checkpoint)) == 0
     assert ("val_acc1" if subcommand == "validate" else "test_acc1") in capsys.readouterr().out
+    words = [str(warning.message) for warning in recwarn]
+    assert not [
+        text for text in words if "callbacks" in text or "dirpath" in text
+    ]  # which nobody can do anything about
 
 
 def test_predict_writes_csv(run_dir, monkeypatch, tmp_path):

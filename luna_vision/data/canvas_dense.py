@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from luna_vision.data.canvas import CanvasDataset, CanvasSpec
 from luna_vision.data.canvas_module import ITEM_SOURCES
+from luna_vision.data.datasets import download_torchvision
 from luna_vision.data.images import to_channels
 from luna_vision.data.sampling import EpochLoader, EpochSampler, EvalSampler, next_batch
 
@@ -134,7 +135,7 @@ class CanvasModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         if self.download and self.source == "fashion_mnist":
-            tvd.FashionMNIST(self.root, download=True)
+            download_torchvision(tvd.FashionMNIST, self.root)
 
     def setup(self, stage: str | None = None) -> None:
         splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, tuple(self.lengths))

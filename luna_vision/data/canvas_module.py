@@ -7,7 +7,7 @@ import torchvision.datasets as tvd
 
 from luna_vision.data.base import ImageDataModule, hold_out
 from luna_vision.data.canvas import CanvasDataset, CanvasSpec
-from luna_vision.data.datasets import Arrays, digits_splits, open_torchvision
+from luna_vision.data.datasets import Arrays, digits_splits, download_torchvision, open_torchvision
 from luna_vision.data.images import Source
 
 
@@ -116,7 +116,7 @@ class CanvasDataModule(ImageDataModule):
 
     def prepare_data(self) -> None:
         if self.download and self.item_source == "fashion_mnist":
-            tvd.FashionMNIST(self.root, download=True)
+            download_torchvision(tvd.FashionMNIST, self.root)
 
     def make_source(self, split: str) -> Source:
         images, labels = ITEM_SOURCES[self.item_source](self.root)[split]

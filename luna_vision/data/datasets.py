@@ -97,11 +97,20 @@ class _TorchvisionDataModule(ImageDataModule):
     def prepare_data(self) -> None:
         if self.download:
             for train in (True, False):
-                self.dataset_class(self.root, train=train, download=True)
+                download_torchvision(self.dataset_class, self.root, train)
 
     def make_source(self, split: str) -> Source | None:
         data = open_torchvision(self.dataset_class, self.root, split != "test", self.folder)
         return data if split == "test" else train_or_val(data, data.targets, split, self.val_fraction)
+
+
+def download_torchvision(dataset_class: type[tvd.VisionDataset], root: str, train: bool = True) -> None:
+    """Fetch a torchvision dataset unless it is there; OSError says what could not be fetched, and where to."""
+    try:
+        dataset_class(root, train=train, download=True)
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise OSError(f"{dataset_class.__name__} is not in {root} and could not be downloaded: {reason}") from error
 
 
 def open_torchvision(dataset_class: type[tvd.VisionDataset], root: str, train: bool, folder: str) -> tvd.VisionDataset:

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from pathlib import Path
+from textwrap import shorten
 from typing import NamedTuple
 
 import timm
@@ -43,7 +44,11 @@ def _vit_state_dict(source: str | os.PathLike | dict) -> dict[str, Tensor]:
         except Exception as error:  # reading a file that is no checkpoint raises nearly anything
             raise ValueError(not_plain(source, error)) from error
     elif timm.is_model(str(source).split(".")[0]):
-        state = timm.create_model(str(source), pretrained=True).state_dict()
+        try:
+            state = timm.create_model(str(source), pretrained=True).state_dict()
+        except Exception as error:  # no such weights, or no network: there is a type for each part of it
+            reason = shorten(str(error), 300, placeholder=" ...")
+            raise ValueError(f"no weights of {str(source)!r}; give a file or a state dict instead: {reason}") from error
     else:
         raise ValueError(
             f"{str(source)!r} is neither a file nor the name of a timm model; give a state dict, a file or a name"

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 import luna_vision
 
 from .._commands import Parser, add_model_arguments, at_least, check_output, load_model, random_weights, run_command
+from .._record import share_as_usual
 from .encoder import Encoded, encode
 from .formats import open_image
 from .grid import check_apart, check_grid
@@ -67,6 +68,7 @@ def _save(path: Path, result: Encoded, about: dict[str, Any]) -> None:
             np.savez(partial, **arrays, about=np.array(json.dumps(about)))
         else:
             save_file(arrays, partial, {"about": json.dumps(about)})
+            share_as_usual(partial)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)

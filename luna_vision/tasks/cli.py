@@ -186,6 +186,9 @@ def main(default_config: Path | None = None) -> None:
         default_config: what ``fit`` runs when no config is named. It is never mixed into another one.
     """
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's use of PyTorch, nothing a user can change
+    # of a callback that every fit has of itself, and of scores of checkpoints, which a test does not write
+    warnings.filterwarnings("ignore", message=r".*add the following callbacks: \['ExactResume'\]")
+    warnings.filterwarnings("ignore", message="The dirpath has changed from")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors.torch import save_file
 
+from luna_vision._record import share_as_usual
 from luna_vision.models import unwrap_state_dict
 
 from .base import TimmTask
@@ -104,6 +105,7 @@ def export_weights(checkpoint: str | Path, output: str | Path) -> None:
     partial = Path(f"{output}.partial")
     tensors = {name: value.contiguous() for name, value in state_dict.items()}
     save_file(tensors, partial, {"training": json.dumps(training, default=str)})
+    share_as_usual(partial)
     os.replace(partial, output)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
+from torchvision.datasets import FashionMNIST
 
 import luna_vision.data as lvd
 from luna_vision.data import (
@@ -107,6 +108,25 @@ def test_cifar_class_names_are_torchvisions_order(cifar: tuple[int, str]):
     for module_class in (CIFAR10DataModule, CIFAR100DataModule):
         names = module_class.class_names
         assert names == sorted(names) and len(set(names)) == module_class.num_classes
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("FashionMNISTDataModule", {"download": True}),
+        ("CanvasDataModule", {"source": "fashion_mnist", "download": True}),
+    ],
+)
+def test_a_download_that_fails_is_one_line(name, arguments, tmp_path, monkeypatch):
+    def fail(self):
+        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz:\nTried https://example.org, got:\nno network")
+
+    monkeypatch.setattr(FashionMNIST, "download", fail)
+    with pytest.raises(
+        OSError, match="FashionMNIST is not in .* and could not be downloaded: Error .* no network$"
+    ) as e:
+        getattr(lvd, name)(root=str(tmp_path), **arguments).prepare_data()
+    assert str(tmp_path) in str(e.value)
 
 
 @pytest.mark.parametrize("module_class", [FashionMNISTDataModule, CIFAR10DataModule, CIFAR100DataModule])
