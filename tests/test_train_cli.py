@@ -92,6 +92,15 @@ def test_predict_writes_csv(run_dir, monkeypatch, tmp_path):
     assert {rows[0][f"label{i}"] for i in range(1, 6)} <= {str(digit) for digit in range(10)}
 
 
+def test_nothing_to_predict_is_found_before_a_run_folder_is_made(run_dir, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = run_dir[0] / "runs/debug/version_0/checkpoints/best.ckpt"
+    arguments = ["predict", "--config", DEBUG, "--ckpt_path", str(checkpoint), "--data.predict_path=nowhere"]
+    assert call(monkeypatch, *arguments) == 2
+    assert error_line(capsys) == "error: there is no image file or folder nowhere"
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_undecodable_image_is_named_and_no_csv_is_left(run_dir, monkeypatch, tmp_path, capsys, workers):
     monkeypatch.chdir(tmp_path)

@@ -145,6 +145,7 @@ class ImageDataModule(LightningDataModule):
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.persistent_workers = persistent_workers and num_workers > 0
         self.predict_path = predict_path
+        self._to_predict: list[str] | None = None
         self.crop_pct = crop_pct
         self.mean = per_channel("mean", mean or self.MEAN, in_chans)
         self.std = per_channel("std", std or self.STD, in_chans)
@@ -190,6 +191,7 @@ class ImageDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         if stage == "predict" and self.predict_path is not None:
+            self._to_predict = find_images(self.predict_path)  # now, and not when a run has its folder
             return
         for split in STAGE_SPLITS[stage]:
             self.dataset(split)
@@ -248,7 +250,7 @@ class ImageDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         if self.predict_path is not None:
-            images = find_images(self.predict_path)
+            images = find_images(self.predict_path) if self._to_predict is None else self._to_predict
         elif (images := self.make_source("test")) is None or isinstance(images, IterableDataset):
             raise ValueError("there is no indexed test set to predict: give predict_path, a folder or files of images")
         return self._loader(PredictDataset(images, self.eval_transform, self.in_chans), self.eval_batch_size)
