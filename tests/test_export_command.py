@@ -223,7 +223,8 @@ def test_folder_of_a_training_run(trained, tmp_path, capsys, monkeypatch):
     assert sorted(file.name for file in (tmp_path / "digits").iterdir()) == sorted(export.HF_FILES)
 
     card = ModelCard.load("digits/README.md")
-    assert (card.data.license, card.data.library_name) == ("apache-2.0", "timm")
+    about = card.data.to_dict()
+    assert (about["license"], about["library_name"]) == ("apache-2.0", "timm")
     assert {"image-classification", "timm", "luna"} <= set(card.data.tags)
     for text in (
         "`test_luna_vit`",

@@ -133,7 +133,8 @@ class TimmTask(LightningModule):
             checkpoint["epoch_means"] = {name: _sums(metric) for name, metric in self.epoch_means.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say in one line that a checkpoint is another model's, before PyTorch says it in a hundred."""
+        """Say in one line that a checkpoint is another model's, before PyTorch says it in a hundred; and leave its
+        schedule, as the rates are those of this run (`on_train_start`)."""
         self._has_weights = True
         if "lr_schedulers" in checkpoint:  # timm's know lengths and rates, which are the configuration's, and no more
             checkpoint["lr_schedulers"] = []
