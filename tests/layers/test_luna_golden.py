@@ -1,5 +1,6 @@
 """The layer against the numbers of the Luna authors' code (tests/golden/README.md): values and gradients in float64."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -67,17 +68,26 @@ def test_all_golden_cases_are_here():
     assert len(ATTENTION) == 5 and len(LAYER) == 3
 
 
+# the authors' numbers hold in every form: left to itself, a layer of this size takes one of them
+FORMS = pytest.mark.parametrize(
+    "pack_form, unpack_form", list(itertools.product(["auto", "projected", "absorbed"], repeat=2))
+)
+
+
+@FORMS
 @pytest.mark.parametrize("case", ATTENTION)
-def test_attention_equals_authors(case):
+def test_attention_equals_authors(case, pack_form, unpack_form):
     g, state = load(case)
     pack_heads = 2 if case.endswith("pack_heads") or case == "attention_masked" else 4
-    module = LunaAttention(32, num_heads=4, pack_heads=pack_heads, tie_kv="pack_kv.weight" in state)
+    forms = {"pack_form": pack_form, "unpack_form": unpack_form}
+    module = LunaAttention(32, num_heads=4, pack_heads=pack_heads, tie_kv="pack_kv.weight" in state, **forms)
     module.double().load_state_dict(state)
     check_outputs_and_gradients(module, g)
 
 
+@FORMS
 @pytest.mark.parametrize("case", LAYER)
-def test_block_equals_authors(case):
+def test_block_equals_authors(case, pack_form, unpack_form):
     g, state = load(case)
     block = LunaBlock(
         32,
@@ -88,6 +98,8 @@ def test_block_equals_authors(case):
         norm_first="prenorm" in case,
         local_mixing="none",
         act_layer="relu" if "relu" in case else "gelu",
+        pack_form=pack_form,
+        unpack_form=unpack_form,
         norm_layer=nn.LayerNorm,  # eps 1e-5, as the authors have it
     )
     block.double().load_state_dict(state)
