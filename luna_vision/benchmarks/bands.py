@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from luna_vision._commands import Parser, at_least, build_model, parse_pairs, run_command
 from luna_vision._record import machine, write_json
+from luna_vision.execution import set_band_checkpointing
 from luna_vision.models import LunaVit
 
 from .gigapixel import peak_resident
@@ -68,7 +69,7 @@ def measure(job: dict[str, Any]) -> None:
     if job["way"] == "checkpointing":
         model.set_grad_checkpointing(True)
     elif job["way"] == "bands":
-        model.set_band_checkpointing(job["rows"], STORE_TYPES[job["store_dtype"]])
+        set_band_checkpointing(model, job["rows"], STORE_TYPES[job["store_dtype"]])
     x = torch.rand(1, model.in_chans, job["side"], job["side"])
     before = peak_resident()
     started = time.perf_counter()

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from luna_vision._commands import Parser, add_model_arguments, at_least, load_model, random_weights, run_command
 from luna_vision._record import machine, write_json
+from luna_vision.execution.checkpoint import Checkpoint
+from luna_vision.images.pixels import Pixels, pixel_statistics
 from luna_vision.streaming import encode, open_image
-from luna_vision.streaming.pixels import Pixels, pixel_statistics
-from luna_vision.streaming.resume import Checkpoint
 
 __all__ = ["Mosaic", "main", "write_tiff"]
 

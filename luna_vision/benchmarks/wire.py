@@ -52,8 +52,7 @@ def layer_traffic(block: nn.Module, memory_len: int, columns: int, neighbours: i
         neighbours: Of the process: 2, 1 at the ends, 0 where it is alone.
     """
     C, H = block.dim, block.attn.pack_heads
-    mixes = (block.local is not None and not block.local_after) or block.halo() > 0
-    halo = neighbours * columns * C if mixes else 0
+    halo = neighbours * columns * C * (block.mix_halo + block.unpack_halo)
     # the maximum carries no gradient
     return Traffic(memory_len * (C + 2 * H), halo), Traffic(memory_len * (C + H), halo)
 

@@ -1,18 +1,18 @@
 """The layers of Luna, the blocks, and positions for any grid."""
 
-from .block import LOCAL_MIXING, MEMORY_MLP, LunaBlock, MixerBlock
+from .block import LOCAL_MIXING, MEMORY_MLP, READ, LunaBlock, MixerBlock
 from .causal import CausalLunaAttention, CausalState
 from .conv_stem import ConvPatchEmbed
 from .local_mixing import LocalMixing
 from .luna import LunaAttention
 from .mlp import Mlp
-from .patch_embed import PatchEmbed
 from .pos_embed import POS_EMBEDS, FourierPosEmbed, LearnedPosEmbed
 
 __all__ = [
     "LOCAL_MIXING",
     "MEMORY_MLP",
     "POS_EMBEDS",
+    "READ",
     "CausalLunaAttention",
     "CausalState",
     "ConvPatchEmbed",
@@ -23,5 +23,4 @@ __all__ = [
     "LunaBlock",
     "MixerBlock",
     "Mlp",
-    "PatchEmbed",
 ]

@@ -1,26 +1,42 @@
 """The blocks: local mixing, an attention and an MLP, with residuals. Luna's carries a memory; the others have none.
 
-Shapes: B batch, N patches, L memory slots, C width, H', W' patch grid with N = H' * W'.
+`LunaBlock` is written on *tiles*, contiguous rows of the patch grid, and `forward` is the case of one tile:
+
+    x = mix_tile(x)                    what a block does before its attention
+    h = norm_tile(x)                   what the attention sees of the patches
+    packed = ...                       what the memory reads of all tiles
+    memory, read = close_pack(...)     the memory after the block, and what of it the patches read
+    x = unpack_tile(x, h, read)        what a block does after the pack
+
+Whoever runs a block in pieces (`luna_vision.execution`) packs by `pack_query` and `pack_tile`, merges the states of
+all tiles exactly, and gives `mix_tile` and `unpack_tile` as many rows more on each side as `mix_halo` and `unpack_halo`
+say, whose results it throws away.
+
+Shapes: B batch, N patches, n patches of a tile, L memory slots, C width, H', W' patch grid with N = H' * W'.
 """
 
 from typing import Final
 
 import torch
 from timm.layers import DropPath, LayerScale, LayerType, get_act_layer, get_norm_layer
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from .._tensors import add_residual, check_option, saturate
+from ..functional import PackState, add_residual, check_valid, clamp_fp16
+from ..utils.checks import check_option
 from .local_mixing import LocalMixing
 from .luna import LunaAttention
 from .mlp import Mlp
 
-__all__ = ["LOCAL_MIXING", "MEMORY_MLP", "LunaBlock", "MixerBlock"]
+__all__ = ["LOCAL_MIXING", "MEMORY_MLP", "READ", "LunaBlock", "MixerBlock"]
 
 # where the depthwise convolution stands: nowhere, on the residual before the attention, added to the attention's
 # output, or inside the MLP
 LOCAL_MIXING = ("none", "before", "attn", "mlp")
 # what the memory has for an MLP: none, one of its own, or that of the patches
 MEMORY_MLP = ("none", "own", "shared")
+# what of a block's output is read; what is not read has no parameters, since they could not be learned
+READ = ("patches", "memory", "both")
 
 
 class Shell(nn.Module):
@@ -42,7 +58,7 @@ class Shell(nn.Module):
         drop_path: float = 0.0,
         act_layer: LayerType | None = None,
         norm_layer: LayerType | None = None,
-        patches_read: bool = True,
+        read: str = "both",
         device=None,
         dtype=None,
     ) -> None:
@@ -60,14 +76,15 @@ class Shell(nn.Module):
             drop_path: Stochastic depth rate.
             act_layer: Activation of the MLP, GELU if None.
             norm_layer: LayerNorm (eps 1e-6) if None.
-            patches_read: Whether anything reads the patches after this block. If not, there is nothing after the
-                attention.
+            read: What of the block's output is read, one of `READ`. Where that is the memory alone, there is nothing
+                after the attention.
 
         Raises:
-            ValueError: An unknown `local_mixing`.
+            ValueError: An unknown `local_mixing` or `read`.
         """
         super().__init__()
         check_option("local_mixing", local_mixing, LOCAL_MIXING)
+        check_option("read", read, READ)
         self.dd = {"device": device, "dtype": dtype}
         self.dim = dim
         self.init_values = init_values
@@ -77,16 +94,16 @@ class Shell(nn.Module):
         self.proj_drop = proj_drop
         self.norm_first = norm_first
         self.local_after = local_mixing == "attn"
-        self.updates_patches = patches_read
+        self.updates_patches = read != "memory"
 
-        local = local_mixing == "before" or (self.local_after and patches_read)
+        local = local_mixing == "before" or (self.local_after and self.updates_patches)
         self.local = LocalMixing(dim, **self.dd) if local else None
-        self.norm1 = self._norm(attn is not None and (norm_first or patches_read))
+        self.norm1 = self._norm(attn is not None and (norm_first or self.updates_patches))
         self.attn = attn
-        self.ls1 = self._layer_scale(attn is not None and patches_read)
+        self.ls1 = self._layer_scale(attn is not None and self.updates_patches)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.mlp = None
-        if patches_read:
+        if self.updates_patches:
             self.norm2 = self._norm()
             self.mlp = self._mlp(local_mixing == "mlp")
             self.ls2 = self._layer_scale()
@@ -105,25 +122,33 @@ class Shell(nn.Module):
     def _mlp(self, local_mixing: bool = False) -> Mlp:
         return Mlp(self.dim, self.hidden, local_mixing, act_layer=self.act_layer, drop=self.proj_drop, **self.dd)
 
-    def before(self, x: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None) -> Tensor:
+    def mix_tile(self, x: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None = None) -> Tensor:
         """Local mixing on the residual stream, which comes first in a block. Arguments as in `forward`."""
         if self.local is not None and not self.local_after:
             x = add_residual(x, self.local(x, grid_size, patch_valid))
         return x
 
-    def _beside(self, h: Tensor, y: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None) -> Tensor:
-        """Local mixing of what the attention read, h, added to its output y."""
+    def norm_tile(self, x: Tensor) -> Tensor:
+        """What the attention sees of the patches."""
+        return self.norm1(x) if self.norm_first else x
+
+    def _add_attention(
+        self, x: Tensor, h: Tensor, y: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None
+    ) -> Tensor:
+        """The patches after the attention, which saw h of them and gave y."""
         if self.local is not None and self.local_after:
             y = add_residual(self.local(h, grid_size, patch_valid), y)
-        return y
+        x = add_residual(x, self.drop_path1(self.ls1(y)))
+        return x if self.norm_first else self.norm1(x)
+
+    def _add_mlp(self, x: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None) -> Tensor:
+        if self.norm_first:
+            return add_residual(x, self.drop_path2(self.ls2(self.mlp(self.norm2(x), grid_size, patch_valid))))
+        return self.norm2(add_residual(x, self.drop_path2(self.ls2(self.mlp(x, grid_size, patch_valid)))))
 
 
 class MixerBlock(Shell):
     """The block of a mixer without a memory (`luna_vision.mixers`). It takes and returns one, and leaves it alone."""
-
-    @torch.jit.ignore
-    def prune_memory_update(self) -> None:
-        """Nothing: there is no memory (see `LunaBlock`)."""
 
     def forward(
         self, x: Tensor, memory: Tensor, grid_size: tuple[int, int], patch_valid: Tensor | None = None
@@ -139,28 +164,28 @@ class MixerBlock(Shell):
             Patches (B, N, C) and the memory.
 
         Raises:
-            ValueError: A shape does not fit, a mask is not bool, or (eager mode only) a row has no valid token.
+            ValueError: A shape does not fit, or a mask is not bool.
         """
-        x = self.before(x, grid_size, patch_valid)
+        x = self.mix_tile(x, grid_size, patch_valid)
         if self.attn is not None:
-            h = self.norm1(x) if self.norm_first else x
-            y = self._beside(h, self.attn(h, grid_size, patch_valid), grid_size, patch_valid)
-            x = add_residual(x, self.drop_path1(self.ls1(y)))
-            if not self.norm_first:
-                x = self.norm1(x)
+            h = self.norm_tile(x)
+            x = self._add_attention(x, h, self.attn(h, grid_size, patch_valid), grid_size, patch_valid)
         elif self.local is not None and self.local_after:  # no mixing but the local one
             x = add_residual(x, self.drop_path1(self.local(x, grid_size, patch_valid)))
-        if self.norm_first:
-            x = add_residual(x, self.drop_path2(self.ls2(self.mlp(self.norm2(x), grid_size, patch_valid))))
-        else:
-            x = self.norm2(add_residual(x, self.drop_path2(self.ls2(self.mlp(x, grid_size, patch_valid)))))
-        return x, memory
+        return self._add_mlp(x, grid_size, patch_valid), memory
 
 
+@register_notrace_module  # a block is one node of an fx graph: masks and sizes are branches that fx cannot trace
 class LunaBlock(Shell):
     """Luna attention in the shell, with a residual and a norm for the memory, which goes on to the next block.
 
     The paper's block is post-norm (`norm_first=False`), without local mixing and without an MLP on the memory.
+
+    Attributes:
+        mix_halo: Rows of the patch grid above and below a tile that `mix_tile` has to be given with it.
+        unpack_halo: Likewise, for `unpack_tile`.
+        drops_values: Whether activations or attention weights are dropped in training, one by one: a tile that is
+            computed again would be another.
     """
 
     share_mlp: Final[bool]
@@ -183,8 +208,7 @@ class LunaBlock(Shell):
         drop_path: float = 0.0,
         act_layer: LayerType | None = None,
         norm_layer: LayerType | None = None,
-        memory_read: bool = True,
-        patches_read: bool = True,
+        read: str = "both",
         memory_len: int = 8,
         pack_form: str = "auto",
         unpack_form: str = "auto",
@@ -196,12 +220,9 @@ class LunaBlock(Shell):
         Args:
             dim, num_heads, pack_heads, tie_kv, qkv_bias, proj_bias, attn_drop: See `LunaAttention`.
             memory_len, pack_form, unpack_form, query_gain: See `LunaAttention`.
-            mlp_ratio, norm_first, local_mixing, init_values, drop_path, act_layer, norm_layer: See `Shell`.
+            mlp_ratio, norm_first, local_mixing, init_values, drop_path, act_layer, norm_layer, read: See `Shell`.
             memory_mlp: An MLP on the memory: "none", one of its "own", or "shared" with the patches.
             proj_drop: Dropout after projections, in the MLP, and on the memory's update.
-            memory_read: Whether anything reads the memory after this block. If not, its update gets no parameters of
-                its own: they could not be learned.
-            patches_read: Whether anything reads the patches after this block. If not, they are only packed.
 
         Raises:
             ValueError: `dim` is not a multiple of a head count, or an unknown option.
@@ -217,7 +238,7 @@ class LunaBlock(Shell):
             proj_bias,
             attn_drop,
             proj_drop,
-            pack_only=not patches_read,
+            pack_only=read == "memory",
             memory_len=memory_len,
             pack_form=pack_form,
             unpack_form=unpack_form,
@@ -225,19 +246,23 @@ class LunaBlock(Shell):
             **dd,
         )
         shell = (mlp_ratio, norm_first, local_mixing, proj_drop, init_values, drop_path, act_layer, norm_layer)
-        super().__init__(dim, attn, *shell, patches_read, **dd)
+        super().__init__(dim, attn, *shell, read, **dd)
         self.norm1_memory = self._norm()
         self.ls1_memory = self._layer_scale()
         self.drop_memory = nn.Dropout(proj_drop)
 
-        self.share_mlp = memory_mlp == "shared" and memory_read and patches_read
+        self.share_mlp = memory_mlp == "shared" and read == "both"
         self.mlp_memory = self.norm2_memory = self.ls2_memory = None
-        if memory_mlp != "none" and memory_read:
+        if memory_mlp != "none" and read != "patches":
             self.norm2_memory = self._norm()
             self.mlp_memory = None if self.share_mlp else self._mlp()
             self.ls2_memory = self._layer_scale()
-        if not memory_read:
+        if read == "patches":
             self.prune_memory_update()
+
+        self.mix_halo = int(local_mixing == "before")
+        self.unpack_halo = int(self.updates_patches and local_mixing in ("attn", "mlp"))
+        self.drops_values = attn_drop > 0.0 or proj_drop > 0.0
 
     @torch.jit.ignore
     def prune_memory_update(self) -> None:
@@ -247,13 +272,12 @@ class LunaBlock(Shell):
         self.mlp_memory = self.norm2_memory = self.ls2_memory = None
         self.ls1_memory = nn.Identity()
         if not self.norm_first:
-            self.norm1_memory = nn.LayerNorm(self.attn.dim, elementwise_affine=False)
+            self.norm1_memory = nn.LayerNorm(self.dim, elementwise_affine=False)
 
-    def _memory_mlp(self, memory: Tensor) -> Tensor:
-        if self.mlp_memory is not None:
-            return self.mlp_memory(memory)
-        assert self.mlp is not None  # shared
-        return self.mlp(memory)
+    @torch.jit.ignore
+    def set_memory_len(self, memory_len: int) -> None:
+        """Expect so many slots (see `LunaAttention.set_memory_len`)."""
+        self.attn.set_memory_len(memory_len)
 
     def forward(
         self,
@@ -275,54 +299,69 @@ class LunaBlock(Shell):
             Patches (B, N, C) and memory (B, L, C) for the next block.
 
         Raises:
-            ValueError: A shape does not fit, a mask is not bool, or (eager mode only) a row has no valid token.
+            ValueError: A shape does not fit, or a mask is not bool. Rows without a valid token are not looked for: a
+                model does that once.
         """
-        x = self.before(x, grid_size, patch_valid)
-        h = self.norm_patches(x)
-        y, packed = self.attn(h, self.norm_memory(memory), patch_valid, memory_valid)
-        memory = self.add_packed(memory, packed)
-        if self.mlp is not None:
-            x = self.update_patches(x, h, y, grid_size, patch_valid)
-        return x, self.mix_memory(memory)
-
-    # The parts of `forward`, for whoever runs a block on parts of an image (`luna_vision.streaming`).
+        if patch_valid is not None:
+            check_valid(patch_valid, x.shape[0], x.shape[1], "patch_valid", values=False)
+        x = self.mix_tile(x, grid_size, patch_valid)
+        h = self.norm_tile(x)
+        packed = self.attn.pack(h, self._norm_memory(memory), patch_valid)
+        memory, read = self.close_pack(memory, packed)
+        return self.unpack_tile(x, h, read, grid_size, patch_valid, memory_valid), memory
 
     @torch.jit.ignore
-    def halo(self) -> int:
-        """Rows of the patch grid above and below a part of it that `update_patches` has to be given for that part."""
-        mixes = self.mlp is not None and ((self.local_after and self.local is not None) or self.mlp.local is not None)
-        return int(mixes)
+    def pack_query(self, memory: Tensor) -> Tensor:
+        """What the memory (B, L, C) asks of every tile, for `pack_tile`."""
+        return self.attn.pack_query(self._norm_memory(memory))
 
-    def norm_patches(self, x: Tensor) -> Tensor:
-        """What the attention sees of the patches."""
-        return self.norm1(x) if self.norm_first else x
+    @torch.jit.ignore
+    def pack_tile(self, h: Tensor, query: Tensor, patch_valid: Tensor | None = None) -> PackState:
+        """What the memory reads of a tile (B, n, C), as `norm_tile` gives it; n is at least 1."""
+        return self.attn.pack_tile(h, query, patch_valid)
 
-    def norm_memory(self, memory: Tensor) -> Tensor:
-        """What the attention sees of the memory."""
-        return self.norm1_memory(memory) if self.norm_first else memory
+    def close_pack(self, memory: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+        """The memory's part of a block, once all patches were read.
 
-    def add_packed(self, memory: Tensor, packed: Tensor) -> Tensor:
-        """The memory's residual and norm, given what was packed (B, L, C)."""
-        memory = saturate(memory + self.drop_path1(self.ls1_memory(self.drop_memory(packed))))
-        return memory if self.norm_first else self.norm1_memory(memory)
+        Args:
+            memory: (B, L, C), as it entered the block.
+            packed: (B, L, C), what it read: `PackState.finish` of all tiles.
 
-    def update_patches(
-        self, x: Tensor, h: Tensor, y: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None = None
+        Returns:
+            The memory (B, L, C) for the next block, and what `unpack_tile` lets the patches read.
+        """
+        packed = clamp_fp16(packed.to(memory.dtype))
+        memory = clamp_fp16(memory + self.drop_path1(self.ls1_memory(self.drop_memory(packed))))
+        if not self.norm_first:
+            memory = self.norm1_memory(memory)
+        if self.norm2_memory is not None and self.ls2_memory is not None:
+            y = self._memory_mlp(self.norm2_memory(memory) if self.norm_first else memory)
+            memory = clamp_fp16(memory + self.ls2_memory(y))
+            if not self.norm_first:
+                memory = self.norm2_memory(memory)
+        return memory, packed  # the paper's patches read the pack as it is, before residual and norm
+
+    def unpack_tile(
+        self,
+        x: Tensor,
+        h: Tensor,
+        read: Tensor,
+        grid_size: tuple[int, int] | None = None,
+        patch_valid: Tensor | None = None,
+        memory_valid: Tensor | None = None,
     ) -> Tensor:
-        """The patches after attention and MLP; h is what the attention saw of them, y what it gave, used up here."""
-        x = add_residual(x, self.drop_path1(self.ls1(self._beside(h, y, grid_size, patch_valid))))
-        if self.norm_first:
-            return add_residual(x, self.drop_path2(self.ls2(self.mlp(self.norm2(x), grid_size, patch_valid))))
-        x = self.norm1(x)
-        return self.norm2(add_residual(x, self.drop_path2(self.ls2(self.mlp(x, grid_size, patch_valid)))))
+        """A tile (B, n, C) after the block; n is `grid_size` of the tile.
 
-    def mix_memory(self, memory: Tensor) -> Tensor:
-        """The memory's MLP, if it has one."""
-        if self.ls2_memory is not None and self.norm2_memory is not None:
-            if self.norm_first:
-                return saturate(memory + self.ls2_memory(self._memory_mlp(self.norm2_memory(memory))))
-            return self.norm2_memory(saturate(memory + self.ls2_memory(self._memory_mlp(memory))))
-        return memory
+        Args:
+            x: The tile, as `mix_tile` gives it.
+            h: The same, as `norm_tile` gives it.
+            read: (B, L, C), from `close_pack`.
+            grid_size, patch_valid, memory_valid: As in `forward`.
+        """
+        if self.mlp is None:
+            return x
+        x = self._add_attention(x, h, self.attn.unpack(h, read, memory_valid), grid_size, patch_valid)
+        return self._add_mlp(x, grid_size, patch_valid)
 
     @torch.jit.ignore
     def attention_maps(
@@ -335,5 +374,34 @@ class LunaBlock(Shell):
     ) -> tuple[Tensor, Tensor]:
         """The attention matrices of this block for its inputs. Arguments as in `forward`, result as in
         `LunaAttention`."""
-        x = self.before(x, grid_size, patch_valid)
-        return self.attn.attention_maps(self.norm_patches(x), self.norm_memory(memory), patch_valid, memory_valid)
+        h = self.norm_tile(self.mix_tile(x, grid_size, patch_valid))
+        return self.attn.attention_maps(h, self._norm_memory(memory), patch_valid, memory_valid)
+
+    @torch.jit.ignore
+    def tile_numbers(self, memory_len: int) -> int:
+        """How many numbers a patch takes at most on its way through a block, for planning."""
+        C, hidden = self.dim, self.hidden
+        unpack, pack = self.attn.num_heads * memory_len, self.attn.pack_heads * memory_len
+        mixes_hidden = self.mlp is not None and self.mlp.local is not None
+        return max(
+            3 * C + 3 * unpack,
+            6 * C,  # the projected form: queries, what was read, and its heads joined
+            4 * C + (4 if mixes_hidden else 2) * hidden,  # x, what the attention sees, the residual, the norm; the MLP
+            6 * C + 3 * pack,  # a band and its rows that waited, the convolution and its copy, the norm; scores
+        )
+
+    @torch.jit.ignore
+    def small_numbers(self, memory_len: int) -> int:
+        """How many numbers a block makes that do not depend on the patches: folded matrices, the state of a pack."""
+        slots = memory_len * max(self.attn.num_heads, self.attn.pack_heads)
+        return 8 * slots * self.dim + 8 * self.dim**2
+
+    def _norm_memory(self, memory: Tensor) -> Tensor:
+        """What the attention sees of the memory."""
+        return self.norm1_memory(memory) if self.norm_first else memory
+
+    def _memory_mlp(self, memory: Tensor) -> Tensor:
+        if self.mlp_memory is not None:
+            return self.mlp_memory(memory)
+        assert self.mlp is not None  # shared
+        return self.mlp(memory)

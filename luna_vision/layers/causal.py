@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from .._tensors import check_valid, no_autocast, saturate, split_heads, wide
+from ..functional import check_valid, clamp_fp16, no_autocast, split_heads, upcast
 
 __all__ = ["CausalLunaAttention", "CausalState", "causal_attend", "naive_causal"]
 
@@ -156,7 +156,7 @@ class CausalLunaAttention(nn.Module):
 
     def _heads(self, projected: Tensor) -> Tensor:
         """Heads of (B, K, C), in float32 or wider: running sums over many tokens need it, under autocast too."""
-        return wide(split_heads(saturate(projected), self.num_heads))
+        return upcast(split_heads(clamp_fp16(projected), self.num_heads))
 
     def _project(self, x: Tensor, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Unpack queries (B, H, N, E), pack weights (B, H, N, L), and `kv` of `causal_attend`."""
@@ -171,7 +171,7 @@ class CausalLunaAttention(nn.Module):
 
     def _output(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         """Join the heads (B, H, N, E) and project them."""
-        return self.proj_drop(saturate(self.proj(saturate(y.transpose(1, 2).flatten(2).to(dtype)))))
+        return self.proj_drop(clamp_fp16(self.proj(clamp_fp16(y.transpose(1, 2).flatten(2).to(dtype)))))
 
     def forward(self, x: Tensor, memory: Tensor, patch_valid: Tensor | None = None) -> Tensor:
         """

@@ -3,12 +3,11 @@
 Shapes: B batch, H', W' patch grid, N = H' * W' patches, C width.
 """
 
-import torch
 from timm.layers import trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from .._tensors import check_valid, half_is_slow, run_in_float32, saturate
+from ..functional import check_valid, clamp_fp16
 
 __all__ = ["LocalMixing"]
 
@@ -35,10 +34,6 @@ class LocalMixing(nn.Module):
         Raises:
             ValueError: There is no grid, or it does not have N patches.
         """
-        if not torch.jit.is_scripting():
-            if half_is_slow(x):
-                # PyTorch's CPU runs a half-precision depthwise convolution channel by channel
-                return run_in_float32(self, x, grid_size, patch_valid)
         B, N, C = x.shape
         if grid_size is None:
             raise ValueError("local mixing needs grid_size, the (rows, columns) of the patch grid")
@@ -50,4 +45,4 @@ class LocalMixing(nn.Module):
             x = x.masked_fill(~patch_valid[:, :, None], 0.0)
         # a channels-last view, not a copy
         x = self.conv(x.reshape(B, H, W, C).permute(0, 3, 1, 2))
-        return saturate(x.permute(0, 2, 3, 1).reshape(B, N, C))
+        return clamp_fp16(x.permute(0, 2, 3, 1).reshape(B, N, C))

@@ -1,8 +1,14 @@
 """Luna attention: self-attention replaced by two cross-attentions through a short memory.
 
+    pack:    Y_P = Attn(query P,  key/value X)        L x C    reads the image into the memory
+    unpack:  Y_X = Attn(query X,  key/value Y_P)      N x C    lets every patch read the memory
+
 Source: Ma et al., "Luna: Linear Unified Nested Attention", NeurIPS 2021 (arXiv 2106.01540), and the authors' code,
 which fixes what the text leaves open: unpack reads the packed memory as it is (before residual and norm), the output
-projection exists for X only, the memory has a residual and a norm and no MLP, one projection serves as key and value.
+projection exists for X only, one projection serves as key and value.
+
+Both attentions run in one of two exact forms (`luna_vision.functional`). The projected form calls the linear layers.
+The absorbed form reads their weights, and runs only where these say all that the layers do.
 
 Shapes: B batch, N patches, L memory slots, C width, H heads.
 """
@@ -12,22 +18,25 @@ from typing import Final
 import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..functional import (
     PACK_COST,
     UNPACK_COST,
     PackState,
-    absorb_from,
+    Projections,
     absorbs,
     attend,
     attention_weights,
     check_valid,
-    key_value,
+    clamp_fp16,
+    fold_queries,
+    no_autocast,
     pack_absorbed,
-    pack_projected,
     split_heads,
+    tile_absorbed,
+    tile_projected,
     unpack_absorbed,
-    unpack_projected,
 )
 
 __all__ = ["LunaAttention"]
@@ -42,8 +51,8 @@ class LunaAttention(nn.Module):
 
     tie_kv: Final[bool]
     pack_only: Final[bool]
-    absorb_pack_from: Final[float]
-    absorb_unpack_from: Final[float]
+    absorb_pack: Final[bool]
+    absorb_unpack: Final[bool]
 
     def __init__(
         self,
@@ -76,7 +85,7 @@ class LunaAttention(nn.Module):
             proj_drop: Dropout after the output projection.
             pack_only: Leave out the unpack, for a last block whose patches nobody reads; `y` is then `x` itself.
             memory_len: Number of slots that is expected; only the choice of the forms depends on it.
-            pack_form: "projected", "absorbed", or "auto" for the faster one (`luna_vision.functional.absorb_from`).
+            pack_form: "projected", "absorbed", or "auto" for the faster one (`luna_vision.functional.absorbs`).
             unpack_form: The same for the unpack.
             query_gain: What the initial weights of both query projections are multiplied by.
 
@@ -99,7 +108,7 @@ class LunaAttention(nn.Module):
         self.attn_drop = attn_drop
         self.query_gain = query_gain
         self.pack_form, self.unpack_form = pack_form, unpack_form
-        self.expect_slots(memory_len)
+        self.set_memory_len(memory_len)
 
         self.pack_q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
         if tie_kv:
@@ -116,49 +125,33 @@ class LunaAttention(nn.Module):
                 self.unpack_v = nn.Linear(dim, dim, bias=qkv_bias, **dd)
             self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
             self.proj_drop = nn.Dropout(proj_drop)
-        self.init_weights()
+        self.scale_queries()
 
     @torch.jit.ignore
-    def expect_slots(self, memory_len: int) -> None:
+    def set_memory_len(self, memory_len: int) -> None:
         """Choose the forms for so many slots, where they are not forced."""
-        projections = 1 if self.tie_kv else 2
-        self.absorb_pack_from = absorb_from(
-            self.pack_form, memory_len, self.pack_heads, self.dim, projections, PACK_COST
-        )
-        self.absorb_unpack_from = absorb_from(self.unpack_form, memory_len, self.num_heads, self.dim, 2, UNPACK_COST)
+        pack = (memory_len, self.pack_heads, self.dim, 1 if self.tie_kv else 2)
+        self.absorb_pack = absorbs(self.pack_form, *pack, PACK_COST)
+        self.absorb_unpack = absorbs(self.unpack_form, memory_len, self.num_heads, self.dim, 2, UNPACK_COST)
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Multiply the query projections, as they have been initialised, by `query_gain`.
+        """Initialise the projections: PyTorch's default, and queries that are `query_gain` times as large.
 
         NOTE: with the usual small weights all slots start as nearly the same average of the image, and the patches read
         nearly the same from it: the slots then take long to tell apart what they read.
         """
+        for linear in self.children():
+            if isinstance(linear, nn.Linear):
+                linear.reset_parameters()
+        self.scale_queries()
+
+    @torch.jit.ignore
+    def scale_queries(self) -> None:
+        """Multiply the query projections, as they have been initialised, by `query_gain`."""
         with torch.no_grad():
-            self.pack_q.weight.mul_(self.query_gain)
-            if not self.pack_only:
-                self.unpack_q.weight.mul_(self.query_gain)
-
-    def _check(self, x: Tensor, memory: Tensor, patch_valid: Tensor | None, memory_valid: Tensor | None) -> None:
-        if x.dim() != 3 or x.shape[-1] != self.dim:
-            raise ValueError(f"x must have shape (batch, patches, {self.dim}), got {list(x.shape)}")
-        if memory.dim() != 3 or memory.shape[-1] != self.dim or memory.shape[0] != x.shape[0]:
-            raise ValueError(f"memory must have shape ({x.shape[0]}, slots, {self.dim}), got {list(memory.shape)}")
-        if patch_valid is not None:
-            check_valid(patch_valid, x.shape[0], x.shape[1], "patch_valid")
-        if memory_valid is not None:
-            check_valid(memory_valid, memory.shape[0], memory.shape[1], "memory_valid")
-
-    def _pack_weights(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Weight of keys, of values (None if tied), and bias of values."""
-        if self.tie_kv:
-            return self.pack_kv.weight, None, self.pack_kv.bias
-        return self.pack_k.weight, self.pack_v.weight, self.pack_v.bias
-
-    def _unpack_weights(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if self.tie_kv:
-            return self.unpack_kv.weight, None, self.unpack_kv.bias
-        return self.unpack_k.weight, self.unpack_v.weight, self.unpack_v.bias
+            for linear in (self.pack_q,) if self.pack_only else (self.pack_q, self.unpack_q):
+                linear.weight.mul_(self.query_gain)
 
     def forward(
         self,
@@ -181,36 +174,44 @@ class LunaAttention(nn.Module):
             ValueError: A shape does not fit, a mask is not bool, or (eager mode only) a row has no valid token.
         """
         self._check(x, memory, patch_valid, memory_valid)
-        drop = self.attn_drop if self.training else 0.0
-
-        w_k, w_v, b_v = self._pack_weights()
-        w_q, b_q = self.pack_q.weight, self.pack_q.bias
-        if absorbs(x.shape[1], self.absorb_pack_from):
-            packed = pack_absorbed(memory, x, w_q, b_q, w_k, w_v, b_v, self.pack_heads, patch_valid, drop)
-        else:
-            packed = pack_projected(memory, x, w_q, b_q, w_k, w_v, b_v, self.pack_heads, patch_valid, drop)
-        if self.pack_only:
-            return x, packed
-
+        packed = self.pack(x, memory, patch_valid)
         return self.unpack(x, packed, memory_valid), packed
 
-    def unpack(self, x: Tensor, packed: Tensor, memory_valid: Tensor | None = None) -> Tensor:
-        """What any part (B, n, C) of the patches reads from Y_P (B, L, C), projected: the second half of `forward`."""
+    def pack(self, x: Tensor, memory: Tensor, patch_valid: Tensor | None = None) -> Tensor:
+        """Y_P (B, L, C), what the memory (B, L, C) reads of the patches (B, N, C)."""
         drop = self.attn_drop if self.training else 0.0
-        w_k, w_v, b_v = self._unpack_weights()
-        w_q, b_q, w_o, b_o = self.unpack_q.weight, self.unpack_q.bias, self.proj.weight, self.proj.bias
-        heads = self.num_heads
-        if absorbs(x.shape[1], self.absorb_unpack_from):
-            y = unpack_absorbed(x, packed, w_q, b_q, w_k, w_v, b_v, w_o, b_o, heads, memory_valid, drop)
-        else:
-            y = unpack_projected(x, packed, w_q, b_q, w_k, w_v, b_v, w_o, b_o, heads, memory_valid, drop)
-        return self.proj_drop(y)
+        if self._absorbs_pack():
+            return pack_absorbed(memory, x, self._pack_weights(), patch_valid, drop)
+        k, v = self._pack_kv(x)
+        return attend(self._heads(self.pack_q(memory), self.pack_heads), k, v, patch_valid, drop)
+
+    def unpack(self, x: Tensor, packed: Tensor, memory_valid: Tensor | None = None) -> Tensor:
+        """Y_X (B, n, C), what any part (B, n, C) of the patches reads from Y_P (B, L, C), projected."""
+        if self.pack_only:
+            return x
+        drop = self.attn_drop if self.training else 0.0
+        if self._absorbs_unpack():
+            return self.proj_drop(unpack_absorbed(x, packed, self._unpack_weights(), memory_valid, drop))
+        k, v = self._unpack_kv(packed)
+        y = attend(self._heads(self.unpack_q(x), self.num_heads), k, v, memory_valid, drop)
+        return self.proj_drop(clamp_fp16(self.proj(y)))
+
+    # `pack` in parts
 
     @torch.jit.ignore
-    def pack_state(self, memory: Tensor) -> PackState:
-        """The pack of memory (B, L, C) before it has read any patch, to be fed in parts."""
-        w_k, w_v, b_v = self._pack_weights()
-        return PackState.init(memory, self.pack_q.weight, self.pack_q.bias, w_k, w_v, b_v, self.pack_heads)
+    def pack_query(self, memory: Tensor) -> Tensor:
+        """What a memory (B, L, C) asks of every tile: folded (B, H * L, C), or projected (B, H, L, C / H)."""
+        if self._absorbs_pack():
+            with no_autocast(memory):
+                return fold_queries(memory, self._pack_weights())
+        return self._heads(self.pack_q(memory), self.pack_heads)
+
+    @torch.jit.ignore
+    def pack_tile(self, x: Tensor, query: Tensor, patch_valid: Tensor | None = None) -> PackState:
+        """What a query of `pack_query` reads of a part (B, n, C) of the patches. Attention weights are not dropped."""
+        if self._absorbs_pack():
+            return tile_absorbed(query, x, self._pack_weights(), patch_valid)
+        return tile_projected(query, *self._pack_kv(x), patch_valid)
 
     @torch.jit.ignore
     def attention_maps(
@@ -223,10 +224,75 @@ class LunaAttention(nn.Module):
             distribution over the slots (empty, 0 heads, when the layer is `pack_only`).
         """
         self._check(x, memory, patch_valid, memory_valid)
-        k, v = key_value(x, *self._pack_weights(), self.pack_heads)
-        q = split_heads(self.pack_q(memory), self.pack_heads)
+        k, v = self._pack_kv(x)
+        q = self._heads(self.pack_q(memory), self.pack_heads)
         pack = attention_weights(q, k, patch_valid)
         if self.pack_only:
             return pack, pack.new_empty(x.shape[0], 0, x.shape[1], memory.shape[1])
-        k, _ = key_value(attend(q, k, v, patch_valid), *self._unpack_weights(), self.num_heads)
-        return pack, attention_weights(split_heads(self.unpack_q(x), self.num_heads), k, memory_valid)
+        k, _ = self._unpack_kv(attend(q, k, v, patch_valid))
+        return pack, attention_weights(self._heads(self.unpack_q(x), self.num_heads), k, memory_valid)
+
+    def _check(self, x: Tensor, memory: Tensor, patch_valid: Tensor | None, memory_valid: Tensor | None) -> None:
+        if x.dim() != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"x must have shape (batch, patches, {self.dim}), got {list(x.shape)}")
+        if memory.dim() != 3 or memory.shape[-1] != self.dim or memory.shape[0] != x.shape[0]:
+            raise ValueError(f"memory must have shape ({x.shape[0]}, slots, {self.dim}), got {list(memory.shape)}")
+        if patch_valid is not None:
+            check_valid(patch_valid, x.shape[0], x.shape[1], "patch_valid")
+        if memory_valid is not None:
+            check_valid(memory_valid, memory.shape[0], memory.shape[1], "memory_valid")
+
+    def _absorbs_pack(self) -> bool:
+        if not torch.jit.is_scripting():
+            return self.absorb_pack and self._plain("pack_q", "pack_kv", "pack_k", "pack_v")
+        return self.absorb_pack
+
+    def _absorbs_unpack(self) -> bool:
+        if not torch.jit.is_scripting():
+            return self.absorb_unpack and self._plain("unpack_q", "unpack_kv", "unpack_k", "unpack_v", "proj")
+        return self.absorb_unpack
+
+    @torch.jit.ignore
+    def _plain(self, *names: str) -> bool:
+        """Whether these linear layers do what their weights say, and nothing else."""
+        return all(_is_plain(self._modules[name]) for name in names if name in self._modules)
+
+    def _heads(self, x: Tensor, num_heads: int) -> Tensor:
+        return split_heads(clamp_fp16(x), num_heads)
+
+    def _pack_kv(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, K, C / H) of tokens (B, K, C)."""
+        if self.tie_kv:
+            k = self._heads(self.pack_kv(x), self.pack_heads)
+            return k, k
+        return self._heads(self.pack_k(x), self.pack_heads), self._heads(self.pack_v(x), self.pack_heads)
+
+    def _unpack_kv(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.tie_kv:
+            k = self._heads(self.unpack_kv(x), self.num_heads)
+            return k, k
+        return self._heads(self.unpack_k(x), self.num_heads), self._heads(self.unpack_v(x), self.num_heads)
+
+    def _pack_weights(self) -> Projections:
+        q = self.pack_q
+        if self.tie_kv:
+            return Projections(self.pack_heads, q.weight, q.bias, self.pack_kv.weight, None, self.pack_kv.bias)
+        k, v = self.pack_k, self.pack_v
+        return Projections(self.pack_heads, q.weight, q.bias, k.weight, v.weight, v.bias)
+
+    def _unpack_weights(self) -> Projections:
+        q, out = self.unpack_q, (self.proj.weight, self.proj.bias)
+        if self.tie_kv:
+            kv = self.unpack_kv
+            return Projections(self.num_heads, q.weight, q.bias, kv.weight, None, kv.bias, out[0], out[1])
+        k, v = self.unpack_k, self.unpack_v
+        return Projections(self.num_heads, q.weight, q.bias, k.weight, v.weight, v.bias, out[0], out[1])
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is an `nn.Linear` that nothing has replaced or hooked (LoRA, quantisation, pruning, offload). A
+    parametrized one is plain: its `weight` is the one that acts."""
+    if type(module) is not nn.Linear and not (isinstance(module, nn.Linear) and is_parametrized(module)):
+        return False
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in module.__dict__

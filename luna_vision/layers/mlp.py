@@ -1,4 +1,4 @@
-"""The MLP of the blocks: timm's, with local mixing inside if asked, and a way around slow half precision.
+"""The MLP of the blocks: timm's, with local mixing inside if asked.
 
 Shapes: B batch, N patches, C width, H', W' patch grid with N = H' * W'.
 """
@@ -6,20 +6,15 @@ Shapes: B batch, N patches, C width, H', W' patch grid with N = H' * W'.
 from typing import Any
 
 import timm.layers
-import torch
-from timm.models import register_notrace_module
 from torch import Tensor
 
-from .._tensors import half_is_slow, run_in_float32
 from .local_mixing import LocalMixing
 
 __all__ = ["Mlp"]
 
 
-@register_notrace_module
 class Mlp(timm.layers.Mlp):
-    """timm's MLP. In bfloat16 or float16 on a CPU without instructions for them it runs in float32, many times faster,
-    and returns the half-precision type."""
+    """timm's MLP on patches of a grid."""
 
     def __init__(self, in_features: int, hidden_features: int, local_mixing: bool = False, **kwargs: Any) -> None:
         """
@@ -35,9 +30,6 @@ class Mlp(timm.layers.Mlp):
 
     def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None, patch_valid: Tensor | None = None) -> Tensor:
         """Map (B, N, C) to (B, N, C). Without a grid, as for a memory, there is no local mixing."""
-        if not torch.jit.is_scripting():
-            if half_is_slow(x):
-                return run_in_float32(self, x, grid_size, patch_valid)
         x = self.act(self.fc1(x))
         if self.local is not None and grid_size is not None:
             x = x + self.local(x, grid_size, patch_valid)

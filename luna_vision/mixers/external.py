@@ -16,9 +16,30 @@ import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..functional import check_valid, double_normalise, slot_scores, split_heads, weighted_slots
+from ..functional import check_valid, readable, slot_scores, split_heads, upcast, weighted_slots
 
-__all__ = ["ExternalMixer"]
+__all__ = ["ExternalMixer", "double_normalise", "external_read"]
+
+
+def double_normalise(scores: Tensor, valid: Tensor | None = None) -> Tensor:
+    """External Attention's normalisation: softmax over the patches, then L1 over the slots, of scores (B, N, S).
+
+    Patches that are not valid (B, N) are left out of the first. NOTE: computed as one softmax over the slots, in
+    float32 or wider. It needs no small constant in the L1 norm, as the authors' code does, and is right even for a
+    patch whose share of every slot underflows.
+    """
+    scores = upcast(scores)
+    counted = scores
+    if valid is not None:
+        counted = scores.masked_fill(~readable(valid)[:, :, None], float("-inf"))
+    return (scores - counted.logsumexp(dim=1, keepdim=True)).softmax(dim=2)
+
+
+def external_read(x: Tensor, m_key: Tensor, m_value: Tensor) -> Tensor:
+    """Read a memory (S, C) that is the same for every image: softmax over the tokens, then L1 over the slots. Luna's
+    absorbed unpack is this with a memory of the image's own and a softmax over each head's slots."""
+    weights = double_normalise(slot_scores(x, m_key.expand(x.shape[0], -1, -1))).to(x.dtype)
+    return weighted_slots(weights, m_value.expand(x.shape[0], -1, -1))
 
 
 @register_notrace_module

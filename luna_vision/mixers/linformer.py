@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from .._tensors import autocasts, saturate, wide
-from ..functional import readable
+from ..functional import autocasts, clamp_fp16, readable, upcast
 from .base import SelfAttention
 
 __all__ = ["LinformerMixer"]
@@ -107,9 +106,9 @@ class LinformerMixer(SelfAttention):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """K projections of keys and values (B, H, N, D), each (B, H, K, D), and which may be attended to, (B, K)."""
         height, width = grid_size
-        weight_k = wide(self.proj_k)
-        weight_v = wide(self.proj_v) if self.proj_v is not None else weight_k
-        k, v = wide(k).unflatten(2, (height, width)), wide(v).unflatten(2, (height, width))
+        weight_k = upcast(self.proj_k)
+        weight_v = upcast(self.proj_v) if self.proj_v is not None else weight_k
+        k, v = upcast(k).unflatten(2, (height, width)), upcast(v).unflatten(2, (height, width))
         if patch_valid is None:  # a sum along an axis of unknown length would keep torch.export from proving its shape
             row, column = torch.arange(height, device=k.device)[None], torch.arange(width, device=k.device)[None]
             rows = _overlap(row, torch.full_like(row[:, 0], height), self.ref_size, k.dtype)
@@ -143,7 +142,7 @@ class LinformerMixer(SelfAttention):
                 k, v, covered = self._project(k, v, grid_size, patch_valid)
         else:
             k, v, covered = self._project(k, v, grid_size, patch_valid)
-        k, v = saturate(k.to(q.dtype)), saturate(v.to(q.dtype))
+        k, v = clamp_fp16(k.to(q.dtype)), clamp_fp16(v.to(q.dtype))
         mask = covered[:, None, None, :] if covered is not None else None
         drop = self.attn_drop if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..functional import check_valid, pack_absorbed, readable, split_heads
+from ..functional import Projections, check_valid, pack_absorbed, readable, split_heads
 from ._blocks import attend_blocks, band
 from .base import SelfAttention
 
@@ -80,8 +80,9 @@ class LongformerMixer(SelfAttention):
         tokens = self.global_tokens.expand(x.shape[0], -1, -1)
         x = torch.cat([tokens, x], dim=1)
         valid = torch.cat([torch.ones_like(valid[:, :1]).expand(-1, tokens.shape[1]), valid], dim=1)
-        w_q, b_q, w_v, b_v = self.global_q.weight, self.global_q.bias, self.global_v.weight, self.global_v.bias
-        y = pack_absorbed(tokens, x, w_q, b_q, self.global_k.weight, w_v, b_v, self.num_heads, valid, drop)
+        q, k, v = self.global_q, self.global_k, self.global_v
+        w = Projections(self.num_heads, q.weight, q.bias, k.weight, v.weight, v.bias)
+        y = pack_absorbed(tokens, x, w, valid, drop)
         return tokens + self.proj(y)
 
     def forward(self, x: Tensor, grid_size: tuple[int, int], patch_valid: Tensor | None = None) -> Tensor:

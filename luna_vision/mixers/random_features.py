@@ -6,7 +6,7 @@ Shapes: H heads, F random vectors, E width of a head.
 import torch
 from torch import Tensor, nn
 
-from .._tensors import wide
+from ..functional import upcast
 
 __all__ = ["RandomProjection"]
 
@@ -56,7 +56,7 @@ class RandomProjection(nn.Module):
 
     def _draw(self) -> Tensor:
         H, F, E = self.weight.shape
-        like = wide(self.weight)  # QR knows no half precision
+        like = upcast(self.weight)  # QR knows no half precision
         vectors = torch.randn(H, F, E, device=like.device, dtype=like.dtype)
         if not self.orthogonal:
             return vectors
@@ -71,7 +71,7 @@ class RandomProjection(nn.Module):
         if not torch.jit.is_scripting():
             if self.training and self.redraw_rate > 0.0:
                 return self._redrawn()
-        return wide(self.weight)
+        return upcast(self.weight)
 
     @torch.no_grad()
     def _redrawn(self) -> Tensor:
@@ -80,4 +80,4 @@ class RandomProjection(nn.Module):
             self.weight.copy_(torch.where(redraw, self._draw().to(self.weight.dtype), self.weight))
         elif float(torch.rand(())) < self.redraw_rate:  # on the CPU: no accelerator has to be waited for
             self.weight.copy_(self._draw())
-        return wide(self.weight.clone())  # the next redraw must not change what this pass keeps for its backward
+        return upcast(self.weight.clone())  # the next redraw must not change what this pass keeps for its backward

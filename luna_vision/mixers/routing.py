@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from .._tensors import autocasts, wide
-from ..functional import readable
+from ..functional import autocasts, readable, upcast
 from ._blocks import at_least_two
 from .base import SelfAttention
 
@@ -96,18 +95,18 @@ class RoutingMixer(SelfAttention):
 
     def _scores(self, x: Tensor, valid: Tensor) -> Tensor:
         """Nearness of queries or keys (B, H, N, E) to the centroids, (B, H, K, N); -inf where invalid (B, N)."""
-        scores = wide(self.centroids) @ wide(x).transpose(2, 3)
+        scores = upcast(self.centroids) @ upcast(x).transpose(2, 3)
         return scores.masked_fill(~valid[:, None, None, :], float("-inf"))
 
     def _observe(self, q: Tensor, k: Tensor, q_scores: Tensor, k_scores: Tensor, valid: Tensor) -> None:
         """Set the centroids of the next pass."""
-        total = torch.zeros_like(wide(self.centroids))
+        total = torch.zeros_like(upcast(self.centroids))
         count = torch.zeros_like(total[:, :, :1])
         for x, scores in ((q, q_scores), (k, k_scores)):
             nearest = (scores == scores.amax(dim=2, keepdim=True)) & valid[:, None, None, :]
-            total += (nearest.to(total.dtype) @ wide(x)).sum(dim=0)
+            total += (nearest.to(total.dtype) @ upcast(x)).sum(dim=0)
             count += nearest.sum(dim=(0, 3))[:, :, None]
-        centroids = wide(self.centroids)
+        centroids = upcast(self.centroids)
         moved = self.decay * centroids + (1.0 - self.decay) * total / count.clamp(min=1.0)
         moved = F.layer_norm(moved, moved.shape[-1:])
         self.next_centroids.copy_(torch.where(count > 0.0, moved, centroids))

@@ -47,10 +47,10 @@ class SoftmaxMixer(SelfAttention):
         if not query_gain > 0.0:
             raise ValueError(f"query_gain must be above 0, got {query_gain}")
         self.query_gain = query_gain
-        self.init_weights()
+        self.scale_queries()
 
     @torch.jit.ignore
-    def init_weights(self) -> None:
+    def scale_queries(self) -> None:
         """Multiply the query projection, as it has been initialised, by `query_gain`."""
         with torch.no_grad():
             self.qkv.weight[: self.dim].mul_(self.query_gain)

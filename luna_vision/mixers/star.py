@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..functional import check_valid, pack_absorbed, readable, split_heads
+from ..functional import Projections, check_valid, pack_absorbed, readable, split_heads
 from ._blocks import attend_blocks, band, check_grid
 from .base import SelfAttention
 
@@ -75,8 +75,9 @@ class StarMixer(SelfAttention):
         relay = (total / valid.sum(dim=1)[:, None, None]).to(x.dtype)
         x = torch.cat([relay, x], dim=1)
         valid = torch.cat([torch.ones_like(valid[:, :1]), valid], dim=1)
-        w_q, b_q, w_v, b_v = self.relay_q.weight, self.relay_q.bias, self.relay_v.weight, self.relay_v.bias
-        y = pack_absorbed(relay, x, w_q, b_q, self.relay_k.weight, w_v, b_v, self.num_heads, valid, drop)
+        q, k, v = self.relay_q, self.relay_k, self.relay_v
+        w = Projections(self.num_heads, q.weight, q.bias, k.weight, v.weight, v.bias)
+        y = pack_absorbed(relay, x, w, valid, drop)
         return self.relay_norm(F.relu(self.relay_proj(y)))
 
     def forward(self, x: Tensor, grid_size: tuple[int, int], patch_valid: Tensor | None = None) -> Tensor:

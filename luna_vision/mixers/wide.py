@@ -6,7 +6,7 @@ Shapes: B batch, H heads, N patches, E head width.
 import torch
 from torch import Tensor
 
-from .._tensors import autocasts, saturate, wide
+from ..functional import autocasts, clamp_fp16, upcast
 from .base import SelfAttention
 
 __all__ = ["WideAttention"]
@@ -25,9 +25,9 @@ class WideAttention(SelfAttention):
         self, q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], patch_valid: Tensor | None = None
     ) -> Tensor:
         dtype = v.dtype
-        q, k, v = wide(q), wide(k), wide(v)
+        q, k, v = upcast(q), upcast(k), upcast(v)
         if not torch.jit.is_scripting():
             if autocasts(v):
                 with torch.autocast(v.device.type, enabled=False):
-                    return saturate(self.mix_wide(q, k, v, grid_size, patch_valid).to(dtype))
-        return saturate(self.mix_wide(q, k, v, grid_size, patch_valid).to(dtype))
+                    return clamp_fp16(self.mix_wide(q, k, v, grid_size, patch_valid).to(dtype))
+        return clamp_fp16(self.mix_wide(q, k, v, grid_size, patch_valid).to(dtype))

@@ -10,6 +10,7 @@ Shapes: B batch, N patches, L memory slots, C width, H', W' patch grid with N = 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     AttentionPoolLatent,
     LayerType,
+    PatchEmbed,
     calculate_drop_path_rates,
     get_act_layer,
     get_device_dtype,
@@ -28,32 +30,23 @@ from timm.models import (
     checkpoint,
     generate_default_cfgs,
     register_model,
+    register_notrace_function,
     resolve_pretrained_cfg,
 )
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
-from .._tensors import check_option, saturate
-from ..layers import POS_EMBEDS, ConvPatchEmbed, LunaBlock, MixerBlock, PatchEmbed
-from ..layers.bands import block_by_bands, check_bands
+from ..functional import clamp_fp16
+from ..layers import POS_EMBEDS, READ, ConvPatchEmbed, LunaBlock, MixerBlock
+from ..layers.patches import PatchMaskDrop, blank_invalid, check_image, pad_to_patches, residual_stream
+from ..layers.pos_embed import axis_centres
 from ..mixers import create_mixer
-from ._parts import (
-    POOL_TYPES,
-    PatchMaskDrop,
-    blank_invalid,
-    check_image,
-    check_last_block,
-    checkpoint_filter_fn,
-    initial_memory,
-    join_tokens,
-    key_mask,
-    pad_to_patches,
-    pool_tokens,
-    read_by,
-)
+from ..utils.checks import check_option
+from .checkpoints import checkpoint_filter_fn
+from .pooling import POOL_TYPES, Pool, key_mask, pool_tokens, read_by
 
-__all__ = ["AttentionMaps", "LunaVit", "prune_memory_update"]
+__all__ = ["AttentionMaps", "LunaVit", "checkpoint_filter_fn", "join_tokens", "prune_memory_update"]
 
 
 class AttentionMaps(NamedTuple):
@@ -63,6 +56,37 @@ class AttentionMaps(NamedTuple):
     """(B, pack heads, L, H', W'): the weight with which slot l reads each patch; sums to 1 over the grid."""
     unpack: Tensor
     """(B, heads, L, H', W'): the weight with which each patch reads slot l; sums to 1 over the slots."""
+
+
+@register_notrace_function
+def initial_memory(learned: Tensor | None, memory: Tensor | None, x: Tensor) -> Tensor:
+    """The memory that enters the first block, (B, L, C): the caller's if given, else the learned one (1, L, C).
+
+    Args:
+        learned: None for a mixer without memory; what enters is then (B, 0, C).
+        memory: The caller's.
+        x: Patches (B, N, C).
+
+    Raises:
+        ValueError: The caller's has another shape than (B, L, C), or the model has no memory.
+    """
+    batch = x.shape[0]
+    if learned is None:
+        if memory is not None:
+            raise ValueError("memory was given to a model whose mixer has none")
+        return x.new_empty(batch, 0, x.shape[2])
+    if memory is None:
+        return learned.expand(batch, -1, -1)
+    if memory.dim() != 3 or memory.shape[0] != batch or memory.shape[1:] != learned.shape[1:]:
+        want = [batch, learned.shape[1], learned.shape[2]]
+        raise ValueError(f"memory must have shape {want}, got {list(memory.shape)}")
+    return memory.to(learned.dtype)
+
+
+@register_notrace_function
+def join_tokens(memory: Tensor, x: Tensor) -> Tensor:
+    """Memory (B, L, C), then patches (B, N, C): (B, L + N, C); without a memory, the patches as they are."""
+    return torch.cat([memory, x], dim=1) if memory.shape[1] else x
 
 
 class LunaVit(nn.Module):
@@ -195,9 +219,11 @@ class LunaVit(nn.Module):
             memory_len = 0
             if global_pool in ("token", "both"):
                 raise ValueError(f"global_pool={global_pool!r} reads the memory, and mixer={mixer!r} has none")
-        if last_block == "auto":
-            last_block = read_by(global_pool)
-        check_last_block(last_block, global_pool, memory_len > 0)
+        check_option("last_block", last_block, ("auto", *READ))
+        last_block = read_by(global_pool) if last_block == "auto" else last_block
+        if memory_len == 0 and last_block != "patches":
+            raise ValueError(f"last_block={last_block!r} has its memory read, and this model's mixer has none")
+        _check_patches_read(last_block, global_pool)
 
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -206,18 +232,19 @@ class LunaVit(nn.Module):
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = self.memory_len = memory_len
         self.grad_checkpointing = False
-        self.band_rows = 0
-        self.band_store: torch.dtype | None = None
+        # how blocks run in eager mode, `block_runner(block, x, memory, grid_size, patch_valid)`, in the place of a call
+        self.block_runner: Callable[..., tuple[Tensor, Tensor]] | None = None
 
         if stem == "conv":
             self.patch_embed = ConvPatchEmbed(img_size, patch_size, in_chans, embed_dim, **dd)
             self._traits = {"first_conv": "patch_embed.stem.0.conv"}  # what timm adapts to other channels
         else:
-            any_size = dict(strict_img_size=False, dynamic_img_pad=False)
-            self.patch_embed = PatchEmbed(
-                img_size, patch_size, in_chans, embed_dim, output_fmt="NHWC", **any_size, **dd
-            )
+            any_size = dict(strict_img_size=False, dynamic_img_pad=False, flatten=False, output_fmt="NHWC")
+            self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, **any_size, **dd)
         self.mask_stem = stem == "conv"
+        # Rows of patches above a tile whose pixels `embed_tile` takes, too: a convolutional stem sees less than a patch
+        # above each patch, and nothing below, since its convolutions have stride 2.
+        self.embed_halo = int(self.mask_stem)
         self.pos_embed = POS_EMBEDS[pos_embed](embed_dim, **dd) if pos_embed != "none" else None
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.patch_drop = PatchMaskDrop(patch_drop_rate) if patch_drop_rate > 0.0 else None
@@ -238,9 +265,7 @@ class LunaVit(nn.Module):
                 tie_kv=tie_kv,
                 memory_mlp=memory_mlp,
                 drop_path=drop_paths[i],
-                # what nobody reads after the last block gets no parameters: they would have no gradient
-                memory_read=i < depth - 1 or last_block != "patches",
-                patches_read=i < depth - 1 or last_block != "memory",
+                read="both" if i < depth - 1 else last_block,
                 memory_len=memory_len,
                 pack_form=pack_form,
                 unpack_form=unpack_form,
@@ -278,7 +303,9 @@ class LunaVit(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for module in self.modules():
-            if module is not self and hasattr(module, "init_weights"):
+            if hasattr(module, "scale_queries"):
+                module.scale_queries()
+            elif module is not self and hasattr(module, "init_weights"):
                 module.init_weights()
         if self.memory is not None:
             nn.init.normal_(self.memory, std=1.0)
@@ -303,33 +330,6 @@ class LunaVit(nn.Module):
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
-    def set_band_checkpointing(self, rows: int, store_dtype: torch.dtype | None = None) -> None:
-        """Run every block a few rows of patches at a time, forward and backward (`luna_vision.layers.bands`).
-
-        Of a block its input is kept, as by `set_grad_checkpointing`, and what else it makes exists for one band only.
-        Results and gradients are the same up to rounding. Compiled, traced and exported models run without bands.
-
-        Args:
-            rows: Rows of the patch grid in a band; 0 for none. A band of about 4,096 patches is large enough.
-            store_dtype: Type in which inputs are kept. `torch.bfloat16` halves what they take, and gradients are then
-                those at inputs that are rounded to 8 bits.
-
-        Raises:
-            ValueError: Fewer than 0 rows, a type that is not floating-point, a mixer without memory, or dropout of
-                activations or attention weights.
-        """
-        if rows < 0:
-            raise ValueError(f"rows must be at least 0, got {rows}")
-        if store_dtype is not None and not store_dtype.is_floating_point:
-            raise ValueError(f"store_dtype must be a floating-point type, got {store_dtype}")
-        if rows:
-            if self.memory is None:
-                raise ValueError("bands meet in the memory, and this model's mixer has none")
-            for block in self.blocks:
-                check_bands(block)
-        self.band_rows, self.band_store = rows, store_dtype
-
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The classifier head."""
         return self.head
@@ -352,7 +352,7 @@ class LunaVit(nn.Module):
                 raise ValueError("global_pool='map' has weights of its own: choose it when the model is created")
             if global_pool in ("token", "both") and self.memory is None:
                 raise ValueError(f"global_pool={global_pool!r} reads the memory, and this model's mixer has none")
-            check_last_block(self.last_block, global_pool, self.memory is not None)
+            _check_patches_read(self.last_block, global_pool)
             if global_pool != "map":
                 self.attn_pool = None
             self.global_pool = global_pool
@@ -399,11 +399,33 @@ class LunaVit(nn.Module):
             raise ValueError(f"memory_len must be 1 to {self.memory.shape[1]}, as built, got {memory_len}")
         self.num_prefix_tokens = self.memory_len = memory_len
         for block in self.blocks:
-            block.attn.expect_slots(memory_len)
+            block.set_memory_len(memory_len)
 
     def learned_memory(self) -> Tensor | None:
         """The slots in use of the learned initial memory, (1, L, C); None for a mixer without memory."""
         return None if self.memory is None else self.memory[:, : self.memory_len]
+
+    @torch.jit.ignore
+    def embed_tile(self, x: Tensor, start: int, grid_size: tuple[int, int], above: int = 0) -> Tensor:
+        """Patches (B, rows, W', C) of a tile of an image.
+
+        Args:
+            x: Its pixels (B, in_chans, height, width), with those of `above` rows of patches more.
+            start: Its first row in the patch grid of the image.
+            grid_size: H', W' of the image.
+            above: Rows of patches to leave out of the result: `embed_halo`, or fewer where the image begins.
+        """
+        x = pad_to_patches(x, self.patch_embed.patch_size)
+        x = clamp_fp16(self.patch_embed(x))[:, above:]
+        if self.pos_embed is not None:
+            rows, columns = (axis_centres(n, x.device) for n in grid_size)
+            x = self.pos_embed.add_at(x, rows[start : start + x.shape[1]], columns)
+        return residual_stream(x)
+
+    @torch.jit.ignore
+    def new_pool(self, parts: dict[str, Tensor] | None = None) -> Pool:
+        """`pool` over patches that come in parts; `parts` is where another one was."""
+        return Pool("map" if self.attn_pool is not None else self.global_pool, self.attn_pool, parts)
 
     def _embed(
         self, x: Tensor, patch_valid: Tensor | None, memory: Tensor | None
@@ -412,14 +434,45 @@ class LunaVit(nn.Module):
         x = check_image(x, self.in_chans)
         x = pad_to_patches(x, self.patch_embed.patch_size)
         x = blank_invalid(x, patch_valid, self.patch_embed.patch_size)
-        x = saturate(self.patch_embed(x, patch_valid) if self.mask_stem else self.patch_embed(x))
+        x = clamp_fp16(self.patch_embed(x, patch_valid) if self.mask_stem else self.patch_embed(x))
         B, H, W, C = x.shape
         if self.pos_embed is not None:
             x = self.pos_embed(x, patch_valid)
-        x = self.pos_drop(x.reshape(B, H * W, C))
+        x = self.pos_drop(residual_stream(x).reshape(B, H * W, C))
         if self.patch_drop is not None:
             x, patch_valid = self.patch_drop(x, patch_valid)
         return x, initial_memory(self.learned_memory(), memory, x), (H, W), patch_valid
+
+    def _run_blocks(
+        self, x: Tensor, memory: Tensor, grid_size: tuple[int, int], patch_valid: Tensor | None, keep: list[int]
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        """Run the blocks.
+
+        Args:
+            x, memory, grid_size, patch_valid: From `_embed`.
+            keep: Blocks of which the input is wanted; the number of blocks means the output of the last. Blocks after
+                the last of these do not run, unless it is empty.
+
+        Returns:
+            Patches and memory, and those that enter the blocks of `keep`.
+        """
+        kept: list[tuple[Tensor, Tensor]] = []
+        last = max(keep) if len(keep) > 0 else len(self.blocks)
+        for i, block in enumerate(self.blocks):
+            if i in keep:
+                kept.append((x, memory))
+            if i < last:
+                if torch.jit.is_scripting():
+                    x, memory = block(x, memory, grid_size, patch_valid)
+                elif self.block_runner is not None:
+                    x, memory = self.block_runner(block, x, memory, grid_size, patch_valid)
+                elif self.grad_checkpointing:
+                    x, memory = checkpoint(block, x, memory, grid_size, patch_valid)
+                else:
+                    x, memory = block(x, memory, grid_size, patch_valid)
+        if len(self.blocks) in keep:
+            kept.append((x, memory))
+        return x, memory, kept
 
     def encode(
         self, x: Tensor, patch_valid: Tensor | None = None, memory: Tensor | None = None
@@ -439,13 +492,8 @@ class LunaVit(nn.Module):
             ValueError: A shape does not fit, or (eager mode only) an image has no valid patch.
         """
         x, memory, grid_size, patch_valid = self._embed(x, patch_valid, memory)
-        for block in self.blocks:
-            if self.band_rows > 0 and not torch.jit.is_scripting():
-                x, memory = block_by_bands(block, x, memory, grid_size, patch_valid, self.band_rows, self.band_store)
-            elif self.grad_checkpointing and not torch.jit.is_scripting():
-                x, memory = checkpoint(block, x, memory, grid_size, patch_valid)
-            else:
-                x, memory = block(x, memory, grid_size, patch_valid)
+        keep: list[int] = []
+        x, memory, _ = self._run_blocks(x, memory, grid_size, patch_valid, keep)
         return x, memory
 
     def forward_features(self, x: Tensor, patch_valid: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
@@ -505,23 +553,18 @@ class LunaVit(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        blocks = self.blocks[: max_index + 1] if stop_early else self.blocks
+        take_indices, _ = feature_take_indices(len(self.blocks), indices)
         x, memory, (H, W), patch_valid = self._embed(x, patch_valid, memory)
+        keep = [i + 1 for i in sorted(take_indices)]
+        stop = [] if stop_early else [len(self.blocks)]
+        x, memory, kept = self._run_blocks(x, memory, (H, W), patch_valid, [*keep, *stop])
         spatial, prefix = [], []
-        for i, block in enumerate(blocks):
-            if self.band_rows:
-                x, memory = block_by_bands(block, x, memory, (H, W), patch_valid, self.band_rows, self.band_store)
-            elif self.grad_checkpointing:
-                x, memory = checkpoint(block, x, memory, (H, W), patch_valid)
-            else:
-                x, memory = block(x, memory, (H, W), patch_valid)
-            if i in take_indices:
-                y = self.norm(x) if norm else x
-                if output_fmt == "NCHW":
-                    y = y.reshape(y.shape[0], H, W, -1).permute(0, 3, 1, 2).contiguous()
-                spatial.append(y)
-                prefix.append(self.norm(memory) if norm else memory)
+        for y, slots in kept[: len(keep)]:
+            y = self.norm(y) if norm else y
+            if output_fmt == "NCHW":
+                y = y.reshape(y.shape[0], H, W, -1).permute(0, 3, 1, 2).contiguous()
+            spatial.append(y)
+            prefix.append(self.norm(slots) if norm else slots)
         features = None if intermediates_only else self.norm(join_tokens(memory, x))
         if output_dict:
             out = {"image_intermediates": spatial}
@@ -580,15 +623,26 @@ class LunaVit(nn.Module):
         """
         if self.memory is None:
             raise ValueError("get_attention_maps shows where a memory looks, and this model's mixer has none")
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        take_indices = sorted(feature_take_indices(len(self.blocks), indices)[0])
         x, memory, (H, W), patch_valid = self._embed(x, patch_valid, memory)
+        _, _, kept = self._run_blocks(x, memory, (H, W), patch_valid, take_indices)
         maps = []
-        for i, block in enumerate(self.blocks[: max_index + 1]):
-            if i in take_indices:
-                pack, unpack = block.attention_maps(x, memory, (H, W), patch_valid)
-                maps.append(AttentionMaps(pack.unflatten(-1, (H, W)), unpack.transpose(2, 3).unflatten(-1, (H, W))))
-            x, memory = block(x, memory, (H, W), patch_valid)
+        for i, (x, memory) in zip(take_indices, kept, strict=True):
+            pack, unpack = self.blocks[i].attention_maps(x, memory, (H, W), patch_valid)
+            maps.append(AttentionMaps(pack.unflatten(-1, (H, W)), unpack.transpose(2, 3).unflatten(-1, (H, W))))
         return maps
+
+
+def _check_patches_read(last_block: str, global_pool: str) -> None:
+    """
+    Raises:
+        ValueError: The pooling reads patches that the last block does not update.
+    """
+    if last_block == "memory" and global_pool not in ("", "token"):
+        raise ValueError(
+            f"a model that was created with global_pool='token' (or last_block='memory') does not update the patches "
+            f"in its last block, and global_pool={global_pool!r} reads them: choose it when the model is created"
+        )
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -634,6 +688,8 @@ _NO_WEIGHTS = (
 def prune_memory_update(model: LunaVit) -> None:
     """Remove what only updates the memory of the last block, in a model of which nothing but patches is read: it would
     get no gradient."""
+    if model.memory is None:
+        return
     blocks = model.blocks
     blocks[-1].prune_memory_update()
     if not blocks[-1].updates_patches:

@@ -13,9 +13,8 @@ from timm.layers import resample_patch_embed
 from timm.models import adapt_input_conv, load_state_dict
 from torch import Tensor
 
-from ._parts import unwrap_state_dict
+from .checkpoints import not_plain, unwrap_state_dict
 from .luna_vit import LunaVit
-from .weights import not_plain
 
 __all__ = ["VitInit", "init_from_vit"]
 

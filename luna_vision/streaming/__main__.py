@@ -16,10 +16,10 @@ import luna_vision
 
 from .._commands import Parser, add_model_arguments, at_least, check_output, load_model, random_weights, run_command
 from .._record import share_as_usual
-from .encoder import Encoded, encode
-from .formats import open_image
-from .grid import check_apart, check_grid
-from .plan import parse_bytes
+from ..execution.encode import Encoded, encode
+from ..execution.grid import check_apart, check_grid
+from ..execution.plan import parse_bytes
+from ..images import open_image
 
 SUFFIXES = (".npz", ".safetensors")
 STORE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -18,6 +18,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from luna_vision._commands import build_model
+from luna_vision.execution import set_band_checkpointing
 from luna_vision.models import LunaVit
 
 from .base import TimmTask, check_sizes
@@ -66,7 +67,8 @@ class ClassificationTask(TimmTask):
         channels_last: keep images and convolutions in channels-last memory format.
         grad_checkpointing: recompute activations in the backward pass, for less memory.
         band_rows: for very large images: recompute, too, and run each block of a Luna ViT so many rows of patches at a
-            time (`LunaVit.set_band_checkpointing`); 0 is off. Instead of ``grad_checkpointing`` and ``compile``.
+            time (`luna_vision.execution.set_band_checkpointing`); 0 is off. Instead of ``grad_checkpointing`` and
+            ``compile``.
 
     Raises:
         ValueError: an argument out of its range, an unknown model, or (when a run starts) data that does not fit.
@@ -137,7 +139,7 @@ class ClassificationTask(TimmTask):
                 raise ValueError(f"band_rows={hp.band_rows} and {name} do not go together: give one of them")
         if not isinstance(self.model, LunaVit):
             raise ValueError(f"band_rows is for Luna ViTs, and {hp.model_name} is none: set it to 0")
-        self.model.set_band_checkpointing(hp.band_rows)
+        set_band_checkpointing(self.model, hp.band_rows)
 
     def _losses(self) -> tuple[nn.Module, nn.Module]:
         """The losses of class indices and of soft targets; mixing smooths soft targets itself."""

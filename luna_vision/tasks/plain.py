@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from luna_vision.models.weights import not_plain
+from luna_vision.models.checkpoints import not_plain
 
 
 def load_plain(path: str | Path, **options: Any) -> dict[str, Any]:

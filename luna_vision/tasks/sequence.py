@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from luna_vision.models import LunaVit
-from luna_vision.models._parts import join_tokens
+from luna_vision.models.luna_vit import join_tokens
 
 from .classification import ClassificationTask
 

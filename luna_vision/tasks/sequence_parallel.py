@@ -12,8 +12,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from luna_vision.streaming.collectives import from_all
-from luna_vision.streaming.parallel import SequenceParallel, split_rows
+from luna_vision.execution.collectives import from_all
+from luna_vision.execution.sequence_parallel import SequenceParallel, split_rows
 
 from .classification import ClassificationTask
 
@@ -73,7 +73,7 @@ class SequenceParallelStrategy(DDPStrategy):
             raise ValueError("sequence parallelism has strips, which mixup and cutmix do not fit: set both to 0")
         if task.hparams.compile:
             raise ValueError("sequence parallelism runs the model part by part: set compile to false")
-        if task.model.band_rows:
+        if task.model.block_runner is not None:
             raise ValueError("sequence parallelism has strips, which are not computed in bands: set band_rows to 0")
         if task.trainer.state.fn == TrainerFn.PREDICTING:
             raise ValueError(

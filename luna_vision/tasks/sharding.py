@@ -44,7 +44,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
     """
     if isinstance(model, FSDPModule):
         return
-    if any(getattr(module, "band_rows", 0) for module in model.modules()):
+    if any(getattr(module, "block_runner", None) for module in model.modules()):
         raise ValueError(
             "bands run parts of a block, whose weights are gathered for the whole of it: set band_rows to 0"
         )

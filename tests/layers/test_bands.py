@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from luna_vision import LunaVit
-from luna_vision.layers.bands import block_by_bands
+from luna_vision.execution.bands import block_by_bands, set_band_checkpointing
 
 
 def tiny(**kwargs) -> LunaVit:
@@ -66,9 +66,9 @@ def test_gradients_are_those_of_the_ordinary_step(variant):
     model, x = tiny(**variant), image(2, 3, 26, 19)  # 7 x 5 patches
     want = step(model, x)
     for rows in (1, 2, 3, 7, 100):
-        model.set_band_checkpointing(rows)
+        set_band_checkpointing(model, rows)
         same(step(model, x), want)
-    model.set_band_checkpointing(0)
+    set_band_checkpointing(model, 0)
     same(step(model, x), want)
 
 
@@ -76,7 +76,7 @@ def test_gradients_are_those_of_the_ordinary_step(variant):
 def test_odd_sizes(size):
     model, x = tiny(), image(1, 3, *size)
     want = step(model, x)
-    model.set_band_checkpointing(2)
+    set_band_checkpointing(model, 2)
     same(step(model, x), want)
 
 
@@ -88,7 +88,7 @@ def test_masks(local_mixing):
     valid[0, :2, :3] = valid[1] = True
     want = step(model, x, patch_valid=valid.flatten(1))
     for rows in (1, 4):
-        model.set_band_checkpointing(rows)
+        set_band_checkpointing(model, rows)
         same(step(model, x, patch_valid=valid.flatten(1)), want)
 
 
@@ -96,7 +96,7 @@ def test_a_memory_that_is_handed_in_gets_its_gradient():
     model, x = tiny(), image(2, 3, 20, 12)
     grads = []
     for rows in (0, 2):
-        model.set_band_checkpointing(rows)
+        set_band_checkpointing(model, rows)
         memory = image(2, 3, 16).requires_grad_()
         patches, after = model.encode(x, memory=memory)
         (after * image(2, 3, 16)).sum().backward()  # and of the patches nothing is read
@@ -109,7 +109,7 @@ def test_a_gradient_that_is_handed_in_is_left_alone():
     model, x, grads = tiny(), image(2, 3, 20, 12), []
     ours = image(2, 3, 16)
     for rows in (0, 2):
-        model.set_band_checkpointing(rows)
+        set_band_checkpointing(model, rows)
         for handed in (torch.ones(()).double().expand(2, 3, 16), ours):
             model.zero_grad()
             (model.encode(x)[1] + model.encode(x.flip(0))[1]).backward(handed)
@@ -124,7 +124,7 @@ def test_what_is_dropped_is_dropped_in_all_bands(rates):
     model, x = tiny(global_pool="both", **rates), image(5, 3, 24, 16)
     want = step(model, x)
     after = torch.get_rng_state()
-    model.set_band_checkpointing(2)
+    set_band_checkpointing(model, 2)
     same(step(model, x), want)
     assert torch.equal(torch.get_rng_state(), after)
     if "drop_path_rate" in rates:
@@ -137,7 +137,7 @@ def test_frozen_parameters_and_images_without_gradients():
     model.blocks[1].requires_grad_(False)
     grads = []
     for rows in (0, 2):
-        model.set_band_checkpointing(rows)
+        set_band_checkpointing(model, rows)
         model.zero_grad()
         model(x).sum().backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
@@ -148,7 +148,7 @@ def test_frozen_parameters_and_images_without_gradients():
 def test_bfloat16_store_and_autocast_are_near():
     model, x = tiny(), image(2, 3, 24, 16)
     want = step(model, x)
-    model.set_band_checkpointing(2, torch.bfloat16)
+    set_band_checkpointing(model, 2, torch.bfloat16)
     got = step(model, x)
     torch.testing.assert_close(got["logits"], want["logits"])
     gap = torch.cat([(got[n] - want[n]).flatten() for n in want]).norm()
@@ -157,7 +157,7 @@ def test_bfloat16_store_and_autocast_are_near():
     model.float()
     found = []
     for rows in (0, 2):
-        model.set_band_checkpointing(rows)
+        set_band_checkpointing(model, rows)
         with torch.autocast("cpu", torch.bfloat16):  # backward within, where a cache of cast weights would be in use
             found.append(step(model, x.float()))
     for name, value in found[0].items():
@@ -169,7 +169,7 @@ def test_with_a_bfloat16_store_gradients_do_not_depend_on_the_bands(local_mixing
     """Though of rounded inputs some bands have scores above the maximum that was kept, and others have not."""
     model, x, grads = tiny(local_mixing=local_mixing), image(2, 3, 24, 16), []
     for rows in (1, 2, 100):
-        model.set_band_checkpointing(rows, torch.bfloat16)
+        set_band_checkpointing(model, rows, torch.bfloat16)
         grads.append(step(model, x))
     same(grads[1], grads[0])
     same(grads[2], grads[0])
@@ -179,7 +179,7 @@ def test_intermediates_and_evaluation():
     model, x = tiny().eval(), image(1, 3, 24, 16)
     with torch.no_grad():
         want = model.forward_intermediates(x, return_prefix_tokens=True, intermediates_only=True)
-        model.set_band_checkpointing(4)
+        set_band_checkpointing(model, 4)
         got = model.forward_intermediates(x, return_prefix_tokens=True, intermediates_only=True)
     for ours, theirs in zip(sum(got, ()), sum(want, ()), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
@@ -188,7 +188,7 @@ def test_intermediates_and_evaluation():
 def test_nothing_but_inputs_is_kept():
     """Numbers that autograd holds of a block: those of its patches, and little else, at any size."""
     model = tiny(depth=1, embed_dim=32, global_pool="token")
-    model.set_band_checkpointing(1)
+    set_band_checkpointing(model, 1)
     block = model.blocks[0]
 
     def kept(patches: int) -> int:
@@ -207,10 +207,10 @@ def test_nothing_but_inputs_is_kept():
         ({}, {"rows": -1}, "rows must be at least 0, got -1"),
         ({}, {"rows": 2, "store_dtype": torch.int8}, "store_dtype must be a floating-point type, got torch.int8"),
         ({"mixer": "softmax"}, {"rows": 2}, "this model's mixer has none"),
-        ({"proj_drop_rate": 0.1}, {"rows": 2}, r"bands need attn_drop_rate=0 and proj_drop_rate=0 .*, got 0.0 and 0.1"),
-        ({"attn_drop_rate": 0.1}, {"rows": 2}, r"bands need attn_drop_rate=0 and proj_drop_rate=0 .*, got 0.1 and 0.0"),
+        ({"proj_drop_rate": 0.1}, {"rows": 2}, "bands need attn_drop_rate=0 and proj_drop_rate=0"),
+        ({"attn_drop_rate": 0.1}, {"rows": 2}, "bands need attn_drop_rate=0 and proj_drop_rate=0"),
     ],
 )
 def test_what_does_not_go_is_said(kwargs, arguments, message):
     with pytest.raises(ValueError, match=message):
-        tiny(**kwargs).set_band_checkpointing(**arguments)
+        set_band_checkpointing(tiny(**kwargs), **arguments)

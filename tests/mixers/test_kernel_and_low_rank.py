@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from luna_vision.functional import double_normalise, external_read
-from luna_vision.mixers.external import ExternalMixer
+from luna_vision.mixers.external import ExternalMixer, double_normalise, external_read
 from luna_vision.mixers.linear import LinearMixer
 from luna_vision.mixers.linformer import LinformerMixer
 from luna_vision.mixers.performer import PerformerMixer
@@ -288,6 +287,12 @@ def test_external_is_the_read_that_luna_has():
     mixer = build(ExternalMixer, num_slots=7)
     x = randn(2, 15, DIM)
     close(mixer(x, (5, 3)), mixer.proj(external_read(mixer.query(x), mixer.m_key, mixer.m_value)))
+
+
+def test_external_read_is_the_formula():
+    x, (m_key, m_value) = randn(2, 15, DIM), randn(2, 7, DIM)
+    weights = (x @ m_key.t()).softmax(dim=1)
+    close(external_read(x, m_key, m_value), weights / weights.sum(dim=2, keepdim=True) @ m_value)
 
 
 def test_external_memory():

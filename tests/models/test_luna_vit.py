@@ -160,10 +160,10 @@ def test_attention_maps_lie_over_the_image():
     close(maps[1].unpack.sum(dim=2), torch.ones(2, 2, 4, 3, dtype=torch.float64))
     # they belong to the block that they are said to belong to
     seen = []
-    hook = model.blocks[3].attn.register_forward_pre_hook(lambda module, args: seen.append(args))
+    hook = model.blocks[3].register_forward_pre_hook(lambda module, args: seen.append(args))
     model(x)
     hook.remove()
-    pack, _ = model.blocks[3].attn.attention_maps(*seen[0])
+    pack, _ = model.blocks[3].attention_maps(*seen[0])
     close(maps[1].pack.flatten(-2), pack)
     valid = torch.ones(2, 12, dtype=torch.bool)
     valid[:, 9:] = False

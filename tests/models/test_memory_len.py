@@ -54,9 +54,9 @@ def test_a_prefix_is_the_model_that_was_built_with_so_many(k, kwargs):
 def test_the_forms_are_chosen_for_the_slots_in_use():
     model, k = tiny(embed_dim=64, memory_len=64), 2
     short = prefix_of(model, k, embed_dim=64)
-    before = model.blocks[0].attn.absorb_pack_from
+    before = model.blocks[0].attn.absorb_pack
     model.set_memory_len(k)
-    assert model.blocks[0].attn.absorb_pack_from == short.blocks[0].attn.absorb_pack_from != before
+    assert model.blocks[0].attn.absorb_pack == short.blocks[0].attn.absorb_pack != before
 
 
 def test_the_number_can_be_raised_again():

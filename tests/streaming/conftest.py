@@ -10,7 +10,7 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
 import luna_vision  # noqa: F401  registers the models
-from luna_vision.streaming.pixels import pixel_statistics
+from luna_vision.images.pixels import pixel_statistics
 
 from .ranks import Ranks
 

@@ -12,9 +12,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import luna_vision  # noqa: F401  registers the models
+from luna_vision.execution import set_band_checkpointing
+from luna_vision.execution.collectives import shared_max
+from luna_vision.execution.sequence_parallel import SequenceParallel, row_ranges, split_rows
 from luna_vision.mixers import MIXERS
-from luna_vision.streaming.collectives import shared_max
-from luna_vision.streaming.parallel import SequenceParallel, row_ranges, split_rows
 
 from .ranks import Ranks
 
@@ -274,9 +275,9 @@ def check_refusals(group: dist.ProcessGroup) -> None:
     refuses(message + r"\[1, 2, 16\]", parallel, good, memory[:, : 3 - rank])
     refuses(message + "none", parallel, good, memory if rank == 0 else None)
     refuses(message + "another number of dimensions", parallel, good, memory if rank == 0 else memory[0])
-    model.set_band_checkpointing(2)
+    set_band_checkpointing(model, 2)
     refuses("set band_rows to 0", parallel, good)
-    model.set_band_checkpointing(0)
+    set_band_checkpointing(model, 0)
     refuses("global_pool='' pools nothing: call encode", SequenceParallel(make(global_pool=""), group), good)
     refuses("takes a Luna ViT, got Linear", SequenceParallel, nn.Linear(2, 2), group)
     for mixer in MIXERS:

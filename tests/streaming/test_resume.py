@@ -15,9 +15,10 @@ import zarr
 from safetensors.torch import save_file
 
 import luna_vision
-from luna_vision.streaming import encode, open_image, store
-from luna_vision.streaming.grid import remove
-from luna_vision.streaming.resume import Checkpoint
+from luna_vision.execution import encode, store
+from luna_vision.execution.checkpoint import Checkpoint
+from luna_vision.execution.grid import remove
+from luna_vision.images import open_image
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_killed_at_a_write_of_patches(mixing, stem, dtype, make, image, tmp_path
 
 KILLED = """
 import os, signal, sys, numpy as np, timm, torch, luna_vision
-from luna_vision.streaming import encode, store
+from luna_vision.execution import encode, store
 torch.set_num_threads(1)
 model = timm.create_model("test_luna_vit", checkpoint_path=sys.argv[1], depth=2)
 write, count = store.write_all, iter(range(99))
@@ -249,7 +250,7 @@ def test_a_full_disk(what, make, image, tmp_path, monkeypatch):
         if what == "patches":
             patch.setattr(store, "write_all", fail)
         else:
-            patch.setattr("luna_vision.streaming.resume.save_file", fail)
+            patch.setattr("luna_vision.execution.checkpoint.save_file", fail)
         with pytest.raises(OSError, match=r"cannot write .*store/[a-z.]+: No space left on device"):
             run(model, image, folder)
     same(run(model, image, folder), run(model, image, None))

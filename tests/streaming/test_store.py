@@ -2,7 +2,7 @@
 
 import torch
 
-from luna_vision.streaming.store import FileRows
+from luna_vision.execution.store import FileRows
 
 
 class Elsewhere(torch.Tensor):

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from luna_vision._commands import run_command
+from luna_vision.execution.checkpoint import Checkpoint
 from luna_vision.streaming import encode
 from luna_vision.streaming.__main__ import main
-from luna_vision.streaming.resume import Checkpoint
 
 SMALL = {"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 4, "memory_len": 3, "num_classes": 5}
 

@@ -9,6 +9,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from luna_vision.execution import set_band_checkpointing
 from luna_vision.tasks.checkpoints import read_checkpoint
 from luna_vision.tasks.reporting import export_weights
 from luna_vision.tasks.resume import newest_whole
@@ -107,7 +108,7 @@ def test_a_folder_or_a_file_is_replaced(tmp_path):
 
 def test_bands_are_refused():
     model = timm.create_model("test_luna_vit")
-    model.set_band_checkpointing(2)
+    set_band_checkpointing(model, 2)
     with pytest.raises(ValueError, match="gathered for the whole of it: set band_rows to 0"):
         shard(model, None, torch.device("cpu"))
 

@@ -7,40 +7,54 @@ from a row more on each side. So gradients are those of the ordinary step, up to
 
 The backward pass of one block, in the order of the chain rule:
 
-    leave   band by band: unpack and MLP again, from the packed memory; gives the gradients of the mixed patches and of
-            what was packed
-    memory  once: its residual, norm and MLP; gives the gradients of the pack's sums
-    enter   band by band: local mixing and the band's part of the pack again, measured against the final maximum; gives
-            the gradients of the input and of the memory's queries
+    unpack  band by band: unpack and MLP again; gives the gradients of the mixed patches and of what they read
+    close   once: the memory's part; gives the gradients of the pack's sums
+    pack    band by band: local mixing and the band's part of the pack again, measured against the final maximum; gives
+            the gradients of the input and of the memory's query
 
 Shapes: B batch, H', W' patch grid, N = H' * W' patches, n patches of a band, L memory slots, C width.
 """
 
-import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._tensors import autocasts, saturate
-from ..functional import PackState
-from .block import LunaBlock
+from ..functional import PackState, autocasts
+from ..layers import LunaBlock
+from ..models import LunaVit
 
-__all__ = ["block_by_bands", "check_bands"]
+__all__ = ["block_by_bands", "set_band_checkpointing"]
 
 
-def check_bands(block: LunaBlock) -> None:
-    """
+def set_band_checkpointing(model: LunaVit, rows: int, store_dtype: torch.dtype | None = None) -> None:
+    """Run every block of a model a few rows of patches at a time, forward and backward.
+
+    Of a block its input is kept, as by `set_grad_checkpointing`, and what else it makes exists for one band only.
+    Results and gradients are the same up to rounding. Compiled, traced and exported models run without bands.
+
+    Args:
+        model: A Luna ViT.
+        rows: Rows of the patch grid in a band; 0 for none. A band of about 4,096 patches is large enough.
+        store_dtype: Type in which inputs are kept. `torch.bfloat16` halves what they take, and gradients are then
+            those at inputs that are rounded to 8 bits.
+
     Raises:
-        ValueError: The block drops attention weights or activations: bands would have to remember what.
+        ValueError: Fewer than 0 rows, a type that is not floating-point, a mixer without memory, or dropout of
+            activations or attention weights, of which bands would have to remember what was dropped.
     """
-    if block.attn.attn_drop > 0.0 or block.proj_drop > 0.0:
-        raise ValueError(
-            "bands need attn_drop_rate=0 and proj_drop_rate=0 (drop_path_rate may be above), got "
-            f"{block.attn.attn_drop} and {block.proj_drop}"
-        )
+    if rows < 0:
+        raise ValueError(f"rows must be at least 0, got {rows}")
+    if store_dtype is not None and not store_dtype.is_floating_point:
+        raise ValueError(f"store_dtype must be a floating-point type, got {store_dtype}")
+    if rows and model.memory is None:
+        raise ValueError("bands meet in the memory, and this model's mixer has none")
+    if rows and any(block.drops_values for block in model.blocks):
+        raise ValueError("bands need attn_drop_rate=0 and proj_drop_rate=0 (drop_path_rate may be above)")
+    model.block_runner = partial(block_by_bands, rows=rows, store_dtype=store_dtype) if rows else None
 
 
 def block_by_bands(
@@ -81,7 +95,6 @@ class _Bands:
     ) -> None:
         self.block, self.rows, self.valid, self.store_dtype, self.params = block, rows, patch_valid, store_dtype, params
         self.height, self.columns = grid_size
-        self.mixes_before = block.local is not None and not block.local_after
         self.x_dtype, self.device = x.dtype, x.device
         self.autocast = autocasts(x)
         self.autocast_dtype = torch.get_autocast_dtype(x.device.type) if self.autocast else None
@@ -105,40 +118,24 @@ class _Bands:
     def around(self, start: int, stop: int, halo: int) -> tuple[int, int]:
         return max(start - halo, 0), min(stop + halo, self.height)
 
-    def before(self, x: Tensor, top: int, bottom: int, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) after the block's first local mixing, from rows [top, bottom) of its input."""
-        mixed = self.block.before(x, (bottom - top, self.columns), self.part(self.valid, top, bottom))
+    def mix(self, x: Tensor, top: int, bottom: int, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) after `mix_tile`, from rows [top, bottom) of the block's input."""
+        mixed = self.block.mix_tile(x, (bottom - top, self.columns), self.part(self.valid, top, bottom))
         return self.part(mixed, start - top, stop - top)
 
     def mixed(self, x: Tensor, start: int, stop: int) -> Tensor:
         """The same from all of the input, which may be stored in another type."""
-        top, bottom = self.around(start, stop, int(self.mixes_before))
-        return self.before(self.part(x, top, bottom).to(self.x_dtype), top, bottom, start, stop)
+        top, bottom = self.around(start, stop, self.block.mix_halo)
+        return self.mix(self.part(x, top, bottom).to(self.x_dtype), top, bottom, start, stop)
 
-    def enter(self, state: PackState, mixed: Tensor, start: int, stop: int) -> PackState:
+    def pack(self, query: Tensor, mixed: Tensor, start: int, stop: int) -> PackState:
         """Pack rows [start, stop)."""
-        return state.update(self.block.norm_patches(mixed), self.part(self.valid, start, stop))
+        return self.block.pack_tile(self.block.norm_tile(mixed), query, self.part(self.valid, start, stop))
 
-    def sums(self, nothing: PackState, mixed: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """The same from a state that has read nothing, as sums that are measured against its maximum: of patches that
-        were rounded, some may score above it."""
-        state = self.enter(nothing, mixed, start, stop)
-        rise = (state.maximum - nothing.maximum).exp().nan_to_num(nan=1.0)  # -inf twice where nothing is valid
-        return state.total * rise, state.weighted * rise[..., None]
-
-    def pack(self, state: PackState, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """What was packed, and the memory after the block."""
-        packed = saturate(state.finish().to(memory.dtype))
-        return packed, self.block.mix_memory(self.block.add_packed(memory, packed))
-
-    def leave(self, mixed: Tensor, packed: Tensor, top: int, bottom: int) -> Tensor:
+    def unpack(self, mixed: Tensor, read: Tensor, top: int, bottom: int) -> Tensor:
         """Rows [top, bottom) after the block; the outer ones lack their neighbours."""
-        if self.block.mlp is None:
-            return mixed
-        h = self.block.norm_patches(mixed)
-        y = self.block.attn.unpack(h, packed)
-        valid = self.part(self.valid, top, bottom)
-        return self.block.update_patches(mixed, h, y, (bottom - top, self.columns), valid)
+        grid_size, valid = (bottom - top, self.columns), self.part(self.valid, top, bottom)
+        return self.block.unpack_tile(mixed, self.block.norm_tile(mixed), read, grid_size, valid)
 
     # ---- random numbers: the memory draws first, as in the ordinary step, then all bands the same
 
@@ -167,23 +164,24 @@ class _ByBands(torch.autograd.Function):
     def forward(ctx: Any, bands: _Bands, x: Tensor, memory: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
         block = bands.block
         with bands.context():
-            state = block.attn.pack_state(block.norm_memory(memory))
+            query, state = block.pack_query(memory), None
             for start, stop in bands:
-                state = bands.enter(state, bands.mixed(x, start, stop), start, stop)
+                tile = bands.pack(query, bands.mixed(x, start, stop), start, stop)
+                state = tile if state is None else state.merge(tile)
             bands.mark()
-            packed, new_memory = bands.pack(state, memory)
+            new_memory, read = block.close_pack(memory, state.finish())
             bands.mark()
             out: Tensor | None = None
             for start, stop in bands:
                 bands.rewind(1)
-                top, bottom = bands.around(start, stop, block.halo())
-                rows = bands.leave(bands.mixed(x, top, bottom), packed, top, bottom)
+                top, bottom = bands.around(start, stop, block.unpack_halo)
+                rows = bands.unpack(bands.mixed(x, top, bottom), read, top, bottom)
                 if out is None:  # only now is its type known
                     out = rows.new_empty(x.shape)
                 bands.part(out, start, stop).copy_(bands.part(rows, start - top, stop - top))
         stored = x if bands.store_dtype is None else x.to(bands.store_dtype)
         ctx.bands = bands
-        ctx.save_for_backward(stored, memory, state.maximum, state.total, state.weighted)
+        ctx.save_for_backward(stored, memory, *state)
         ctx.set_materialize_grads(False)
         return out, new_memory
 
@@ -242,14 +240,13 @@ def _backward(
     memory, total, weighted = _leaf(memory), _leaf(total), _leaf(weighted)
     bands.rewind(0)
     with torch.enable_grad():
-        first = block.attn.pack_state(block.norm_memory(memory))
-        queries = _leaf(first.queries)
-        state = dataclasses.replace(first, queries=queries, maximum=maximum, total=total, weighted=weighted)
-        packed, new_memory = bands.pack(state, memory)
+        first = block.pack_query(memory)
+        query = _leaf(first)
+        new_memory, read = block.close_pack(memory, PackState(maximum, total, weighted).finish())
 
-    d_mixed, d_packed = _leave(bands, x, packed, d_out, d_params)
+    d_mixed, d_read = _unpack_backward(bands, x, read, d_out, d_params)
 
-    ends = [(packed, d_packed), (new_memory, d_new_memory)]
+    ends = [(read, d_read), (new_memory, d_new_memory)]
     ends = [(y, d_y) for y, d_y in ends if d_y is not None]
     d_total = d_weighted = None
     if ends:
@@ -258,77 +255,75 @@ def _backward(
         d_total, d_weighted = found[1:3]
         d_params.add(found[3:])
 
-    with torch.no_grad():
-        nothing = dataclasses.replace(state, total=torch.zeros_like(total), weighted=torch.zeros_like(weighted))
-    d_x, d_queries = _enter(bands, x, nothing, d_mixed, d_total, d_weighted, d_params)
-    if d_queries is not None:
-        found = _grad([first.queries], [memory, *params], [d_queries])
+    d_x, d_query = _pack_backward(bands, x, query, maximum, d_mixed, d_total, d_weighted, d_params)
+    if d_query is not None:
+        found = _grad([first], [memory, *params], [d_query])
         d_memory.add(found[:1])
         d_params.add(found[1:])
     return d_x, *d_memory.grads, *d_params.grads
 
 
-def _leave(
-    bands: _Bands, x: Tensor, packed: Tensor, d_out: Tensor | None, d_params: _Sum
+def _unpack_backward(
+    bands: _Bands, x: Tensor, read: Tensor, d_out: Tensor | None, d_params: _Sum
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the mixed patches (B, N, C), in a tensor of its own, and of what was packed."""
+    """Gradients of the mixed patches (B, N, C), in a tensor of its own, and of what the patches read."""
     if d_out is None:
         return None, None
-    if bands.block.mlp is None:
-        return d_out.to(bands.x_dtype, copy=True), None
-    packed, d_packed = _leaf(packed), _Sum(1)
+    read, d_read = _leaf(read), _Sum(1)
     d_mixed = torch.zeros(x.shape, dtype=bands.x_dtype, device=x.device)
     for start, stop in bands:
         bands.rewind(1)
-        top, bottom = bands.around(start, stop, bands.block.halo())
+        top, bottom = bands.around(start, stop, bands.block.unpack_halo)
         mixed = _leaf(bands.mixed(x, top, bottom))
         with torch.enable_grad():
-            out = bands.part(bands.leave(mixed, packed, top, bottom), start - top, stop - top)
-        found = _grad([out], [mixed, packed, *bands.params], [bands.part(d_out, start, stop)])
+            out = bands.part(bands.unpack(mixed, read, top, bottom), start - top, stop - top)
+        found = _grad([out], [mixed, read, *bands.params], [bands.part(d_out, start, stop)])
         bands.part(d_mixed, top, bottom).add_(found[0])
-        d_packed.add(found[1:2])
+        d_read.add(found[1:2])
         d_params.add(found[2:])
-    return d_mixed, d_packed.grads[0]
+    return d_mixed, d_read.grads[0]
 
 
-def _enter(
+def _pack_backward(
     bands: _Bands,
     x: Tensor,
-    nothing: PackState,
+    query: Tensor,
+    maximum: Tensor,
     d_mixed: Tensor | None,
     d_total: Tensor | None,
     d_weighted: Tensor | None,
     d_params: _Sum,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the block's input, which take the place of `d_mixed`, and of the pack's queries.
+    """Gradients of the block's input, which take the place of `d_mixed`, and of the pack's query.
 
     Args:
         bands, x: The block and its input.
-        nothing: A state that has read nothing, with the maximum over all patches.
+        query: What the memory asks.
+        maximum: Of the scores of all patches.
         d_mixed, d_total, d_weighted: Gradients of the mixed patches and of the pack's sums.
         d_params: Where those of the parameters are added.
     """
     if d_mixed is None and d_total is None:
         return None, None
-    d_queries = _Sum(1)
+    d_query = _Sum(1)
     d_x = torch.zeros(x.shape, dtype=bands.x_dtype, device=x.device) if d_mixed is None else d_mixed
     below: Tensor | None = None  # what the band above has found for the first row of this one
     for start, stop in bands:
-        top, bottom = bands.around(start, stop, int(bands.mixes_before))
+        top, bottom = bands.around(start, stop, bands.block.mix_halo)
         rows = _leaf(bands.part(x, top, bottom).to(bands.x_dtype))
         with torch.enable_grad():
-            mixed = bands.before(rows, top, bottom, start, stop)
-            total, weighted = bands.sums(nothing, mixed, start, stop)
+            mixed = bands.mix(rows, top, bottom, start, stop)
+            _, total, weighted = bands.pack(query, mixed, start, stop).rebased(maximum)
         ends = [(total, d_total), (weighted, d_weighted)]
         ends.append((mixed, None if d_mixed is None else bands.part(d_mixed, start, stop)))
         ends = [(y, d_y) for y, d_y in ends if d_y is not None]
-        found = _grad([y for y, _ in ends], [rows, nothing.queries, *bands.params], [d_y for _, d_y in ends])
+        found = _grad([y for y, _ in ends], [rows, query, *bands.params], [d_y for _, d_y in ends])
         bands.part(d_x, start, stop).copy_(bands.part(found[0], start - top, stop - top))
         if below is not None:
             bands.part(d_x, start, start + 1).add_(below)
         if top < start:
             bands.part(d_x, top, start).add_(bands.part(found[0], 0, start - top))
         below = bands.part(found[0], stop - top, bottom - top) if bottom > stop else None
-        d_queries.add(found[1:2])
+        d_query.add(found[1:2])
         d_params.add(found[2:])
-    return d_x, d_queries.grads[0]
+    return d_x, d_query.grads[0]

@@ -17,13 +17,13 @@ from tqdm import tqdm
 import luna_vision
 
 from .._checksums import describe
+from ..images.pixels import Pixels, pixel_statistics
 from ..models import LunaVit
-from ..models._parts import initial_memory
-from .engine import Engine, State
+from ..models.luna_vit import initial_memory
+from .checkpoint import Checkpoint
 from .grid import Grid, check_apart, check_grid
-from .pixels import Pixels, pixel_statistics
+from .out_of_core import Engine, State
 from .plan import make_plan, parse_bytes
-from .resume import Checkpoint
 from .store import FileRows, RamRows, Ring
 
 __all__ = ["Encoded", "encode"]

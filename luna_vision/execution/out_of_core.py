@@ -8,22 +8,17 @@ in each of which every patch is read and written once.
 Shapes: H', W' patch grid, N = H' * W' patches, n patches of a band, L memory slots, C width.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .._tensors import saturate
 from ..functional import PackState
+from ..images.pixels import Pixels
 from ..layers import LunaBlock
-from ..layers.pos_embed import axis_centres
 from ..models import LunaVit
-from ..models._parts import pad_to_patches
 from .grid import Grid
-from .pixels import Pixels
-from .pooling import Pool
 from .store import Ring
 
 __all__ = ["Engine", "State"]
@@ -38,7 +33,7 @@ class State:
     """Rows of the patch grid that this sweep is done with."""
     memory: Tensor
     """(1, L, C), as it enters the block that packs in this sweep; in the last, as it leaves the last block."""
-    packed: Tensor | None = None
+    read: Tensor | None = None
     """(1, L, C), what the patches read in this sweep."""
     tail: Tensor | None = None
     """(1, up to 2 W', C), the last rows on which local mixing waits for the next band."""
@@ -48,7 +43,7 @@ class State:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, for a file."""
-        out = {"memory": self.memory, "packed": self.packed, "tail": self.tail}
+        out = {"memory": self.memory, "read": self.read, "tail": self.tail}
         for part in ("pack", "pool"):
             out |= {f"{part}.{name}": value for name, value in getattr(self, part).items()}
         return {name: value.contiguous() for name, value in out.items() if value is not None}
@@ -61,7 +56,7 @@ class State:
             if "." in name:
                 part, key = name.split(".")
                 parts[part][key] = value
-        return cls(sweep, row, tensors["memory"], tensors.get("packed"), tensors.get("tail"), **parts)
+        return cls(sweep, row, tensors["memory"], tensors.get("read"), tensors.get("tail"), **parts)
 
 
 class Engine:
@@ -91,7 +86,7 @@ class Engine:
         self.height, self.columns = grid_size
         parameter = next(model.parameters())
         self.like = {"device": parameter.device, "dtype": parameter.dtype}
-        self.pool = Pool(model, state.pool)
+        self.pool = model.new_pool(state.pool)
         # nobody reads the patches after the last block: its pack was all
         self.sweeps = len(model.blocks) + (1 if self.pool.reads_patches or grid is not None else 0)
 
@@ -119,9 +114,9 @@ class Engine:
         behind, ahead = self._block(state.sweep - 1), self._block(state.sweep)
         for start in range(state.row, self.height, self.band):
             stop = min(start + self.band, self.height)
-            x = self._embed(start, stop) if behind is None else self._leave(behind, start, stop)
+            x = self._embed(start, stop) if behind is None else self._unpack(behind, start, stop)
             if ahead is not None:
-                self._enter(ahead, x, start, stop)
+                self._pack(ahead, x, start, stop)
             else:
                 x = self.model.norm(x)
                 self.pool.add(x)
@@ -138,65 +133,40 @@ class Engine:
         if block is None:
             self.state.sweep += 1
             return
-        packed = saturate(self._pack(block).finish().to(self.state.memory.dtype))
-        memory = block.mix_memory(block.add_packed(self.state.memory, packed))
-        self.state = State(self.state.sweep + 1, 0, memory, packed)
-
-    def _pack(self, block: LunaBlock) -> PackState:
-        return dataclasses.replace(block.attn.pack_state(block.norm_memory(self.state.memory)), **self.state.pack)
+        memory, read = block.close_pack(self.state.memory, PackState(**self.state.pack).finish())
+        self.state = State(self.state.sweep + 1, 0, memory, read)
 
     def _embed(self, start: int, stop: int) -> Tensor:
-        """Patches (1, n, C) of the rows [start, stop), from their pixels.
-
-        A convolutional stem sees less than a patch above each patch, and nothing below: its convolutions have stride 2.
-        """
-        model = self.model
-        above = 1 if model.mask_stem and start > 0 else 0
-        side = model.patch_embed.patch_size[0]
+        """Patches (1, n, C) of the rows [start, stop), from their pixels."""
+        above = min(self.model.embed_halo, start)
+        side = self.model.patch_embed.patch_size[0]
         x = self.pixels.rows((start - above) * side, min(stop * side, self.pixels.shape[0]))
-        x = pad_to_patches(x.to(self.like["dtype"]), model.patch_embed.patch_size)
-        x = saturate(model.patch_embed(x))[:, above:]
-        if model.pos_embed is not None:
-            rows, columns = (axis_centres(n, x.device) for n in (self.height, self.columns))
-            x = model.pos_embed.add_at(x, rows[start:stop], columns)
-        return x.reshape(1, -1, x.shape[-1])
+        return self.model.embed_tile(x.to(self.like["dtype"]), start, (self.height, self.columns), above).flatten(1, 2)
 
-    def _leave(self, block: LunaBlock, start: int, stop: int) -> Tensor:
-        """The rows [start, stop), (1, n, C), after a block, from what it packed and what it sees of them.
-
-        Local mixing after the attention or in the MLP takes a row more on each side.
-        """
-        if block.mlp is None:
-            return self.ring.read(start, stop).to(**self.like)
-        halo = block.halo()
-        top, bottom = max(start - halo, 0), min(stop + halo, self.height)
+    def _unpack(self, block: LunaBlock, start: int, stop: int) -> Tensor:
+        """The rows [start, stop), (1, n, C), after a block."""
+        top, bottom = max(start - block.unpack_halo, 0), min(stop + block.unpack_halo, self.height)
         x = self.ring.read(top, bottom).to(**self.like)
-        h = block.norm_patches(x)
-        y = block.attn.unpack(h, self.state.packed)
-        x = block.update_patches(x, h, y, (bottom - top, self.columns))
+        x = block.unpack_tile(x, block.norm_tile(x), self.state.read, (bottom - top, self.columns))
         return x[:, (start - top) * self.columns : (stop - top) * self.columns]
 
-    def _enter(self, block: LunaBlock, x: Tensor, start: int, stop: int) -> None:
+    def _pack(self, block: LunaBlock, x: Tensor, start: int, stop: int) -> None:
         """Take the rows [start, stop), (1, n, C), into a block: mix them locally, pack them, and keep them.
 
-        Local mixing before the attention needs the row below, too: the last row waits for the next band.
+        A block that mixes takes rows below, too: as many as that wait for the next band.
         """
-        state, W = self.state, self.columns
-        first = start
-        if block.local is not None and not block.local_after:
-            waits = 1 if 0 < start else 0
-            above = 0 if state.tail is None else state.tail.shape[1] // W - waits
-            if state.tail is not None:
-                x = torch.cat([state.tail, x], dim=1)
-            first = start - waits
-            last = stop if stop == self.height else stop - 1
-            keep = min(2, x.shape[1] // W)
-            state.tail = x[:, -keep * W :].clone()
-            x = block.before(x, (x.shape[1] // W, W), None)
-            x = x[:, above * W : (above + last - first) * W]
-        else:
-            x = block.before(x, (stop - start, W), None)
+        state, W, halo = self.state, self.columns, block.mix_halo
+        waiting = 0 if state.tail is None else state.tail.shape[1] // W
+        if state.tail is not None:
+            x = torch.cat([state.tail, x], dim=1)
+        first = max(start - halo, 0)
+        last = stop if stop == self.height else stop - halo
+        if halo:
+            state.tail = x[:, -min(2 * halo * W, x.shape[1]) :].clone()
+        x = block.mix_tile(x, (x.shape[1] // W, W))
+        above = first - (start - waiting)
+        x = x[:, above * W : (above + last - first) * W]
         if x.shape[1]:
-            pack = self._pack(block).update(block.norm_patches(x))
-            state.pack = {name: getattr(pack, name) for name in ("maximum", "total", "weighted")}
+            tile = block.pack_tile(block.norm_tile(x), block.pack_query(state.memory))
+            state.pack = (PackState(**state.pack).merge(tile) if state.pack else tile)._asdict()
             self.ring.write(first, x)

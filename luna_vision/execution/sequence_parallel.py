@@ -6,7 +6,6 @@ mixes locally, a row of patches to each neighbour. See docs/sequence_parallel.md
 Shapes: B batch, H', W' patch grid, N = H' * W' patches, n of them in a strip, L memory slots, C width.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,14 +16,13 @@ from timm.layers import DropPath
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from .._tensors import saturate
 from ..functional import PackState
 from ..layers import LunaBlock
-from ..layers.pos_embed import axis_centres
+from ..layers.patches import pad_to_patches
 from ..models import LunaVit
-from ..models._parts import initial_memory, join_tokens, pad_to_patches
+from ..models.luna_vit import initial_memory, join_tokens
+from ..models.pooling import Pool
 from .collectives import from_all, largest, mean_gradient, own_gradient, shared_max, shared_sum, with_neighbours
-from .pooling import Pool
 from .strips import Group, process_group, row_ranges, split_rows
 
 __all__ = ["SequenceParallel", "StripFeatures", "merge_over", "row_ranges", "split_rows"]
@@ -36,31 +34,19 @@ def merge_over(state: PackState, group: dist.ProcessGroup) -> PackState:
     Two reductions: of the maximum, L H numbers an image, and of the sums that are scaled to it, L (C + H). Gradients
     pass through the second.
     """
-    state = state.project()
-    maximum = largest(state.maximum, group)
-    # where no process has read anything valid, -inf - -inf is not a number
-    scale = (state.maximum - maximum).exp().nan_to_num(nan=0.0)[..., None]
-    sums = shared_sum(torch.cat([state.total[..., None], state.weighted], dim=-1) * scale, group)
-    return dataclasses.replace(state, maximum=maximum, total=sums[..., 0], weighted=sums[..., 1:])
+    maximum, total, weighted = state.rebased(largest(state.maximum, group))
+    sums = shared_sum(torch.cat([total[..., None], weighted], dim=-1), group)
+    return PackState(maximum, sums[..., 0], sums[..., 1:])
 
 
-class SharedPool(Pool):
-    """The pooling of a model over strips."""
-
-    def __init__(self, model: LunaVit, group: dist.ProcessGroup) -> None:
-        super().__init__(model)
-        self.group = group
-
-    def add(self, x: Tensor) -> None:
-        """Read this process's patches (B, n, C), after the final norm, and those of the others."""
-        super().add(x)
-        if "sum" in self.parts:
-            self.parts["sum"] = shared_sum(self.parts["sum"], self.group)
-        if "max" in self.parts:
-            self.parts["max"] = shared_max(x, self.group)
-
-    def _packed(self) -> Tensor:
-        return merge_over(self._latent(len(self.parts["total"])), self.group).finish()
+def share_pool(pool: Pool, x: Tensor, group: dist.ProcessGroup) -> None:
+    """Have a pool that has read this process's patches x (B, n, C) know those of the others."""
+    if "sum" in pool.parts:
+        pool.parts["sum"] = shared_sum(pool.parts["sum"], group)
+    if "max" in pool.parts:
+        pool.parts["max"] = shared_max(x, group)
+    if "maximum" in pool.parts:
+        pool.parts |= merge_over(PackState(**pool.parts), group)._asdict()
 
 
 @dataclass
@@ -147,7 +133,7 @@ class SequenceParallel(nn.Module):
                 processes cannot draw alike; on all processes.
         """
         model = self.model
-        if model.band_rows:
+        if model.block_runner is not None:
             raise ValueError("strips are not computed in bands: set band_rows to 0 (grad_checkpointing goes with them)")
         if model.training:
             self.check_training()
@@ -156,7 +142,7 @@ class SequenceParallel(nn.Module):
         if memory is not None:
             memory = mean_gradient(memory, self.group)
         with self._same_random(strip.device):
-            x = self._embed(strip, start, stop, height)
+            x = self._embed(strip, start, height)
             columns = x.shape[2]
             memory = initial_memory(model.learned_memory(), memory, x.flatten(1, 2))
             for block in model.blocks:
@@ -166,9 +152,10 @@ class SequenceParallel(nn.Module):
                     x, memory = self._block(block, x, memory)
             raw, tokens = memory, model.norm(join_tokens(memory, x.flatten(1, 2)))
             memory, x = tokens[:, : model.memory_len], tokens[:, model.memory_len :]
-            pool = SharedPool(model, self.group)
+            pool = model.new_pool()
             if pool.reads_patches:
                 pool.add(x)
+                share_pool(pool, x, self.group)
             embedding = pool.finish(memory, height * columns)
             embedding = None if embedding is None else model.head_drop(embedding)
             logits = model.head(embedding) if embedding is not None and model.num_classes else None
@@ -213,7 +200,7 @@ class SequenceParallel(nn.Module):
         """
         allowed = [self.model.head_drop]
         drops = [m for m in self.model.modules() if isinstance(m, nn.Dropout) and m.p > 0 and m not in allowed]
-        if drops or self.model.patch_drop is not None or any(block.attn.attn_drop > 0 for block in self.model.blocks):
+        if drops or self.model.patch_drop is not None or any(block.drops_values for block in self.model.blocks):
             raise ValueError(
                 "sequence parallelism trains with drop_path_rate and drop_rate only: pos_drop_rate, patch_drop_rate, "
                 "proj_drop_rate and attn_drop_rate must be 0"
@@ -233,41 +220,26 @@ class SequenceParallel(nn.Module):
             torch.manual_seed(int(seed))
             yield
 
-    def _embed(self, strip: Tensor, start: int, stop: int, height: int) -> Tensor:
-        """Patches (B, rows, W', C) of a strip. A convolutional stem sees less than a patch above each patch, and
-        nothing below: its convolutions have stride 2."""
+    def _embed(self, strip: Tensor, start: int, height: int) -> Tensor:
+        """Patches (B, rows, W', C) of a strip whose first row of patches is `start`."""
         model, above = self.model, 0
-        x = pad_to_patches(strip, model.patch_embed.patch_size)
-        if model.mask_stem:
-            x, pixels = with_neighbours(x, 2, model.patch_embed.patch_size[0], 0, self.group)
-            above = 1 if pixels else 0
-        x = saturate(model.patch_embed(x))[:, above:]
-        if model.pos_embed is not None:
-            rows, columns = (axis_centres(n, x.device) for n in (height, x.shape[2]))
-            x = model.pos_embed.add_at(x, rows[start:stop], columns)
-        return x
+        side, columns = model.patch_embed.patch_size
+        if model.embed_halo:
+            strip, pixels = with_neighbours(
+                pad_to_patches(strip, (side, columns)), 2, model.embed_halo * side, 0, self.group
+            )
+            above = pixels // side
+        return model.embed_tile(strip, start, (height, -(-strip.shape[3] // columns)), above)
 
     def _block(self, block: LunaBlock, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """`LunaBlock.forward` on patches (B, rows, W', C) and the memory (B, L, C).
-
-        Where a block mixes locally after the pack, it does all that comes then for a row more on each side, whose
-        results are thrown away.
-        """
+        """`LunaBlock.forward` on patches (B, rows, W', C) and the memory (B, L, C)."""
         rows = x.shape[1]
-        if block.local is not None and not block.local_after:
-            x, above = with_neighbours(x, 1, 1, 1, self.group)
-            grid = x.shape[1:3]
-            x = block.before(x.flatten(1, 2), grid, None).unflatten(1, grid)[:, above : above + rows]
-        above, halo = 0, block.halo()
-        if halo:
-            x, above = with_neighbours(x, 1, halo, halo, self.group)
+        x, above = with_neighbours(x, 1, block.mix_halo, block.mix_halo, self.group)
+        x = block.mix_tile(x.flatten(1, 2), x.shape[1:3]).unflatten(1, x.shape[1:3])[:, above : above + rows]
+        x, above = with_neighbours(x, 1, block.unpack_halo, block.unpack_halo, self.group)
         grid, own = x.shape[1:3], slice(above, above + rows)
         x = x.flatten(1, 2)
-        h = block.norm_patches(x)
-        mine = h.unflatten(1, grid)[:, own].flatten(1, 2) if halo else h
-        state = block.attn.pack_state(block.norm_memory(memory)).update(mine)
-        packed = saturate(merge_over(state, self.group).finish().to(memory.dtype))
-        memory = block.add_packed(memory, packed)
-        if block.mlp is not None:
-            x = block.update_patches(x, h, block.attn.unpack(h, packed), grid)
-        return x.unflatten(1, grid)[:, own], block.mix_memory(memory)
+        h = block.norm_tile(x)
+        tile = block.pack_tile(h.unflatten(1, grid)[:, own].flatten(1, 2), block.pack_query(memory))
+        memory, read = block.close_pack(memory, merge_over(tile, self.group).finish())
+        return block.unpack_tile(x, h, read, grid).unflatten(1, grid)[:, own], memory

@@ -1,4 +1,4 @@
-"""Starting weights for fine-tuning: any timm, Lightning or safetensors file, through timm's own loader."""
+"""Weights from files: what a checkpoint may look like, how it is fitted to a model, and how it is loaded."""
 
 from __future__ import annotations
 
@@ -8,15 +8,46 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from timm.layers import resample_patch_embed
 from timm.models import load_pretrained
 from timm.models import load_state_dict as read_state_dict
 from timm.models._input import get_model_input_config
-from torch import nn
-
-from ._parts import unwrap_state_dict
+from torch import Tensor, nn
 
 # where the detectors and segmenters of `luna_vision.downstream` have their backbone
 BODIES = ("backbone.pyramid_backbone.body.", "backbone.body.")
+
+
+def unwrap_state_dict(state_dict: dict) -> dict[str, Tensor]:
+    """The model's own state dict in what a training script saved: under a key of its own (EMA first), with the prefix
+    that a Lightning task gives to the model that it holds, or bare.
+    """
+    for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(state_dict.get(wrapper), dict):
+            state_dict = state_dict[wrapper]
+    inner = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
+    return inner or state_dict
+
+
+# what a block has or has not, depending on who reads its memory and its patches
+_OPTIONAL = re.compile(r"(attn\.(unpack_|proj)|(norm|ls)[12](_memory)?\.|mlp(_memory)?\.)")
+
+
+def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
+    """Fit a checkpoint to `model`: unwrap it, resample a patch embedding of another patch size, and drop what the last
+    block of this model was built without (see `global_pool`). Anything else that does not fit is left for strict
+    loading.
+    """
+    own = model.state_dict()
+    last = f"blocks.{len(model.blocks) - 1}."
+    out = {}
+    for key, value in unwrap_state_dict(state_dict).items():
+        if key not in own and key.startswith(last) and _OPTIONAL.match(key, len(last)):
+            continue
+        if key == "patch_embed.proj.weight" and value.shape[-2:] != own[key].shape[-2:]:
+            value = resample_patch_embed(value, list(own[key].shape[-2:]), verbose=True)
+        out[key] = value
+    return out
 
 
 def load_weights(

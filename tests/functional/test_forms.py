@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from luna_vision import _tensors
 from luna_vision import functional as LF
 from luna_vision.benchmarks import forms
 from luna_vision.benchmarks.cell import saved_bytes
@@ -81,11 +80,17 @@ def test_absorbed_dropout_equals_the_formula_with_the_same_weights_dropped(tie_k
     monkeypatch.setattr(F, "dropout", dropout)
     y, packed = layer(x, memory, *masks)
 
-    k, v = LF.key_value(x, *layer._pack_weights(), H)
+    def key_value(x, part):
+        if tie_kv:
+            k = LF.split_heads(layer.get_submodule(f"{part}_kv")(x), H)
+            return k, k
+        return (LF.split_heads(layer.get_submodule(f"{part}_{name}")(x), H) for name in "kv")
+
+    k, v = key_value(x, "pack")
     q = LF.split_heads(layer.pack_q(memory), H)
     want = LF.naive_attend(q, k, v, masks[0], keeps[0].transpose(1, 2).reshape(B, H, L, N))
     torch.testing.assert_close(packed, want, rtol=1e-10, atol=1e-10)
-    k, v = LF.key_value(want, *layer._unpack_weights(), H)
+    k, v = key_value(want, "unpack")
     read = LF.naive_attend(LF.split_heads(layer.unpack_q(x), H), k, v, masks[1], keeps[1].transpose(1, 2))
     torch.testing.assert_close(y, layer.proj(read), rtol=1e-10, atol=1e-10)
 
@@ -126,32 +131,24 @@ def test_a_patch_costs_what_the_two_formulas_say():
         assert flops(form, 16, 6, 2000) - flops(form, 16, 6, 1000) == 1000 * want
 
 
-def test_auto_takes_the_form_that_is_faster():
-    """Far from where the two are equal, that is the one with less work. Folding is paid once, by many patches."""
+def test_auto_takes_the_form_with_less_work_for_many_patches():
+    """Whatever the image: a choice by its size would break tracing and export with dynamic sizes."""
     for slots, heads, dim in ((16, 6, 384), (16, 12, 768), (64, 1, 384)):
-        assert flops("auto", slots, heads, 4096, dim) == flops("absorbed", slots, heads, 4096, dim)
-    for slots, heads, patches in ((128, 6, 4096), (256, 12, 4096), (64, 6, 64), (16, 6, 4)):
-        assert flops("auto", slots, heads, patches) == flops("projected", slots, heads, patches)
+        for patches in (4, 4096):
+            assert flops("auto", slots, heads, patches, dim) == flops("absorbed", slots, heads, patches, dim)
+    for slots, heads in ((128, 6), (256, 12)):
+        assert flops("auto", slots, heads) == flops("projected", slots, heads)
 
 
 def test_auto_loses_little_against_the_committed_measurement():
-    """`docs/results/benchmark/forms.json`: the rule is close to the better form of every pair that was timed."""
-    rows = json.loads((Path(__file__).parents[1] / "docs/results/benchmark/forms.json").read_text())["rows"]
+    """`docs/results/benchmark/forms.json`: the rule is close to the better form of the pairs that were timed with many
+    patches."""
+    rows = json.loads((Path(__file__).parents[2] / "docs/results/benchmark/forms.json").read_text())["rows"]
     for part, cost in (("pack", LF.PACK_COST), ("unpack", LF.UNPACK_COST)):
-        mine = [r for r in rows if r["part"].startswith(part)]
-        assert len(mine) > 50
-        assert statistics.mean(forms.regret(r, cost) for r in mine) < 1.02
+        mine = [r for r in rows if r["part"].startswith(part) and r["patches"] >= forms.MANY]
+        assert len(mine) > 30
+        assert statistics.mean(forms.regret(r, cost) for r in mine) < 1.01
         assert forms.fit(mine)[0] == cost
-
-
-def test_compiled_code_takes_one_form_for_any_number_of_patches():
-    layer = LunaAttention(C, H, memory_len=L).double()
-    assert 4 < layer.absorb_pack_from < float("inf")  # eager code runs either form below
-    x, memory, *_ = tokens()
-    compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=True)
-    for n in (3, N):
-        for a, b in zip(compiled(x[:, :n], memory), layer(x[:, :n], memory), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_rounding_does_not_grow_with_the_number_of_patches():
@@ -170,15 +167,6 @@ def test_unknown_form_is_said():
         LunaAttention(C, H, pack_form="fast")
 
 
-def test_external_attention_is_the_same_read_with_its_own_normalisation():
-    x = tokens()[0]
-    m_key, m_value = torch.randn(2, 7, C, dtype=x.dtype)
-    scores = x @ m_key.t()
-    weights = scores.softmax(dim=1)
-    weights = weights / weights.sum(dim=2, keepdim=True)
-    torch.testing.assert_close(LF.external_read(x, m_key, m_value), weights @ m_value, rtol=1e-10, atol=1e-10)
-
-
 @pytest.mark.parametrize("std", [1.0, 3.0])
 @pytest.mark.parametrize("tie_kv", [True, False])
 @pytest.mark.parametrize("dim, heads, slots, patches", [(384, 6, 16, 196), (192, 3, 32, 333), (48, 4, 5, 37)])
@@ -187,7 +175,7 @@ def test_bfloat16_error_is_at_most_that_of_the_projected_form_by_half(dim, heads
 
     Where products are computed in bfloat16 itself, absorbed scores are rounded, too, which sharp attention shows.
     """
-    limit = 2.0 if std > 1.0 and not _tensors._SLOW_HALF_ON_CPU else 1.5
+    limit = 2.0 if std > 1.0 else 1.5
     torch.manual_seed(0)
     exact, *layers = (
         LunaAttention(dim, heads, None, tie_kv, pack_form=f, unpack_form=f) for f in ("projected", *LF.FORMS[1:])
@@ -205,23 +193,8 @@ def test_bfloat16_error_is_at_most_that_of_the_projected_form_by_half(dim, heads
         assert absorbed <= limit * projected
 
 
-@pytest.mark.parametrize("form", LF.FORMS[1:])
-def test_half_precision_on_a_cpu_with_instructions_for_it(form, monkeypatch):
-    """What other machines run: products in bfloat16 itself. The result is the same up to its rounding."""
-    layer = LunaAttention(C, H, pack_form=form, unpack_form=form)
-    x, memory, *masks = tokens(torch.float32)
-    want = layer(x, memory, *masks)
-    monkeypatch.setattr(_tensors, "_SLOW_HALF_ON_CPU", False)
-    got = layer.bfloat16()(x.bfloat16(), memory.bfloat16(), *masks)
-    for a, b in zip(got, want, strict=True):
-        assert a.dtype == torch.bfloat16
-        torch.testing.assert_close(a.float(), b, rtol=0.05, atol=0.05)
-
-
-@pytest.mark.parametrize("slow", [True, False])
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
-def test_a_half_precision_model_gives_what_float32_gives(slow, name, monkeypatch):
-    monkeypatch.setattr(_tensors, "_SLOW_HALF_ON_CPU", slow)
+def test_a_half_precision_model_gives_what_float32_gives(name):
     torch.manual_seed(0)
     model = timm.create_model("test_luna_vit", num_classes=7).eval()
     x = torch.randn(2, 3, 50, 70)
@@ -253,7 +226,6 @@ def test_block_saves_less_for_the_backward_pass_than_a_vit_and_adds_in_place():
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_half_precision_compiles_as_one_graph(autocast):
-    """The way around slow half precision calls modules with other weights."""
     torch.manual_seed(0)
     model, x = timm.create_model("test_luna_vit", depth=2).eval(), torch.randn(1, 3, 48, 64)
     if not autocast:

@@ -1,6 +1,6 @@
 """What a stopped run leaves in its folder, so that the same call goes on from there.
 
-The folder has the patches (`patches.bin`, see `luna_vision.streaming.store`) and `state.safetensors`: what else is
+The folder has the patches (`patches.bin`, see `luna_vision.execution.store`) and `state.safetensors`: what else is
 known after the last complete band, and everything that the result depends on. The state takes its place in one move
 after the patches are on the disk, and the next band leaves alone what it was computed from; so the two always fit.
 """
@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .engine import State
+from .out_of_core import State
 
 __all__ = ["Checkpoint"]
 

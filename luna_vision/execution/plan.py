@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..images.pixels import Pixels
 from ..models import LunaVit
-from .pixels import Pixels
 from .store import ring_bytes
 
 __all__ = ["BAND_PATCHES", "Plan", "make_plan", "parse_bytes"]
@@ -84,14 +84,17 @@ def make_plan(
     band = min(height, band if settled else max(BAND_PATCHES // columns, _least_rows(model, in_file)))
     store_rows = partial(ring_bytes, columns=columns, width=model.embed_dim, dtype=store_dtype)
 
+    patch = max(block.tile_numbers(model.memory_len) for block in model.blocks) * _itemsize(model)
+    small = 4 * model.blocks[0].small_numbers(model.memory_len)
+
     def total(band: int, in_file: bool = in_file) -> int:
         rows = min(band + 2, height)  # a halo, and what waits for the next band
         store = 0 if in_file else store_rows(height, band + 1)
-        work = max(_stem_bytes(model, pixels, rows, columns), _block_bytes(model) * rows * columns)
+        work = max(_stem_bytes(model, pixels, rows, columns), patch * rows * columns)
         # what is read from a file or widened is a copy
         copies = (store_dtype.itemsize if in_file else 0) + (_itemsize(model) if store_dtype != model_dtype else 0)
         work += copies * rows * columns * model.embed_dim
-        return pixels.held_bytes + _small_bytes(model) + store + int(SLACK * work)
+        return pixels.held_bytes + small + store + int(SLACK * work)
 
     if budget is not None:
         while not settled and band > 1 and total(band) > budget:
@@ -109,38 +112,14 @@ def make_plan(
 def _least_rows(model: LunaVit, in_file: bool) -> int:
     """Rows of a band that keep what each costs besides its patches small, where memory allows: two more rows for local
     mixing, which go through all of a block's second half or only through a convolution, and a state on the disk."""
-    if any(block.halo() for block in model.blocks):
+    if any(block.unpack_halo for block in model.blocks):
         return 8
     return 4 if in_file else 2
-
-
-def _small_bytes(model: LunaVit) -> int:
-    """Folded matrices, the pack's state and copies of weights: what does not depend on the image."""
-    attn = model.blocks[0].attn
-    slots = model.memory_len * max(attn.num_heads, attn.pack_heads)
-    return 4 * (8 * slots * model.embed_dim + 8 * model.embed_dim**2)
 
 
 def _itemsize(model: LunaVit) -> int:
     # half precision is widened where it is slow
     return max(4, next(model.parameters()).dtype.itemsize)
-
-
-def _block_bytes(model: LunaVit) -> int:
-    """Of a patch, on its way through the end of one block and the beginning of the next."""
-    C, most = model.embed_dim, 0
-    for block in model.blocks:
-        attn, hidden = block.attn, block.hidden
-        unpack, pack = attn.num_heads * model.memory_len, attn.pack_heads * model.memory_len
-        mixes_hidden = block.mlp is not None and block.mlp.local is not None
-        phases = (
-            3 * C + 3 * unpack,
-            6 * C,  # the projected form: queries, what was read, and its heads joined
-            4 * C + (4 if mixes_hidden else 2) * hidden,  # x, what the attention sees, the residual, the norm; the MLP
-            6 * C + 3 * pack,  # a band and its rows that waited, the convolution and its copy, the norm; scores
-        )
-        most = max(most, *phases)
-    return most * _itemsize(model)
 
 
 def _stem_bytes(model: LunaVit, pixels: Pixels, rows: int, columns: int) -> int:

@@ -147,6 +147,8 @@ def with_neighbours(x: Tensor, dim: int, above: int, below: int, group: dist.Pro
     Returns:
         The rows, and how many of them come before x: `above`, or 0 on the first process.
     """
+    if not above and not below:
+        return x, 0
     first, _ = _at_ends(group)
     return _WithNeighbours.apply(x, dim, above, below, group), 0 if first else above
 

@@ -1,0 +1,256 @@
+"""The absorbed form: projections are folded into the short side, so that no N x C query, key or value is ever formed.
+
+For each head h, with queries Wq, keys Wk, values Wv and output projection Wo:
+
+    pack    M_h = (P Wq_h + bq_h) Wk_h^T / sqrt(E)          folded once an image
+            Y_h = softmax over N of (M_h X^T), times X, times Wv_h, plus bv_h
+    unpack  K_h, V_h = keys, values of Y_P
+            Y_X = sum over h of softmax over L of ((X Wq_h + bq_h) K_h^T / sqrt(E)), times (V_h Wo_h), plus bo
+                  with Wq_h K_h^T and V_h Wo_h folded: two products with X and a softmax between them
+
+The pack's key bias drops out of its softmax; its value bias passes through, since attention's rows sum to 1. Small
+matrices are folded in float32, under autocast too.
+
+This unpack is the read of External Attention, `normalise(X M_k^T) M_v` (Guo et al. 2021, arXiv 2105.02358, section
+3.2), with a memory that is written anew for each image: `slot_scores` and `weighted_slots` are that read.
+
+Sources: Ma et al., "Luna: Linear Unified Nested Attention", NeurIPS 2021 (arXiv 2106.01540), section 3; absorbed
+projections: DeepSeek-V2 (arXiv 2405.04434), section 2.1.
+
+Shapes: B batch, N patches, L memory slots, C width, H heads, E = C / H head width, S = H L.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..utils.checks import check_option
+from .masks import readable
+from .precision import autocast_input, autocasts, clamp_fp16, upcast
+
+__all__ = [
+    "FORMS",
+    "FormCost",
+    "PACK_COST",
+    "Projections",
+    "UNPACK_COST",
+    "absorbs",
+    "fold_queries",
+    "pack_absorbed",
+    "project_values",
+    "slot_scores",
+    "unpack_absorbed",
+    "weighted_slots",
+]
+
+FORMS = ("auto", "projected", "absorbed")
+
+
+class FormCost(NamedTuple):
+    """What a multiply-add of a form's parts costs, in multiply-adds of the projection of the patches."""
+
+    absorbed: float
+    """Of the products of the patches with the folded matrices."""
+    attention: float
+    """Of the projected form's attention."""
+
+
+# fitted to images of 1,024 patches and more in docs/results/benchmark/forms.json, by
+# `python -m luna_vision.benchmarks.forms --fit-only`
+PACK_COST = FormCost(1.1, 1.0)
+UNPACK_COST = FormCost(0.5, 0.0)
+
+
+def absorbs(form: str, memory_len: int, heads: int, dim: int, projections: int, cost: FormCost) -> bool:
+    """Whether a layer runs in the absorbed form. It does not depend on the image.
+
+    Multiply-adds of a patch: projected p C^2 + 2 L C, absorbed 2 H L C.
+
+    Args:
+        form: "projected" or "absorbed" forces it, "auto" takes the one that is faster for many patches.
+        memory_len: L.
+        heads: H.
+        dim: C.
+        projections: p, the projections of the patches that absorbing saves: 1 for a tied pack, else 2.
+        cost: `PACK_COST` or `UNPACK_COST`.
+
+    Raises:
+        ValueError: An unknown form.
+    """
+    check_option("the form", form, FORMS)
+    if form != "auto":
+        return form == "absorbed"
+    L, H, C = memory_len, heads, dim
+    return cost.absorbed * 2 * H * L * C < projections * C * C + cost.attention * 2 * L * C
+
+
+class Projections(NamedTuple):
+    """The weights of an attention, as `nn.Linear` has them: (C out, C in) and (C)."""
+
+    heads: int
+    w_query: Tensor
+    b_query: Tensor | None
+    w_key: Tensor
+    """Keys have no bias of their own; tied ones have that of the values."""
+    w_value: Tensor | None
+    """None if tied: the keys are the values."""
+    b_value: Tensor | None
+    w_out: Tensor | None = None
+    """Output projection, of an unpack."""
+    b_out: Tensor | None = None
+
+
+def _project_heads(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+    """A linear map of (B, L, C) to (H, B * L, E), in float32 or wider.
+
+    One batched product over heads serves the whole batch, is faster than a linear layer for so few rows, and gives
+    what `_fold_heads` takes.
+    """
+    B, L, C = x.shape
+    x = upcast(x).reshape(1, B * L, C).expand(heads, -1, -1)
+    weight = upcast(weight).view(heads, C // heads, C).transpose(1, 2)
+    if bias is None:
+        return torch.bmm(x, weight)
+    return torch.baddbmm(upcast(bias).view(heads, 1, C // heads), x, weight)
+
+
+def _fold_heads(x: Tensor, weight: Tensor, batch: int) -> Tensor:
+    """Multiply each head's part of x, (H, B * L, E), by that head's part of a weight, (H, E, C): to (B, S, C), in which
+    head h and slot l have the row x[h, l] @ weight[h]."""
+    heads, rows, _ = x.shape
+    y = torch.bmm(x, weight).view(heads, batch, rows // batch, -1)
+    return y.transpose(0, 1).reshape(batch, heads * (rows // batch), -1)
+
+
+def fold_queries(memory: Tensor, w: Projections) -> Tensor:
+    """The queries of a memory (B, L, C) with the keys' projection and the scale folded in: (B, S, C), in float32 or
+    wider."""
+    B, _, C = memory.shape
+    q = _project_heads(memory, w.w_query, w.b_query, w.heads) * math.sqrt(w.heads / C)
+    return _fold_heads(q, upcast(w.w_key).view(w.heads, C // w.heads, C), B)
+
+
+def project_values(z: Tensor, total: Tensor | None, w: Projections) -> Tensor:
+    """Weighted sums of patches as weighted sums of their values: (B, S, C) to (B, H, L, E), in float32 or wider.
+
+    Args:
+        z: The sums.
+        total: What the weights sum to, (B, S); 1 if None. The bias of the values is multiplied by it.
+        w: The projections.
+    """
+    B, S, C = z.shape
+    H, L, E = w.heads, S // w.heads, C // w.heads
+    w_value = w.w_value
+    weight = upcast(w.w_key if w_value is None else w_value).view(H, E, C)
+    y = torch.bmm(upcast(z).view(B, H, L, C).transpose(0, 1).reshape(H, B * L, C), weight.transpose(1, 2))
+    y = y.view(H, B, L, E).transpose(0, 1)
+    b_value = w.b_value
+    if b_value is None:
+        return y
+    bias = upcast(b_value).view(H, 1, E)
+    return y + (bias if total is None else upcast(total).view(B, H, L, 1) * bias)
+
+
+def pack_absorbed(
+    memory: Tensor, x: Tensor, w: Projections, valid: Tensor | None = None, dropout_p: float = 0.0
+) -> Tensor:
+    """Pack patches (B, N, C) into the memory (B, L, C): 4 H L C FLOPs a patch.
+
+    Args:
+        memory, x: What asks and what is read.
+        w: The projections.
+        valid: Which patches count, (B, N) bool.
+        dropout_p: Probability of dropping an attention weight.
+
+    Returns:
+        The packed memory (B, L, C).
+    """
+    x = autocast_input(x)
+    if not torch.jit.is_scripting():
+        if autocasts(x):
+            with torch.autocast(x.device.type, enabled=False):
+                return pack_absorbed(memory, x, w, valid, dropout_p)
+    m = clamp_fp16(fold_queries(memory, w).to(x.dtype))
+    # a GPU's softmax wants its rows whole; on a CPU (B, N, S) makes both products faster
+    axis = 2 if x.is_cuda else 1
+    scores = clamp_fp16(torch.bmm(x, m.transpose(1, 2)) if axis == 1 else torch.bmm(m, x.transpose(1, 2)))
+    if valid is not None:
+        scores = scores.masked_fill(~readable(valid).unsqueeze(3 - axis), float("-inf"))
+    weights = scores.softmax(dim=axis)
+    row_sum: Tensor | None = None
+    total: Tensor | None = None
+    if axis == 1 and weights.dtype == torch.float32:
+        # along this axis, softmax adds up one after the other: over 262,144 patches its rows sum to 1 within 2e-5 only
+        total = weights.detach().sum(dim=1)
+    if dropout_p > 0.0:
+        weights = F.dropout(weights, dropout_p)
+        row_sum = weights.sum(dim=axis)
+    z = torch.bmm(weights.transpose(1, 2) if axis == 1 else weights, x)
+    if total is not None:
+        z = z / total.unsqueeze(2)
+        row_sum = None if row_sum is None else row_sum / total
+    return clamp_fp16(project_values(z, row_sum, w).transpose(1, 2).flatten(2).to(x.dtype))
+
+
+def slot_scores(x: Tensor, m_key: Tensor, shift: Tensor | None = None) -> Tensor:
+    """X M_k^T, (B, N, S), of tokens (B, N, C) and the keys of S slots (B, S, C); `shift` (B, S) is added."""
+    if shift is None:
+        return torch.bmm(x, m_key.transpose(1, 2))
+    return torch.baddbmm(shift[:, None, :], x, m_key.transpose(1, 2))
+
+
+def weighted_slots(weights: Tensor, m_value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A M_v, (B, N, C), of weights (B, N, S) and the values of S slots (B, S, C); `bias` (C) is added."""
+    if bias is None:
+        return torch.bmm(weights, m_value)
+    return torch.baddbmm(bias[None, None, :], weights, m_value)
+
+
+def unpack_absorbed(
+    x: Tensor, packed: Tensor, w: Projections, valid: Tensor | None = None, dropout_p: float = 0.0
+) -> Tensor:
+    """Let every patch (B, N, C) read the packed memory (B, L, C), and project what it read: 4 H L C FLOPs a patch.
+
+    Args:
+        x, packed: What asks and what is read.
+        w: The projections, with that of the output.
+        valid: Which slots may be read, (B, L) bool.
+        dropout_p: Probability of dropping an attention weight.
+
+    Returns:
+        (B, N, C).
+    """
+    x = autocast_input(x)
+    if not torch.jit.is_scripting():
+        if autocasts(x):
+            with torch.autocast(x.device.type, enabled=False):
+                return unpack_absorbed(x, packed, w, valid, dropout_p)
+    B, L, C = packed.shape
+    H, E = w.heads, C // w.heads
+    b_query, w_value, w_out, b_out = w.b_query, w.w_value, w.w_out, w.b_out  # TorchScript refines locals alone
+    assert w_out is not None
+    k = _project_heads(packed, w.w_key, w.b_value if w_value is None else None, H)
+    v = k if w_value is None else _project_heads(packed, w_value, w.b_value, H)
+    k = k * math.sqrt(H / C)
+    m_key = clamp_fp16(_fold_heads(k, upcast(w.w_query).view(H, E, C), B).to(x.dtype))
+    m_value = _fold_heads(v, upcast(w_out).view(C, H, E).permute(1, 2, 0), B)
+    if b_out is not None and dropout_p == 0.0:
+        # each head's weights sum to 1, so a share of the bias in every slot is the bias, and costs no pass over N x C
+        m_value = m_value + upcast(b_out) / H
+        b_out = None
+    m_value = clamp_fp16(m_value.to(x.dtype))
+    shift: Tensor | None = None
+    if b_query is not None:
+        shift = torch.bmm(k, upcast(b_query).view(H, E, 1)).view(H, B, L)
+        shift = clamp_fp16(shift.transpose(0, 1).reshape(B, H * L).to(x.dtype))
+
+    scores = clamp_fp16(slot_scores(x, m_key, shift)).unflatten(2, (H, L))
+    if valid is not None:
+        scores = scores.masked_fill(~readable(valid)[:, None, None, :], float("-inf"))
+    weights = scores.softmax(dim=-1)
+    if dropout_p > 0.0:
+        weights = F.dropout(weights, dropout_p)
+    return clamp_fp16(weighted_slots(weights.flatten(2), m_value, b_out.to(x.dtype) if b_out is not None else None))

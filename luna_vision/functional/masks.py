@@ -1,0 +1,44 @@
+"""Validity masks: True for a token that is part of the image.
+
+Shapes: B batch, K tokens.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_valid", "readable"]
+
+
+def check_valid(valid: Tensor, batch: int, length: int, name: str, values: bool = True) -> None:
+    """Check a validity mask (True = valid) against the tokens that it describes.
+
+    Args:
+        valid: Mask of shape (batch, length), bool.
+        batch: Batch size of the tokens.
+        length: Number of tokens.
+        name: How the caller knows the mask, for the message.
+        values: Look for rows without a valid token. A model does so once, where the mask comes in: on a GPU it waits
+            for the device.
+
+    Raises:
+        ValueError: The mask is not bool, has another shape, or (in eager mode only, where values can be looked at)
+            leaves a row without a single valid token.
+    """
+    if valid.dim() != 2 or valid.shape[0] != batch or valid.shape[1] != length:
+        raise ValueError(f"{name} must have shape ({batch}, {length}), got {list(valid.shape)}")
+    if valid.dtype != torch.bool:
+        raise ValueError(f"{name} must be a bool tensor with True for valid tokens, got {valid.dtype}")
+    if not torch.jit.is_scripting():
+        if not values or torch.jit.is_tracing() or torch.compiler.is_compiling() or valid.is_meta:
+            return
+        if not bool(valid.any(dim=1).all()):
+            raise ValueError(f"{name} has a row without any valid token; every row needs at least one")
+
+
+def readable(valid: Tensor) -> Tensor:
+    """A mask (B, K) in which a row without any valid key is valid throughout.
+
+    Such a row would be a softmax over nothing, which is NaN. Its output means nothing, but stays finite, which is what
+    compiled and exported code needs.
+    """
+    return valid | ~valid.any(dim=1, keepdim=True)

@@ -1,0 +1,84 @@
+"""A pack in parts: a softmax over N whose partial results merge exactly.
+
+Source: online normalizer calculation for softmax, Milakov and Gimelshein 2018 (arXiv 1805.02867), section 3.1.
+
+Shapes: B batch, n patches of a part, L memory slots, C width, H heads, E = C / H head width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .absorbed import Projections, project_values
+from .precision import autocast_input, clamp_fp16, no_autocast, upcast
+
+__all__ = ["PackState", "tile_absorbed", "tile_projected"]
+
+
+class PackState(NamedTuple):
+    """What a pack has read of some of the patches: L x (C + 2 H) numbers an image, whatever was read.
+
+    The parts of an image, in any order and any tree of `merge`, give what `finish` gives of the whole. Tiles of an
+    image that fits in no memory, or strips of it on several machines, are packed so. Gradients pass through all of it.
+    """
+
+    maximum: Tensor
+    """(B, H, L), the largest score so far; -inf where nothing valid was read. Carries no gradient."""
+    total: Tensor
+    """(B, H, L), the sum of exp(score - maximum)."""
+    weighted: Tensor
+    """(B, H, L, E), the sum of exp(score - maximum) times the value of the patch."""
+
+    def rebased(self, maximum: Tensor) -> "PackState":
+        """The same state, measured against another maximum, which may lie below its own by a little."""
+        # a slot that has read nothing stays so: exp(-inf - 0) is 0, where exp(-inf + inf) is NaN
+        scale = (self.maximum - maximum.masked_fill(maximum == float("-inf"), 0.0)).exp()
+        return PackState(maximum, self.total * scale, self.weighted * scale[..., None])
+
+    def merge(self, other: "PackState") -> "PackState":
+        """Both states' patches in one state. Associative and commutative, up to rounding."""
+        maximum = torch.maximum(self.maximum, other.maximum)
+        mine, theirs = self.rebased(maximum), other.rebased(maximum)
+        return PackState(maximum, mine.total + theirs.total, mine.weighted + theirs.weighted)
+
+    def finish(self) -> Tensor:
+        """The packed memory (B, L, C), in float32 or wider; zero for an image without any valid patch."""
+        y = self.weighted / self.total.clamp(min=torch.finfo(self.total.dtype).tiny)[..., None]
+        return y.transpose(1, 2).flatten(2)
+
+
+def _weights(scores: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Maximum (B, H, L) of scores (B, H, L, n), and exp(score - maximum)."""
+    scores = upcast(clamp_fp16(scores))
+    if valid is not None:
+        scores = scores.masked_fill(~valid[:, None, None, :], float("-inf"))
+    maximum = scores.detach().amax(dim=-1)
+    return maximum, (scores - maximum.masked_fill(maximum == float("-inf"), 0.0)[..., None]).exp()
+
+
+def tile_absorbed(queries: Tensor, x: Tensor, w: Projections, valid: Tensor | None = None) -> PackState:
+    """Read a tile of patches (B, n, C), n at least 1, in the absorbed form.
+
+    Args:
+        queries: (B, H * L, C), from `fold_queries`.
+        x: The patches.
+        w: The projections.
+        valid: Which of them count, (B, n) bool. A tile without any valid patch changes nothing.
+    """
+    B, S, _ = queries.shape
+    x = autocast_input(x)
+    with no_autocast(x):
+        scores = torch.bmm(queries.to(x.dtype), x.transpose(1, 2))
+        maximum, weights = _weights(scores.view(B, w.heads, S // w.heads, -1), valid)
+        total = weights.sum(dim=-1)
+        z = torch.bmm(weights.flatten(1, 2).to(x.dtype), x)
+        return PackState(maximum, total, project_values(z, total.flatten(1), w))
+
+
+def tile_projected(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> PackState:
+    """Read a tile in the projected form: queries (B, H, L, E), keys and values (B, H, n, E), n at least 1."""
+    with no_autocast(q):
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        maximum, weights = _weights(scores, valid)
+        return PackState(maximum, weights.sum(dim=-1), upcast(weights.to(v.dtype) @ v))

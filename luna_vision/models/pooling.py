@@ -1,0 +1,122 @@
+"""What the head reads: the tokens of an image pooled to one, at once or from parts.
+
+Shapes: B batch, N patches, n patches of a part, L memory slots, C width.
+"""
+
+import torch
+from timm.layers import AttentionPoolLatent
+from timm.models import register_notrace_function
+from torch import Tensor
+
+from ..functional import PackState, Projections, fold_queries, no_autocast, tile_absorbed, upcast
+
+__all__ = ["POOL_TYPES", "Pool", "key_mask", "pool_tokens", "read_by"]
+
+# what `global_pool=` may name
+POOL_TYPES = ("", "avg", "max", "avgmax", "map", "token", "both")
+
+
+def read_by(global_pool: str) -> str:
+    """What of the last block's output a pooling reads, one of `luna_vision.layers.READ`."""
+    return {"token": "memory", "both": "both"}.get(global_pool, "patches")
+
+
+@register_notrace_function
+def key_mask(patch_valid: Tensor | None) -> Tensor | None:
+    """Attention mask (B, 1, 1, N) of a validity mask (B, N); a row without any valid patch attends to all of them."""
+    if patch_valid is None:
+        return None
+    return (patch_valid | ~patch_valid.any(dim=1, keepdim=True))[:, None, None, :]
+
+
+@register_notrace_function
+def pool_tokens(x: Tensor, pool_type: str, num_prefix_tokens: int, patch_valid: Tensor | None = None) -> Tensor:
+    """Pool memory and patches (B, L + N, C) to (B, C); unchanged for "". Invalid patches (B, N) are left out."""
+    if pool_type == "":
+        return x
+    patches = x[:, num_prefix_tokens:]
+    slots = avg = largest = x[:, :num_prefix_tokens].mean(dim=1)
+    if pool_type in ("avg", "avgmax", "both"):
+        if patch_valid is None:
+            avg = patches.mean(dim=1)
+        else:
+            count = patch_valid.sum(dim=1, keepdim=True).clamp(min=1)
+            # sums of many tokens leave the range of float16 and the precision of bfloat16
+            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            total = patches.masked_fill(~patch_valid[:, :, None], 0.0).sum(dim=1, dtype=dtype)
+            avg = (total / count).to(x.dtype)
+    if pool_type in ("max", "avgmax"):
+        if patch_valid is not None:
+            patches = patches.masked_fill(~patch_valid[:, :, None], -65504.0)
+        largest = patches.amax(dim=1)
+    return _join(pool_type, slots, avg, largest)
+
+
+def _join(pool_type: str, slots: Tensor, avg: Tensor, largest: Tensor) -> Tensor:
+    """What a pooling makes of the mean slot, the mean patch and the maximum over patches, (B, C) each."""
+    if pool_type == "token":
+        return slots
+    if pool_type == "avg":
+        return avg
+    if pool_type == "max":
+        return largest
+    if pool_type == "avgmax":
+        return 0.5 * (avg + largest)
+    return 0.5 * (avg + slots)  # "both"
+
+
+class Pool:
+    """`LunaVit.pool` over patches that come in parts.
+
+    Attributes:
+        parts: By name, all that is known so far: the sum of the patches, their maximum, or a pack of them.
+    """
+
+    def __init__(
+        self, pool_type: str, attn_pool: AttentionPoolLatent | None, parts: dict[str, Tensor] | None = None
+    ) -> None:
+        """
+        Args:
+            pool_type: One of `POOL_TYPES`.
+            attn_pool: The attention pooling of "map".
+            parts: Where another pool was.
+        """
+        self.kind, self.attn_pool, self.parts = pool_type, attn_pool, dict(parts or {})
+
+    @property
+    def reads_patches(self) -> bool:
+        """Whether the pooling needs to be told the patches."""
+        return self.kind not in ("", "token")
+
+    def add(self, x: Tensor) -> None:
+        """Read patches (B, n, C), after the final norm."""
+        if self.kind in ("avg", "avgmax", "both"):
+            total = upcast(x).sum(dim=1).double()
+            self.parts["sum"] = self.parts["sum"] + total if "sum" in self.parts else total
+        if self.kind in ("max", "avgmax"):
+            largest = x.amax(dim=1)
+            self.parts["max"] = torch.maximum(self.parts["max"], largest) if "max" in self.parts else largest
+        if self.kind == "map":
+            state = self._pack(x)
+            self.parts |= (state.merge(PackState(**self.parts)) if self.parts else state)._asdict()
+
+    def finish(self, memory: Tensor, count: int) -> Tensor | None:
+        """The embedding (B, C) of `count` patches and a memory (B, L, C) after the final norm; None for no pooling."""
+        if self.kind == "":
+            return None
+        if self.kind == "map":
+            pool, y = self.attn_pool, PackState(**self.parts).finish().to(memory.dtype)
+            y = pool.proj_drop(pool.proj(y))  # timm's `AttentionPoolLatent.forward` from where it has read the patches
+            return (y + pool.mlp(pool.norm(y)))[:, 0]
+        slots = memory.mean(dim=1)
+        avg = (self.parts["sum"] / count).to(slots) if "sum" in self.parts else slots
+        return _join(self.kind, slots, avg, self.parts.get("max", slots))
+
+    def _pack(self, x: Tensor) -> PackState:
+        """Attention pooling is a pack into one learned slot; its key bias drops out of the softmax."""
+        pool, C = self.attn_pool, x.shape[-1]
+        weight, bias = pool.kv.weight, pool.kv.bias
+        w = Projections(pool.num_heads, pool.q.weight, pool.q.bias, weight[:C], weight[C:], bias[C:])
+        with no_autocast(x):
+            queries = fold_queries(pool.latent.expand(x.shape[0], -1, -1), w)
+        return tile_absorbed(queries, x, w)
