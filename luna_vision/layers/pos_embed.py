@@ -45,7 +45,7 @@ def grid_coords(x: Tensor, patch_valid: Tensor | None) -> tuple[Tensor, Tensor]:
     B, H, W, _ = x.shape
     if patch_valid is None:
         return axis_centres(H, x.device), axis_centres(W, x.device)
-    check_valid(patch_valid, B, H * W, "patch_valid")
+    check_valid(patch_valid, B, H * W, "patch_valid", values=False)
     grid = patch_valid.reshape(B, H, W)
     return _axis_coords(grid.any(dim=2)), _axis_coords(grid.any(dim=1))
 

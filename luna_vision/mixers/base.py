@@ -68,11 +68,11 @@ class SelfAttention(nn.Module):
             (B, N, C).
 
         Raises:
-            ValueError: The mask has another shape or type, or (eager mode only) a row without a valid patch.
+            ValueError: The mask has another shape or type.
         """
         B, N, C = x.shape
         if patch_valid is not None:
-            check_valid(patch_valid, B, N, "patch_valid")
+            check_valid(patch_valid, B, N, "patch_valid", values=False)
             x = x.masked_fill(~patch_valid[:, :, None], 0.0)  # zero times what is not a number is not a number
         q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
         y = self.mix(q, k, v, grid_size, patch_valid)

@@ -120,11 +120,11 @@ class ExternalMixer(nn.Module):
             (B, N, C).
 
         Raises:
-            ValueError: The mask has another shape or type, or (eager mode only) a row without a valid patch.
+            ValueError: The mask has another shape or type.
         """
         B, N, C = x.shape
         if patch_valid is not None:
-            check_valid(patch_valid, B, N, "patch_valid")
+            check_valid(patch_valid, B, N, "patch_valid", values=False)
             x = x.masked_fill(~patch_valid[:, :, None], 0.0)
             patch_valid = patch_valid.repeat_interleave(self.num_heads, dim=0)
         q = split_heads(self.query(x), self.num_heads).flatten(0, 1)  # (B * H, N, E)

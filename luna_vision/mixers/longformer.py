@@ -92,7 +92,7 @@ class LongformerMixer(SelfAttention):
         order: Tensor | None = None
         valid = torch.ones(B, N, dtype=torch.bool, device=x.device)
         if patch_valid is not None:
-            check_valid(patch_valid, B, N, "patch_valid")
+            check_valid(patch_valid, B, N, "patch_valid", values=False)
             x = x.masked_fill(~patch_valid[:, :, None], 0.0)
             valid, index = readable(patch_valid).sort(dim=1, descending=True, stable=True)
             order = index[:, :, None].expand(-1, -1, C)

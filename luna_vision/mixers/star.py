@@ -87,7 +87,7 @@ class StarMixer(SelfAttention):
         drop = self.attn_drop if self.training else 0.0
         valid = torch.ones(B, N, dtype=torch.bool, device=x.device)
         if patch_valid is not None:
-            check_valid(patch_valid, B, N, "patch_valid")
+            check_valid(patch_valid, B, N, "patch_valid", values=False)
             valid = readable(patch_valid)
             x = x.masked_fill(~patch_valid[:, :, None], 0.0)
 

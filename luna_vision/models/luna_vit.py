@@ -76,7 +76,7 @@ def initial_memory(learned: Tensor | None, memory: Tensor | None, x: Tensor) -> 
             raise ValueError("memory was given to a model whose mixer has none")
         return x.new_empty(batch, 0, x.shape[2])
     if memory is None:
-        return learned.expand(batch, -1, -1)
+        return learned.repeat(batch, 1, 1)  # no view, which would be a parameter's where there are no gradients, too
     if memory.dim() != 3 or memory.shape[0] != batch or memory.shape[1:] != learned.shape[1:]:
         want = [batch, learned.shape[1], learned.shape[2]]
         raise ValueError(f"memory must have shape {want}, got {list(memory.shape)}")
