@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -58,6 +59,21 @@ def test_fit_writes_logs_and_checkpoints_and_says_how_to_go_on(run_dir):
     assert "best checkpoint: runs/debug/version_0/checkpoints/best.ckpt" in stdout
     assert re.match(r"load it with: +import luna_vision, timm; model = timm.create_model\(", stdout.splitlines()[-1])
     assert re.search(r"^test accuracy: +0\.\d{4} with runs/debug", stdout, re.M)
+
+
+def test_fit_says_how_large_the_model_is_and_nothing_wrong_about_flops(run_dir):
+    arguments = yaml.safe_load(Path(DEBUG).read_text())["model"]
+    sizes = {name: arguments[name] for name in ("num_classes", "in_chans")}
+    model = timm.create_model(arguments["model_name"], **sizes, **arguments["model_kwargs"])
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in run_dir[1]
+    assert "FLOPs" not in run_dir[1]
+
+
+def test_no_summary_where_none_is_wanted(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ["--trainer.enable_model_summary=false", "--trainer.fast_dev_run=1", "--test_after_fit=false"]
+    assert call(monkeypatch, "fit", "--config", DEBUG, *options) == 0
+    assert "parameters" not in capsys.readouterr().out
 
 
 def test_checkpoint_holds_plain_data(run_dir):
