@@ -1,13 +1,23 @@
-"""Every config builds its task, data and trainer, with no data present and nothing downloaded."""
+"""Every config builds its task, data and trainer with no data present, and trains on small data in its format."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from sklearn.datasets import load_sample_images
 
+from luna_vision.data.convert import convert
 from luna_vision.tasks import NonFiniteGuard
 from luna_vision.tasks.cli import build
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+NARROW = {"embed_dim": 16, "depth": 2, "num_heads": 2}
+SMALL_CANVASES = {"source": "digits", "num_train": 48, "num_val": 2, "num_test": 2}
+SIDE = 256  # of canvases that are larger
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -18,6 +28,7 @@ def test_config_builds(path, tmp_path, monkeypatch):
     cli = build(["--config", str(path), *machine], run=False)
     hparams, data = cli.model.hparams, cli.datamodule
     assert hparams.in_chans == data.in_chans
+    assert hparams.get("compile", False) in (False, "auto")  # by device: a CPU takes minutes
     if not path.stem.startswith("imagenet"):  # whose classes are the folders'
         assert hparams.num_classes == data.num_classes == len(data.class_names)
     sides = hparams.model_kwargs.get("img_size", 224)
@@ -50,3 +61,66 @@ def test_anomalies_can_be_looked_for_in_any_run(path, tmp_path, monkeypatch):
     cli.model.setup("fit")
     assert cli.model.model._compiled_call_impl is None
     assert any(isinstance(callback, NonFiniteGuard) for callback in cli.trainer.callbacks)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """photos/{folder,webdataset,litdata}: parts of scikit-learn's photographs, ten classes of four and one."""
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    images = [Image.fromarray(image) for image in load_sample_images().images]
+    for split, count in (("train", 4), ("val", 1)):
+        for label in range(10):
+            (root / "folder" / split / str(label)).mkdir(parents=True)
+            for i in range(count):
+                x, y = rng.integers(0, 400), rng.integers(0, 300)
+                part = images[i % 2].crop((x, y, x + 90 + 10 * i, y + 120))
+                part.save(root / "folder" / split / str(label) / f"{i}.jpg")
+    for form in ("webdataset", "litdata"):
+        convert(root / "folder", root / form, form)
+    return root
+
+
+def small(config: dict, photos: Path, weights: Path) -> dict:
+    """What makes a config small, by dotted name: model, data and number of batches, but neither method nor size."""
+    model, data = config["model"].get("init_args", config["model"]), config["data"]["init_args"]
+    prefix = "model.init_args" if "class_path" in config["model"] else "model"
+    changed = {f"{prefix}.model_kwargs.{name}": value for name, value in NARROW.items()}
+    source = config["data"]["class_path"].rpartition(".")[2]
+    if source.startswith("Canvas"):
+        changed |= {f"data.init_args.{name}": value for name, value in SMALL_CANVASES.items()}
+        if data["side"] > SIDE:
+            changed |= {"data.init_args.side": SIDE, f"{prefix}.model_kwargs.img_size": SIDE}
+            changed["data.init_args.item_size"] = 20
+    elif source != "DigitsDataModule":
+        form = {"WebDatasetDataModule": "webdataset", "LitDataDataModule": "litdata"}.get(source, "folder")
+        # torchvision's files as an image folder, as a user would who has them so
+        changed |= {} if form != "folder" else {"data": "ImageFolderDataModule"}
+        changed |= {"data.init_args.root": photos / form, f"{prefix}.num_classes": 10}
+    if "teacher_kwargs" in model:
+        changed |= {f"{prefix}.teacher_kwargs.{name}": value for name, value in NARROW.items()}
+        changed |= {f"{prefix}.teacher_checkpoint": weights, f"{prefix}.feature_layers": [[0, 0], [1, 1]]}
+        changed |= {f"{prefix}.teacher_mean": [0.3], f"{prefix}.teacher_std": [0.4]}  # which plain weights do not say
+    elif "checkpoint" in model:
+        changed[f"{prefix}.checkpoint"] = weights
+    if "checkpoint" in model or "teacher_kwargs" in model:
+        arguments = model.get("teacher_kwargs", model["model_kwargs"]) | NARROW
+        start = timm.create_model(model["model_name"], num_classes=10, in_chans=model["in_chans"], **arguments)
+        torch.save(start.state_dict(), weights)
+    batches = {f"limit_{stage}_batches": 2 for stage in ("train", "val", "test")}
+    machine = {"accelerator": "cpu", "devices": 1, "strategy": "auto"}
+    changed |= {f"trainer.{name}": value for name, value in (batches | machine).items()}
+    return changed | {"trainer.max_epochs": 1, "data.init_args.num_workers": 0, "data.init_args.batch_size": 4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_trains(path, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    changed = small(yaml.safe_load(path.read_text()), photos, tmp_path / "start.pth")
+    cli = build(["fit", "--config", str(path), *(f"--{name}={value}" for name, value in changed.items())])
+    assert cli.trainer.global_step == max(1, 2 // cli.trainer.accumulate_grad_batches)
+    checkpoints = tmp_path / "runs" / path.stem / "version_0" / "checkpoints"
+    assert {"best.ckpt", "last.ckpt", "best.safetensors"} <= {file.name for file in checkpoints.iterdir()}
+    metrics = cli.trainer.callback_metrics
+    assert metrics and all(value.isfinite() for value in metrics.values())

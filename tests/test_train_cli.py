@@ -7,14 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 
+from luna_vision.data import AUGMENTATIONS
 from luna_vision.tasks import cli
 from luna_vision.tasks.cli import main, one_line, with_default_config
 
@@ -56,6 +59,21 @@ def test_fit_writes_logs_and_checkpoints_and_says_how_to_go_on(run_dir):
     assert "best checkpoint: runs/debug/version_0/checkpoints/best.ckpt" in stdout
     assert re.match(r"load it with: +import luna_vision, timm; model = timm.create_model\(", stdout.splitlines()[-1])
     assert re.search(r"^test accuracy: +0\.\d{4} with runs/debug", stdout, re.M)
+
+
+def test_fit_says_how_large_the_model_is_and_nothing_wrong_about_flops(run_dir):
+    arguments = yaml.safe_load(Path(DEBUG).read_text())["model"]
+    sizes = {name: arguments[name] for name in ("num_classes", "in_chans")}
+    model = timm.create_model(arguments["model_name"], **sizes, **arguments["model_kwargs"])
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in run_dir[1]
+    assert "FLOPs" not in run_dir[1]
+
+
+def test_no_summary_where_none_is_wanted(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ["--trainer.enable_model_summary=false", "--trainer.fast_dev_run=1", "--test_after_fit=false"]
+    assert call(monkeypatch, "fit", "--config", DEBUG, *options) == 0
+    assert "parameters" not in capsys.readouterr().out
 
 
 def test_checkpoint_holds_plain_data(run_dir):
@@ -113,6 +131,35 @@ def test_undecodable_image_is_named_and_no_csv_is_left(run_dir, monkeypatch, tmp
     line = error_line(capsys)
     assert "images/1.png" in line and "Traceback" not in line
     assert not list(tmp_path.rglob("*predictions*"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_training_image_is_one_line_and_a_bug_of_an_augmentation_is_none(
+    monkeypatch, tmp_path, capsys, workers
+):
+    """The user can mend the one, and can only report the other, with its traceback."""
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        (tmp_path / "photos/train" / name).mkdir(parents=True)
+        for index in range(20):
+            Image.new("L", (20, 30), 12 * index).save(tmp_path / f"photos/train/{name}/{index}.png")
+    options = ["--data=ImageFolderDataModule", "--data.root=photos", "--model.num_classes=2"]
+    command = ["fit", "--config", DEBUG, *options, f"--data.num_workers={workers}", "--data.augmentation=timm"]
+
+    def backend(aug):
+        def fail(image, seed):
+            raise ValueError("bits must be between or equal to 1 and 8")
+
+        return fail
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="bits must be between") as caught:
+        patch.setitem(AUGMENTATIONS, "timm", backend)
+        call(patch, *command)
+    assert "in fail" in "".join(traceback.format_exception(caught.value)) and "error:" not in capsys.readouterr().err
+    for index in range(20):
+        (tmp_path / f"photos/train/a/{index}.png").write_bytes(b"no image")
+    assert call(monkeypatch, *command) == 2
+    assert re.search(r"cannot decode image file photos/train/a/\d+\.png: ", error_line(capsys))
 
 
 def error_line(capsys) -> str:

@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from typing import Any
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else the import below asks a server for its latest version
 
@@ -18,6 +20,7 @@ import numpy as np
 import timm.data
 import torch
 from PIL import Image, ImageOps
+from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment, posterize
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
@@ -179,14 +182,47 @@ def timm_backend(aug: Augmentation) -> ImageTransform:
         )
     except (AssertionError, KeyError, ValueError) as error:  # timm parses the policy string with assertions
         raise ValueError(f"timm does not know auto_augment {aug.auto_augment!r} ({error})") from error
+    for operation in chain.from_iterable(map(_operations, transform.transforms)):
+        if operation.aug_fn is posterize:
+            operation.aug_fn = _posterize  # of this transform alone: what timm does elsewhere is not ours to change
     # Without a resized crop, the first transform is replaced, as DeiT's build_transform does for small images.
     first = [] if aug.crop == "resized" and not aug.rotate else _torchvision_crop(aug)
     return _GlobalRNG(v2.Compose(first + transform.transforms[bool(first) :]))
 
 
+def _operations(step: object) -> list[AugmentOp]:
+    """The operations that a policy of timm draws from; of a step that is no policy, none."""
+    if isinstance(step, AutoAugment):
+        return list(chain.from_iterable(step.policy))
+    return step.ops if isinstance(step, (RandAugment, AugMixAugment)) else []
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """timm's posterize, whose policies ask for 0 bits at their strongest: black.
+
+    NOTE Pillow up to 12 makes 0 bits black by itself, Pillow 13 refuses them; see docs/data.md.
+    """
+    return posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)
+
+
 def no_augmentation(aug: Augmentation) -> ImageTransform:
     """Resize to the wanted size, and nothing else."""
     return partial(_resize, size=aug.size)
+
+
+class AugmentationError(RuntimeError):
+    """An augmentation failed on an image that it should take: a bug of it or of its library, not a broken image.
+
+    No ValueError, which the commands would report as a mistake of the user.
+    """
+
+
+def _augment(image: Image.Image, seed: int, transform: ImageTransform) -> Image.Image | np.ndarray | Tensor:
+    try:
+        return transform(image, seed)
+    except (ValueError, OSError) as error:
+        what = f"a {image.mode} image of {image.width} x {image.height} pixels with seed {seed}"
+        raise AugmentationError(f"augmentation of {what} failed: {type(error).__name__}: {error}") from error
 
 
 AUGMENTATIONS: dict[str, Callable[[Augmentation], ImageTransform]] = {
@@ -227,12 +263,16 @@ class SeededTransform:
 def train_transform(
     backend: str, aug: Augmentation, mean: tuple[float, ...], std: tuple[float, ...], random_erasing: float = 0.0
 ) -> SeededTransform:
-    """The training transform of a backend; an unknown one is a ValueError that lists :data:`AUGMENTATIONS`."""
+    """The training transform of a backend; an unknown one is a ValueError that lists :data:`AUGMENTATIONS`.
+
+    When called, it raises an :class:`AugmentationError` where the backend raises a ValueError or an OSError.
+    """
     if backend not in AUGMENTATIONS:
         raise ValueError(f"unknown augmentation {backend!r}; choose from {', '.join(AUGMENTATIONS)}")
     if aug.auto_augment and backend not in ("timm", "torchvision"):
         raise ValueError(f"auto_augment needs augmentation 'timm' or 'torchvision': {backend!r} has no such policies")
-    return SeededTransform(AUGMENTATIONS[backend](aug), mean, std, random_erasing)
+    augment = partial(_augment, transform=AUGMENTATIONS[backend](aug))
+    return SeededTransform(augment, mean, std, random_erasing)
 
 
 def eval_transform(

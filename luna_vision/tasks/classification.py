@@ -62,8 +62,9 @@ class ClassificationTask(TimmTask):
         mix_switch_prob: probability of CutMix rather than MixUp where both are on.
         mix_mode: one draw for a batch, for each pair, or for each image.
         mix_seed: seed of the draws, which are a function of it and of the step alone.
-        compile: run the model through ``torch.compile``, in place: names of the weights stay. From when a
-            trainer sets the task up, and not where the trainer detects anomalies.
+        compile: run the model through ``torch.compile``, in place: names of the weights stay. ``auto`` does so on CUDA
+            alone, as a CPU takes minutes to compile. From when a trainer sets the task up, and not where the trainer
+            detects anomalies.
         channels_last: keep images and convolutions in channels-last memory format.
         grad_checkpointing: recompute activations in the backward pass, for less memory.
         band_rows: for very large images: recompute, too, and run each block of a Luna ViT so many rows of patches at a
@@ -104,7 +105,7 @@ class ClassificationTask(TimmTask):
         mix_switch_prob: float = 0.5,
         mix_mode: Literal["batch", "pair", "elem"] = "batch",
         mix_seed: int = 0,
-        compile: bool = False,
+        compile: bool | Literal["auto"] = False,
         channels_last: bool = False,
         grad_checkpointing: bool = False,
         band_rows: int = 0,
@@ -173,8 +174,14 @@ class ClassificationTask(TimmTask):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         # autograd could only say of compiled code that the anomaly is somewhere in it
-        if self.hparams.compile and not self.trainer._detect_anomaly:
+        if self.compiles() and not self.trainer._detect_anomaly:
             self.model.compile()  # at the first call
+
+    def compiles(self) -> bool:
+        """Whether ``compile`` says yes for the trainer's device."""
+        if self.hparams.compile == "auto":
+            return self.trainer.strategy.root_device.type == "cuda"
+        return self.hparams.compile
 
     def check_data(self, data: LightningDataModule | None, stage: str) -> None:
         super().check_data(data, stage)

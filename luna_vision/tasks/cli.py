@@ -28,7 +28,7 @@ from .checkpoints import AtomicCheckpointIO, best_checkpoint, check_checkpoint
 from .classification import ClassificationTask
 from .csv_log import make_durable
 from .guard import NonFiniteLossError
-from .reporting import ExportBest, relative
+from .reporting import ExportBest, ModelSize, relative
 from .resume import ExactResume, RunRecord, find_unfinished, fingerprint, go_on, log_dir
 from .sharding import is_sharded
 from .stopping import StopTogether
@@ -64,7 +64,10 @@ class LunaCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """With what exact resume needs: atomic checkpoints and logs, and what checkpoints lack of the state."""
-        trainer = super().instantiate_trainer(**kwargs)
+        summary = self._get(self.config_init, "trainer")["enable_model_summary"]
+        trainer = super().instantiate_trainer(enable_model_summary=False, **kwargs)
+        if summary is not False:
+            trainer.callbacks.append(ModelSize())
         make_durable(trainer)
         if isinstance(trainer.strategy.checkpoint_io, TorchCheckpointIO):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()

@@ -132,7 +132,7 @@ class DistillationTask(ClassificationTask):
                         f"the teacher has {self._teacher_chans} channels, but its {which} is {values}: give "
                         f"teacher_{which}, or teacher_in_chans={len(values)} if that is what it was trained with"
                     )
-            self._teachers.append(Teacher(model, self.teacher_size, **stats, compile=hp.compile))
+            self._teachers.append(Teacher(model, self.teacher_size, **stats))
         return self._teachers[0]
 
     def configure_model(self) -> None:
@@ -161,11 +161,12 @@ class DistillationTask(ClassificationTask):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self._run = logits_and_layers_of(self.hparams.compile and not self.trainer._detect_anomaly)  # as the base class
+        self._run = logits_and_layers_of(self.compiles() and not self.trainer._detect_anomaly)  # as the base class
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
         self.teacher.to(self.device)
+        self.teacher.run = logits_and_layers_of(self.compiles())  # without gradients, it has no anomalies
 
     # ---- training
 

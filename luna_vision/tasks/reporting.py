@@ -162,6 +162,21 @@ def relative(path: str | Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
+class ModelSize(Callback):
+    """Print the number of the model's parameters when a fit begins.
+
+    In place of Lightning's table, whose FLOPs are 0 for a task without an example input, and leave fused attention out
+    on a CPU for one that has it.
+    """
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: Trainer, pl_module: TimmTask) -> None:
+        counts = [(parameter.numel(), parameter.requires_grad) for parameter in pl_module.model.parameters()]
+        total, trained = sum(count for count, _ in counts), sum(count for count, trains in counts if trains)
+        frozen = f", {trained:,} of them trained" if trained < total else ""
+        print(f"{type(pl_module.model).__name__}: {total:,} parameters{frozen}")
+
+
 class EpochLines(Callback):
     """Print a line of metrics per epoch where the output is a file or a pipe, in which a progress bar shows nothing."""
 

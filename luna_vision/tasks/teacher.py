@@ -29,7 +29,9 @@ class Teacher(DistillationTeacher):
         img_size: (H, W) that images are resized to, in pixels; None takes them as they are.
         mean: by channel, of pixels in [0, 1], that the model expects to be subtracted.
         std: likewise, to be divided by.
-        compile: run the model through ``torch.compile``.
+
+    Attributes:
+        run: `logits_and_layers`, or its compiled form.
     """
 
     def __init__(
@@ -38,13 +40,12 @@ class Teacher(DistillationTeacher):
         img_size: tuple[int, int] | None,
         mean: Sequence[float],
         std: Sequence[float],
-        compile: bool = False,
     ) -> None:
         model.pretrained_cfg = model.pretrained_cfg | {"mean": tuple(mean), "std": tuple(std)}  # where timm looks
         super().__init__(model)
         self.eval().requires_grad_(False)
         self.img_size = img_size
-        self.run = logits_and_layers_of(compile)
+        self.run: Callable[..., LogitsAndLayers] = logits_and_layers
         self.register_buffer("source_mean", None)
         self.register_buffer("source_std", None)
 

@@ -1,12 +1,19 @@
 """Augmentation backends, evaluation transform, and what they refuse."""
 
+import pickle
+import random
+
 import numpy as np
 import pytest
+import timm.data
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_images
+from timm.data import auto_augment
+from timm.data.auto_augment import AugmentOp
 
 from luna_vision.data import AUGMENTATIONS, eval_transform, train_transform
-from luna_vision.data.transforms import TORCHVISION_POLICIES, Augmentation, to_tensor
+from luna_vision.data.transforms import TORCHVISION_POLICIES, Augmentation, AugmentationError, to_tensor
 
 
 def photo(height: int, width: int, in_chans: int = 3) -> Image.Image:
@@ -40,6 +47,102 @@ def test_auto_augment_policies(backend: str, policy: str, in_chans: int):
     images = [transform(photo(40, 30, in_chans), seed) for seed in range(12)]
     assert all(image.shape == (in_chans, 24, 24) for image in images)
     assert len({image.numpy().tobytes() for image in images}) == 12
+
+
+def posterize_of_pillow_12(image: Image.Image, bits: int) -> Image.Image:
+    mask = ~(2 ** (8 - bits) - 1)
+    return image.point([value & mask for value in range(256)] * len(image.getbands()))
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize(
+    "policy", ["rand-m9-n4-mstd0.5-inc1", "rand-m1-n4-p1", "rand-m30-mmax30-inc1", "v0", "augmix-m10-mstd1"]
+)
+def test_policies_of_timm_do_what_they_did_before_pillow_13(policy: str, in_chans: int, monkeypatch):
+    """0 bits of posterize, and less, which Pillow 13 refuses, are black."""
+    mean, image = (0.4,) * in_chans, photo(20, 24, in_chans)
+    aug = Augmentation((20, 24), crop="none", hflip=0, auto_augment=policy, mean=mean)
+    ours = train_transform("timm", aug, (0.0,) * in_chans, (1.0,) * in_chans)
+    ours = pickle.loads(pickle.dumps(ours))  # as for a worker that is spawned
+    options = {"interpolation": "bicubic", "hflip": 0, "mean": mean, "normalize": False}
+    theirs = timm.data.create_transform((20, 24), is_training=True, auto_augment=policy, **options)
+    policies = theirs.transforms[1:]  # after the crop
+    results = [ours(image, seed) for seed in range(300)]
+    bits = []
+    monkeypatch.setattr(ImageOps, "posterize", lambda image, n: bits.append(n) or posterize_of_pillow_12(image, n))
+    for seed, result in enumerate(results):
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - which timm draws from
+        expected = image
+        for step in policies:
+            expected = step(expected)
+        torch.testing.assert_close(result, torch.as_tensor(expected) / 255, rtol=0, atol=0)
+    assert min(bits) < 1
+
+
+def test_timm_itself_is_left_as_it_is():
+    before = dict(auto_augment.NAME_TO_OP), auto_augment.posterize
+    train_transform("timm", Augmentation((8, 8), auto_augment="rand-m9", mean=(0.5,) * 3), (0.5,) * 3, (0.5,) * 3)
+    assert (dict(auto_augment.NAME_TO_OP), auto_augment.posterize) == before
+
+
+SAMPLES = [Image.fromarray(image).resize((80, 60)) for image in load_sample_images().images]  # of scikit-learn
+RAND = [("", 15, 0), ("-inc1", 15, 0), ("-inc1-t3a", 3, 0), ("-t3aw", 14, 14), ("-tweights", 15, 15)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("magnitude", range(11))
+@pytest.mark.parametrize("options, operations, layers", RAND)
+def test_every_operation_of_randaugment_at_every_magnitude(
+    options: str, operations: int, layers: int, magnitude: int, in_chans: int, monkeypatch
+):
+    """On photographs; exact magnitudes, and noise around them. Weighted sets draw each operation once an image."""
+    done, call = set(), AugmentOp.__call__
+    monkeypatch.setattr(AugmentOp, "__call__", lambda op, image: done.add(op.name) or call(op, image))
+    for noise in ("", "-mstd0.5"):
+        policy = f"rand-m{magnitude}-n{layers or 8}-p1{noise}{options}"
+        aug = Augmentation((32, 48), crop="none", auto_augment=policy, mean=(0.4,) * in_chans)
+        check_on_photographs(train_transform("timm", aug, (0.0,), (1.0,)), in_chans, seeds=8)
+    assert len(done) == operations
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("policy", ["v0", "v0r", "original", "originalr", "3a", *(f"augmix-m{m}" for m in range(11))])
+@pytest.mark.parametrize("noise", ["", "-mstd0.5", "-mstd3"])
+def test_every_other_policy_of_timm(policy: str, noise: str, in_chans: int):
+    aug = Augmentation((32, 48), crop="none", auto_augment=policy + noise, mean=(0.4,) * in_chans)
+    check_on_photographs(train_transform("timm", aug, (0.0,), (1.0,)), in_chans, seeds=100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("policy", TORCHVISION_POLICIES)
+def test_every_policy_of_torchvision(policy: str, in_chans: int):
+    """Of which one has 14 operations at up to 31 magnitudes each."""
+    aug = Augmentation((32, 48), crop="none", auto_augment=policy, mean=(0.4,) * in_chans)
+    check_on_photographs(train_transform("torchvision", aug, (0.0,), (1.0,)), in_chans, seeds=1000)
+
+
+def check_on_photographs(transform, in_chans: int, seeds: int) -> None:
+    for sample in SAMPLES:
+        image = sample.convert("RGB" if in_chans == 3 else "L")
+        for seed in range(seeds):
+            result = transform(image, seed)
+            assert result.shape == (in_chans, 32, 48) and 0 <= result.min() and result.max() <= 1
+
+
+def test_what_fails_in_an_augmentation_is_no_mistake_of_the_user(monkeypatch):
+    """Nor a broken image: neither a ValueError, which is reported as such, nor a SampleError, which is skipped."""
+
+    def backend(aug: Augmentation):
+        return lambda image, seed: ImageOps.posterize(image, 9)
+
+    monkeypatch.setitem(AUGMENTATIONS, "broken", backend)
+    with pytest.raises(AugmentationError, match="RGB image of 6 x 4 pixels with seed 7 failed: ValueError") as caught:
+        train_transform("broken", Augmentation((8, 8)), (0.5,), (0.5,))(photo(4, 6), 7)
+    assert isinstance(caught.value.__cause__, ValueError) and not isinstance(caught.value, (ValueError, OSError))
 
 
 @pytest.mark.parametrize("backend", ["albumentations", "torchvision", "timm"])

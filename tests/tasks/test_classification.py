@@ -1,5 +1,6 @@
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,6 +196,22 @@ def test_compile_is_in_place(tmp_path, data, monkeypatch):
     tiny_trainer(tmp_path, max_epochs=1).fit(task, data)
     assert compiled and compiled[0] is task.model
     assert all(name.startswith("model.") and "_orig_mod" not in name for name in task.state_dict())
+
+
+@pytest.mark.parametrize("device, expected", [("cpu", False), ("cuda", True), ("mps", False)])
+def test_compile_by_device(device, expected):
+    """A CPU takes minutes to compile what a GPU has in seconds; whoever asks for it gets it all the same."""
+    for value, result in (("auto", expected), (True, True), (False, False)):
+        task = tiny_task(compile=value)
+        task.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
+        assert task.compiles() is result
+
+
+def test_automatic_compilation_leaves_a_run_on_a_cpu_alone(tmp_path, data, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, *args, **kwargs: compiled.append(module))
+    tiny_trainer(tmp_path, fast_dev_run=1).fit(tiny_task(compile="auto"), data)
+    assert compiled == []
 
 
 @pytest.mark.parametrize(
