@@ -366,7 +366,7 @@ USES = {
     "validate": ["validate", f"--ckpt_path={LAST}"],
     "predict": ["predict", f"--ckpt_path={LAST}", "--data.predict_path=a.png"],
     "fit": ["fit", f"--ckpt_path={LAST}"],
-    "FSDP2 resume": ["fit", *SHARDED, f"--ckpt_path={LAST}"],
+    "FSDP2 resume": ["fit", *SHARDED, "--trainer.max_epochs=2", f"--ckpt_path={LAST}"],
     "FSDP2 test": ["test", "--trainer.strategy=fsdp2", f"--ckpt_path={LAST}"],
     "automatic resume": ["fit", *SHARDED],
     "export": [],
