@@ -175,8 +175,7 @@ def load_model(args: argparse.Namespace, **overrides: Any) -> nn.Module:
         model = build_model(name, **arguments)
     if args.checkpoint:
         load_weights(model, args.checkpoint, say=lambda text: print(printable(text), file=sys.stderr), fresh_head=False)
-        cfg = run.get("data", {}).get("cfg", {})
-        model.pretrained_cfg = model.pretrained_cfg | {name: cfg[name] for name in IMAGE_CFG if name in cfg}
+        model.pretrained_cfg = model.pretrained_cfg | image_cfg(run)
     elif random_weights(args):
         print(
             f"WARNING: {name} has RANDOM WEIGHTS: what comes out says nothing about the images. Give --checkpoint.",
@@ -259,6 +258,12 @@ def training_checkpoint(checkpoint: Path) -> dict[str, Any]:
         return {}
     parameters = content.get("hyper_parameters") if isinstance(content, dict) else None
     return content if isinstance(parameters, dict) and "model_name" in parameters else {}
+
+
+def image_cfg(run: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its images, and nothing else that it might have a `pretrained_cfg` say."""
+    cfg = run.get("data", {}).get("cfg", {})
+    return {name: cfg[name] for name in IMAGE_CFG if name in cfg}
 
 
 def _exported_training(weights: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from luna_vision import export
 from luna_vision._commands import run_command
 from luna_vision.tasks.cli import main
+from luna_vision.tasks.teacher import build_teacher_model
 
 DEBUG = str(Path(__file__).parents[2] / "configs" / "debug.yaml")
 RUN = Path("runs/debug/version_0")
@@ -156,3 +157,13 @@ def test_names_in_a_checkpoint_steer_no_terminal(runs, capfd):
     said = capfd.readouterr()
     assert end.value.code == 2 and said.err.count("error: ") == 2 and "owned" in said.err
     assert not steers(said.err) and not steers(said.out)
+
+
+def test_a_teacher_says_how_its_images_were_and_nothing_else(runs):
+    checkpoint = torch.load(RUN / "checkpoints/best.ckpt", weights_only=True)
+    checkpoint["data"]["cfg"] |= {"url": "https://evil.example", "architecture": "resnet18", "mean": (0.25,)}
+    torch.save(checkpoint, "stranger.ckpt")
+    arguments = checkpoint["hyper_parameters"]["model_kwargs"]
+    model = build_teacher_model("test_luna_vit", "stranger.ckpt", 10, 1, arguments, say=lambda text: None)
+    about = model.pretrained_cfg
+    assert (about["architecture"], about["mean"]) == ("test_luna_vit", (0.25,)) and "evil" not in str(about)
