@@ -19,11 +19,14 @@ from timm.models import get_arch_name
 from torch import nn
 
 from .models import load_weights
+from .utils.text import printable
 
 USER_ERRORS = (ValueError, OSError)
 RANDOM_WEIGHTS = "random_weights"  # what config.json of an exported folder calls a model that was not trained
 LOCAL = "local-dir:"  # what the name of a folder begins with, for timm
 DEVICES = ("auto", "cpu", "cuda")
+# what a checkpoint may say of its images, see `timm_cfg` of the data modules
+IMAGE_CFG = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "num_classes", "label_names")
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,7 +63,7 @@ def run_command(command: Callable[[], int | None]) -> NoReturn:
     except USER_ERRORS as error:
         if os.environ.get("LUNA_VISION_TRACEBACK") == "1":
             raise
-        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).split())) or type(error).__name__}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -171,8 +174,8 @@ def load_model(args: argparse.Namespace, **overrides: Any) -> nn.Module:
     else:
         model = build_model(name, **arguments)
     if args.checkpoint:
-        load_weights(model, args.checkpoint, say=lambda text: print(text, file=sys.stderr), fresh_head=False)
-        model.pretrained_cfg = model.pretrained_cfg | run.get("data", {}).get("cfg", {})
+        load_weights(model, args.checkpoint, say=lambda text: print(printable(text), file=sys.stderr), fresh_head=False)
+        model.pretrained_cfg = model.pretrained_cfg | image_cfg(run)
     elif random_weights(args):
         print(
             f"WARNING: {name} has RANDOM WEIGHTS: what comes out says nothing about the images. Give --checkpoint.",
@@ -255,6 +258,12 @@ def training_checkpoint(checkpoint: Path) -> dict[str, Any]:
         return {}
     parameters = content.get("hyper_parameters") if isinstance(content, dict) else None
     return content if isinstance(parameters, dict) and "model_name" in parameters else {}
+
+
+def image_cfg(run: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its images, and nothing else that it might have a `pretrained_cfg` say."""
+    cfg = run.get("data", {}).get("cfg", {})
+    return {name: cfg[name] for name in IMAGE_CFG if name in cfg}
 
 
 def _exported_training(weights: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The model card of an exported folder: what the model is, how to load it, and what is known of its training."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from timm.models._input import get_model_input_config
 from ._commands import training_checkpoint
 from .benchmarks.model_table import count_macs
 from .models.luna_vit import LunaVit
+from .utils.text import printable
 
 __all__ = ["model_card", "training_details"]
 
@@ -51,27 +53,39 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def training_details(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of its training, for a card: {what: value}. Of another file than one of `train.py`, its
-    name."""
+    """What a checkpoint says of its training, for a card, as Markdown: {what: value}. Of another file than one of
+    `train.py`, its name.
+
+    Raises:
+        ValueError: It says something else than a number where there should be one.
+    """
     run = training_checkpoint(checkpoint)
     if not run:
-        return {"Weights": f"{checkpoint.name}, which does not say what it was trained on"}
+        return {"Weights": f"{_code(checkpoint.name)}, which does not say what it was trained on"}
     hp = run["hyper_parameters"]
-    details: dict[str, Any] = {"Weights": checkpoint.name}
+    details: dict[str, Any] = {"Weights": _code(checkpoint.name)}
     data = run.get("data")
-    details["Training data"] = f"`luna_vision.data.{data['name']}`" if data else "not recorded in the checkpoint"
+    details["Training data"] = _code(f"luna_vision.data.{data['name']}") if data else "not recorded in the checkpoint"
     if "epoch" in run:
-        details["Training length"] = f"{run['epoch'] + 1} epochs, {run['global_step']} steps"
+        details["Training length"] = f"{int(run['epoch']) + 1} epochs, {int(run['global_step'])} steps"
     if "optimizer" in hp:
-        details["Optimizer"] = f"{hp['optimizer']}, learning rate {hp['lr']:g}, weight decay {hp['weight_decay']:g}"
+        rates = f"learning rate {float(hp['lr']):g}, weight decay {float(hp['weight_decay']):g}"
+        details["Optimizer"] = f"{_code(hp['optimizer'])}, {rates}"
     start = hp.get("init_from_vit") or hp.get("checkpoint")
     if start:
-        details["Started from"] = Path(start).name
+        details["Started from"] = _code(Path(start).name)
     for name, state in run.get("callbacks", {}).items():
         score = state.get("current_score") if name.startswith("ModelCheckpoint") else None
         if score is not None:
-            details[f"{state['monitor']} at the end of that epoch"] = f"{float(score):.4f}"
+            details[f"{_code(state['monitor'])} at the end of that epoch"] = f"{float(score):.4f}"
     return details
+
+
+def _code(text: Any) -> str:
+    """Text of strangers as a code span, in which no Markdown, HTML or address means anything."""
+    text = printable(str(text))
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{text}{fence}" if fence == "`" else f"{fence} {text} {fence}"
 
 
 def model_card(model: LunaVit, name: str, training: dict[str, Any], random_weights: bool) -> str:
@@ -80,16 +94,17 @@ def model_card(model: LunaVit, name: str, training: dict[str, Any], random_weigh
     Args:
         model: The model.
         name: What to call it.
-        training: What is known of its training, {what: value}.
+        training: What is known of its training, as Markdown: {what: value}.
         random_weights: Whether it was not trained at all.
     """
     cfg = resolve_input_data_config(model)
     channels, height, width = get_model_input_config(model)["input_size"]
     macs = count_macs(copy.deepcopy(model).to("meta"), height, width)
     task = "image-classification" if model.num_classes else "image-feature-extraction"
-    architecture = model.pretrained_cfg["architecture"]
+    architecture = _code(model.pretrained_cfg["architecture"])
+    license = str(model.pretrained_cfg.get("license", "apache-2.0"))
     details = {
-        "Architecture": f"`{architecture}` of luna_vision, a ViT with Luna attention, whose cost is linear in the "
+        "Architecture": f"{architecture} of luna_vision, a ViT with Luna attention, whose cost is linear in the "
         "number of patches",
         "Parameters (M)": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}",
         f"GMACs at {height} x {width}": f"{macs / 1e9:.2f}",
@@ -104,10 +119,10 @@ def model_card(model: LunaVit, name: str, training: dict[str, Any], random_weigh
     }
     model_args = getattr(model, "_model_args", {})
     if model_args.get("mixer", "luna") != "luna":
-        details["Architecture"] = f"`{architecture}` of luna_vision with the mixer `{model_args['mixer']}`"
+        details["Architecture"] = f"{architecture} of luna_vision with the mixer {_code(model_args['mixer'])}"
     card = {
         "tags": [task, "timm", "luna"],
-        "license": model.pretrained_cfg.get("license", "apache-2.0"),
+        "license": license if re.fullmatch(r"[\w.+-]+", license) else "other",
         "description": RANDOM if random_weights else f"A Luna ViT for {task.replace('-', ' ')}.",
         "details": details,
         "usage": usage(name, channels, height, width),

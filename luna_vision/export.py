@@ -50,6 +50,7 @@ from ._export_graph import (
 from ._model_card import model_card, training_details
 from ._record import share_as_usual
 from .models.luna_vit import LunaVit
+from .utils.text import printable
 
 __all__ = ["Check", "ExportError", "export_onnx", "export_program", "main", "save_for_hf"]
 
@@ -251,7 +252,7 @@ def _normalise(model: nn.Module, args: argparse.Namespace) -> None:
     if args.checkpoint and not (args.mean and args.std) and not knows_its_images(args):
         print(
             f"NOTE: {args.checkpoint} does not say how images are normalised: it is written down as in "
-            f"{model.pretrained_cfg['architecture']}'s configuration. --mean and --std say otherwise.",
+            f"{printable(str(model.pretrained_cfg['architecture']))}'s configuration. --mean and --std say otherwise.",
             file=sys.stderr,
         )
     for name in ("mean", "std"):
@@ -298,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
             export = export_onnx if args.format == "onnx" else export_program
             checks = export(model, args.out, args.output, args.memory, args.overwrite)
     except ExportError as error:
-        print(f"error: {error}; nothing was written", file=sys.stderr)
+        print(f"error: {printable(str(error))}; nothing was written", file=sys.stderr)
         return 1
     _report(args, checks)
     return 0

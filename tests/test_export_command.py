@@ -232,7 +232,7 @@ def test_folder_of_a_training_run(trained, tmp_path, capsys, monkeypatch):
         "**Mean, of pixels in [0, 1]:** 0.3",
         "`luna_vision.data.DigitsDataModule`",
         "1 epochs, 2 steps",
-        "adamw, learning rate 0.001",
+        "`adamw`, learning rate 0.001",
         "val_acc1",
         "ma2021luna",
     ):
@@ -288,7 +288,7 @@ def test_weights_of_a_file_are_named_and_what_it_does_not_say(tmp_path, capsys):
     assert run(*words, tmp_path / "mine.safetensors", "--format", "hf", "--out", tmp_path / "it") == 0
     assert "mine.safetensors does not say how images are normalised" in capsys.readouterr().err
     card = (tmp_path / "it" / "README.md").read_text()
-    assert "mine.safetensors, which does not say what it was trained on" in card
+    assert "`mine.safetensors`, which does not say what it was trained on" in card
     assert json.loads((tmp_path / "it" / "config.json").read_text())["pretrained_cfg"].get("tag") != "untrained"
 
 

@@ -1,4 +1,7 @@
-"""Files from strangers: whatever is given as weights or data, nothing in it is unpickled."""
+"""Files from strangers: whatever is given as weights or data, nothing in it is unpickled.
+
+For checkpoints that are folders see `tests/tasks/test_folder.py`.
+"""
 
 import io
 import json
@@ -6,16 +9,12 @@ import os
 import pickle
 import sys
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from PIL import Image
-from torch.distributed.device_mesh import init_device_mesh
 
 from luna_vision import export
 from luna_vision._commands import run_command
@@ -23,7 +22,6 @@ from luna_vision.data import LitDataDataModule, WebDatasetDataModule
 from luna_vision.downstream import embed, probe
 from luna_vision.streaming import __main__ as streaming
 from luna_vision.tasks.cli import main as train
-from luna_vision.tasks.sharding import FSDP2Strategy, check_whole, read_weights, shard
 from luna_vision.visualize import __main__ as visualize
 
 ROOT = Path(__file__).parents[1]
@@ -125,87 +123,6 @@ def test_a_folder_of_weights(tmp_path, capsys):
         run_command(lambda: embed.main(words))
     assert end.value.code == 2 and not Path(MARKER).exists()
     assert f"--model local-dir:{tmp_path / 'model'}" in capsys.readouterr().err
-
-
-def test_the_index_of_a_sharded_checkpoint(tmp_path):
-    """PyTorch's own reader unpickles it."""
-    folder = tmp_path / "last.ckpt"
-    dcp.save({"state_dict": {"a": torch.ones(3), "b": torch.ones(2, dtype=torch.bfloat16)}}, checkpoint_id=folder)
-    assert read_weights(folder)["a"].sum() == 3
-    for content in (Hostile(), {"state_dict": Hostile()}):
-        (folder / ".metadata").write_bytes(pickle.dumps(content))
-        for read in (read_weights, check_whole):
-            with pytest.raises(ValueError, match=r"last.ckpt/.metadata' is not a checkpoint .*mkdir\) are refused"):
-                read(folder)
-    assert not Path(MARKER).exists()
-
-
-def test_the_index_of_one_process(tmp_path):
-    """To which PyTorch's own reader turns where the index of all is plain, and yet not what it takes."""
-    folder = tmp_path / "last.ckpt"
-    dcp.save({"state_dict": {"a": torch.ones(3)}}, checkpoint_id=folder)
-    index = pickle.loads((folder / ".metadata").read_bytes())
-    index.storage_meta = torch.Size([1])
-    (folder / ".metadata").write_bytes(pickle.dumps(index))
-    (folder / "__0.metadata").write_bytes(pickle.dumps(Hostile()))
-    for read in (read_weights, check_whole):
-        with pytest.raises(ValueError, match=r"last.ckpt' is not a checkpoint .*: it has an index __0.metadata"):
-            read(folder)
-    assert not Path(MARKER).exists()
-
-
-@pytest.fixture
-def sharded(monkeypatch) -> Iterator[FSDP2Strategy]:
-    """The strategy of a run with one process, and of a model with one weight."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
-    shard(model, init_device_mesh("cpu", (1,)), torch.device("cpu"))
-    strategy = FSDP2Strategy()
-    strategy._lightning_module = strategy._model = model
-    model.strict_loading = True
-    strategy.optimizers = [torch.optim.AdamW(model.parameters())]
-    yield strategy
-    dist.destroy_process_group()
-
-
-def folder_of_fsdp2(strategy: FSDP2Strategy, hostile: str) -> Path:
-    """As the strategy writes it, but for one place."""
-    state = {"state_dict": strategy.lightning_module_state_dict()}
-    state["optimizer_0"] = strategy.optimizer_state(strategy.optimizers[0])
-    rest = {"global_step": 1}
-    if hostile == "a weight":
-        state["state_dict"]["0.weight"] = Hostile()
-    elif hostile == "settings":
-        state["optimizer_0"]["param_groups"][0]["lr"] = Hostile()
-    elif hostile == "the rest":
-        rest["global_step"] = Hostile()
-    path = Path("last.ckpt")
-    dcp.save(state, checkpoint_id=path)
-    torch.save(rest, path / "meta.pt")
-    return path
-
-
-FSDP2 = {"a weight": "0.weight is no tensor", "settings": "distcp'.* refused", "the rest": "meta.pt'.* refused"}
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("where", FSDP2)
-def test_resuming_with_fsdp2(sharded, where):
-    assert sharded.load_checkpoint(folder_of_fsdp2(sharded, "nowhere")) == {"global_step": 1}
-    path = folder_of_fsdp2(sharded, where)
-    with pytest.raises(ValueError, match=FSDP2[where]):
-        sharded.load_checkpoint(path, weights_only=False)
-    if where == "a weight":
-        with pytest.raises(ValueError, match=FSDP2[where]):
-            read_weights(path)
-    assert not Path(MARKER).exists()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_file_with_fsdp2(sharded, kind, tmp_path):
-    with pytest.raises(ValueError, match="could run any code"):
-        sharded.load_checkpoint(hostile_file(tmp_path, kind))
-    assert not Path(MARKER).exists()
 
 
 def test_arrays_as_images(tmp_path, capsys):

@@ -136,7 +136,8 @@ def not_plain(path: str | Path, error: Exception) -> str:
             f"{str(path)!r} is not a checkpoint of tensors and plain data only: other Python objects{what} are "
             "refused, as loading them could run any code"
         )
-    return f"{str(path)!r} is not a checkpoint: {' '.join(str(error).split()) or type(error).__name__}"
+    reason = " ".join(str(error)[:300].split())  # names in it may be of any length
+    return f"{str(path)!r} is not a checkpoint: {reason or type(error).__name__}"
 
 
 def _keep_own_head(

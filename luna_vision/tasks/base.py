@@ -22,6 +22,7 @@ from torchmetrics import MeanMetric
 from luna_vision.data.sampling import next_batch
 from luna_vision.models import init_from_vit, load_weights  # with which the luna_vit models are registered, too
 
+from .checkpoints import check_deletions
 from .optimization import build_optimizer, build_scheduler, check_rates
 from .sharding import check_same_weights, shapes, shard
 
@@ -136,6 +137,8 @@ class TimmTask(LightningModule):
         """Say in one line that a checkpoint is another model's, before PyTorch says it in a hundred; and leave its
         schedule, as the rates are those of this run (`on_train_start`)."""
         self._has_weights = True
+        if self._trainer is not None:
+            check_deletions(self.trainer, checkpoint)
         if "lr_schedulers" in checkpoint:  # timm's know lengths and rates, which are the configuration's, and no more
             checkpoint["lr_schedulers"] = []
         if self._trainer is not None and self.trainer.is_global_zero:  # the sums are those of all ranks

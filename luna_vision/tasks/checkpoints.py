@@ -11,12 +11,14 @@ from typing import Any, BinaryIO
 from zipfile import is_zipfile
 
 import torch
+from fsspec.utils import get_protocol
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from .folder import check_whole, read_index
 from .plain import load_plain
-from .sharding import REST, check_whole, is_sharded, read_weights
+from .sharding import REST, is_sharded, read_weights
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -95,15 +97,35 @@ def read_checkpoint(path: str | Path, weights: bool = True) -> dict[str, Any]:
         weights: Whether those of a folder are wanted, too; if not, it is made sure that they are all there.
 
     Raises:
-        ValueError: As `load_plain`.
+        ValueError: As `load_plain`, `read_index` and `read_weights`.
+        OSError: It cannot be read, or a file of the folder is missing or cut off.
     """
     if not is_sharded(path):
         return load_plain(path, map_location="cpu", mmap=is_zipfile(path))
     checkpoint = load_plain(Path(path, REST), map_location="cpu")
     if weights:
         return {**checkpoint, "state_dict": read_weights(path)}
-    check_whole(path)
+    check_whole(path, read_index(path))
     return checkpoint
+
+
+def check_deletions(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """To be called before the state of the callbacks is put back: a ModelCheckpoint deletes what a checkpoint says is
+    no longer among its best, a folder with all that is in it. Lightning lets it do so below its own folder alone, but
+    takes the dots of ``FOLDER/../..`` for a name, and every address with a protocol for one of its own.
+
+    Raises:
+        ValueError: The checkpoint names such a path.
+    """
+    states = [x for name, x in checkpoint.get("callbacks", {}).items() if name.startswith(ModelCheckpoint.__name__)]
+    for folder in (str(c.dirpath) for c in trainer.callbacks if isinstance(c, ModelCheckpoint)):
+        for state in states:
+            paths = [path for name, path in state.items() if name.endswith("_path")]
+            for path in map(str, [*paths, *state.get("best_k_models", {})]):
+                below = Path(folder).absolute() in Path(path).absolute().parents
+                really = Path(folder).resolve() in Path(path).resolve().parents
+                if get_protocol(path) != get_protocol(folder) or (below and not really):
+                    raise ValueError(f"the checkpoint would have another file deleted, {path!r}")
 
 
 def check_checkpoint(path: str | Path) -> None:

@@ -20,8 +20,11 @@ from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from luna_vision.utils.text import printable
 
 from .base import TimmTask
 from .checkpoints import AtomicCheckpointIO, best_checkpoint, check_checkpoint
@@ -30,7 +33,7 @@ from .csv_log import make_durable
 from .guard import NonFiniteLossError
 from .reporting import ExportBest, ModelSize, relative
 from .resume import ExactResume, RunRecord, find_unfinished, fingerprint, go_on, log_dir
-from .sharding import is_sharded
+from .sharding import FSDP2Strategy, is_sharded
 from .stopping import StopTogether
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -68,6 +71,9 @@ class LunaCLI(LightningCLI):
         trainer = super().instantiate_trainer(enable_model_summary=False, **kwargs)
         if summary is not False:
             trainer.callbacks.append(ModelSize())
+        if type(trainer.strategy).load_checkpoint not in (Strategy.load_checkpoint, FSDP2Strategy.load_checkpoint):
+            name = type(trainer.strategy).__name__
+            raise ValueError(f"{name} reads checkpoints itself, and unpickles what it finds: use fsdp2 or ddp")
         make_durable(trainer)
         if isinstance(trainer.strategy.checkpoint_io, TorchCheckpointIO):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -116,7 +122,7 @@ class LunaCLI(LightningCLI):
         go_on(self.trainer, run)
         self.config_init[self.subcommand]["ckpt_path"] = run.checkpoint
         start = f"from {relative(run.checkpoint)}" if run.checkpoint else "from its beginning: it has no checkpoint"
-        rank_zero_info(f"resuming the unfinished run in {relative(log_dir(self.trainer))}, {start}")
+        rank_zero_info(printable(f"resuming the unfinished run in {relative(log_dir(self.trainer))}, {start}"))
 
     before_fit = before_validate = before_test = before_predict = check_run
 
@@ -126,7 +132,7 @@ class LunaCLI(LightningCLI):
             metrics = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True)[0]
             if self.trainer.is_global_zero:
                 name, called = self.model.headline
-                print(f"{called + ':':<16} {metrics[name]:.4f} with {relative(best)}")
+                print(f"{called + ':':<16} {metrics[name]:.4f} with {printable(relative(best))}")
         for callback in self.trainer.callbacks:
             if isinstance(callback, ExportBest):
                 callback.announce()
@@ -217,7 +223,7 @@ def main(default_config: Path | None = None) -> None:
     except USER_ERRORS as error:
         if os.environ.get("LUNA_VISION_TRACEBACK") == "1":
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {printable(one_line(error))}", file=sys.stderr)
         sys.exit(2)
 
 

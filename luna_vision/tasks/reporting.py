@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from luna_vision._record import share_as_usual
 from luna_vision.models import unwrap_state_dict
+from luna_vision.utils.text import printable
 
 from .base import TimmTask
 from .checkpoints import best_checkpoint, last_checkpoint, model_checkpoint, read_checkpoint
@@ -124,13 +125,16 @@ class ExportBest(Callback):
         path = best_checkpoint(trainer)
         if not path:
             return
-        weights = Path(path).with_name("best.safetensors")
-        export_weights(path, weights)
         callback = model_checkpoint(trainer)
+        # a run that was resumed from another one's checkpoint takes over where its best one is, and not to write there
+        weights = Path(callback.dirpath if callback else Path(path).parent, "best.safetensors")
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        export_weights(path, weights)
         if callback is None or not callback.monitor:
             score = ""
-        elif path == callback.best_model_path:
-            score = f" ({callback.monitor} {float(callback.best_model_score):.4f})"
+        elif path == callback.best_model_path:  # which may be that of another run, without its score
+            score = callback.best_model_score
+            score = "" if score is None else f" ({callback.monitor} {float(score):.4f})"
         else:
             score = f" (the last one: {callback.monitor} was never measured, so none is best)"
         self._closing = [
@@ -141,7 +145,7 @@ class ExportBest(Callback):
     def announce(self) -> None:
         """Print where the best checkpoint is and the line that loads it; nothing if there is none."""
         for line in self._closing:
-            print(line)
+            print(printable(line))
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

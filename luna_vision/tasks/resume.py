@@ -26,6 +26,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
+from luna_vision.utils.text import printable
+
 from .checkpoints import is_exact, read_checkpoint
 from .csv_log import DurableCSVLogger, read_rows, write_rows
 from .sharding import to_disk
@@ -242,15 +244,38 @@ def _search(trainer: Trainer, name: str) -> Unfinished | None:
             record = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if record.get("fingerprint") != name or record.get("finished") is not False:
+        if not isinstance(record, dict) or record.get("fingerprint") != name or record.get("finished") is not False:
             continue
-        if len(record.get("versions", [])) != len(trainer.loggers):
+        versions = record.get("versions")
+        if not isinstance(versions, list) or len(versions) != len(trainer.loggers):
+            continue
+        if not _is_own(trainer, versions, path.parent):
+            rank_zero_warn(printable(f"{path} is left out: the run would go on outside its folders, or through links"))
             continue
         # another rank of this run may hold the lock already: only the first asks
         if trainer.is_global_zero and is_locked(path.parent):
             continue
-        return Unfinished(record["versions"], newest_whole(checkpoint_folders(trainer, path.parent), name))
+        return Unfinished(versions, newest_whole(checkpoint_folders(trainer, path.parent), name))
     return None
+
+
+def _is_own(trainer: Trainer, versions: list[Any], run: Path) -> bool:
+    """Whether loggers with these versions write into their own folders, the first one into ``run``, and not through a
+    link: a record may come with a stranger's files."""
+    folders = []
+    for i, (logger, version) in enumerate(zip(trainer.loggers, versions, strict=True)):
+        if version is not None and type(version) not in (int, str):
+            return False
+        usual, logger._version = getattr(logger, "_version", None), version
+        folder, root = (getattr(logger, name, None) for name in ("log_dir", "root_dir"))
+        logger._version = usual
+        if folder is None or root is None:  # it writes no files by its version
+            continue
+        folder, root = Path(folder).resolve(), Path(root).resolve()
+        if root not in folder.parents or (i == 0 and folder != run.resolve()):
+            return False
+        folders.append(folder)
+    return not any(path.is_symlink() for folder in folders for path in folder.rglob("*"))
 
 
 def checkpoint_folders(trainer: Trainer, run: Path) -> list[Path]:
@@ -271,7 +296,8 @@ def newest_whole(folders: list[Path], name: str) -> str | None:
             state = checkpoint["callbacks"]["ExactResume"]
         except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
             first = str(error).strip().split("\n")[0]
-            rank_zero_warn(f"{path} is left out, as it cannot be resumed from ({type(error).__name__}: {first})")
+            reason = f"{type(error).__name__}: {first}"
+            rank_zero_warn(printable(f"{path} is left out, as it cannot be resumed from ({reason})"))
             continue
         if state["fingerprint"] == name and state["exact"]:
             return str(path)

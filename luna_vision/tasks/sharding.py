@@ -15,14 +15,22 @@ from zipfile import is_zipfile
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.optim import Optimizer
 
-from .plain import check_entries, load_plain, read_index
+from .folder import check_whole, load_folder, read_index
+from .plain import load_plain
 
 REST = "meta.pt"  # Lightning's name of what is not cut up
 WEIGHTS = "state_dict."  # what the names of weights begin with in a folder
@@ -103,16 +111,53 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """As Lightning's, but for the reading: whatever ``weights_only`` says, each file is read once, and nothing but
+        tensors and plain data of it.
+
+        Raises:
+            ValueError: There is more in it, or the weights of another model.
+        """
         path = Path(self.broadcast(str(checkpoint_path)))
-        if is_sharded(path):
-            stored = {name: tuple(tensor.size) for name, tensor in _tensors(path).items()}
-            check_same_weights(shapes(self.model.state_dict()), stored)  # before torch says it in a hundred lines
-            check_entries(path)
-            load_plain(path / REST, map_location="cpu")
-        else:
-            load_plain(path, map_location="cpu", mmap=is_zipfile(path))
-        # what has been found to be plain here is read once more there; errors of that reading have many lines
-        return super().load_checkpoint(path, weights_only=True)
+        return self._load_folder(path) if is_sharded(path) else self._load_file(path)
+
+    def _load_folder(self, path: Path) -> dict[str, Any]:
+        index = read_index(path)
+        stored = {name: tuple(tensor.size) for name, tensor in _tensors(path, index).items()}
+        check_same_weights(shapes(self.model.state_dict()), stored)  # before torch says it in a hundred lines
+        rest = load_plain(path / REST, map_location="cpu")
+        state = {WEIGHTS[:-1]: get_model_state_dict(self.model)}
+        load_folder(path, index, state)
+        self.model.load_state_dict(state[WEIGHTS[:-1]])
+        for i, optimizer in enumerate(self.optimizers):
+            state = {f"optimizer_{i}": get_optimizer_state_dict(self.model, optimizer)}
+            load_folder(path, index, state)
+            options = StateDictOptions(cpu_offload=True)
+            set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{i}"], options=options)
+        return rest
+
+    def _load_file(self, path: Path) -> dict[str, Any]:
+        checkpoint = load_plain(path, map_location="cpu", mmap=is_zipfile(path))
+        weights = checkpoint.pop("state_dict", {})
+        check_same_weights(shapes(self.model.state_dict()), shapes(weights))
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.model, weights, options=options)
+        states = checkpoint.get("optimizer_states", [])
+        if len(states) < len(self.optimizers):
+            raise ValueError(f"{path} has no state of the optimizer: give its weights as --model.checkpoint")
+        for optimizer, state in zip(self.optimizers, states, strict=False):  # a test has no optimizer
+            set_optimizer_state_dict(self.model, optimizer, self._by_name(optimizer, state), options=options)
+        return checkpoint
+
+    def _by_name(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        """The state of an optimizer with the names of weights in place of their numbers."""
+        names = {weight: name for name, weight in self.model.named_parameters()}
+        groups = zip(optimizer.param_groups, state["param_groups"], strict=True)
+        pairs = [pair for own, saved in groups for pair in zip(own["params"], saved["params"], strict=True)]
+        named = {number: names[weight] for weight, number in pairs}
+        return {
+            "state": {named[number]: values for number, values in state["state"].items()},
+            "param_groups": [{**g, "params": [named[number] for number in g["params"]]} for g in state["param_groups"]],
+        }
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Fully sharded data parallelism, of torch's fully_shard")
@@ -165,28 +210,24 @@ def is_sharded(path: str | Path) -> bool:
     return Path(path).is_dir() and Path(path, REST).is_file()
 
 
-def check_whole(path: str | Path) -> None:
-    """
-    Raises:
-        OSError: A file of the folder is missing, or shorter than what is noted to be in it.
-    """
-    for stored in read_index(path).storage_data.values():
-        file = Path(path, stored.relative_path)
-        if not file.is_file() or file.stat().st_size < stored.offset + stored.length:
-            raise OSError(f"{file} is missing or cut off")
-
-
-def _tensors(path: str | Path) -> dict[str, TensorStorageMetadata]:
-    stored = read_index(path).state_dict_metadata
+def _tensors(path: str | Path, index: Metadata) -> dict[str, TensorStorageMetadata]:
+    stored = index.state_dict_metadata
     weights = {name.removeprefix(WEIGHTS): tensor for name, tensor in stored.items() if name.startswith(WEIGHTS)}
     for name, tensor in weights.items():
-        if not isinstance(tensor, TensorStorageMetadata):  # which PyTorch would unpickle
+        if not isinstance(tensor, TensorStorageMetadata):
             raise ValueError(f"{str(path)!r} is not a checkpoint of weights: {name} is no tensor")
     return weights
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The weights in a checkpoint that is a folder, put together, on the CPU. Needs no other process."""
-    stored = {name: torch.empty(tensor.size, dtype=tensor.properties.dtype) for name, tensor in _tensors(path).items()}
-    dcp.load({WEIGHTS[:-1]: stored}, checkpoint_id=path, no_dist=True)
+    """The weights in a checkpoint that is a folder, put together, on the CPU. Needs no other process.
+
+    Raises:
+        ValueError, OSError: As `read_index` and `load_folder`; or a weight is no tensor.
+    """
+    index = read_index(path)
+    check_whole(path, index)  # before there is room for what may not be there
+    tensors = _tensors(path, index).items()
+    stored = {name: torch.empty(tensor.size, dtype=tensor.properties.dtype) for name, tensor in tensors}
+    load_folder(path, index, {WEIGHTS[:-1]: stored}, no_dist=True)
     return stored

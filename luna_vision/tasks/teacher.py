@@ -13,7 +13,7 @@ from timm.models._features import feature_take_indices
 from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 
-from luna_vision._commands import build_model, check_model_name, training_checkpoint
+from luna_vision._commands import build_model, check_model_name, image_cfg, training_checkpoint
 from luna_vision.models import load_weights
 
 LogitsAndLayers = tuple[Tensor, list[Tensor]]
@@ -177,5 +177,5 @@ def build_teacher_model(
             )
         model = build_model(name, num_classes, in_chans, **kwargs)
         load_weights(model, checkpoint, say=say, fresh_head=False)
-        model.pretrained_cfg = model.pretrained_cfg | run.get("data", {}).get("cfg", {})
+        model.pretrained_cfg = model.pretrained_cfg | image_cfg(run)
         return model
