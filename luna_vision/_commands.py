@@ -6,7 +6,6 @@ import difflib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -19,6 +18,8 @@ from timm.models import get_arch_name
 from torch import nn
 
 from .models import load_weights
+from .utils.files import check_folder
+from .utils.text import printable
 
 USER_ERRORS = (ValueError, OSError)
 RANDOM_WEIGHTS = "random_weights"  # what config.json of an exported folder calls a model that was not trained
@@ -60,7 +61,7 @@ def run_command(command: Callable[[], int | None]) -> NoReturn:
     except USER_ERRORS as error:
         if os.environ.get("LUNA_VISION_TRACEBACK") == "1":
             raise
-        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).split())) or type(error).__name__}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -279,9 +280,4 @@ def check_output(path: Path, suffixes: Sequence[str], overwrite: bool) -> None:
         raise IsADirectoryError(f"the output {path} is a folder")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists: give --overwrite (overwrite=True) to replace it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write into {path.parent}: {error.strerror}") from error
+    check_folder(path.parent)
