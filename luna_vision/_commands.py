@@ -6,7 +6,6 @@ import difflib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -19,6 +18,7 @@ from timm.models import get_arch_name
 from torch import nn
 
 from .models import load_weights
+from .utils.files import check_folder
 from .utils.text import printable
 
 USER_ERRORS = (ValueError, OSError)
@@ -288,9 +288,4 @@ def check_output(path: Path, suffixes: Sequence[str], overwrite: bool) -> None:
         raise IsADirectoryError(f"the output {path} is a folder")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists: give --overwrite (overwrite=True) to replace it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write into {path.parent}: {error.strerror}") from error
+    check_folder(path.parent)

@@ -11,7 +11,7 @@ import torch
 from luna_vision.tasks.optimization import build_optimizer
 
 from ._compare_run import Run, describe, make_task, provenance
-from ._record import write_json
+from .utils.files import write_json
 
 
 def measure(runs: Sequence[Run], out: Path, rounds: int) -> int:

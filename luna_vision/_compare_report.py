@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ._record import write_json
+from .utils.files import save_figure, write_json, write_text
 
 Rows = dict[str, list[dict[str, Any]]]  # by task
 NOTE = (
@@ -120,8 +120,7 @@ def write_report(
     if not rows:
         return f"no results in {out / 'runs'} yet"
     text = markdown(rows, titles)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{suite}.md").write_text(text, encoding="utf-8")
+    write_text(out / f"{suite}.md", text)
     write_json(out / f"{suite}.json", {"date": datetime.date.today().isoformat(), "suite": suite, "tasks": rows})
     try:
         from matplotlib.figure import Figure
@@ -136,7 +135,7 @@ def write_report(
             draw(axes, mine)
             axes.set_title(titles[task][0])
             axes.grid(alpha=0.3)
-        figure.savefig(out / f"{suite}-{name}.png", dpi=120)
+        save_figure(figure, out / f"{suite}-{name}.png", dpi=120)
     return text
 
 

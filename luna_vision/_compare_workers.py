@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ._compare_run import Run, execute, provenance
-from ._record import write_json
+from .utils.files import write_json
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""How results are kept: on what machine they were taken, and written so that a kill spoils nothing."""
+"""On what machine results were taken, and those of an earlier run."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import torch
 
 import luna_vision
 
-__all__ = ["machine", "read_json", "share_as_usual", "write_json"]
+__all__ = ["machine", "read_json"]
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
@@ -30,21 +30,5 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote, or nothing yet."""
+    """What a run wrote, or nothing yet."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write in one move, so that a file of this name is always complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def share_as_usual(path: Path) -> None:
-    """Give a file the access that new files have. What safetensors writes is its owner's alone, where a server that is
-    to load the weights may be someone else."""
-    mask = os.umask(0o077)  # there is no other way to read it
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)

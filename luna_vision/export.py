@@ -13,6 +13,7 @@ graph that cannot be made or differs from the model.
 import argparse
 import importlib
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ from ._commands import (
     random_weights,
     run_command,
 )
-from ._export_files import SUFFIXES, check_target, staged
+from ._export_files import SUFFIXES, check_target
 from ._export_graph import (
     OUTPUTS,
     TOLERANCE,
@@ -48,8 +49,8 @@ from ._export_graph import (
     trace,
 )
 from ._model_card import model_card, training_details
-from ._record import share_as_usual
 from .models.luna_vit import LunaVit
+from .utils.files import new_file, new_folder, write_text
 from .utils.text import printable
 
 __all__ = ["Check", "ExportError", "export_onnx", "export_program", "main", "save_for_hf"]
@@ -93,7 +94,7 @@ def export_onnx(
         raise ValueError(f"the model must be on the CPU, where onnxruntime is compared with it, got {device}")
     check_target(path, "onnx", overwrite)
     outputs = [output, "new_memory"] if memory else [output]
-    with staged(path) as temporary:
+    with new_file(path) as file:
         exported = trace(model.eval(), output, memory)
         try:
             program = torch.onnx.export(
@@ -107,11 +108,11 @@ def export_onnx(
             )
             for key, value in metadata(model, output, memory).items():
                 program.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
-            program.save(str(temporary), external_data=False)
+            program.save(file.name, external_data=False)
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = torch.get_num_threads()
             options.log_severity_level = 3
-            session = onnxruntime.InferenceSession(str(temporary), options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # whatever the libraries raise on the way
             raise ExportError(f"torch.onnx cannot translate this model: {first_line(error)}") from error
 
@@ -133,10 +134,10 @@ def export_program(
     """
     path, output = Path(path), choose_output(model, output, memory)
     check_target(path, "torch-export", overwrite)
-    with staged(path) as temporary:
+    with new_file(path) as file:
         exported = trace(model.eval(), output, memory)
-        torch.export.save(exported, temporary, extra_files={METADATA: json.dumps(metadata(model, output, memory))})
-        program = torch.export.load(temporary).module()
+        torch.export.save(exported, file.name, extra_files={METADATA: json.dumps(metadata(model, output, memory))})
+        program = torch.export.load(file.name).module()
 
         def run(inputs: list[Tensor]) -> Sequence[Tensor]:
             with torch.no_grad():
@@ -181,7 +182,7 @@ def save_for_hf(
             f"set_memory_len({slots}) first, and shorten the model that timm builds from it"
         )
     check_target(folder, "hf", overwrite)
-    with staged(folder) as temporary:
+    with new_folder(folder) as temporary:
         size, tag = get_model_input_config(model)["input_size"], "untrained" if random_weights else ""
         timm.models.save_for_hf(
             model.eval(),
@@ -190,9 +191,10 @@ def save_for_hf(
             data_config={"input_size": size},
             model_config={"pretrained_cfg": {"tag": tag}, RANDOM_WEIGHTS: random_weights},
         )
-        share_as_usual(Path(temporary, "model.safetensors"))
+        # safetensors writes files that are their owner's alone
+        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
         card = model_card(model, folder.resolve().name, training or {}, random_weights)
-        Path(temporary, "README.md").write_text(card, encoding="utf-8")
+        write_text(temporary / "README.md", card)
         return compare_folder(model, temporary)
 
 

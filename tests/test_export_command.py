@@ -312,7 +312,7 @@ MISTAKES = [
     (["--format", "torch-export", "--out", "folder.pt2"], "folder.pt2 is a folder; format torch-export writes a file"),
     (["--format", "hf", "--out", "there.pt2"], "there.pt2 is a file; format hf writes a folder"),
     (["--format", "hf", "--out", "folder.pt2"], "folder.pt2 is not empty: --overwrite replaces what is there"),
-    (["--format", "torch-export", "--out", "there.pt2/a.pt2"], "cannot write to there.pt2/a.pt2: "),
+    (["--format", "torch-export", "--out", "there.pt2/a.pt2"], "cannot write into there.pt2: "),
     (["--format", "hf", "--out", "it", "--memory"], "--format hf has none: leave them out"),
     (["--format", "hf", "--out", "it", "--mean", "1", "2"], "--mean takes 1 or 3 numbers, got 1.0 2.0"),
     (["--format", "hf", "--out", "it", "--std", "0"], "--std takes 1 or 3 numbers above 0, got 0.0"),
@@ -362,7 +362,7 @@ def test_a_place_without_permission_is_refused_before_the_work(tmp_path, capsys,
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # the superuser may write everywhere
     assert run("--model", "test_luna_vit", "--format", "torch-export", "--out", tmp_path / "a.pt2") == 2
-    assert capsys.readouterr().err == f"error: cannot write to {tmp_path / 'a.pt2'}: Permission denied\n"
+    assert capsys.readouterr().err == f"error: cannot write into {tmp_path}: Permission denied\n"
 
 
 def test_what_a_graph_cannot_be_checked_for_is_refused(tmp_path):

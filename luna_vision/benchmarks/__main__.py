@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from luna_vision._record import machine, write_json
+from luna_vision._record import machine
+from luna_vision.utils.files import write_json, write_text
 
 from .cell import Spec, gemm_rate, run_cell
 from .report import plot, table
@@ -202,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     print(text)
     if args.out:
         write_json(args.out / "results.json", result)
-        (args.out / "table.md").write_text(text.lstrip() + "\n")
+        write_text(args.out / "table.md", text.lstrip() + "\n")
         for path in plot(result, args.out):
             print(path)
     return code

@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader
 
 from luna_vision._commands import Parser, at_least, run_command
 from luna_vision._compare_run import MODEL, Progress, Run, make_data, provenance, train, train_loader
-from luna_vision._record import write_json
 from luna_vision.compare import HEAD_WIDTH, OPTIMIZATION, PIECES
 from luna_vision.data.canvas_module import ITEM_SOURCES
 from luna_vision.tasks import SequenceTask
+from luna_vision.utils.files import save_figure, write_json, write_text
 
 from .small_runs import add_run_arguments, cell, do_runs, finished
 
@@ -142,7 +142,7 @@ def write_report(out: Path) -> str:
         f"Test accuracy in %, and the 95% interval of the binomial (Wilson). Knowing the items alone gives {chance}."
     )
     text = "\n".join([*lines, "", about, ""])
-    (out / "carry.md").write_text(text, encoding="utf-8")
+    write_text(out / "carry.md", text)
     write_json(out / "carry.json", {"date": datetime.date.today().isoformat(), "runs": done})
     try:
         from matplotlib.figure import Figure
@@ -159,7 +159,7 @@ def write_report(out: Path) -> str:
     axes.set_ylabel("training accuracy after the last crop (%)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(out / "carry.png", dpi=120)
+    save_figure(figure, out / "carry.png", dpi=120)
     return text
 
 

@@ -23,7 +23,7 @@ from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
 from luna_vision._commands import Parser, at_least, run_command
-from luna_vision._record import machine, write_json
+from luna_vision._record import machine
 from luna_vision.data import (
     AUGMENTATIONS,
     ImageDataModule,
@@ -32,6 +32,7 @@ from luna_vision.data import (
     WebDatasetDataModule,
 )
 from luna_vision.data.convert import convert
+from luna_vision.utils.files import write_json, write_text
 
 __all__ = ["main", "make_photographs", "measure", "table"]
 
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     print(text := table(result))
     if args.out:
         write_json(args.out / "data.json", result)
-        (args.out / "data.md").write_text(text + "\n", encoding="utf-8")
+        write_text(args.out / "data.md", text + "\n")
 
 
 def _version(library: str) -> str | None:

@@ -12,9 +12,9 @@ from typing import Any
 
 from luna_vision._commands import Parser, at_least, run_command
 from luna_vision._compare_run import Progress, Run, evaluate, make_data, make_task, provenance, train, train_loader
-from luna_vision._record import write_json
 from luna_vision.compare import TASKS, configuration
 from luna_vision.tasks import NestedMemory
+from luna_vision.utils.files import save_figure, write_json, write_text
 
 from .small_runs import add_run_arguments, cell, do_runs, error_bars, finished
 
@@ -83,7 +83,7 @@ def write_report(out: Path) -> str:
         lines.append(f"| {result['variant']} | {result['seed']} | {' | '.join(cells)} |")
     about = "Test accuracy in %, and the 95% interval of the binomial (Wilson), of one model each, by the slots in use."
     text = "\n".join([*lines, "", about, ""])
-    (out / "elastic.md").write_text(text, encoding="utf-8")
+    write_text(out / "elastic.md", text)
     write_json(out / "elastic.json", {"date": datetime.date.today().isoformat(), "runs": done})
     try:
         from matplotlib.figure import Figure
@@ -102,7 +102,7 @@ def write_report(out: Path) -> str:
     axes.set_ylabel("test accuracy (%)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(out / "elastic.png", dpi=120)
+    save_figure(figure, out / "elastic.png", dpi=120)
     return text
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import datetime
-import json
 import platform
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from timm.models import create_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import luna_vision  # noqa: F401  registers the models
+from luna_vision.utils.files import write_json
 
 __all__ = ["count_macs", "main"]
 
@@ -60,8 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.out:
         versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
         result = {"date": datetime.date.today().isoformat(), "versions": versions, "rows": rows}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.out, result)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from luna_vision.utils.files import save_figure
+
 __all__ = ["exponent", "plot", "short_name", "table"]
 
 GROUP = ("dtype", "device", "execution", "mode", "batch_size", "allocator")
@@ -115,7 +117,7 @@ def plot(result: dict[str, Any], folder: Path) -> list[Path]:
         axes[0].legend(fontsize=8, title="model, and power of the pixels\nwith which its time grows", title_fontsize=8)
         fig.suptitle(f"{key[0]}, {key[1]}, {key[2]}, {mode}, batch {key[4]} ({result['machine']['cpu']})", fontsize=10)
         path = folder / ("-".join(str(k) for k in key[:4]) + f"-batch{key[4]}-{key[5]}.png")
-        fig.savefig(path, dpi=110)
+        save_figure(fig, path, dpi=110)
         plt.close(fig)
         paths.append(path)
     return paths

@@ -20,7 +20,8 @@ import torch
 import yaml
 
 from luna_vision._commands import Parser, at_least
-from luna_vision._record import machine, read_json, write_json
+from luna_vision._record import machine, read_json
+from luna_vision.utils.files import save_figure, write_json, write_text
 
 __all__ = ["complete", "figure_file", "parser", "place", "read_config", "run_folder"]
 
@@ -95,9 +96,8 @@ def run(name: str, config: Config) -> dict[str, Any]:
     """
     folder = run_folder(config)
     resumed = folder.exists()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.parent / "run.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(config, sort_keys=False))
     started = time.perf_counter()
     rows = _rows(folder)
     if not rows or not rows[-1].get("test_acc1"):
@@ -170,7 +170,7 @@ def figure_file(out: Path, size: tuple[float, float]) -> Iterator[Any]:
     yield axes
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(out, dpi=120)
+    save_figure(figure, out, dpi=120)
 
 
 def _portable(config: Any, work: Path, root: Path) -> Any:

@@ -1,9 +1,7 @@
 """Shards from an image folder: ``python -m luna_vision.data.convert --help``."""
 
-import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from luna_vision._commands import Parser, at_least, run_command
 from luna_vision.data.folders import ClassFolder, class_folders
 from luna_vision.data.shards import CLASSES, need
 from luna_vision.data.webdataset_module import INFO
+from luna_vision.utils.files import new_folder, write_json, write_text
 
 __all__ = ["convert", "main"]
 
@@ -81,22 +80,17 @@ def convert(folder: Path, out: Path, form: str, shard_megabytes: float = 128) ->
         raise ValueError(f"{out} exists already: give a folder to make")
     classes = class_folders(folder / "train")
     sources = {split: ClassFolder(folder / split, classes) for split in SPLITS if (folder / split).is_dir()}
-    partial = out.absolute().with_name(f".{out.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
     counts, infos = {}, {}
-    try:
+    with new_folder(out) as new:
         with tqdm(total=sum(map(len, sources.values())), unit="image", disable=None) as bar:
             for split, source in sources.items():
                 bar.set_description(split)
                 samples = _samples(source, folder, split == "train", bar)
-                shards, infos[split] = FORMATS[form](samples, split, partial, round(shard_megabytes * 1e6))
+                shards, infos[split] = FORMATS[form](samples, split, new, round(shard_megabytes * 1e6))
                 counts[split] = len(source), shards
-        (partial / CLASSES).write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+        write_text(new / CLASSES, "".join(f"{name}\n" for name in classes))
         if form == "webdataset":
-            (partial / INFO).write_text(json.dumps({"splits": infos}, indent=1) + "\n")
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            write_json(new / INFO, {"splits": infos})
     return counts
 
 

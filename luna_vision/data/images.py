@@ -145,11 +145,6 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def printable(text: str) -> str:
-    r"""Text as UTF-8 can hold it: bytes of a file name that are no UTF-8 become \xNN."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
 class TransformedDataset(Dataset):
     """(image tensor, label) from a source, each sample augmented by its own seed.
 

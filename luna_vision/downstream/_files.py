@@ -3,8 +3,7 @@
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -17,7 +16,7 @@ __all__ = ["check_output", "write_npz", "write_parquet"]
 Parts = Callable[[], Iterator[dict[str, np.ndarray]]]
 
 
-def write_parquet(path: Path, parts: Parts, about: dict[str, Any]) -> None:
+def write_parquet(file: BinaryIO, parts: Parts, about: dict[str, Any]) -> None:
     """Write a row for each image, a row group for each part; `about` goes into the schema's metadata as JSON."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -36,7 +35,7 @@ def write_parquet(path: Path, parts: Parts, about: dict[str, Any]) -> None:
                 columns["grid_shape"] = _fixed(pa, arrays["grid_shape"])
             table = pa.table(columns).replace_schema_metadata({"luna_vision": json.dumps(about)})
             # nothing repeats in any column, so a dictionary would only be thrown away again
-            writer = writer or pq.ParquetWriter(path, table.schema, use_dictionary=False)
+            writer = writer or pq.ParquetWriter(file, table.schema, use_dictionary=False)
             writer.write_table(table)
     finally:
         if writer is not None:
@@ -51,7 +50,7 @@ def _fixed(pa: Any, array: np.ndarray) -> Any:
     return values
 
 
-def write_npz(path: Path, parts: Parts, about: dict[str, Any]) -> None:
+def write_npz(file: BinaryIO, parts: Parts, about: dict[str, Any]) -> None:
     """Write an array for each column, joined over the parts, as `np.savez` does; `about` is a JSON string.
 
     Grids of all images stand one after the other, (patches, C): that of image i is
@@ -66,7 +65,7 @@ def write_npz(path: Path, parts: Parts, about: dict[str, Any]) -> None:
             types[name] = np.promote_types(types.get(name, array.dtype), array.dtype)  # strings differ in length
         if "grid" in arrays:
             patches.append(arrays["grid_shape"][:, :2].astype(np.int64).prod(axis=1))
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(file, "w") as archive:
         for name, (first, *_) in shapes.items():
             shape = sum(shape[0] for shape in shapes[name]), *first[1:]
             _write_array(archive, name, shape, types[name], (arrays[name] for arrays in parts()))

@@ -2,23 +2,25 @@
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from luna_vision._checksums import describe
-from luna_vision.data.images import printable
+from luna_vision.utils.files import check_own, new_file, new_folder, remove_own, write_json
+from luna_vision.utils.text import printable, utf8
 
 from ._files import write_npz, write_parquet
 from ._windows import Window
 
-__all__ = ["WRITERS", "PartFolder", "columns", "describe", "printable"]
+__all__ = ["WRITERS", "PartFolder", "columns", "describe"]
 
 WRITERS = {".parquet": write_parquet, ".npz": write_npz}
 ABOUT = "about.json"
+KNOWN = r"\.?(about|part-\d{12})(\.[0-9a-f]{8}\.partial)?\.(json|npz)"  # all that is in the folder
+FINISHED = {"luna_vision": "finished"}  # what the parts of are in the output
 
 
 class PartFolder:
@@ -38,16 +40,18 @@ class PartFolder:
             about: Everything that the features depend on, as JSON can hold it.
 
         Raises:
-            ValueError: The folder has parts that were made with something else.
+            ValueError: The folder has parts that were made with something else, or is not one of parts.
             OSError: It cannot be read.
         """
         self.out, self.folder = out, out.with_name(f"{out.name}.partial")
         self.about = json.loads(json.dumps(about))
         self.done, self.failures, self.rows = 0, [], 0
-        if (self.folder / ABOUT).exists():
-            self._compare(json.loads((self.folder / ABOUT).read_text(encoding="utf-8")))
-        elif self.folder.is_dir():  # the remains of a run that was finished
-            shutil.rmtree(self.folder)
+        if os.path.lexists(self.folder):
+            found = self._found()
+            if found == FINISHED:
+                remove_own(self.folder, KNOWN)
+            else:
+                self._compare(found)
         for path in self._paths():
             with self._load(path) as part:
                 self._count(int(part["stop"]), len(part["index"]), part["failed"].tolist(), part["reason"].tolist())
@@ -56,21 +60,18 @@ class PartFolder:
         """Keep the features of a window that begins where the last one ended."""
         failed, reasons = list(window.failures), [printable(reason) for reason in window.failures.values()]
         if not self.folder.exists():  # not before there is something to keep
-            self.folder.mkdir()
-            text = json.dumps(self.about)
-            self._move_in(ABOUT, lambda path: path.write_text(text, encoding="utf-8"))
+            with new_folder(self.folder) as folder:
+                write_json(folder / ABOUT, self.about)
         index = np.array(list(window.features), np.int64)
-        self._move_in(
-            f"part-{window.start:012d}.npz",
-            lambda path: np.savez(
-                path,
+        with new_file(self.folder / f"part-{window.start:012d}.npz") as file:
+            np.savez(
+                file,
                 stop=np.array(window.stop),
                 index=index,
                 failed=np.array(failed, np.int64),
                 reason=np.array(reasons, np.str_),
                 **columns(window),
-            ),
-        )
+            )
         self._count(window.stop, len(index), failed, reasons)
 
     def finish(self, paths: Sequence[str]) -> None:
@@ -80,16 +81,28 @@ class PartFolder:
             for path in self._paths():
                 with self._load(path) as part:
                     if len(part["index"]):
-                        names = np.array([printable(paths[i]) for i in part["index"]], np.str_)
+                        names = np.array([utf8(paths[i]) for i in part["index"]], np.str_)
                         rest = (name for name in part.files if name not in ("stop", "index", "failed", "reason"))
                         yield {"path": names, **{name: part[name] for name in rest}}
 
         if self.rows:
-            joined = self.folder / f"joined{self.out.suffix}"
-            WRITERS[self.out.suffix](joined, parts, self.about)
-            os.replace(joined, self.out)
-        (self.folder / ABOUT).unlink()  # first: it says that the parts are still of use
-        shutil.rmtree(self.folder)
+            with new_file(self.out) as file:
+                WRITERS[self.out.suffix](file, parts, self.about)
+        write_json(self.folder / ABOUT, FINISHED)  # whatever is left after a kill is of no use
+        remove_own(self.folder, KNOWN)
+
+    def _found(self) -> dict[str, Any]:
+        """What the parts in the folder were made with; that they are finished if there are none."""
+        check_own(self.folder, KNOWN)
+        if not any(self.folder.iterdir()):
+            return FINISHED
+        try:
+            found = dict(json.loads((self.folder / ABOUT).read_text(encoding="utf-8")))
+        except (FileNotFoundError, ValueError, TypeError):
+            found = {}
+        if "luna_vision" not in found:
+            raise ValueError(f"{self.folder} is no folder of embed's: remove it, or give another output")
+        return found
 
     def _compare(self, found: dict[str, Any]) -> None:
         other = [name for name in self.about | found if self.about.get(name) != found.get(name)]
@@ -111,12 +124,6 @@ class PartFolder:
     def _count(self, stop: int, rows: int, failed: list[int], reasons: list[str]) -> None:
         self.done, self.rows = stop, self.rows + rows
         self.failures += zip(failed, reasons, strict=True)
-
-    def _move_in(self, name: str, write: Callable[[Path], object]) -> None:
-        """Write a file under another name first."""
-        new = self.folder / f"new-{name}"
-        write(new)
-        os.replace(new, self.folder / name)
 
 
 def columns(window: Window) -> dict[str, np.ndarray]:

@@ -27,10 +27,11 @@ from tqdm import tqdm
 import luna_vision
 from luna_vision._commands import Parser, add_model_arguments, at_least, load_model, random_weights, run_command
 from luna_vision.data.images import find_images, one_line
+from luna_vision.utils.text import printable
 
 from ._features import Extractor
 from ._files import check_output
-from ._parts import WRITERS, PartFolder, describe, printable
+from ._parts import WRITERS, PartFolder, describe
 from ._windows import Settings, crop, normalisation, read_windows
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]

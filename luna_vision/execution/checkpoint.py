@@ -6,14 +6,14 @@ after the patches are on the disk, and the next band leaves alone what it was co
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
+from ..utils.files import new_file, remove_leftovers
 from .out_of_core import State
 
 __all__ = ["Checkpoint"]
@@ -40,6 +40,7 @@ class Checkpoint:
         """
         self.folder, self.about, self._found = folder, {}, None
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         self.patches, self.path = folder / self.PATCHES, folder / self.STATE
         self.band: int | None = None
         if self.path.exists() and not self.patches.exists():
@@ -82,21 +83,13 @@ class Checkpoint:
         Raises:
             OSError: It cannot be written; the last one is still there.
         """
-        new = self.path.with_name(f"new-{self.STATE}")
         place = {"sweep": str(state.sweep), "row": str(state.row), "band": str(band)}
-        try:
-            save_file(state.tensors(), new, {"about": json.dumps(self.about), **place})
-            with open(new, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(new, self.path)
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise OSError(f"cannot write {self.path}: {reason}; what was done before is kept") from error
+        with new_file(self.path) as file:
+            file.write(save(state.tensors(), {"about": json.dumps(self.about), **place}))
 
     def remove(self) -> None:
         """Remove what is here, and the folder if that was all."""
         self.patches.unlink(missing_ok=True)  # first: a state without patches counts for nothing
         self.path.unlink(missing_ok=True)
-        self.path.with_name(f"new-{self.STATE}").unlink(missing_ok=True)
         if not any(self.folder.iterdir()):
             self.folder.rmdir()

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..utils.files import remove_own
 from .store import FileRows, write_all
 
 __all__ = ["GRID_SUFFIXES", "Grid"]
 
 GRID_SUFFIXES = (".npy", ".zarr")
+ZARR_FILES = ("zarr.json", ".zarray", ".zgroup")
 
 
 class Grid:
@@ -33,15 +35,18 @@ class Grid:
 
         Raises:
             ValueError: Another suffix, zarr is not installed, or the partial file is of another size.
-            OSError: It cannot be written, there is no room for it, or the partial file is gone.
+            OSError: It cannot be written, there is no room for it, the partial file is gone, or something else than an
+                array would have to be removed.
         """
         check_grid(path)
         self.path, self.partial = path, _partial(path)
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            remove(self.partial)
-        elif not self.partial.exists():  # a new one would lack the rows that are done
+        if path.is_dir() and not (path.suffix == ".zarr" and any((path / name).is_file() for name in ZARR_FILES)):
+            raise OSError(f"{path} is a folder, and not one of zarr: it is not replaced")
+        if not resume and path.suffix == ".zarr":
+            remove_own(self.partial, r"zarr\.json|c(/\d+){3}")
+        elif resume and (not self.partial.exists() or self.partial.is_symlink()):  # a new one would lack those rows
             raise FileNotFoundError(f"{self.partial} is gone, with the rows that were done: remove the store, too")
         self.array, self.rows = None, None
         name = str(self.dtype).removeprefix("torch.")
@@ -123,7 +128,7 @@ def check_apart(path: Path, what: str, image: Path | None) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file or a folder, if there is one."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..utils.files import open_own
+
 __all__ = ["FileRows", "RamRows", "Ring", "Rows", "write_all"]
 
 
@@ -64,7 +66,7 @@ class FileRows:
     ) -> None:
         """
         Args:
-            path: The file; kept as it is if it has the right size.
+            path: The file. Unless it is to go on, a new one takes its place.
             count, numbers, dtype: What it holds.
             offset: Bytes before the first row, which are left alone.
             resume: Go on with what the file holds.
@@ -76,7 +78,7 @@ class FileRows:
         self.path, self.numbers, self.dtype, self.offset = path, numbers, dtype, offset
         self.row_bytes = numbers * dtype.itemsize
         size = offset + count * self.row_bytes
-        self.file = open(path, "r+b" if path.exists() else "w+b", buffering=0)
+        self.file = open_own(path, resume)
         found = os.fstat(self.file.fileno()).st_size
         if found != size and resume:
             self.file.close()

@@ -2,24 +2,22 @@
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 import luna_vision
 
 from .._commands import Parser, add_model_arguments, at_least, check_output, load_model, random_weights, run_command
-from .._record import share_as_usual
 from ..execution.encode import Encoded, encode
 from ..execution.grid import check_apart, check_grid
 from ..execution.plan import parse_bytes
 from ..images import open_image
+from ..utils.files import new_file
 
 SUFFIXES = (".npz", ".safetensors")
 STORE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -58,21 +56,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _save(path: Path, result: Encoded, about: dict[str, Any]) -> None:
-    """Write in one move, so that a file of this name is always complete."""
     named = {name: getattr(result, name) for name in ("embedding", "logits", "memory", "raw_memory")}
     arrays = {name: value.float().numpy() for name, value in named.items() if value is not None}
     about = {**about, "grid_size": list(result.grid_size)}
-    partial = path.with_name(f".{path.name}.partial{path.suffix}")
-    try:
+    with new_file(path) as file:
         if path.suffix == ".npz":
-            np.savez(partial, **arrays, about=np.array(json.dumps(about)))
+            np.savez(file, **arrays, about=np.array(json.dumps(about)))
         else:
-            save_file(arrays, partial, {"about": json.dumps(about)})
-            share_as_usual(partial)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+            file.write(save(arrays, {"about": json.dumps(about)}))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
 import time
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +12,8 @@ from fsspec.utils import get_protocol
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from luna_vision.utils.files import new_file
 
 from .folder import check_whole, read_index
 from .plain import load_plain
@@ -36,26 +35,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):  # object storage is written whole or not at all
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                sink = _Sink(file)
-                torch.save(checkpoint, sink)
-                if sink.error is not None:
-                    raise sink.error
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            if not isinstance(error, OSError):
-                raise
-            code = error.errno or errno.EIO
-            kept = "; the checkpoint that was there before is whole" if path.exists() else ""
-            raise OSError(code, f"cannot write the checkpoint {path}: {os.strerror(code)}{kept}") from error
+        with new_file(path) as file:
+            sink = _Sink(file)
+            torch.save(checkpoint, sink)
+            if sink.error is not None:
+                raise sink.error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = True

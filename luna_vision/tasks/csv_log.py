@@ -6,15 +6,16 @@ where a run goes on. What stops the process at such a moment takes all that was 
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import os
+import io
 from pathlib import Path
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from luna_vision.utils.files import write_text
 
 Row = dict[str, str]
 
@@ -81,17 +82,8 @@ def write_rows(path: str | Path, names: list[str], rows: list[Row]) -> None:
     Raises:
         OSError: It cannot be written, for instance as the disk is full. What was at ``path`` is as it was.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, fieldnames=names)
-            table.writeheader()
-            table.writerows(rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, fieldnames=names)
+    table.writeheader()
+    table.writerows(rows)
+    write_text(path, text.getvalue())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors.torch import save_file
 
-from luna_vision._record import share_as_usual
 from luna_vision.models import unwrap_state_dict
-from luna_vision.utils.text import printable
+from luna_vision.utils.files import new_file
+from luna_vision.utils.text import csv_cell, printable
 
 from .base import TimmTask
 from .checkpoints import best_checkpoint, last_checkpoint, model_checkpoint, read_checkpoint
@@ -28,9 +29,9 @@ from .checkpoints import best_checkpoint, last_checkpoint, model_checkpoint, rea
 class PredictionWriter(BasePredictionWriter):
     """Write predictions to a CSV file: ``image`` (path or index), ``label1`` to ``label5``, ``probability1`` to 5.
 
-    Labels are class names where the data module has ``class_names``, else indices. Rows go to a temporary file that
-    takes its name when the last is written, so a file of this name is always complete. With several processes each
-    writes its own share, to a name that ends in its rank.
+    Labels are class names where the data module has ``class_names``, else indices. Text that a spreadsheet would take
+    for a formula has an apostrophe before it, see `luna_vision.utils.text.csv_cell`. The file appears when the last row
+    is written. With several processes each writes its own share, to a name that ends in its rank.
 
     Args:
         output: the file; None is ``predictions.csv`` in the run's log directory.
@@ -39,17 +40,16 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(self, output: str | None = None) -> None:
         super().__init__(write_interval="batch")
         self.output = output
-        self._file: Any = None
+        self._closing = ExitStack()  # of the file, when there is one
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = Path(self.output or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.csv")
         if trainer.world_size > 1:
             path = path.with_stem(f"{path.stem}.rank{trainer.global_rank}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
-        self._partial = path.with_name(f".{path.name}.partial")
-        self._file = self._partial.open("w", newline="", encoding="utf-8")
-        self._rows = csv.writer(self._file)
+        self._path, self._closing = path, ExitStack()
+        file = io.TextIOWrapper(self._closing.enter_context(new_file(path)), encoding="utf-8", newline="")
+        self._closing.callback(file.detach)  # which writes what is left
+        self._rows = csv.writer(file)
         self._header_written = False
 
     def write_on_batch_end(
@@ -70,7 +70,8 @@ class PredictionWriter(BasePredictionWriter):
         columns = (prediction["ids"], prediction["labels"].tolist(), prediction["probabilities"].tolist())
         for image, labels, probabilities in zip(*columns, strict=True):
             shown = [names[label] for label in labels] if names else labels
-            self._rows.writerow([image, *shown, *(f"{p:.6f}" for p in probabilities)])
+            cells = [csv_cell(cell) if isinstance(cell, str) else cell for cell in (image, *shown)]
+            self._rows.writerow([*cells, *(f"{p:.6f}" for p in probabilities)])
 
     @staticmethod
     def _class_names(trainer: Trainer) -> list[str] | None:
@@ -80,14 +81,11 @@ class PredictionWriter(BasePredictionWriter):
             return None
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._file.close()
-        os.replace(self._partial, self._path)
+        self._closing.close()
         print(f"predictions: {self._path}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
+        self._closing.__exit__(type(exception), exception, exception.__traceback__)
 
 
 def export_weights(checkpoint: str | Path, output: str | Path) -> None:
@@ -103,11 +101,9 @@ def export_weights(checkpoint: str | Path, output: str | Path) -> None:
     content = read_checkpoint(checkpoint)
     state_dict = unwrap_state_dict(content)
     training = {name: content[name] for name in ("hyper_parameters", "data", "epoch", "global_step") if name in content}
-    partial = Path(f"{output}.partial")
     tensors = {name: value.contiguous() for name, value in state_dict.items()}
-    save_file(tensors, partial, {"training": json.dumps(training, default=str)})
-    share_as_usual(partial)
-    os.replace(partial, output)
+    with new_file(output) as file:
+        save_file(tensors, file.name, {"training": json.dumps(training, default=str)})
 
 
 class ExportBest(Callback):

@@ -26,11 +26,11 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
+from luna_vision.utils.files import remove_leftovers, to_disk, write_json
 from luna_vision.utils.text import printable
 
 from .checkpoints import is_exact, read_checkpoint
 from .csv_log import DurableCSVLogger, read_rows, write_rows
-from .sharding import to_disk
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".run.lock"
@@ -341,6 +341,7 @@ class RunRecord(Callback):
         except Timeout as error:
             if trainer.loggers:  # which number the folders; without them all runs share one
                 raise ValueError(f"another process has just begun to work on {folder}: start this one again") from error
+        remove_leftovers(folder / "checkpoints")  # of a process that was killed: the lock says that there is no other
         self._folder = folder
         self._versions = [getattr(logger, "version", None) for logger in trainer.loggers]
         self._write(finished=False)
@@ -352,9 +353,7 @@ class RunRecord(Callback):
 
     def _write(self, finished: bool) -> None:
         record = {"fingerprint": self.fingerprint, "finished": finished, "versions": self._versions}
-        partial = self._folder / f".{RUN_FILE}.partial"
-        partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        os.replace(partial, self._folder / RUN_FILE)
+        write_json(self._folder / RUN_FILE, record)
 
 
 def is_locked(folder: Path) -> bool:

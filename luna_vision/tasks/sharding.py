@@ -29,10 +29,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 
+from luna_vision.utils.files import beside, remove_own, to_disk
+
 from .folder import check_whole, load_folder, read_index
 from .plain import load_plain
 
 REST = "meta.pt"  # Lightning's name of what is not cut up
+FILES = r"\.metadata|meta\.pt|__\d+_\d+\.distcp"  # what is in such a folder
 WEIGHTS = "state_dict."  # what the names of weights begin with in a folder
 
 
@@ -97,17 +100,18 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         path = Path(self.broadcast(str(filepath)))
-        partial = path.with_name(f".{path.name}.partial")
-        if self.is_global_zero and partial.exists():
-            shutil.rmtree(partial)
-        self.barrier()
-        super().save_checkpoint(checkpoint, partial, storage_options)
-        for file in partial.glob(f"__{self.global_rank}_*"):
-            to_disk(file)
-        self.barrier()
-        if self.is_global_zero:
-            to_disk(partial / REST)
-            _replace(path, partial)
+        partial = Path(self.broadcast(str(beside(path))))
+        try:
+            super().save_checkpoint(checkpoint, partial, storage_options)
+            for file in partial.glob(f"__{self.global_rank}_*"):
+                to_disk(file)
+            self.barrier()
+            if self.is_global_zero:
+                to_disk(partial / REST)
+                _replace(path, partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -163,21 +167,17 @@ class FSDP2Strategy(ModelParallelStrategy):
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Fully sharded data parallelism, of torch's fully_shard")
 
 
-def to_disk(file: Path) -> None:
-    """Return when what has been written to a file would survive a loss of power."""
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
-
-
 def _replace(path: Path, by: Path) -> None:
     """Put the folder ``by`` in the place of a file or folder; at any time one of the two has a checkpoint's name."""
     if not path.is_dir():
         path.unlink(missing_ok=True)
         os.rename(by, path)
         return
+    if not is_sharded(path):
+        raise OSError(f"{path} is a folder, and no checkpoint: it is left alone")
     previous = path.with_name(f"{path.stem}.previous{path.suffix}")
     if previous.exists():
-        shutil.rmtree(previous)
+        remove_own(previous, FILES)
     os.rename(path, previous)
     os.rename(by, path)
     shutil.rmtree(previous)

@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -23,7 +22,9 @@ from luna_vision._commands import (
     run_command,
 )
 from luna_vision.data import find_images
-from luna_vision.data.images import one_line, printable
+from luna_vision.data.images import one_line
+from luna_vision.utils.files import check_folder, save_figure
+from luna_vision.utils.text import printable
 
 from .features import FeatureColors, feature_maps, thinned
 from .figures import plot_features, plot_memory
@@ -105,8 +106,7 @@ def main(argv: list[str] | None = None) -> int:
             figure = _draw(model, _see(model, file, args), kind, fitted, args)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Glyph .* missing")  # file names may be in any script
-                target.parent.mkdir(parents=True, exist_ok=True)
-                figure.savefig(target)
+                save_figure(figure, target)
         except IMAGE_ERRORS as error:
             errors.append(_failure(file, error))
             continue
@@ -160,10 +160,7 @@ def _targets(out: Path, files: list[str | None], single: bool) -> list[Path]:
             raise PermissionError(f"--out {out}: {target} cannot be written")
     folder = out.parent if as_file else out
     folder = next(parent for parent in (folder, *folder.parents) if parent.exists())  # the rest is made when needed
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OSError(f"--out {out}: {folder} cannot be written ({error.strerror})") from error
+    check_folder(folder)
     return targets
 
 

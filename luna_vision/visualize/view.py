@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from luna_vision.data import eval_transform, read_image
 from luna_vision.data.base import per_channel
-from luna_vision.data.images import one_line, printable, to_channels
+from luna_vision.data.images import one_line, to_channels
 from luna_vision.models.luna_vit import LunaVit
+from luna_vision.utils.text import printable
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray
 MAX_SIZE = 1024  # longer side in pixels, of the model's input by default and of what is drawn

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -228,8 +229,7 @@ def test_a_stopped_run_goes_on(suffix, photos, weights, tmp_path, monkeypatch, c
     partial = tmp_path / f"out{suffix}.partial"
     assert not out.exists() and len(list(partial.glob("part-*"))) == 2
     # what a kill in the middle of a file leaves behind
-    (partial / "new-part-000000000006.npz").write_bytes(b"PK half a part")
-    (partial / f"joined{suffix}").write_bytes(b"half a result")
+    (partial / ".part-000000000006.0123abcd.partial.npz").write_bytes(b"PK half a part")
     opened = []
     monkeypatch.setattr(_windows, "read_image", lambda path, limit: opened.append(path) or read_image(path, limit))
     assert main([*words, "--out", str(out), "--batch-size", "16"]) == 1
@@ -283,10 +283,81 @@ def test_an_old_file_stays_until_the_new_one_is_complete(photos, tiny, tmp_path,
         stop_after(patch, 0)
         embed_to_file(model, photos, out, overwrite=True)
     assert len(np.load(out)["path"]) == 1
-    (tmp_path / "out.npz.partial").mkdir()  # all that a kill right after the last move leaves are parts without a use
-    (tmp_path / "out.npz.partial" / "part-000000000000.npz").write_bytes(b"old")
     embed_to_file(model, photos, out, overwrite=True)
     assert len(np.load(out)["path"]) == 11
+
+
+def test_killed_when_the_file_is_complete(photos, tiny, tmp_path, monkeypatch):
+    """Of the parts some are gone, and those that are left are of no use."""
+    out, model = tmp_path / "out.npz", tiny()
+    monkeypatch.setattr(_windows, "WINDOW_IMAGES", 3)
+    unlink, removed = Path.unlink, []
+
+    def killed(path, *args, **kwargs):
+        if path.name.startswith("part-"):
+            removed.append(path)
+            if len(removed) == 3:
+                raise KeyboardInterrupt
+        unlink(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed)
+        embed_to_file(model, photos, out)
+    assert len(np.load(out)["path"]) == 11 and len(list((tmp_path / "out.npz.partial").iterdir())) == 3
+    embed_to_file(model, photos / "00.png", out, overwrite=True)
+    assert len(np.load(out)["path"]) == 1 and sorted(os.listdir(tmp_path)) == ["out.npz", "photos"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("case", ["a user's", "one more file", "a link to a file", "a link to a folder", "a file"])
+def test_a_folder_that_is_not_embeds_is_left_alone(case, photos, weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(_windows, "WINDOW_IMAGES", 3)
+    out = tmp_path / "results" / "out.npz"
+    partial, elsewhere = tmp_path / "results" / "out.npz.partial", tmp_path / "elsewhere"
+    words = [str(photos), *weights, "--out", str(out)]
+    if case != "a user's":
+        with monkeypatch.context() as patch:
+            stop_after(patch, 2)
+            assert main(words) == 130
+    if case == "a user's":
+        partial.mkdir(parents=True)
+        (partial / "thesis.txt").write_text("mine")
+    elif case == "one more file":
+        (partial / "notes.txt").write_text("mine")
+    elif case == "a link to a file":
+        elsewhere.write_bytes((partial / "part-000000000003.npz").read_bytes())
+        (partial / "part-000000000003.npz").unlink()
+        (partial / "part-000000000003.npz").symlink_to(elsewhere)
+    elif case == "a link to a folder":
+        os.rename(partial, elsewhere)
+        partial.symlink_to(elsewhere)
+    else:
+        shutil.rmtree(partial)
+        partial.write_text("mine")
+    before = contents(tmp_path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: main([*words, "--overwrite"]))
+    errors = [line for line in capsys.readouterr().err.splitlines() if "loaded" not in line]
+    assert end.value.code == 2 and len(errors) == 1 and "out.npz.partial" in errors[0]
+    assert contents(tmp_path) == before
+
+
+def test_files_of_a_user_between_the_parts_are_kept(photos, tiny, tmp_path, monkeypatch):
+    """Put there while it ran."""
+    out, model, add = tmp_path / "out.npz", tiny(), _parts.PartFolder.add
+
+    def add_and_more(self, window):
+        add(self, window)
+        (self.folder / "notes.txt").write_text("mine")
+
+    monkeypatch.setattr(_parts.PartFolder, "add", add_and_more)
+    with pytest.raises(OSError, match="notes.txt is not of this package"):
+        embed_to_file(model, photos, out)
+    assert len(np.load(out)["path"]) == 11 and (tmp_path / "out.npz.partial" / "notes.txt").read_text() == "mine"
 
 
 # ---------------------------------------------------------------- mistakes

@@ -10,6 +10,7 @@ import argparse
 import csv
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,8 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from luna_vision._record import machine, write_json
+from luna_vision._record import machine
+from luna_vision.utils.files import write_json
 
 ROOT = Path(__file__).parents[2]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -187,7 +189,7 @@ def fill_disk(work: Path, config: Path, whole: Path) -> dict[str, Any]:
                 full = code != 0 and "No space left on device" in printed(folder) and "Traceback" not in printed(folder)
                 problems += [] if full else [f"{size} KiB: exit code {code}:\n{printed(folder)[-2000:]}"]
                 stops += full
-                met += "cannot write the checkpoint" in printed(folder)
+                met += bool(re.search(r"cannot write \S+\.ckpt: ", printed(folder)))
                 for path in (folder / "runs").rglob("*.ckpt"):
                     torch.load(path, weights_only=True)
                     kept += 1

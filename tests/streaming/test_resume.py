@@ -250,7 +250,7 @@ def test_a_full_disk(what, make, image, tmp_path, monkeypatch):
         if what == "patches":
             patch.setattr(store, "write_all", fail)
         else:
-            patch.setattr("luna_vision.execution.checkpoint.save_file", fail)
+            patch.setattr("luna_vision.execution.checkpoint.save", fail)
         with pytest.raises(OSError, match=r"cannot write .*store/[a-z.]+: No space left on device"):
             run(model, image, folder)
     same(run(model, image, folder), run(model, image, None))

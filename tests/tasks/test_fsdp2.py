@@ -99,11 +99,25 @@ def test_a_folder_or_a_file_is_replaced(tmp_path):
             path.write_text("old")
         elif old == "folder":
             path.mkdir()
-            (path / "old").touch()
+            (path / "meta.pt").write_text("old")
         new.mkdir()
-        (new / "new").touch()
+        (new / "meta.pt").write_text("new")
         _replace(path, new)
-        assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"] and [p.name for p in path.iterdir()] == ["new"]
+        assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"] and (path / "meta.pt").read_text() == "new"
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "last.previous.ckpt"])
+def test_a_folder_that_is_no_checkpoint_is_left_alone(name, tmp_path):
+    path, new = tmp_path / "last.ckpt", tmp_path / ".last.ckpt.partial"
+    for folder in (path, new):
+        folder.mkdir()
+        (folder / "meta.pt").touch()
+    (tmp_path / name).mkdir(exist_ok=True)
+    (tmp_path / name / "meta.pt").unlink(missing_ok=True)
+    (tmp_path / name / "mine.txt").touch()
+    with pytest.raises(OSError, match=f"{name}.* is"):
+        _replace(path, new)
+    assert (tmp_path / name / "mine.txt").exists() and path.is_dir()
 
 
 def test_bands_are_refused():

@@ -24,6 +24,7 @@ from luna_vision.tasks import EMA, ClassificationTask, ImagesPerSecond, NonFinit
 from luna_vision.tasks.checkpoints import AtomicCheckpointIO
 from luna_vision.tasks.csv_log import DurableCSVLogger
 from luna_vision.tasks.resume import ExactResume, RunRecord, Unfinished, go_on, newest_whole
+from luna_vision.utils import files
 
 ROOT = Path(__file__).parents[2]
 
@@ -204,9 +205,9 @@ def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
                 raise problem
             return super().write(data)
 
-    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(files, "open", opened, raising=False)
     for problem, message in (
-        (OSError(28, "No space"), "cannot write the checkpoint .*last.ckpt: No space left .* before is whole"),
+        (OSError(28, "No space"), "cannot write .*last.ckpt: No space; what was there before is whole"),
         (KeyboardInterrupt("by the user"), "^by the user$"),
     ):
         with pytest.raises(type(problem), match=message):
