@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem
 
-from luna_vision.models.weights import not_plain
+from luna_vision.models.checkpoints import not_plain
 
 MAX_INDEX_BYTES = 2**25  # of 100 to 200 bytes for each part of a weight that a process holds
 _UNUSED = object()  # where the checkpoint was written, layout and memory format: older versions need them
