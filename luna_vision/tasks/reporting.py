@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors.torch import save_file
 
 from luna_vision._record import share_as_usual
+from luna_vision.data.images import printable
 from luna_vision.models import unwrap_state_dict
 
 from .base import TimmTask
@@ -69,7 +70,7 @@ class PredictionWriter(BasePredictionWriter):
         columns = (prediction["ids"], prediction["labels"].tolist(), prediction["probabilities"].tolist())
         for image, labels, probabilities in zip(*columns, strict=True):
             shown = [names[label] for label in labels] if names else labels
-            self._rows.writerow([image, *shown, *(f"{p:.6f}" for p in probabilities)])
+            self._rows.writerow([printable(image), *shown, *(f"{p:.6f}" for p in probabilities)])
 
     @staticmethod
     def _class_names(trainer: Trainer) -> list[str] | None:

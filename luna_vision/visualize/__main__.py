@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,8 @@ from luna_vision._commands import (
     random_weights,
     run_command,
 )
-from luna_vision.data import find_images
 from luna_vision.data.images import one_line, printable
+from luna_vision.images import find_images
 
 from .features import FeatureColors, feature_maps, thinned
 from .figures import plot_features, plot_memory
@@ -129,9 +130,10 @@ def _failure(file: str, error: Exception) -> str:
 def _find(paths: list[str], errors: list[str]) -> list[str | None]:
     """The image files, each once; what is wrong with the other paths goes to `errors`."""
     files: list[str | None] = []
+    say = partial(print, file=sys.stderr)  # of what is skipped in a folder
     for path in paths:
         try:
-            files += find_images(path, on_error=lambda error: errors.append(printable(one_line(error))))
+            files += find_images(path, lambda error: errors.append(printable(one_line(error))), say)
         except USER_ERRORS as error:
             errors.append(printable(one_line(error)))
     if not files and len(errors) == 1:
