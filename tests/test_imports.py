@@ -15,6 +15,7 @@ PARTS = [
     ("visualize",),  # draws image files, which data reads
     ("data",),
     ("streaming",),
+    ("images",),
     ("models",),
     ("mixers",),
     ("layers",),

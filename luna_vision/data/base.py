@@ -8,16 +8,26 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from luna_vision._statistics import per_channel
 from luna_vision.data.faults import check_fault_policy
-from luna_vision.data.images import PredictDataset, Source, StreamDataset, TransformedDataset, find_images, one_line
+from luna_vision.data.images import (
+    PredictDataset,
+    Source,
+    StreamDataset,
+    TransformedDataset,
+    describe,
+    known_labels,
+    one_line,
+)
 from luna_vision.data.sampling import EpochLoader, EpochSampler, EvalSampler, next_batch
 from luna_vision.data.sizes import BatchDataset, SizeSampler, parse_sizes, patches_of
 from luna_vision.data.transforms import Augmentation, SeededTransform, eval_transform, train_transform
 from luna_vision.data.workers import init_worker
+from luna_vision.images.find import find_images, listed
 
 SPLIT_SEED = 0  # of held-out splits; deliberately not the run's seed, see `hold_out`
 STAGE_SPLITS = {
@@ -171,6 +181,7 @@ class ImageDataModule(LightningDataModule):
         }
         self.eval_transform: SeededTransform = eval_transform(self.img_size, self.mean, self.std, crop_pct)
         self._datasets: dict[str, TransformedDataset | StreamDataset | None] = {}
+        self._said: set[str] = set()
 
     def make_source(self, split: str) -> Source | IterableDataset | None:
         """The images and labels of "train", "val" or "test"; None where there is no such split."""
@@ -191,10 +202,24 @@ class ImageDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         if stage == "predict" and self.predict_path is not None:
-            self._to_predict = find_images(self.predict_path)  # now, and not when a run has its folder
+            self._to_predict = find_images(self.predict_path, say=self._say)  # now, and not when a run has its folder
+            self._say(f"predict: {len(self._to_predict)} images")
             return
         for split in STAGE_SPLITS[stage]:
-            self.dataset(split)
+            dataset = self.dataset(split)
+            self._say(describe(split, getattr(dataset, "source", dataset), self.num_classes))
+        if unused := self.unused():
+            self._say(f"not used of {self.root}: {listed(unused)}")
+
+    def unused(self) -> list[str]:
+        """Names of the folders in ``root`` that are no split, where splits are folders."""
+        return []
+
+    def _say(self, line: str) -> None:
+        """Once, though a run sets up several times, and by the first process."""
+        if line not in self._said:
+            self._said.add(line)
+            rank_zero_info(line)
 
     def dataset(self, split: str) -> TransformedDataset | StreamDataset | None:
         """The dataset behind the loader of "train", "val" or "test"; made once, then kept."""
@@ -315,9 +340,13 @@ def hold_out(labels: Sequence[int] | np.ndarray, fraction: float) -> tuple[np.nd
     return np.sort(kept), np.sort(held)
 
 
-def train_or_val(source: Source, labels: Sequence[int], split: str, val_fraction: float) -> Subset | None:
-    """The "train" or "val" part of a training set that has no validation split of its own."""
-    kept, held = hold_out(labels, val_fraction)
+def train_or_val(source: Source, split: str, val_fraction: float) -> Subset | None:
+    """The "train" or "val" part of a training set that has no validation split of its own.
+
+    It is stratified where the labels are known without reading the images.
+    """
+    labels = known_labels(source)
+    kept, held = hold_out(np.zeros(len(source)) if labels is None else labels, val_fraction)
     indices = kept if split == "train" else held
     return Subset(source, indices.tolist()) if len(indices) else None
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ import numpy as np
 from tqdm import tqdm
 
 from luna_vision._commands import Parser, at_least, run_command
-from luna_vision.data.folders import ClassFolder, class_folders
+from luna_vision.data.folders import ClassFolder, numbered
+from luna_vision.data.images import describe
 from luna_vision.data.shards import CLASSES, need
 from luna_vision.data.webdataset_module import INFO
+from luna_vision.images.find import class_folders, listed, split_folder, unused_folders
 from luna_vision.utils.files import new_folder, write_json, write_text
 
 __all__ = ["convert", "main"]
@@ -46,7 +48,7 @@ def write_litdata(samples: Samples, split: str, out: Path, shard_bytes: int) -> 
 
     writer = BinaryWriter(str(out / split), chunk_bytes=shard_bytes)
     for index, (name, path, label) in enumerate(samples):
-        writer[index] = {"image": Path(path).read_bytes(), "label": label, "name": name}
+        writer[index] = {"image": Path(path).read_bytes(), "label": label, "name": printable(name)}
     writer.done()
     writer.merge()
     return len(list((out / split).glob("*.bin"))), None
@@ -55,31 +57,44 @@ def write_litdata(samples: Samples, split: str, out: Path, shard_bytes: int) -> 
 FORMATS = {"webdataset": write_webdataset, "litdata": write_litdata}
 
 
-def convert(folder: Path, out: Path, form: str, shard_megabytes: float = 128) -> dict[str, tuple[int, int]]:
+def convert(
+    folder: Path,
+    out: Path,
+    form: str,
+    shard_megabytes: float = 128,
+    say: Callable[[str], object] = lambda line: None,
+) -> dict[str, tuple[int, int]]:
     """Write an image folder as shards; image files are copied as they are, not decoded.
 
     Training images are written in a random order, always the same, as shards are read one after the other; the other
     splits in the order of the folder. Everything goes to a folder beside ``out``, which gets its name when complete.
 
     Args:
-        folder: Images as folder/{train,val,test}/<class>/<image>, of which train must be there.
+        folder: Images as folder/{train,val,test}/<class>/<image>, of which train must be there, and val may be called
+            validation or valid.
         out: Folder to write, which must not exist.
         form: A key of :data:`FORMATS`.
         shard_megabytes: Size at which a new shard begins.
+        say: Is told at the start, line by line, what there is and what is left out.
 
     Returns:
         Images and shards of each split.
 
     Raises:
-        ValueError: ``out`` exists, or there are no images.
+        ValueError: ``out`` exists, or the folder is not as :class:`~luna_vision.data.ImageFolderDataModule` reads it.
         FileNotFoundError: There is no folder/train.
     """
-    if not (folder / "train").is_dir():
+    folders = {split: at for split in SPLITS if (at := split_folder(folder, split)) is not None}
+    if "train" not in folders:
         raise FileNotFoundError(f"no folder {folder / 'train'}: FOLDER must contain train/<class>/<images>")
     if out.exists():
         raise ValueError(f"{out} exists already: give a folder to make")
-    classes = class_folders(folder / "train")
-    sources = {split: ClassFolder(folder / split, classes) for split in SPLITS if (folder / split).is_dir()}
+    classes = class_folders(folders["train"])
+    sources = {split: ClassFolder(at, numbered(classes)) for split, at in folders.items()}
+    for split, source in sources.items():
+        say(describe(split, source, len(classes)))
+    if unused := unused_folders(folder, folders.values()):
+        say(f"not used of {folder}: {listed(unused)}")
     counts, infos = {}, {}
     with new_folder(out) as new:
         with tqdm(total=sum(map(len, sources.values())), unit="image", disable=None) as bar:
@@ -114,7 +129,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--format", choices=FORMATS, default="webdataset", help="(%(default)s)")
     parser.add_argument("--shard-megabytes", type=at_least(1), default=128, help="size of a shard (%(default)s)")
     args = parser.parse_args(argv)
-    for split, (images, shards) in convert(args.folder, args.out, args.format, args.shard_megabytes).items():
+    arguments = (args.folder, args.out, args.format, args.shard_megabytes)
+    for split, (images, shards) in convert(*arguments, say=lambda line: print(printable(line))).items():
         print(f"{split}: {images} images in {shards} shards")
     module = {"webdataset": "WebDatasetDataModule", "litdata": "LitDataDataModule"}[args.format]
     print(f"data.class_path: luna_vision.data.{module}, data.init_args.root: {args.out}")

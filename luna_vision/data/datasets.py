@@ -16,13 +16,13 @@ class ArraySource:
     """Images (n, H, W[, 3]) uint8 and labels (n,) in memory."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
-        self.images, self.labels = images, labels
+        self.images, self.targets = images, labels
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return self.images[index], int(self.labels[index])
+        return self.images[index], int(self.targets[index])
 
 
 def digits_splits(val_fraction: float = 0.2, test_fraction: float = 0.2) -> dict[str, Arrays]:
@@ -101,7 +101,7 @@ class _TorchvisionDataModule(ImageDataModule):
 
     def make_source(self, split: str) -> Source | None:
         data = open_torchvision(self.dataset_class, self.root, split != "test", self.folder)
-        return data if split == "test" else train_or_val(data, data.targets, split, self.val_fraction)
+        return data if split == "test" else train_or_val(data, split, self.val_fraction)
 
 
 def download_torchvision(dataset_class: type[tvd.VisionDataset], root: str, train: bool = True) -> None:

@@ -1,37 +1,87 @@
 """Photos in folders, in the layout of ImageNet."""
 
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import timm.data
-import torchvision.datasets as tvd
+from PIL import Image
 
 from luna_vision.data.base import ImageDataModule, train_or_val
 from luna_vision.data.images import Source, read_image
+from luna_vision.images.find import Folder, class_folders, listed, skipped, split_folder, unused_folders, walk
 
 
-class ClassFolder(tvd.ImageFolder):
-    """torchvision's ImageFolder whose class numbers are those of the training folder.
+class ClassFolder:
+    """(image, label) of folder/<class>/<images>.
 
-    By itself ImageFolder numbers the classes that it finds, so that a validation folder in which a class is missing
-    would get other labels than the training folder.
+    Args:
+        folder: The folder.
+        labels: The label of each class: those of the training folder, as a validation folder may lack some.
+        found: What was found of each class in the folder; by default it is searched.
+
+    Attributes:
+        samples: File and label of each image, class by class, sorted.
+        targets: The labels.
+        where, skipped: In words, where the images are, and what is not among them.
+
+    Raises:
+        ValueError: A class has no images, or no label.
+        OSError: A folder cannot be read.
     """
 
-    def __init__(self, root: str | os.PathLike, classes: list[str]) -> None:
-        self.given = classes
-        super().__init__(os.fspath(root), loader=read_image, allow_empty=True)
-        if not self.samples:
-            raise ValueError(f"no images in {root}: expected {root}/<class>/<images>")
+    def __init__(self, folder: Path, labels: dict[str, int], found: dict[str, list[Folder]] | None = None) -> None:
+        if found is None:
+            found = {name: sorted(walk(folder / name)) for name in class_folders(folder)}
+        if unknown := [name for name in found if name not in labels]:
+            raise ValueError(f"{folder} has classes that the training folder has not: {listed(unknown)}")
+        if empty := [name for name, at in found.items() if not any(one.images for one in at)]:
+            raise ValueError(f"no images in class folders of {folder}: {listed(empty)}")
+        self.samples = [(path, labels[name]) for name, at in found.items() for one in at for path in one.images]
+        self.targets = [label for _, label in self.samples]
+        every = [next(walk(folder)), *(one for at in found.values() for one in at)]
+        dangling = [path for one in every for path in one.dangling]
+        self.where = str(folder)
+        self.skipped = skipped(every) + (f"; links to nothing: {listed(dangling)}" if dangling else "")
 
-    def find_classes(self, directory: str | os.PathLike) -> tuple[list[str], dict[str, int]]:
-        if unknown := sorted(set(class_folders(Path(directory))) - set(self.given)):
-            raise ValueError(f"{directory} has classes that the training folder has not: {', '.join(unknown)}")
-        return self.given, {name: index for index, name in enumerate(self.given)}
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[index]
+        return read_image(path), label
 
 
-def class_folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted: the classes."""
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+def numbered(names: list[str]) -> dict[str, int]:
+    """The label of each class: its place in the list."""
+    return {name: label for label, name in enumerate(names)}
+
+
+class SplitFolders:
+    """Part of a data module whose splits are folders in ``root``."""
+
+    root: str
+    val_fraction: float
+
+    def folder(self, split: str) -> Path | None:
+        """The folder of "train", "val" or "test", None if there is none."""
+        return split_folder(self.root, split)
+
+    def open_split(self, split: str, open_: Callable[[Path], Source]) -> Source | None:
+        """What ``open_`` makes of the folder of a split. Without one, "val" is a share of "train", and "test" is "val".
+
+        But "test" is not that share: it is for validation, and testing must not pass for something else.
+        """
+        val = self.folder("val")
+        if split == "test":
+            folder = self.folder("test") or val
+            return None if folder is None else open_(folder)
+        if split == "val" and val is not None:
+            return open_(val)
+        train = open_(self.folder("train") or Path(self.root, "train"))
+        return train if val is not None else train_or_val(train, split, self.val_fraction)
+
+    def unused(self) -> list[str]:
+        return unused_folders(self.root, map(self.folder, ("train", "val", "test")))
 
 
 class PhotoDataModule(ImageDataModule):
@@ -60,38 +110,35 @@ class PhotoDataModule(ImageDataModule):
         return len(self.class_names)
 
 
-class ImageFolderDataModule(PhotoDataModule):
+class ImageFolderDataModule(SplitFolders, PhotoDataModule):
     """Photos in the layout of ImageNet: root/train/<class>/<image>, root/val/<class>/<image>, perhaps root/test.
 
-    The classes are the folders of root/train, in alphabetical order. Without root/val, ``val_fraction`` of the training
-    images is held out; without root/test, testing and prediction use root/val. Images of any mode are read (palette,
-    16-bit, CMYK, ...) and turned upright by their EXIF orientation.
+    The classes are the folders of root/train, in alphabetical order. The validation folder may also be called
+    ``validation`` or ``valid``. Without it, ``val_fraction`` of the training images is held out; without root/test,
+    testing and prediction use the validation folder. Names that are hidden, such as ``.ipynb_checkpoints``, and what is
+    no image file are skipped; what was found, and what is not used, is said at the start of a run. Images of any mode
+    are read (palette, 16-bit, CMYK, ...) and turned upright by their EXIF orientation.
 
     Arguments not listed here are those of :class:`ImageDataModule`.
+
+    Raises:
+        FileNotFoundError: On setup: there is no root/train.
+        ValueError: On setup: a class has no images, evaluation has classes that training has not, or two folders are
+            for validation.
     """
 
     def __init__(self, root: str = "data/imagenet", **kwargs) -> None:
         super().__init__(root=root, **kwargs)
 
     def find_class_names(self) -> list[str]:
-        train = Path(self.root, "train")
-        if not train.is_dir():
+        train = self.folder("train")
+        if train is None:
             raise FileNotFoundError(
-                f"no folder {train}: root= must contain train/<class>/<images>, and may contain "
+                f"no folder {Path(self.root, 'train')}: root= must contain train/<class>/<images>, and may contain "
                 f"val/<class>/<images> and test/<class>/<images>"
             )
-        if not (names := class_folders(train)):
-            raise ValueError(f"no class folders in {train}: expected {train}/<class>/<images>")
-        return names
+        return class_folders(train)
 
     def make_source(self, split: str) -> Source | None:
-        classes = self.class_names
-        root = Path(self.root)
-        if split == "test" and not (root / "test").is_dir():
-            split = "val"
-            if not (root / "val").is_dir():
-                return None  # the held-out images are for validation, testing must not pass for something else
-        if (root / "val").is_dir() or split == "test":
-            return ClassFolder(root / split, classes)
-        train = ClassFolder(root / "train", classes)
-        return train_or_val(train, train.targets, split, self.val_fraction)
+        labels = numbered(self.class_names)
+        return self.open_split(split, lambda folder: ClassFolder(folder, labels))

@@ -2,25 +2,22 @@
 
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data.readers.shared_count import SharedCount
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
-from torchvision.datasets.folder import IMG_EXTENSIONS as _TORCHVISION_EXTENSIONS
 
 from luna_vision.data.faults import SampleError, SkipFaults
 from luna_vision.data.sampling import sample_seed
 from luna_vision.data.sizes import BatchDataset
 from luna_vision.data.transforms import SeededTransform
-
-IMG_EXTENSIONS = (*_TORCHVISION_EXTENSIONS, ".gif")  # of an animation, the first frame is read
+from luna_vision.utils.text import printable
 
 
 class Source(Protocol):
@@ -99,47 +96,6 @@ def to_channels(image: Image.Image | np.ndarray, in_chans: int) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def find_images(path: str | Sequence[str], on_error: Callable[[OSError], object] | None = None) -> list[str]:
-    """Image files named by a file, a folder (searched recursively, sorted) or a list of files.
-
-    Args:
-        path: The file, folder or list.
-        on_error: Is told of each folder inside of these that cannot be read; without it, the first one is raised.
-
-    Raises:
-        FileNotFoundError: A path does not exist.
-        OSError: A folder cannot be read.
-        ValueError: There is not a single image.
-    """
-    roots = [path] if isinstance(path, str | os.PathLike) else list(path)
-    files: list[str] = []
-    for root in map(Path, roots):
-        if root.is_dir():
-            files += sorted(_walk(root, on_error))
-        elif root.is_file():
-            files.append(str(root))
-        else:
-            raise FileNotFoundError(f"there is no image file or folder {root}")
-    if not files:
-        raise ValueError(f"no images ({', '.join(IMG_EXTENSIONS)}) in {', '.join(map(str, roots)) or 'an empty list'}")
-    return files
-
-
-def _walk(root: Path, on_error: Callable[[OSError], object] | None) -> Iterator[str]:
-    """The image files below a folder, links to what is not there among them."""
-
-    def fail(error: OSError) -> None:
-        if on_error is None:
-            raise error
-        on_error(error)
-
-    for folder, _, names in os.walk(root, onerror=fail):
-        for path in (Path(folder, name) for name in names):
-            # a pipe would be read for ever; a link to nothing stays, so that whoever reads it says what is missing
-            if path.suffix.lower() in IMG_EXTENSIONS and (os.path.isfile(path) or not os.path.exists(path)):
-                yield str(path)
-
-
 def one_line(error: Exception) -> str:
     """The message of an error in one line; its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
@@ -210,8 +166,8 @@ class TransformedDataset(Dataset):
 def sample_name(dataset: Dataset, index: int) -> str:
     """The file that a sample is read from; its index in ``dataset`` where samples are no files of their own.
 
-    Files are known of sources that have ``sample_file(index)``, or ``samples`` of (file, label) as torchvision's
-    folders have, and of parts of them.
+    Files are known of sources that have ``sample_file(index)``, or ``samples`` of (file, label) as folders have, and of
+    parts of them.
     """
     source, at = dataset.dataset if isinstance(dataset, BatchDataset) else dataset, index
     if isinstance(source, TransformedDataset):
@@ -224,6 +180,35 @@ def sample_name(dataset: Dataset, index: int) -> str:
     if hasattr(source, "samples"):
         return str(source.samples[at][0])
     return str(index)
+
+
+def known_labels(source: Any) -> np.ndarray | None:
+    """The labels of a source that has them as ``targets``, or of a part of one: without reading its images."""
+    if isinstance(source, Subset):
+        labels = known_labels(source.dataset)
+        return None if labels is None else labels[source.indices]
+    targets = getattr(source, "targets", None)
+    return None if targets is None else np.asarray(targets)
+
+
+def describe(split: str, source: Any, num_classes: int) -> str:
+    """How many images and classes a split has, and which: a source, a part of one that is held out, a stream or None.
+
+    A source says where its images are, and what is not among them, in its attributes ``where`` and ``skipped``.
+    """
+    if source is None:
+        return f"{split}: no images"
+    try:
+        count = f"{len(source)} images"
+    except TypeError:
+        count = "a stream of images"
+    labels = known_labels(source)
+    classes = num_classes if labels is None else len(np.unique(labels))
+    whole = source.dataset if isinstance(source, Subset) else source
+    if whole is not source and len(source) < len(whole):
+        count += f" held out of {len(whole)}" if split == "val" else f" of {len(whole)}"
+    where, skipped = getattr(whole, "where", ""), getattr(whole, "skipped", "")
+    return printable(f"{split}: {count}{where and f' in {where}'}, {classes} classes{skipped}")
 
 
 class StreamDataset(IterableDataset):

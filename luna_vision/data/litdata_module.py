@@ -8,8 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from luna_vision.data.base import train_or_val
 from luna_vision.data.faults import SampleError
+from luna_vision.data.folders import SplitFolders
 from luna_vision.data.images import Source, decode_image
 from luna_vision.data.shards import CONVERT, ShardDataModule, listing, need
 
@@ -73,22 +73,16 @@ class LitDataSource:
         return item
 
 
-class LitDataDataModule(ShardDataModule):
+class LitDataDataModule(SplitFolders, ShardDataModule):
     """Images in chunks of LitData, as :mod:`luna_vision.data.convert` writes them: root/train, root/val, root/test.
 
     Chunks are read by index, so everything is as with :class:`~luna_vision.data.ImageFolderDataModule`: the order, the
-    shares of ranks and workers, and resuming. Without root/val, ``val_fraction`` of the training images is held out
-    (not stratified, as labels are only known by reading); without root/test, testing and prediction use root/val.
+    shares of ranks and workers, and resuming. Without root/val (or validation, valid), ``val_fraction`` of the training
+    images is held out (not stratified, as labels are only known by reading); without root/test, testing and prediction
+    use root/val.
 
     Arguments not listed here are those of :class:`ImageDataModule`.
     """
 
     def make_source(self, split: str) -> Source | None:
-        root = Path(self.root)
-        has_val = (root / "val").is_dir()
-        if split == "test" and not (root / "test").is_dir():
-            return LitDataSource(root / "val") if has_val else None
-        if has_val or split == "test":
-            return LitDataSource(root / split)
-        train = LitDataSource(root / "train")
-        return train_or_val(train, [0] * len(train), split, self.val_fraction)
+        return self.open_split(split, LitDataSource)

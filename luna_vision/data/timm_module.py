@@ -1,15 +1,20 @@
 """Whatever timm's dataset factory reads."""
 
 import os
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import timm.data
 from PIL import Image
-from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.class_map import load_class_map
+from timm.utils.misc import natural_key
 from torch.utils.data import Dataset, IterableDataset
 
 from luna_vision.data.base import ImageDataModule, train_or_val
+from luna_vision.data.folders import ClassFolder, numbered
 from luna_vision.data.images import Source, decode_image, one_line
+from luna_vision.images.find import VAL_NAMES, Folder, check_class_names, listed, split_folder, unused_folders, walk
 
 
 class TimmSource:
@@ -20,6 +25,7 @@ class TimmSource:
 
     def __init__(self, dataset: timm.data.ImageDataset) -> None:
         self.reader = dataset.reader
+        self.targets = getattr(self.reader, "targets", None)
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -36,6 +42,10 @@ class TimmSource:
 class TimmDataModule(ImageDataModule):
     """Any dataset that ``timm.data.create_dataset`` reads: folders, tars, ``torch/``, ``hfds/``, ``wds/``, ``tfds/``.
 
+    Folders are searched as by :class:`~luna_vision.data.ImageFolderDataModule`, and "val", "validation" and "valid" are
+    one split there. As with timm, the classes are the folders that have images in them, however deep, in natural order
+    ("2" before "10"), and ``root`` may be a split itself; all splits have the classes of the training split.
+
     Streams (``wds/``, ``tfds/``, ``hfids/``) shuffle and share themselves out as timm's readers do, and need a
     ``val_split`` of their own; their augmentation derives from the content of the image, as they have no indices.
 
@@ -46,9 +56,9 @@ class TimmDataModule(ImageDataModule):
         train_split: Name of the training split.
         val_split: Name of the validation split; None holds ``val_fraction`` of the training split out.
         test_split: Name of the test split, if there is one.
-        class_names: A name for each class; by default their numbers.
+        class_names: A name for each class; by default those of the folders, else their numbers.
         download: Fetch the data if it is missing, where timm can.
-        dataset_args: Further arguments of ``create_dataset``.
+        dataset_args: Further arguments of ``create_dataset``; for a folder, ``class_map``.
         **kwargs: The arguments of :class:`ImageDataModule`.
     """
 
@@ -70,10 +80,13 @@ class TimmDataModule(ImageDataModule):
         super().__init__(root=root, **kwargs)
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"class_names has {len(class_names)} names for num_classes={num_classes}")
+        if name.lower() in ("torch/folder", "torch/image_folder"):
+            raise ValueError(f"{name!r} is what ImageFolderDataModule reads; name='' has timm's order of the classes")
         self.name, self.num_classes, self.download = name, num_classes, download
-        self.class_names = class_names or [str(number) for number in range(num_classes)]
         self.splits = {"train": train_split, "val": val_split, "test": test_split}
         self.dataset_args = dataset_args or {}
+        self._numbers = [str(number) for number in range(num_classes)]
+        self._given_names = class_names
 
     def prepare_data(self) -> None:
         if self.download:
@@ -85,26 +98,78 @@ class TimmDataModule(ImageDataModule):
         name = self.splits["train" if held_out else split]
         if name is None:
             return None
-        data = self._open(name, is_training=split == "train")
+        data = self._open_folder(name) if self._in_folders else self._open(name, is_training=split == "train")
         if isinstance(data, IterableDataset):
             if self.splits["val"] is None and self.val_fraction > 0:
                 raise ValueError(
                     f"nothing can be held out of {self.name!r}, a stream: give val_split or val_fraction=0"
                 )
             return None if held_out else data
-        if split != "train" and not held_out and self._is_training_data(data):
+        if split != "train" and not held_out and self._is_training_data(name):
             raise ValueError(f"splits {self.splits['train']!r} and {name!r} in {self.root} are the same images")
         source = TimmSource(data) if isinstance(data, timm.data.ImageDataset) else data
         if split == "test" or self.splits["val"] is not None:
             return source
-        return train_or_val(source, _labels(data), split, self.val_fraction)
+        return train_or_val(source, split, self.val_fraction)
 
-    def _is_training_data(self, data: Dataset) -> bool:
-        """timm falls back to all of root where there is no folder of the split's name; and one tar has no splits."""
-        reader = getattr(data, "reader", None)
-        if not isinstance(reader, ReaderImageFolder):
-            return os.path.isfile(self.root)
-        return reader.samples == self._open(self.splits["train"]).reader.samples
+    def _is_training_data(self, name: str) -> bool:
+        """One tar, or a folder without folders of splits, has no splits."""
+        if self._in_folders:
+            return self._folder(name) == self._folder(self.splits["train"])
+        return os.path.isfile(self.root)
+
+    # ---- folders
+
+    @property
+    def _in_folders(self) -> bool:
+        return "/" not in self.name and os.path.isdir(self.root)
+
+    def _folder(self, name: str) -> Path:
+        """Of the split of this name: root itself, if that has none of the splits."""
+        found = {n: split_folder(self.root, "val" if n in VAL_NAMES else n) for n in self.splits.values() if n}
+        if found[name] is None and any(found.values()):
+            raise FileNotFoundError(f"there is no folder for the split {name!r} in {self.root}")
+        return found[name] or Path(self.root)
+
+    def _open_folder(self, name: str) -> ClassFolder:
+        folder = self._folder(name)
+        found = _innermost(folder)
+        if "class_map" in self.dataset_args:  # which chooses among the classes, too
+            found = {name: at for name, at in found.items() if name in self._labels}
+        return ClassFolder(folder, self._labels, found)
+
+    @cached_property
+    def _labels(self) -> dict[str, int]:
+        """Of the classes, by the name of the folder."""
+        train = self._folder(self.splits["train"])
+        if "class_map" in self.dataset_args:
+            try:
+                return load_class_map(self.dataset_args["class_map"], str(train))
+            except AssertionError as error:
+                raise FileNotFoundError(one_line(error)) from error
+        names = list(_innermost(train))
+        if len(names) != self.num_classes:
+            raise ValueError(f"num_classes={self.num_classes}, but {train} has {len(names)} classes: {listed(names)}")
+        check_class_names(names, train)
+        return numbered(names)
+
+    @property
+    def class_names(self) -> list[str]:
+        if self._given_names is not None:
+            return self._given_names
+        return list(self._labels) if self._in_folders and "class_map" not in self.dataset_args else self._numbers
+
+    def timm_cfg(self) -> dict[str, Any]:
+        cfg = super().timm_cfg()
+        if self.class_names is self._numbers:  # which are no names
+            del cfg["label_names"]
+        return cfg
+
+    def unused(self) -> list[str]:
+        used = [self._folder(name) for name in self.splits.values() if name] if self._in_folders else []
+        return unused_folders(self.root, used) if used and Path(self.root) not in used else []
+
+    # ---- all else
 
     def _open(self, split: str, download: bool = False, is_training: bool = False) -> Dataset:
         try:
@@ -124,10 +189,17 @@ class TimmDataModule(ImageDataModule):
             ) from error
 
 
-def _labels(data: Dataset) -> list[int]:
-    """Labels without decoding images; all equal where they are not at hand, and the split is not stratified then."""
-    reader = getattr(data, "reader", None)
-    if isinstance(reader, ReaderImageFolder):
-        return [label for _, label in reader.samples]
-    targets = getattr(data if reader is None else reader, "targets", None)
-    return [0] * len(data) if targets is None else [int(target) for target in targets]
+def _innermost(folder: Path) -> dict[str, list[Folder]]:
+    """The classes below a folder: those folders that have images or no folders in them, by their name, in timm's order.
+
+    Raises:
+        ValueError: There are none.
+        OSError: A folder cannot be read.
+    """
+    found: dict[str, list[Folder]] = {}
+    for at in sorted(walk(folder)):
+        if at.path != str(folder) and (at.images or not at.folders):
+            found.setdefault(Path(at.path).name, []).append(at)
+    if not found:
+        raise ValueError(f"no class folders in {folder}: expected {folder}/<class>/<images>")
+    return dict(sorted(found.items(), key=lambda item: natural_key(item[0])))

@@ -21,9 +21,8 @@ from luna_vision.data import (
     ImageFolderDataModule,
     TimmDataModule,
 )
-from luna_vision.data.datasets import ArraySource
-from luna_vision.data.folders import ClassFolder, class_folders
-from luna_vision.data.images import TransformedDataset, one_line
+from luna_vision.data.images import TransformedDataset, describe, known_labels, one_line
+from luna_vision.images.find import listed, split_folder
 
 from ._features import Extractor
 from ._windows import Settings, normalisation
@@ -32,8 +31,9 @@ __all__ = ["DATA", "ProbeData", "add_data_arguments", "check_classes", "data_arg
 
 
 class FolderPair(ImageFolderDataModule):
-    """Photos in two folders, TRAIN/<class>/<image> and TEST/<class>/<image>: by default train and val in `root`.
+    """Photos in two folders, TRAIN/<class>/<image> and TEST/<class>/<image>.
 
+    By default they are train and val in `root`, or train and test where there is no val.
     Arguments not listed here are those of `ImageFolderDataModule`.
     """
 
@@ -46,22 +46,24 @@ class FolderPair(ImageFolderDataModule):
             folders: The two folders, which may lie anywhere.
         """
         super().__init__(root=root, **kwargs)
-        train, test = folders or (Path(self.root, "train"), Path(self.root, "val"))
-        self.folders = {"train": Path(train), "test": Path(test)}
+        train, test = folders or (
+            Path(self.root, "train"),
+            split_folder(self.root, "val") or split_folder(self.root, "test") or Path(self.root, "val"),
+        )
+        self.folders = {"train": Path(train), "test": Path(test), "val": None}
+        self.in_root = folders is None
 
-    @property
-    def class_names(self) -> list[str]:
-        if self._class_names is None:
-            for folder in self.folders.values():
-                if not folder.is_dir():
-                    raise FileNotFoundError(f"no folder {folder}: it must contain <class>/<images>")
-            self._class_names = class_folders(self.folders["train"])
-            if not self._class_names:
-                raise ValueError(f"no class folders in {self.folders['train']}: it must contain <class>/<images>")
-        return self._class_names
+    def folder(self, split: str) -> Path | None:
+        return self.folders[split]
 
-    def make_source(self, split: str) -> ClassFolder | None:
-        return ClassFolder(self.folders[split], self.class_names) if split in self.folders else None
+    def find_class_names(self) -> list[str]:
+        for folder in (self.folders["train"], self.folders["test"]):
+            if not folder.is_dir():
+                raise FileNotFoundError(f"no folder {folder}: it must contain <class>/<images>")
+        return super().find_class_names()
+
+    def unused(self) -> list[str]:
+        return super().unused() if self.in_root else []
 
 
 DATA: dict[str, Callable[..., ImageDataModule]] = {
@@ -97,6 +99,7 @@ def open_data(
     num_train: int | None = None,
     num_test: int | None = None,
     batch_size: int = 128,
+    say: Callable[[str], object] = lambda line: None,
 ) -> ProbeData:
     """All training images of a data module, and its test images (its validation images if it has no others).
 
@@ -106,6 +109,7 @@ def open_data(
         num_train: Training images at most, a fixed random choice with the classes in their proportions.
         num_test: The same of test images.
         batch_size: Images in a batch.
+        say: Is told, line by line, what images there are and what is left out.
 
     Raises:
         ValueError: Unknown data, an argument that the module does not take, no test images, a stream, or test images of
@@ -129,6 +133,7 @@ def open_data(
         source = sources[split]
         if source is None or isinstance(source, IterableDataset):
             raise ValueError(f"{data} has no {split} images" if source is None else f"{data} must not be a stream")
+        say(describe(split, source, module.num_classes))
         dataset = TransformedDataset(
             source, module.eval_transform, module.in_chans, module.num_classes, name=f"{data} {split}"
         )
@@ -138,6 +143,8 @@ def open_data(
             dataset = Subset(dataset, chosen.tolist())
             labels[split] = labels[split][chosen] if labels[split] is not None else None
         loaders[split] = DataLoader(dataset, batch_size, num_workers=module.num_workers, pin_memory=module.pin_memory)
+    if unused := module.unused():
+        say(f"not used of {module.root}: {listed(unused)}")
     if labels["training"] is not None and labels["test"] is not None:
         check_classes(labels["training"], labels["test"], module.class_names)
     return ProbeData(loaders["training"], loaders["test"], labels["training"], module)
@@ -146,7 +153,9 @@ def open_data(
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `data_arguments` reads, and --data, --num-train, --num-test and --batch-size."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data", choices=list(DATA), required=True, help="imagefolder is ROOT/train and ROOT/val")
+    group.add_argument(
+        "--data", choices=list(DATA), required=True, help="imagefolder is ROOT/train and ROOT/{val,test}"
+    )
     group.add_argument("--root", help="folder of the data (default: the data module's)")
     group.add_argument(
         "--folders", nargs=2, metavar=("TRAIN", "TEST"), help="of an imagefolder, <class>/<images> in each, for --root"
@@ -189,15 +198,6 @@ def data_arguments(args: argparse.Namespace, extractor: Extractor) -> dict[str, 
     return {**{name: value for name, value in options.items() if value is not None}, **extra}
 
 
-def known_labels(source: Any) -> np.ndarray | None:
-    """The labels of a source, if they are to be had without its images."""
-    if isinstance(source, Subset):
-        labels = known_labels(source.dataset)
-        return None if labels is None else labels[source.indices]
-    labels = source.labels if isinstance(source, ArraySource) else getattr(source, "targets", None)
-    return None if labels is None else np.asarray(labels)
-
-
 def choose(count: int, total: int, labels: np.ndarray | None) -> np.ndarray:
     """So many of all positions, sorted: the same ones each time, and with known labels the same share of each class."""
     order = np.random.default_rng(0).permutation(total)
@@ -218,6 +218,5 @@ def check_classes(train_labels: np.ndarray, test_labels: np.ndarray, names: Sequ
     """
     missing = np.setdiff1d(test_labels, train_labels)
     if len(missing):
-        shown = ", ".join(str(names[label] if names else label) for label in missing[:10])
-        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-        raise ValueError(f"there are test images but no training images of class {shown}{more}")
+        shown = listed([str(names[label] if names else label) for label in missing])
+        raise ValueError(f"there are test images but no training images of class {shown}")

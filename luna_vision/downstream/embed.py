@@ -15,8 +15,9 @@ import hashlib
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from tqdm import tqdm
 
 import luna_vision
 from luna_vision._commands import Parser, add_model_arguments, at_least, load_model, random_weights, run_command
-from luna_vision.data.images import find_images, one_line
+from luna_vision.data.images import one_line
+from luna_vision.images import find_images
 from luna_vision.utils.text import printable
 
 from ._features import Extractor
@@ -144,8 +146,10 @@ def _check(out: Path, overwrite: bool) -> None:
         raise ValueError("a .parquet file takes pyarrow (pip install 'luna-vision[downstream]'); .npz does not")
 
 
-def _find(paths: Paths) -> tuple[list[str], list[tuple[str, str]]]:
+def _find(paths: Paths, say: Callable[[str], object] = lambda line: None) -> tuple[list[str], list[tuple[str, str]]]:
     """All image files, each once, and (path, reason) of what is not there, has no images or cannot be searched.
+
+    `say` is told, in a line for each folder, what was skipped.
 
     Raises:
         ValueError, OSError: There is not a single image.
@@ -154,7 +158,7 @@ def _find(paths: Paths) -> tuple[list[str], list[tuple[str, str]]]:
     errors: list[tuple[str, Exception]] = []
     for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
         try:
-            for file in find_images(path, on_error=lambda error: errors.append((error.filename, error))):
+            for file in find_images(path, lambda error: errors.append((error.filename, error)), say):
                 files.setdefault(os.path.abspath(file), file)
         except (ValueError, OSError) as error:
             errors.append((os.fspath(path), error))
@@ -239,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     names = ("max_size", "img_size", "mean", "std", "memory", "grid", "batch_size", "max_pixels", "workers")
     settings = Settings(**{name: getattr(args, name) for name in names})
     _check(args.out, args.overwrite)
-    files, missing = _find(args.images)
+    files, missing = _find(args.images, partial(print, file=sys.stderr))
     model = load_model(args, num_classes=0)
     try:
         failures = missing + _write(model, files, args.out, settings, random_weights(args))

@@ -31,6 +31,7 @@ from luna_vision._commands import Parser, add_model_arguments, at_least, load_mo
 from luna_vision._record import machine
 from luna_vision.data.base import hold_out
 from luna_vision.utils.files import write_json
+from luna_vision.utils.text import printable
 
 from ._features import Extractor
 from ._files import check_output
@@ -269,7 +270,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--folders are those of --data imagefolder, got {args.data}")
     model = load_model(args, num_classes=0)
     extractor = Extractor(model)
-    data = open_data(args.data, data_arguments(args, extractor), args.num_train, args.num_test, args.batch_size)
+    sizes = (args.num_train, args.num_test, args.batch_size)
+    data = open_data(args.data, data_arguments(args, extractor), *sizes, lambda line: print(printable(line)))
     counts = len(data.train.dataset), len(data.test.dataset)
     height, width = data.module.img_size
     print(f"{args.data}: {counts[0]} training and {counts[1]} test images of {height} x {width} pixels")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_type_hints
 
@@ -19,12 +20,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
+from luna_vision._commands import training_checkpoint
 from luna_vision.data.sampling import next_batch
+from luna_vision.images.find import listed
 from luna_vision.models import init_from_vit, load_weights  # with which the luna_vit models are registered, too
 
 from .checkpoints import check_deletions
 from .optimization import build_optimizer, build_scheduler, check_rates
 from .sharding import check_same_weights, shapes, shard
+
+OTHER_CLASSES = " (a new run trains its weights for others: fit --model.checkpoint FILE --resume false)"
 
 
 class TimmTask(LightningModule):
@@ -78,6 +83,33 @@ class TimmTask(LightningModule):
             if sides != to_2tuple(data.patch_size):
                 raise ValueError(f"the data counts patches of patch_size={data.patch_size}, the model's are of {sides}")
 
+    def check_classes(
+        self, checkpoint: dict[str, Any], data: LightningDataModule | None, name: str, hint: str = OTHER_CLASSES
+    ) -> None:
+        """Raise ``ValueError`` where a checkpoint notes other names of classes than the data's, or another order.
+
+        Data without names is not compared, nor is that whose names are in a training folder which is not there: images
+        can be predicted without one.
+
+        Args:
+            checkpoint: what `on_save_checkpoint` has written, or what `training_checkpoint` finds in a file.
+            data: the data module.
+            name: what to call the checkpoint in the error.
+            hint: what else to do than to give it the data that it was trained on.
+        """
+        known = checkpoint.get("data", {}).get("cfg", {}).get("label_names")
+        if known is None or not hasattr(data, "timm_cfg"):
+            return
+        try:
+            names = data.timm_cfg().get("label_names")
+        except FileNotFoundError:
+            return
+        if names is not None and names != known:
+            raise ValueError(
+                f"the classes of {name} are not those of the data: {_differences(known, names)}; it takes the classes "
+                f"that it was trained on, in their order{hint}"
+            )
+
     def check_start(self, optimizer: bool = True) -> None:
         """Find mistakes in what is only used once the run has begun, and has made its folder.
 
@@ -118,6 +150,8 @@ class TimmTask(LightningModule):
         self._has_weights = True
         checkpoint, vit = self.hparams.checkpoint, self.hparams.get("init_from_vit")
         if checkpoint:
+            if self._trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:  # which may be of others
+                self.check_classes(training_checkpoint(Path(checkpoint)), self.trainer.datamodule, checkpoint)
             self.load_starting_weights(lambda model: load_weights(model, checkpoint, say=rank_zero_info))
         elif vit:
             self.load_starting_weights(lambda model: init_from_vit(model, vit))
@@ -141,6 +175,8 @@ class TimmTask(LightningModule):
             check_deletions(self.trainer, checkpoint)
         if "lr_schedulers" in checkpoint:  # timm's know lengths and rates, which are the configuration's, and no more
             checkpoint["lr_schedulers"] = []
+        if self._trainer is not None:
+            self.check_classes(checkpoint, self.trainer.datamodule, "the checkpoint")
         if self._trainer is not None and self.trainer.is_global_zero:  # the sums are those of all ranks
             for name, state in checkpoint.get("epoch_means", {}).items():
                 metric = self._mean("epoch_means", name)
@@ -228,6 +264,19 @@ class TimmTask(LightningModule):
             weights: the state dict of ``self.model``, as `export_weights` writes it.
         """
         raise NotImplementedError
+
+
+def _differences(known: list[str], names: list[str]) -> str:
+    """How the names of the data differ from those of a checkpoint, in one line."""
+    there, here = set(known), set(names)
+    parts = {
+        "the data lacks": [name for name in known if name not in here],
+        "the data alone has": [name for name in names if name not in there],
+    }
+    if any(parts.values()):
+        return "; ".join(f"{what} {listed(which)}" for what, which in parts.items() if which)
+    label, (there, here) = next(x for x in enumerate(zip_longest(known, names)) if x[1][0] != x[1][1])
+    return f"they are in another order, class {label} is {there!r} there and {here!r} in the data"
 
 
 def check_sizes(model: nn.Module, in_chans: int, sizes: Iterable[tuple[int, int]]) -> None:

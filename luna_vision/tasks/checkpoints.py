@@ -112,15 +112,18 @@ def check_deletions(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
                     raise ValueError(f"the checkpoint would have another file deleted, {path!r}")
 
 
-def check_checkpoint(path: str | Path) -> None:
-    """
+def check_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What is given as ``--ckpt_path``, of a folder without the weights.
+
     Raises:
-        ValueError: What is given as ``--ckpt_path`` is not Lightning's, or as `load_plain`.
+        ValueError: It is not Lightning's, or as `load_plain`.
     """
-    if "pytorch-lightning_version" not in read_checkpoint(path, weights=False):  # what Lightning looks at first
+    checkpoint = read_checkpoint(path, weights=False)
+    if "pytorch-lightning_version" not in checkpoint:  # what Lightning looks at first
         raise ValueError(
             f"--ckpt_path: {path} is not a checkpoint of a training; weights alone are given as --model.checkpoint"
         )
+    return checkpoint
 
 
 def is_exact(trainer: Trainer) -> bool:

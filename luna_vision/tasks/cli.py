@@ -24,6 +24,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from luna_vision._commands import training_checkpoint
 from luna_vision.utils.text import printable
 
 from .base import TimmTask
@@ -96,15 +97,18 @@ class LunaCLI(LightningCLI):
 
     def check_run(self) -> None:
         """Find what is missing before the loggers create the run's folder."""
-        path = self._get(self.config, "ckpt_path")
+        path, checkpoint = self._get(self.config, "ckpt_path"), {}
         if path and path not in ("best", "last", "hpc"):
             if not (Path(path).is_file() or is_sharded(path)):
                 raise FileNotFoundError(f"--ckpt_path: there is no file {path}")
-            check_checkpoint(path)
-        if self.subcommand != "fit" and not path and not self.model.hparams.checkpoint:
-            raise ValueError(
-                f"{self.subcommand} needs weights: give --ckpt_path (or --model.checkpoint for a timm file)"
-            )
+            checkpoint = check_checkpoint(path)
+        if self.subcommand != "fit" and not path:
+            path = self.model.hparams.checkpoint
+            if not path:
+                raise ValueError(
+                    f"{self.subcommand} needs weights: give --ckpt_path (or --model.checkpoint for a timm file)"
+                )
+            checkpoint = training_checkpoint(Path(path))
         if self.subcommand == "fit" and not self.trainer.limit_train_batches:
             raise ValueError("limit_train_batches is 0: there is nothing to train")
         self.model.check_start(optimizer=self.subcommand == "fit")
@@ -112,6 +116,9 @@ class LunaCLI(LightningCLI):
             self.datamodule.prepare_data()
             self.datamodule.setup(self.subcommand)
             self.model.check_data(self.datamodule, self.subcommand)
+            self.model.check_classes(checkpoint, self.datamodule, str(path))
+            if self.subcommand == "fit" and self._get(self.config, "test_after_fit"):
+                self.datamodule.setup("test")  # else its mistakes would show when all is done
         if self.subcommand == "fit" and not path and self._get(self.config, "resume"):
             self._resume()
 
@@ -129,10 +136,11 @@ class LunaCLI(LightningCLI):
     def after_fit(self) -> None:
         best = best_checkpoint(self.trainer)
         if best and self._get(self.config, "test_after_fit"):
-            metrics = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True)[0]
-            if self.trainer.is_global_zero:
-                name, called = self.model.headline
-                print(f"{called + ':':<16} {metrics[name]:.4f} with {printable(relative(best))}")
+            # of nothing where there are no test images
+            for metrics in self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True):
+                if self.trainer.is_global_zero:
+                    name, called = self.model.headline
+                    print(f"{called + ':':<16} {metrics[name]:.4f} with {printable(relative(best))}")
         for callback in self.trainer.callbacks:
             if isinstance(callback, ExportBest):
                 callback.announce()

@@ -5,6 +5,7 @@ Shapes: B batch, K classes, C channels, h x w positions of a layer.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from timm.task.distillation import FeatureDistillationTrainableModule
 from torch import Tensor, nn
 
-from luna_vision._commands import build_model
+from luna_vision._commands import build_model, training_checkpoint
 
 from .classification import ClassificationTask
 from .teacher import Teacher, build_teacher_model, check_teacher, layer_widths, logits_and_layers_of
@@ -150,6 +151,8 @@ class DistillationTask(ClassificationTask):
         super().check_data(data, stage)
         if stage != "fit":
             return
+        if (file := self.hparams.teacher_checkpoint) and self.hparams.logit_weight:
+            self.check_classes(training_checkpoint(Path(file)), data, f"the teacher {file}", hint="")
         in_chans = self.hparams.in_chans
         if in_chans != self._teacher_chans and in_chans != 1:
             raise ValueError(f"images of {in_chans} channels cannot be shown to a teacher of {self._teacher_chans}")

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,8 @@ from luna_vision._commands import (
     random_weights,
     run_command,
 )
-from luna_vision.data import find_images
 from luna_vision.data.images import one_line
+from luna_vision.images import find_images
 from luna_vision.utils.files import check_folder, save_figure
 from luna_vision.utils.text import printable
 
@@ -129,9 +130,10 @@ def _failure(file: str, error: Exception) -> str:
 def _find(paths: list[str], errors: list[str]) -> list[str | None]:
     """The image files, each once; what is wrong with the other paths goes to `errors`."""
     files: list[str | None] = []
+    say = partial(print, file=sys.stderr)  # of what is skipped in a folder
     for path in paths:
         try:
-            files += find_images(path, on_error=lambda error: errors.append(printable(one_line(error))))
+            files += find_images(path, lambda error: errors.append(printable(one_line(error))), say)
         except USER_ERRORS as error:
             errors.append(printable(one_line(error)))
     if not files and len(errors) == 1:

@@ -69,7 +69,7 @@ def test_splits_are_disjoint_stratified_and_the_same_for_every_seed():
     unique = [{image.tobytes() for image in first} for first, _ in images.values()]
     assert sum(map(len, unique)) == len(set.union(*unique)) == 1797  # no digit of scikit-learn occurs twice
     for split in images:
-        counts = np.bincount(modules[0].dataset(split).source.labels)
+        counts = np.bincount(modules[0].dataset(split).source.targets)
         assert counts.max() <= 1.15 * counts.min()
 
 

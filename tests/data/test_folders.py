@@ -1,5 +1,7 @@
 """ImageFolder and timm's dataset factory."""
 
+import logging
+import os
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -9,11 +11,18 @@ import numpy as np
 import pytest
 import timm.data
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image
 from timm.data.readers.shared_count import SharedCount
 from torch.utils.data import get_worker_info
 
-from luna_vision.data import FashionMNISTDataModule, ImageFolderDataModule, SampleError, TimmDataModule
+from luna_vision.data import (
+    DigitsDataModule,
+    FashionMNISTDataModule,
+    ImageFolderDataModule,
+    SampleError,
+    TimmDataModule,
+)
 
 
 def folder_module(root: Path, **kwargs) -> ImageFolderDataModule:
@@ -72,10 +81,146 @@ def test_image_folder_errors(folder_root: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="no class folders in .*bare/train: expected"):
         folder_module(tmp_path / "bare").setup("fit")
     (tmp_path / "bare" / "train" / "cat").mkdir()
-    with pytest.raises(ValueError, match="no images in .*bare/train: expected"):
+    with pytest.raises(ValueError, match="no images in class folders of .*bare/train: cat"):
         folder_module(tmp_path / "bare").setup("fit")
     shutil.copytree(folder_root / "val" / "cat", folder_root / "val" / "yak")
     with pytest.raises(ValueError, match="val has classes that the training folder has not: yak"):
+        folder_module(folder_root).setup("fit")
+
+
+def clutter(root: Path) -> None:
+    """What is no image, in all places: each is skipped."""
+    for folder in (root, root / "train", root / "train" / "cat", root / "val" / "dog"):
+        for name in (".ipynb_checkpoints", ".Trash-0", "__MACOSX"):
+            (folder / name).mkdir()
+            (folder / name / "0.png").write_bytes(b"x")
+        for name in (".DS_Store", "._0.jpg", "notes.txt"):
+            (folder / name).write_bytes(b"x")
+        os.mkfifo(folder / "pipe.png")  # which would be read for ever
+
+
+MODULES = {"folder": folder_module, "timm": timm_module}
+
+
+@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
+def test_what_is_no_image_is_no_class_and_no_sample(make: Callable, folder_root: Path):
+    before = {split: make(folder_root).make_source(split).samples for split in ("train", "val")}
+    clutter(folder_root)
+    module = make(folder_root)
+    assert {split: module.make_source(split).samples for split in ("train", "val")} == before
+    assert module.class_names == ["cat", "dog", "eel"]
+    module.setup("fit")
+    assert sum(len(targets) for _, targets in module.val_dataloader()) == 6
+
+
+@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_classes_without_images_are_named(make: Callable, split: str, folder_root: Path):
+    for name in ("eel", "dog"):
+        shutil.rmtree(folder_root / split / name)
+        (folder_root / split / name).mkdir()
+        (folder_root / split / name / "._0.png").touch()
+    with pytest.raises(ValueError, match=f"{split}: dog, eel$"):
+        make(folder_root).setup("fit")
+
+
+@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
+@pytest.mark.parametrize("name", ["validation", "valid"])
+def test_usual_names_of_the_validation_folder(make: Callable, name: str, folder_root: Path):
+    (folder_root / "val").rename(folder_root / name)
+    module = make(folder_root)
+    assert (len(module.dataset("train")), len(module.dataset("val"))) == (18, 6)
+    (folder_root / "val").mkdir()
+    with pytest.raises(ValueError, match=f"photos/val and .*photos/{name} are both for validation"):
+        make(folder_root).setup("fit")
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_run_says_what_it_has_found(folder_root: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    clutter(folder_root)
+    for name in ("masks", "Val"):
+        (folder_root / name).mkdir()
+    shutil.rmtree(folder_root / "val" / "eel")
+    (folder_root / "train" / "cat" / "gone.png").symlink_to("nothing.png")
+    module = folder_module(folder_root)
+    for stage in ("fit", "test", "fit", "validate"):  # as a run does: the second time it has nothing new to say
+        module.setup(stage)
+    assert said(caplog) == [
+        f"train: 19 images in {folder_root}/train, 3 classes; skipped 10 hidden and 4 other names; "
+        f"links to nothing: {folder_root}/train/cat/gone.png",
+        f"val: 4 images in {folder_root}/val, 2 classes; skipped 5 hidden and 2 other names",
+        f"not used of {folder_root}: Val, masks",
+        f"test: 4 images in {folder_root}/val, 2 classes; skipped 5 hidden and 2 other names",
+    ]
+
+
+def test_only_the_first_process_says_it(folder_root: Path, caplog: pytest.LogCaptureFixture, monkeypatch):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    folder_module(folder_root).setup("fit")
+    assert said(caplog) == []
+
+
+def test_training_and_test_folders_alone(folder_root: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    (folder_root / "val").rename(folder_root / "test")
+    module = folder_module(folder_root, val_fraction=1 / 3)
+    module.setup("fit")
+    module.setup("test")
+    assert said(caplog) == [
+        f"train: 12 images of 18 in {folder_root}/train, 3 classes",
+        f"val: 6 images held out of 18 in {folder_root}/train, 3 classes",
+        f"test: 6 images in {folder_root}/test, 3 classes",
+    ]
+    assert [len(module.dataset(split)) for split in ("train", "val", "test")] == [12, 6, 6]
+
+
+def test_images_to_predict_are_counted(folder_root: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    clutter(folder_root)
+    path = str(folder_root / "val" / "dog")
+    folder_module(folder_root / "nowhere", predict_path=path).setup("predict")
+    assert said(caplog) == [f"{path}; skipped 5 hidden and 2 other names", "predict: 2 images"]
+
+
+def test_other_data_says_what_it_has(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    DigitsDataModule().setup("fit")
+    assert said(caplog) == ["train: 1149 images, 10 classes", "val: 288 images, 10 classes"]
+
+
+def test_links_in_circles(folder_root: Path):
+    (folder_root / "train" / "again").symlink_to(folder_root / "train")
+    (folder_root / "train" / "root").symlink_to(folder_root)
+    (folder_root / "train" / "dog" / "up").symlink_to("..")
+    module = folder_module(folder_root)
+    assert module.class_names == ["cat", "dog", "eel"] and len(module.dataset("train")) == 18
+
+
+def test_classes_that_differ_by_case_are_two(folder_root: Path):
+    shutil.copytree(folder_root / "train" / "cat", folder_root / "train" / "Cat")
+    module = folder_module(folder_root)
+    assert module.class_names == ["Cat", "cat", "dog", "eel"]
+    assert np.bincount(module.make_source("train").targets).tolist() == [6] * 4
+    (folder_root / "val" / "dog").rename(folder_root / "val" / "Dog")
+    with pytest.raises(ValueError, match="val has classes that the training folder has not: Dog"):
+        module.setup("fit")
+
+
+def test_a_class_folder_that_cannot_be_read(folder_root: Path, monkeypatch: pytest.MonkeyPatch):
+    scandir = os.scandir
+
+    def denied(path):  # the superuser may read everywhere
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(PermissionError, match="train/dog"):
         folder_module(folder_root).setup("fit")
 
 
@@ -101,9 +246,35 @@ def test_timm_folder(folder_root: Path):
     assert [name for _, names in tested.predict_dataloader() for name in names] == [str(i) for i in range(6)]
 
 
+def test_timm_folders_have_the_classes_of_training(folder_root: Path, tmp_path: Path):
+    shutil.rmtree(folder_root / "val" / "cat")
+    assert {label for _, label in timm_module(folder_root).make_source("val").samples} == {1, 2}
+    shutil.copytree(folder_root / "train" / "cat", tmp_path / "deep" / "train" / "animals" / "10")
+    shutil.copytree(folder_root / "train" / "dog", tmp_path / "deep" / "train" / "2")
+    module = timm_module(tmp_path / "deep", num_classes=2, val_split=None)
+    assert module.class_names == ["2", "10"]  # the innermost folders, in natural order
+    assert {Path(path).parent.name: label for path, label in module.make_source("train").dataset.samples} == {
+        "2": 0,
+        "10": 1,
+    }
+
+
+def test_timm_does_not_validate_on_training_images(folder_root: Path):
+    (folder_root / "val").rename(folder_root / "test")  # timm itself would take all images, of both folders
+    with pytest.raises(FileNotFoundError, match="no folder for the split 'validation' in .*photos"):
+        timm_module(folder_root).setup("fit")
+    module = timm_module(folder_root, val_split=None, test_split="test", val_fraction=1 / 3)
+    assert [len(module.dataset(split)) for split in ("train", "val", "test")] == [12, 6, 6]
+
+
+def test_timm_class_map(folder_root: Path):
+    module = timm_module(folder_root, num_classes=9, dataset_args={"class_map": {"cat": 7, "eel": 3}})
+    assert {label for _, label in module.make_source("val").samples} == {3, 7}  # it chooses among the classes, too
+
+
 def test_timm_agrees_with_the_folder_module(folder_root: Path):
     ours = dict(folder_module(folder_root).make_source("val").samples)
-    theirs = {path: label for path, label in timm_module(folder_root).make_source("val").reader.samples}
+    theirs = dict(timm_module(folder_root).make_source("val").samples)
     assert ours == theirs
 
 
@@ -196,8 +367,12 @@ def test_timm_errors(folder_root: Path, tmp_path: Path):
         timm_module(folder_root, class_names=["cat"])
     with pytest.raises(ValueError, match="splits 'train' and 'validation' in .*train are the same"):
         timm_module(folder_root / "train").setup("fit")  # not the folder of splits, but one of them
-    with pytest.raises(SampleError, match="label 2, outside the 2 declared classes"):
-        list(timm_module(folder_root, num_classes=2).val_dataloader())
+    with pytest.raises(ValueError, match="num_classes=2, but .*train has 3 classes: cat, dog, eel"):
+        timm_module(folder_root, num_classes=2).setup("fit")
+    with pytest.raises(FileNotFoundError, match="Cannot locate specified class map file"):
+        timm_module(folder_root, dataset_args={"class_map": "nowhere.txt"}).setup("fit")
+    with pytest.raises(ValueError, match="'torch/folder' is what ImageFolderDataModule reads"):
+        timm_module(folder_root, name="torch/folder")
     (folder_root / "val" / "dog" / "0.jpg").write_bytes(b"no picture")
     with pytest.raises(SampleError, match="TimmDataModule val sample 2: cannot decode image file .*0.jpg"):
         list(timm_module(folder_root).val_dataloader())  # timm itself would put the next image in its place

@@ -109,7 +109,7 @@ def test_error_is_one_line_even_from_a_worker(num_workers: int, tmp_path: Path, 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_label_outside_the_classes(label: int, num_workers: int, error_of: Callable):
     dataset = DigitsDataModule(augmentation="none").dataset("train")
-    dataset.source.labels[4] = label
+    dataset.source.targets[4] = label
     expected = f"DigitsDataModule train sample 4 has label {label}, outside the 10 declared classes (0 to 9)"
     assert error_of(DataLoader(dataset, 8, num_workers=num_workers)) == expected
 

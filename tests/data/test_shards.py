@@ -5,6 +5,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -413,15 +414,51 @@ def test_conversion_command(
         assert exit_.value.code == 2 and error.startswith(message) and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("source", MODULES)
+def test_conversion_of_a_folder_as_it_is(source: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos / "train", folder / "train")
+    shutil.copytree(photos / "val", folder / "valid")
+    (folder / "train" / "cat" / "photo 00.v2.png").rename(folder / "train" / "cat" / os.fsdecode(b"photo \xff.png"))
+    for name in (".ipynb_checkpoints", "train/.Trash-0", "masks"):
+        (folder / name).mkdir()
+    for path in (folder / "train" / "dog" / "._photo.png", folder / "train" / "dog" / "notes.txt"):
+        path.write_bytes(b"x")
+    os.mkfifo(folder / "train" / "dog" / "pipe.png")
+    conversion.main([str(folder), str(tmp_path / "out"), "--format", source])
+    assert capsys.readouterr().out.splitlines()[:5] == [
+        f"train: 42 images in {folder}/train, 3 classes; skipped 2 hidden and 2 other names",
+        f"val: 9 images in {folder}/valid, 3 classes",
+        f"not used of {folder}: masks",
+        "train: 42 images in 1 shards",
+        "val: 9 images in 1 shards",
+    ]
+    data = module(source, tmp_path / "out", **PLAIN)
+    assert sorted(n for batch in numbers(data.train_dataloader()) for n in batch) == list(range(TRAIN))
+    assert sum(map(len, numbers(data.val_dataloader()))) == 9
+    for made, message in (("train/empty", "of .*train: empty$"), ("val", "photos/val and .*photos/valid are both")):
+        (folder / made).mkdir()
+        with pytest.raises(ValueError, match=message):
+            convert(folder, tmp_path / "again", source)
+    assert not (tmp_path / "again").exists()
+
+
+def test_litdata_takes_the_usual_names_of_the_validation_folder(shards: dict[str, Path], tmp_path: Path):
+    for name, of in (("train", "train"), ("validation", "val"), ("classes.txt", "classes.txt")):
+        (tmp_path / name).symlink_to(shards["litdata"] / of)
+    data = module("litdata", tmp_path, **PLAIN)
+    assert [len(data.dataset(split)) for split in ("train", "val", "test")] == [42, 9, 9]
+
+
 def test_names_that_tars_cannot_hold(photos: Path, tmp_path: Path):
     folder = tmp_path / "photos" / "train" / "a.b"
     folder.mkdir(parents=True)
     source = photos / "train" / "cat" / "photo 00.v2.png"
-    for name in ("x.y.z.PNG", "é" * 60 + ".png", "n" * 200 + ".png", ".hidden.png"):
+    for name in ("x.y.z.PNG", "é" * 60 + ".png", "n" * 200 + ".png"):
         (folder / name).write_bytes(source.read_bytes())
     convert(tmp_path / "photos", tmp_path / "out", "webdataset")
     data = module("webdataset", tmp_path / "out", val_fraction=0.0, **PLAIN)
-    assert [len(targets) for _, targets in data.train_dataloader()] == [4]
+    assert [len(targets) for _, targets in data.train_dataloader()] == [3]
 
 
 def test_files_that_are_no_samples():

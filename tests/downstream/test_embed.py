@@ -12,8 +12,8 @@ import timm
 import torch
 
 from luna_vision._commands import run_command
-from luna_vision.data import eval_transform, read_image
-from luna_vision.data.images import find_images, to_channels
+from luna_vision.data import eval_transform, find_images, read_image
+from luna_vision.data.images import to_channels
 from luna_vision.data.transforms import to_tensor
 from luna_vision.downstream import _parts, _windows
 from luna_vision.downstream._windows import group
@@ -417,6 +417,17 @@ def test_what_is_not_there_is_listed_and_the_others_kept(photos, weights, tmp_pa
     first, *lines = [line for line in err.splitlines() if "loaded" not in line]
     assert first == "4 of 15 images could not be used:"
     assert all(name in line and missing[name] in line for name, line in zip(missing, lines, strict=True))
+
+
+def test_hidden_names_are_skipped_and_counted(photos, weights, tmp_path, capsys):
+    (photos / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints/00.png", "._00.png"):
+        (photos / name).write_bytes(b"x")
+    os.mkfifo(photos / "pipe.png")
+    assert main([str(photos), "--out", str(tmp_path / "out.npz"), *weights]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path / 'out.npz'}: 11 of 11 images\n"
+    assert f"{photos}; skipped 2 hidden and 1 other names" in err.splitlines()
 
 
 def test_no_images_at_all(tiny, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -201,10 +202,15 @@ def test_the_command_and_its_file(folder, weights, tmp_path, capsys):
     assert main([*words, "--out", str(out)]) == 0
     printed = capsys.readouterr().out.splitlines()
     result = json.loads(out.read_text())
-    assert printed[0] == "imagefolder: 20 training and 10 test images of 48 x 48 pixels"
-    assert printed[2] == f"kNN, k=3, cosine, T=0.07                {100 * result['knn']['top1']:6.2f}"
-    assert printed[3].startswith("linear, logistic regression, C=")
-    assert printed[3].endswith(f"{100 * result['linear']['top1']:6.2f}")
+    *found, size, _, knn, linear = printed
+    assert found == [
+        f"training: 20 images in {folder}/train, 2 classes",
+        f"test: 10 images in {folder}/val, 2 classes",
+    ]
+    assert size == "imagefolder: 20 training and 10 test images of 48 x 48 pixels"
+    assert knn == f"kNN, k=3, cosine, T=0.07                {100 * result['knn']['top1']:6.2f}"
+    assert linear.startswith("linear, logistic regression, C=")
+    assert linear.endswith(f"{100 * result['linear']['top1']:6.2f}")
     assert result["knn"]["top1"] >= 0.8 and result["linear"]["top1"] >= 0.8  # a temple is no flower
     assert result["images"] == {"train": 20, "test": 10, "height": 48, "width": 48}
     assert result["normalisation"]["mean"] == [0.485, 0.456, 0.406]
@@ -214,7 +220,7 @@ def test_the_command_and_its_file(folder, weights, tmp_path, capsys):
     moved = shutil.move(folder / "val", tmp_path / "elsewhere")
     words[2:4] = ["--folders", str(folder / "train"), str(moved)]
     assert main(words) == 0
-    assert capsys.readouterr().out.splitlines()[:4] == printed[:4]
+    assert capsys.readouterr().out.splitlines()[2:] == printed[2:]
 
 
 @pytest.mark.parametrize(
@@ -260,6 +266,26 @@ def test_random_weights_are_announced_and_written_down(tmp_path, capsys):
     assert json.loads((tmp_path / "probe.json").read_text())["random_weights"] is True
 
 
+def test_folders_as_they_are(folder, weights, capsys):
+    words = ["--data", "imagefolder", "--root", str(folder), "--img-size", "32", "--knn-k", "3", *weights]
+    assert main(words) == 0
+    _, _, *clean = capsys.readouterr().out.splitlines()
+    for name in (".ipynb_checkpoints", "train/.Trash-0", "val/__MACOSX", "masks"):
+        (folder / name).mkdir()
+    for name in ("._0.png", "notes.txt"):
+        (folder / "train" / "flower" / name).write_bytes(b"x")
+    os.mkfifo(folder / "train" / "temple" / "pipe.png")  # which would be read for ever
+    for name, of in (("validation", "val"), ("test", "validation")):
+        (folder / of).rename(folder / name)
+        assert main(words) == 0
+        assert capsys.readouterr().out.splitlines() == [
+            f"training: 20 images in {folder}/train, 2 classes; skipped 2 hidden and 2 other names",
+            f"test: 10 images in {folder}/{name}, 2 classes; skipped 1 hidden and 0 other names",
+            f"not used of {folder}: masks",
+            *clean,
+        ]
+
+
 def remove_cats(root: Path) -> None:
     for path in (root / "train" / "temple").iterdir():
         path.unlink()
@@ -270,10 +296,11 @@ BROKEN = {
         lambda root: (root / "val" / "zebra").mkdir(),
         "val has classes that the training folder has not: zebra",
     ),
-    "train has an empty class": (remove_cats, "test images but no training images of class temple"),
+    "train has an empty class": (remove_cats, "no images in class folders of photos/train: temple"),
     "no val": (lambda root: shutil.rmtree(root / "val"), "no folder photos/val"),
     "empty train": (lambda root: shutil.rmtree(root / "train") or (root / "train").mkdir(), "no class folders in"),
-    "empty val": (lambda root: shutil.rmtree(root / "val") or (root / "val").mkdir(), "no images in photos/val"),
+    "empty val": (lambda root: shutil.rmtree(root / "val") or (root / "val").mkdir(), "no class folders in photos/val"),
+    "two val": (lambda root: (root / "valid").mkdir(), "photos/val and photos/valid are both for validation"),
     "broken image": (
         lambda root: (root / "val" / "temple" / "3.png").write_bytes(b"x"),
         "imagefolder test sample 8: cannot decode image file photos/val/temple/3.png",

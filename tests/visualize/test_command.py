@@ -68,6 +68,17 @@ def test_a_picture_for_each_image_in_a_folder(folder, capsys):
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["a-2.png", "a.png", "b.png"]
 
 
+def test_hidden_names_are_skipped_and_counted(folder, capsys):
+    (folder / "photos" / ".Trash-0").mkdir(parents=True)
+    Image.fromarray(IMAGE[:20]).save("photos/b.jpg")
+    for name in (".Trash-0/a.png", "._b.jpg"):
+        (folder / "photos" / name).write_bytes(b"x")
+    os.mkfifo("photos/pipe.png")
+    assert run("photos", *SMALL, "--kind", "memory", "--out", "out") == 0
+    out, err = capsys.readouterr()
+    assert out.split() == ["out/b.png"] and "photos; skipped 2 hidden and 1 other names" in err.splitlines()
+
+
 def test_names_differ_on_any_file_system():
     """Some take A.png for a.png; and of many images of one name none is compared with all others."""
     files = ["x/a.png", "y/A.jpg", "z/a-2.png", "z/a.png", "Ä.png", "x/ä.png"]

@@ -1,0 +1,181 @@
+"""Which image files there are in a folder: the one walk of all commands."""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+# of an animation, the first frame is read
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+HIDDEN = ("__MACOSX", "@eaDir")  # what macOS adds to archives, and a NAS to folders, beside names that begin with a dot
+VAL_NAMES = ("val", "validation", "valid")
+# what a line of text cannot hold: control characters, line ends, and bytes that are no UTF-8
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+class Folder(NamedTuple):
+    """What is in one folder.
+
+    Attributes:
+        path: As the walk has come to it.
+        images: Paths of the image files, sorted. Links to nothing are among them: whoever reads one says what it lacks.
+        folders: Names of the folders, sorted.
+        hidden: How many names were skipped because they are hidden.
+        others: How many were skipped that are neither: other files, pipes, sockets, devices, links to a folder above.
+        dangling: Those of the images that are links to nothing.
+    """
+
+    path: str
+    images: list[str]
+    folders: list[str]
+    hidden: int
+    others: int
+    dangling: list[str]
+
+
+def walk(root: str | os.PathLike, on_error: Callable[[OSError], object] | None = None) -> Iterator[Folder]:
+    """A folder, and then all folders in it, in any order. Links are followed, and each folder is visited once.
+
+    Args:
+        root: The folder.
+        on_error: Is told of each folder that cannot be read; without it, the first one is raised.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
+    folders, links, seen = [os.fspath(root)], [], set()
+    while folders or links:
+        path = (folders or links).pop()  # by way of a link only what is not found otherwise
+        place = os.path.realpath(path)
+        if place in seen:
+            continue
+        seen.add(place)
+        try:
+            with os.scandir(path) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            if on_error is None:
+                raise
+            on_error(error)
+            continue
+        here = Folder(path, [], [], 0, 0, [])
+        hidden = others = 0
+        for entry in found:
+            kind = "hidden" if entry.name.startswith(".") or entry.name in HIDDEN else _kind(entry)
+            hidden += kind == "hidden"
+            if kind == "folder" and not (entry.is_symlink() and _is_above(entry.path, place)):
+                here.folders.append(entry.name)
+                (links if entry.is_symlink() else folders).append(entry.path)
+            elif kind in ("file", "nothing") and entry.name.lower().endswith(IMG_EXTENSIONS):
+                here.images.append(entry.path)
+                here.dangling.extend([entry.path] * (kind == "nothing"))
+            else:
+                others += kind != "hidden"
+        yield here._replace(hidden=hidden, others=others)
+
+
+def _kind(entry: os.DirEntry) -> str:
+    """Of what a name stands for, links followed: "folder", "file", "nothing", or "other" such as a pipe."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        return "file" if entry.is_file() else "other" if os.path.exists(entry.path) else "nothing"
+    except OSError:  # a link to itself, or to where nobody may look
+        return "nothing"
+
+
+def _is_above(link: str, place: str) -> bool:
+    """Whether a link leads to the folder ``place`` or one that this lies in."""
+    target = os.path.realpath(link)
+    return os.path.commonpath([target, place]) == target
+
+
+def skipped(found: Sequence[Folder]) -> str:
+    """What a walk has left out, in words that follow others; empty if that is nothing."""
+    hidden, others = sum(at.hidden for at in found), sum(at.others for at in found)
+    return f"; skipped {hidden} hidden and {others} other names" if hidden or others else ""
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """The first of some names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def find_images(
+    path: str | Sequence[str],
+    on_error: Callable[[OSError], object] | None = None,
+    say: Callable[[str], object] = lambda line: None,
+) -> list[str]:
+    """Image files named by a file, a folder (searched with all folders in it, sorted) or a list of these.
+
+    In folders, hidden names are skipped, and so is what is no image file by its name or no file at all.
+
+    Args:
+        path: The file, folder or list.
+        on_error: Is told of each folder inside of these that cannot be read; without it, the first one is raised.
+        say: Is told, in a line for each folder, what was skipped.
+
+    Raises:
+        FileNotFoundError: A path does not exist, or is neither a file nor a folder.
+        OSError: A folder cannot be read.
+        ValueError: There is not a single image.
+    """
+    roots = [path] if isinstance(path, str | os.PathLike) else list(path)
+    files: list[str] = []
+    for root in map(Path, roots):
+        if root.is_dir():
+            found = list(walk(root, on_error))
+            files += sorted(image for folder in found for image in folder.images)
+            if words := skipped(found):
+                say(f"{root}{words}")
+        elif root.is_file():
+            files.append(str(root))
+        else:
+            raise FileNotFoundError(f"there is no image file or folder {root}")
+    if not files:
+        raise ValueError(f"no images ({', '.join(IMG_EXTENSIONS)}) in {', '.join(map(str, roots)) or 'an empty list'}")
+    return files
+
+
+def class_folders(folder: str | os.PathLike) -> list[str]:
+    """Names of the classes in folder/<class>/<images>, sorted.
+
+    Raises:
+        ValueError: There are none, or one has a name that no list of names could hold.
+        OSError: The folder cannot be read.
+    """
+    names = next(walk(folder)).folders
+    if not names:
+        raise ValueError(f"no class folders in {folder}: expected {folder}/<class>/<images>")
+    check_class_names(names, folder)
+    return names
+
+
+def check_class_names(names: Iterable[str], folder: str | os.PathLike) -> None:
+    """Raise a ValueError where the name of a class is no line of UTF-8 text."""
+    for name in names:
+        if UNPRINTABLE.search(name):
+            raise ValueError(f"the class folder {name!r} in {folder} must be renamed: its name is no line of UTF-8")
+
+
+def split_folder(root: str | os.PathLike, split: str) -> Path | None:
+    """The folder of "train", "val" or "test" in ``root``, None if there is none; that of "val" has one of three names.
+
+    Raises:
+        ValueError: There are two of them.
+        NotADirectoryError: It is no folder, such as a link to nothing.
+    """
+    names = VAL_NAMES if split == "val" else (split,)
+    found = [path for path in (Path(root, name) for name in names) if os.path.lexists(path)]
+    if len(found) > 1:
+        raise ValueError(f"{' and '.join(map(str, found))} are both for validation: rename or remove one of them")
+    if found and not found[0].is_dir():
+        raise NotADirectoryError(f"{found[0]} is no folder, or a link to none: it must contain <class>/<images>")
+    return found[0] if found else None
+
+
+def unused_folders(root: str | os.PathLike, used: Iterable[Path | None]) -> list[str]:
+    """Names of the folders in ``root`` that are none of those, hidden ones not counted."""
+    used = [path for path in used if path is not None]
+    return [name for name in next(walk(root)).folders if Path(root, name) not in used]

@@ -1,0 +1,136 @@
+"""train.py on image folders as they are: what it says at the start, and what it refuses."""
+
+import csv
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from luna_vision.tasks.cli import main
+
+DEBUG = str(Path(__file__).parents[1] / "configs" / "debug.yaml")
+DATA = ["--data=ImageFolderDataModule", "--data.root=photos", "--data.img_size=16", "--data.in_chans=1"]
+DATA += ["--data.num_workers=0", "--data.batch_size=4", "--model.num_classes=2", "--trainer.max_epochs=1"]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch, capsys):
+    """Runs train.py beside photos/{train,test}/{cat,dog}; returns its exit code, what it prints, and its messages."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 10), ("test", 3)):
+        for name in ("cat", "dog"):
+            Path("photos", split, name).mkdir(parents=True)
+            for i in range(count):
+                image = Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8))
+                image.save(f"photos/{split}/{name}/{i}.png")
+
+    def call(subcommand: str, *words: str) -> tuple[int, list[str], list[str]]:
+        monkeypatch.setattr(sys, "argv", ["train.py", subcommand, "--config", DEBUG, *DATA, *words])
+        code = 0
+        try:
+            main()
+        except SystemExit as error:
+            code = int(error.code or 0)
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err.splitlines()
+
+    return call
+
+
+def rename(old: str, new: str) -> None:
+    for split in ("train", "test"):
+        Path("photos", split, old).rename(f"photos/{split}/{new}")
+
+
+def test_a_run_on_training_and_test_folders(run, caplog):
+    Path("photos/masks").mkdir()
+    Path("photos/train/.Trash-0").mkdir()
+    caplog.set_level("INFO")
+    code, out, _ = run("fit", "--data.val_fraction=0.2")
+    assert code == 0
+    said = [record.getMessage() for record in caplog.records]
+    lines = [line for line in said if line.startswith(("train: ", "val: ", "test: ", "not used"))]
+    assert lines == [
+        "train: 16 images of 20 in photos/train, 2 classes; skipped 1 hidden and 0 other names",
+        "val: 4 images held out of 20 in photos/train, 2 classes; skipped 1 hidden and 0 other names",
+        "not used of photos: masks",
+        "test: 6 images in photos/test, 2 classes",
+    ]
+    assert any(line.startswith("test accuracy: ") for line in out)
+
+
+def test_training_images_alone(run):
+    shutil.rmtree("photos/test")
+    code, out, _ = run("fit", "--data.val_fraction=0.2")
+    assert code == 0 and not any(line.startswith("test accuracy") for line in out)
+    assert out[-1].startswith("load it with:")
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        (
+            "photos/test/eel",
+            "photos/test has classes that the training folder has not: eel",
+        ),  # not after days of training
+        ("photos/train/empty", "no images in class folders of photos/train: empty"),
+        ("photos/val", "no class folders in photos/val"),
+    ],
+)
+def test_mistakes_are_found_before_a_run_begins(path: str, message: str, run):
+    Path(path).mkdir()
+    code, _, err = run("fit")
+    assert code == 2 and message in err[-1]
+    assert not Path("runs").exists()
+
+
+def test_a_checkpoint_of_other_classes(run):
+    assert run("fit")[0] == 0
+    best = "runs/debug/version_0/checkpoints/best.ckpt"
+    rename("dog", "eel")
+    shutil.move("runs", "old")
+    weights = best.replace("runs", "old")
+    for words in (
+        ("test", f"--ckpt_path={weights}"),
+        ("validate", f"--ckpt_path={weights}"),
+        ("predict", f"--ckpt_path={weights}"),
+        ("fit", f"--ckpt_path={weights}"),
+        ("test", f"--model.checkpoint={weights}"),
+        ("test", f"--model.checkpoint={weights.replace('best.ckpt', 'best.safetensors')}"),
+    ):
+        code, _, err = run(*words)
+        assert code == 2, words
+        assert "the data lacks dog; the data alone has eel" in err[-1] and err[-1].startswith("error: ")
+        assert not Path("runs").exists(), words
+    # as the message says
+    assert run("fit", f"--model.checkpoint={weights}", "--resume=false")[0] == 0
+
+
+def test_images_of_any_name_are_predicted(run):
+    assert run("fit", "--test_after_fit=false")[0] == 0
+    name = os.fsdecode(b"caf\xe9.png")
+    shutil.copytree("photos/test/cat", "new")
+    Path("new/0.png").rename(f"new/{name}")
+    os.mkfifo("new/pipe.png")  # which would be read for ever
+    Path("new/._1.png").touch()
+    words = ["--ckpt_path=runs/debug/version_0/checkpoints/best.ckpt", "--data.predict_path=new"]
+    assert run("predict", *words, "--trainer.limit_predict_batches=null")[0] == 0
+    rows = list(csv.reader(next(Path("runs").rglob("predictions.csv")).open()))
+    assert [row[0] for row in rows[1:]] == ["new/1.png", "new/2.png", "new/caf\\xe9.png"]
+
+
+def test_a_run_does_not_go_on_with_other_classes(run):
+    assert run("fit")[0] == 0
+    record = Path("runs/debug/version_0/run.json")
+    record.write_text(json.dumps({**json.loads(record.read_text()), "finished": False}))
+    (record.parent / ".run.lock").unlink()  # which this process holds
+    rename("dog", "eel")
+    code, _, err = run("fit")
+    assert code == 2 and "the data lacks dog; the data alone has eel" in err[-1]
+    assert run("fit", "--resume=false")[0] == 0
