@@ -16,6 +16,7 @@ from luna_vision.data.shards import CLASSES, need
 from luna_vision.data.webdataset_module import INFO
 from luna_vision.images.find import class_folders, listed, split_folder, unused_folders
 from luna_vision.utils.files import new_folder, write_json, write_text
+from luna_vision.utils.text import printable
 
 __all__ = ["convert", "main"]
 
