@@ -18,12 +18,12 @@ from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
-from luna_vision._record import machine
 from luna_vision.data import FashionMNISTDataModule
 from luna_vision.downstream.embed import Settings, embed_images
 from luna_vision.downstream.probe import knn_accuracy, linear_probe_accuracy, open_data, probe_model
 from luna_vision.tasks import ClassificationTask
 from luna_vision.utils.files import write_json
+from luna_vision.utils.record import machine
 
 FOLDER = Path("runs/embeddings")
 CHECKPOINT = FOLDER / "last.ckpt"

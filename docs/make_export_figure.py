@@ -16,9 +16,9 @@ import timm
 import torch
 
 import luna_vision  # noqa: F401  (registers the models)
-from luna_vision._record import machine
 from luna_vision.export import export_onnx
 from luna_vision.utils.files import write_json
+from luna_vision.utils.record import machine
 
 DOCS = Path(__file__).parent
 MODEL = "luna_vit_small"

@@ -36,10 +36,10 @@ import yaml
 from PIL import Image
 
 from luna_vision import export
-from luna_vision._record import machine, read_json
 from luna_vision.data import convert
 from luna_vision.tasks import cli
 from luna_vision.utils.files import write_json
+from luna_vision.utils.record import machine, read_json
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 import luna_vision.data
-from luna_vision._record import machine
 from luna_vision.benchmarks.cell import saved_bytes
 from luna_vision.benchmarks.model_table import count_macs
 from luna_vision.data import EpochSampler, ImageDataModule
 from luna_vision.tasks import ClassificationTask, NonFiniteGuard
+from luna_vision.utils.record import machine
 
 MODEL = "luna_vit_tiny"  # whose arguments a run overrides
 Progress = Callable[[dict[str, Any]], None]

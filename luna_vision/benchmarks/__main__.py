@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from luna_vision._record import machine
 from luna_vision.utils.files import write_json, write_text
+from luna_vision.utils.record import machine
 
 from .cell import Spec, gemm_rate, run_cell
 from .report import plot, table

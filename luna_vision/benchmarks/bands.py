@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 
 from luna_vision._commands import Parser, at_least, build_model, parse_pairs, run_command
-from luna_vision._record import machine
 from luna_vision.execution import set_band_checkpointing
 from luna_vision.models import LunaVit
 from luna_vision.utils.files import write_json
+from luna_vision.utils.record import machine
 
 from .gigapixel import peak_resident
 

@@ -23,7 +23,6 @@ from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
 from luna_vision._commands import Parser, at_least, run_command
-from luna_vision._record import machine
 from luna_vision.data import (
     AUGMENTATIONS,
     ImageDataModule,
@@ -33,6 +32,7 @@ from luna_vision.data import (
 )
 from luna_vision.data.convert import convert
 from luna_vision.utils.files import write_json, write_text
+from luna_vision.utils.record import machine
 
 __all__ = ["main", "make_photographs", "measure", "table"]
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luna_vision._record import machine
 from luna_vision.utils.files import write_json
+from luna_vision.utils.record import machine
 
 from .. import functional as LF
 from ..layers import LunaAttention

@@ -17,12 +17,12 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
 from luna_vision._commands import Parser, add_model_arguments, at_least, load_model, random_weights, run_command
-from luna_vision._record import machine
 from luna_vision.execution import encode
 from luna_vision.execution.checkpoint import Checkpoint
 from luna_vision.images import open_image
 from luna_vision.images.pixels import Pixels, pixel_statistics
 from luna_vision.utils.files import write_json
+from luna_vision.utils.record import machine
 
 __all__ = ["Mosaic", "main", "write_tiff"]
 

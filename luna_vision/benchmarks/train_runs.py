@@ -20,8 +20,8 @@ import torch
 import yaml
 
 from luna_vision._commands import Parser, at_least
-from luna_vision._record import machine, read_json
 from luna_vision.utils.files import save_figure, write_json, write_text
+from luna_vision.utils.record import machine, read_json
 
 __all__ = ["complete", "figure_file", "parser", "place", "read_config", "run_folder"]
 

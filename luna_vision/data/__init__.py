@@ -11,15 +11,15 @@ from luna_vision.data.datasets import (
     DigitsDataModule,
     FashionMNISTDataModule,
 )
-from luna_vision.data.faults import SampleError
 from luna_vision.data.folders import ImageFolderDataModule
-from luna_vision.data.images import read_image
 from luna_vision.data.litdata_module import LitDataDataModule
 from luna_vision.data.sampling import EpochSampler, sample_seed
 from luna_vision.data.timm_module import TimmDataModule
-from luna_vision.data.transforms import AUGMENTATIONS, eval_transform, train_transform
+from luna_vision.data.transforms import AUGMENTATIONS, train_transform
 from luna_vision.data.webdataset_module import WebDatasetDataModule
 from luna_vision.images import find_images
+from luna_vision.images.decode import SampleError, read_image
+from luna_vision.images.transforms import eval_transform
 
 __all__ = [
     "AUGMENTATIONS",

@@ -12,22 +12,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from luna_vision._statistics import per_channel
 from luna_vision.data.faults import check_fault_policy
-from luna_vision.data.images import (
-    PredictDataset,
-    Source,
-    StreamDataset,
-    TransformedDataset,
-    describe,
-    known_labels,
-    one_line,
-)
+from luna_vision.data.images import PredictDataset, Source, StreamDataset, TransformedDataset, describe, known_labels
 from luna_vision.data.sampling import EpochLoader, EpochSampler, EvalSampler, next_batch
 from luna_vision.data.sizes import BatchDataset, SizeSampler, parse_sizes, patches_of
-from luna_vision.data.transforms import Augmentation, SeededTransform, eval_transform, train_transform
+from luna_vision.data.transforms import Augmentation, train_transform
 from luna_vision.data.workers import init_worker
+from luna_vision.images.decode import one_line
 from luna_vision.images.find import find_images, listed
+from luna_vision.images.transforms import SeededTransform, eval_transform, per_channel
 
 SPLIT_SEED = 0  # of held-out splits; deliberately not the run's seed, see `hold_out`
 STAGE_SPLITS = {

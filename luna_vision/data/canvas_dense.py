@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from luna_vision.data.canvas import CanvasDataset, CanvasSpec
 from luna_vision.data.canvas_module import ITEM_SOURCES
 from luna_vision.data.datasets import download_torchvision
-from luna_vision.data.images import to_channels
 from luna_vision.data.sampling import EpochLoader, EpochSampler, EvalSampler, next_batch
+from luna_vision.images.decode import to_channels
 
 __all__ = ["CanvasDetectionDataModule", "CanvasSegmentationDataModule"]
 

@@ -7,19 +7,12 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from luna_vision.images.decode import SampleError
+
 ON_ERROR = ("raise", "skip")
 
 _logger = logging.getLogger(__name__)
 Sample = TypeVar("Sample")
-
-
-class SampleError(ValueError):
-    """A sample cannot be used: its image does not decode, or its label is not one of the declared classes."""
-
-    def __init__(self, message: str) -> None:
-        # DataLoader re-raises a worker's exception with the worker's whole traceback as the message, whose last line
-        # is "module.SampleError: what happened": keep what happened.
-        super().__init__(message.rstrip().rsplit("\n", 1)[-1].rpartition(f"{__name__}.SampleError: ")[2])
 
 
 class SkipFaults:

@@ -7,7 +7,8 @@ import timm.data
 from PIL import Image
 
 from luna_vision.data.base import ImageDataModule, train_or_val
-from luna_vision.data.images import Source, read_image
+from luna_vision.data.images import Source
+from luna_vision.images.decode import read_image
 from luna_vision.images.find import Folder, class_folders, listed, skipped, split_folder, unused_folders, walk
 
 

@@ -1,22 +1,21 @@
-"""Images from files and arrays, and the dataset wrapper that turns them into tensors with clear errors."""
+"""Datasets of images, which turn them into tensors with clear errors."""
 
-import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from timm.data.readers.shared_count import SharedCount
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from luna_vision.data.faults import SampleError, SkipFaults
+from luna_vision.data.faults import SkipFaults
 from luna_vision.data.sampling import sample_seed
 from luna_vision.data.sizes import BatchDataset
-from luna_vision.data.transforms import SeededTransform
+from luna_vision.images.decode import SampleError, one_line, read_image, to_channels
+from luna_vision.images.transforms import SeededTransform
 from luna_vision.utils.text import printable
 
 
@@ -26,79 +25,6 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Image.Image | np.ndarray, int]: ...
-
-
-def read_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.Image:
-    """Decode an image file, see :func:`decode_image`; a missing one is a FileNotFoundError."""
-    with open(path, "rb") as file:
-        return decode_image(file, str(path), max_pixels)
-
-
-def decode_image(file: BinaryIO, name: str, max_pixels: int | None = None) -> Image.Image:
-    """Decode an image completely and turn it upright as its EXIF orientation says.
-
-    Args:
-        file: Where it is read from.
-        name: What errors call it.
-        max_pixels: The largest image that is decoded, height times width; by default what Pillow allows, twice
-            ``Image.MAX_IMAGE_PIXELS``: 179 megapixels. While the file is read, this number takes the place of that
-            setting of the whole process: threads must not read with different limits.
-
-    Raises:
-        SampleError: The file is empty, is larger than ``max_pixels`` or is not an image that Pillow can decode.
-    """
-    if not file.read(1):
-        raise SampleError(f"image file {name} is empty (0 bytes)")
-    file.seek(0)
-    try:
-        with _open(file, max_pixels) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except UnidentifiedImageError as error:  # whose message names the stream, not the file
-        raise SampleError(f"cannot decode image file {name}: not an image of a format that Pillow knows") from error
-    except Exception as error:  # Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
-        raise SampleError(f"cannot decode image file {name}: {one_line(error)}") from error
-
-
-@contextmanager
-def _open(file: BinaryIO, max_pixels: int | None) -> Iterator[Image.Image]:
-    """`Image.open` with a limit of its own."""
-    allowed = Image.MAX_IMAGE_PIXELS
-    try:
-        if max_pixels is not None:
-            Image.MAX_IMAGE_PIXELS = None  # opening reads no pixels: the size is checked below
-        with Image.open(file) as image:
-            if max_pixels is not None:
-                if image.width * image.height > max_pixels:
-                    raise ValueError(f"{image.width} x {image.height} pixels are more than max_pixels={max_pixels}")
-                Image.MAX_IMAGE_PIXELS = max_pixels  # for parts of the file that declare a size of their own
-            yield image
-    finally:
-        Image.MAX_IMAGE_PIXELS = allowed
-
-
-def to_channels(image: Image.Image | np.ndarray, in_chans: int) -> Image.Image:
-    """Convert to 8-bit grey (``in_chans=1``) or RGB (3); transparency is dropped, 16-bit greys are scaled to 8.
-
-    Floating-point greys are taken as shares of white where none is above 1, else as 8-bit or, above 255, 16-bit values.
-    """
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    if image.mode.startswith("I"):  # 16-bit greys (Pillow reads some as 32-bit); convert() would clip them at 255
-        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
-    elif image.mode == "F":
-        grey = np.nan_to_num(np.asarray(image))
-        grey = grey * (255 if grey.max() <= 1 else 1 if grey.max() <= 255 else 1 / 257)
-        image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
-    elif image.mode in ("P", "PA"):  # a palette may carry transparency, which Pillow only resolves by way of RGBA
-        image = image.convert("RGBA")
-    mode = "L" if in_chans == 1 else "RGB"
-    return image if image.mode == mode else image.convert(mode)
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error in one line; its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 class TransformedDataset(Dataset):

@@ -8,10 +8,10 @@ from typing import Any
 
 from PIL import Image
 
-from luna_vision.data.faults import SampleError
 from luna_vision.data.folders import SplitFolders
-from luna_vision.data.images import Source, decode_image
+from luna_vision.data.images import Source
 from luna_vision.data.shards import CONVERT, ShardDataModule, listing, need
+from luna_vision.images.decode import SampleError, decode_image
 
 INDEX = "index.json"
 PLAIN_FORMATS = ("bytes", "int", "str")  # of LitData's serializers; others, such as pickle and graph, unpickle

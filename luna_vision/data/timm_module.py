@@ -13,7 +13,8 @@ from torch.utils.data import Dataset, IterableDataset
 
 from luna_vision.data.base import ImageDataModule, train_or_val
 from luna_vision.data.folders import ClassFolder, numbered
-from luna_vision.data.images import Source, decode_image, one_line
+from luna_vision.data.images import Source
+from luna_vision.images.decode import decode_image, one_line
 from luna_vision.images.find import VAL_NAMES, Folder, check_class_names, listed, split_folder, unused_folders, walk
 
 

@@ -1,4 +1,4 @@
-"""Image transforms: one evaluation transform, and training augmentation by a choice of libraries.
+"""Training augmentation by a choice of libraries.
 
 An augmentation backend is a function from :class:`Augmentation` to a callable ``(PIL image, seed) -> image``;
 :data:`AUGMENTATIONS` lists them. What follows is the same for all: to float, random erasing, normalisation.
@@ -26,9 +26,9 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from luna_vision.data.sampling import seeded_rng
+from luna_vision.images.transforms import ImageTransform, SeededTransform, resize
 
 CROPS = ("resized", "pad", "none")
-ImageTransform = Callable[[Image.Image, int], Image.Image | np.ndarray | Tensor]
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
 
 def no_augmentation(aug: Augmentation) -> ImageTransform:
     """Resize to the wanted size, and nothing else."""
-    return partial(_resize, size=aug.size)
+    return partial(resize, size=aug.size)
 
 
 class AugmentationError(RuntimeError):
@@ -233,37 +233,13 @@ AUGMENTATIONS: dict[str, Callable[[Augmentation], ImageTransform]] = {
 }
 
 
-class SeededTransform:
-    """PIL image and seed to a normalised float32 tensor (C, H, W).
-
-    Args:
-        transform: The part that keeps the image in 8 bits.
-        mean: Mean that is subtracted, by channel, for pixels in [0, 1].
-        std: Standard deviation to divide by, by channel.
-        random_erasing: Probability of replacing a random rectangle by noise after normalisation
-            (Zhong et al. 2017, arXiv 1708.04896).
-    """
-
-    def __init__(
-        self, transform: ImageTransform, mean: tuple[float, ...], std: tuple[float, ...], random_erasing: float = 0.0
-    ) -> None:
-        self.transform = transform
-        self.mean = torch.tensor(mean).view(-1, 1, 1)
-        self.std = torch.tensor(std).view(-1, 1, 1)
-        self.erasing = RandomErasing(random_erasing, mode="pixel", device="cpu") if random_erasing else None
-
-    def __call__(self, image: Image.Image, seed: int) -> Tensor:
-        tensor = to_tensor(self.transform(image, seed)).sub_(self.mean).div_(self.std)
-        if self.erasing is not None:
-            with seeded_rng(seed ^ 0xE7A5E):  # not the seed of the transform, whose draws would be repeated
-                tensor = self.erasing(tensor)
-        return tensor
-
-
 def train_transform(
     backend: str, aug: Augmentation, mean: tuple[float, ...], std: tuple[float, ...], random_erasing: float = 0.0
 ) -> SeededTransform:
     """The training transform of a backend; an unknown one is a ValueError that lists :data:`AUGMENTATIONS`.
+
+    ``random_erasing`` is the probability of replacing a random rectangle by noise after normalisation (Zhong et al.
+    2017, arXiv 1708.04896).
 
     When called, it raises an :class:`AugmentationError` where the backend raises a ValueError or an OSError.
     """
@@ -272,43 +248,12 @@ def train_transform(
     if aug.auto_augment and backend not in ("timm", "torchvision"):
         raise ValueError(f"auto_augment needs augmentation 'timm' or 'torchvision': {backend!r} has no such policies")
     augment = partial(_augment, transform=AUGMENTATIONS[backend](aug))
-    return SeededTransform(augment, mean, std, random_erasing)
+    erase = (
+        partial(_erase, erasing=RandomErasing(random_erasing, mode="pixel", device="cpu")) if random_erasing else None
+    )
+    return SeededTransform(augment, mean, std, erase)
 
 
-def eval_transform(
-    size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...], crop_pct: float | None = None
-) -> SeededTransform:
-    """The deterministic transform of validation, test and prediction.
-
-    Args:
-        size: Height and width of the result in pixels.
-        mean: As in :class:`SeededTransform`.
-        std: As in :class:`SeededTransform`.
-        crop_pct: None resizes the whole image to ``size``, whatever its aspect ratio. A number keeps the aspect ratio:
-            the image is resized to cover ``size / crop_pct``, and the centre of ``size`` is cut out.
-    """
-    if crop_pct is None:
-        return SeededTransform(no_augmentation(Augmentation(size)), mean, std)
-    if not 0 < crop_pct <= 1:
-        raise ValueError(f"crop_pct must be in (0, 1], got {crop_pct}")
-    return SeededTransform(partial(_resize_and_crop, size=size, crop_pct=crop_pct), mean, std)
-
-
-# Functions and not lambdas, as datasets must be picklable for worker processes that are spawned.
-def _resize(image: Image.Image, seed: int, size: tuple[int, int]) -> Image.Image:
-    return v2.functional.resize(image, list(size), interpolation=InterpolationMode.BICUBIC)
-
-
-def _resize_and_crop(image: Image.Image, seed: int, size: tuple[int, int], crop_pct: float) -> Image.Image:
-    scale = max(size[0] / image.height, size[1] / image.width) / crop_pct
-    resized = (max(size[0], round(image.height * scale)), max(size[1], round(image.width * scale)))
-    image = v2.functional.resize(image, list(resized), interpolation=InterpolationMode.BICUBIC)
-    return v2.functional.center_crop(image, list(size))
-
-
-def to_tensor(image: Image.Image | np.ndarray | Tensor) -> Tensor:
-    """8-bit image, (H, W) or (H, W, C) or a tensor (C, H, W), to float32 (C, H, W) in [0, 1]."""
-    if not isinstance(image, Tensor):
-        array = np.array(image)  # a copy: PIL's own buffer is read-only
-        image = torch.from_numpy(array[:, :, None] if array.ndim == 2 else array).permute(2, 0, 1)
-    return image.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+def _erase(image: Tensor, seed: int, erasing: RandomErasing) -> Tensor:
+    with seeded_rng(seed ^ 0xE7A5E):  # not the seed of the transform, whose draws would be repeated
+        return erasing(image)

@@ -17,12 +17,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from luna_vision.data.faults import SampleError, SkipFaults
-from luna_vision.data.images import StreamDataset, check_label, decode_image, one_line, to_channels
+from luna_vision.data.faults import SkipFaults
+from luna_vision.data.images import StreamDataset, check_label
 from luna_vision.data.sampling import sample_seed
 from luna_vision.data.shards import CONVERT, ShardDataModule, listing, need
-from luna_vision.data.transforms import SeededTransform
+from luna_vision.images.decode import SampleError, decode_image, one_line, to_channels
 from luna_vision.images.find import IMG_EXTENSIONS
+from luna_vision.images.transforms import SeededTransform
 
 INFO = "_info.json"  # of timm's own shards, for instance timm/imagenet-1k-wds
 IMAGE_KEYS = tuple(suffix.lstrip(".") for suffix in IMG_EXTENSIONS)

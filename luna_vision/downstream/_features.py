@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from luna_vision.data.images import SampleError, one_line
+from luna_vision.images.decode import SampleError, one_line
 from luna_vision.models.luna_vit import LunaVit
 
 __all__ = ["Extractor", "Features"]

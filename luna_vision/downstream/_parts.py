@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from luna_vision._checksums import describe
 from luna_vision.utils.files import check_own, new_file, new_folder, remove_own, write_json
+from luna_vision.utils.fingerprint import describe
 from luna_vision.utils.text import printable, utf8
 
 from ._files import write_npz, write_parquet

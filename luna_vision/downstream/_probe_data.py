@@ -21,7 +21,8 @@ from luna_vision.data import (
     ImageFolderDataModule,
     TimmDataModule,
 )
-from luna_vision.data.images import TransformedDataset, describe, known_labels, one_line
+from luna_vision.data.images import TransformedDataset, describe, known_labels
+from luna_vision.images.decode import one_line
 from luna_vision.images.find import listed, split_folder
 
 from ._features import Extractor

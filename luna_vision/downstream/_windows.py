@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
-from luna_vision._statistics import per_channel
-from luna_vision.data.images import SampleError, one_line, read_image, to_channels
-from luna_vision.data.transforms import SeededTransform, eval_transform
+from luna_vision.images.decode import SampleError, one_line, read_image, to_channels
+from luna_vision.images.transforms import SeededTransform, eval_transform, per_channel
 
 from ._features import Extractor, Features
 

@@ -14,7 +14,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
-from luna_vision._statistics import per_channel
+from luna_vision.images.transforms import per_channel
 
 from .pyramid import PyramidBackbone
 

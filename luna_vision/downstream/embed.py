@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 import luna_vision
 from luna_vision._commands import Parser, add_model_arguments, at_least, load_model, random_weights, run_command
-from luna_vision.data.images import one_line
 from luna_vision.images import find_images
+from luna_vision.images.decode import one_line
 from luna_vision.utils.text import printable
 
 from ._features import Extractor

@@ -26,11 +26,11 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from luna_vision._checksums import describe
 from luna_vision._commands import Parser, add_model_arguments, at_least, load_model, random_weights, run_command
-from luna_vision._record import machine
 from luna_vision.data.base import hold_out
 from luna_vision.utils.files import write_json
+from luna_vision.utils.fingerprint import describe
+from luna_vision.utils.record import machine
 from luna_vision.utils.text import printable
 
 from ._features import Extractor

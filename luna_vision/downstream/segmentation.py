@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.segmentation.fcn import FCNHead
 
-from luna_vision._statistics import per_channel
+from luna_vision.images.transforms import per_channel
 
 from .pyramid import PyramidBackbone, patches_of_images
 

@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 import luna_vision
 
-from .._checksums import describe
 from ..images.pixels import Pixels, pixel_statistics
 from ..models import LunaVit
 from ..models.luna_vit import initial_memory
+from ..utils.fingerprint import describe
 from .checkpoint import Checkpoint
 from .grid import Grid, check_apart, check_grid
 from .out_of_core import Engine, State

@@ -12,7 +12,8 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from .._statistics import per_channel
+from .decode import to_8_bit
+from .transforms import per_channel
 
 __all__ = ["Pixels", "pixel_statistics"]
 
@@ -178,12 +179,12 @@ def _dtype(image: Any) -> np.dtype:
 def convert(rows: np.ndarray, in_chans: int) -> np.ndarray:
     """Pixels (n, W) or (n, W, c) to (n, W, in_chans), 8 bits or floating point.
 
-    NOTE: what `luna_vision.data.images.to_channels` does, which is Pillow's conversion, on arrays of any size.
+    NOTE: what `luna_vision.images.decode.to_channels` does, which is Pillow's conversion, on arrays of any size.
     """
     if rows.ndim == 2:
         rows = rows[:, :, None]
     if rows.dtype == np.uint16:
-        rows = (rows // 257).astype(np.uint8)
+        rows = to_8_bit(rows)
     if in_chans not in (1, 3):
         return rows
     if rows.shape[2] in (2, 4):

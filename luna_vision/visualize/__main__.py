@@ -22,8 +22,8 @@ from luna_vision._commands import (
     random_weights,
     run_command,
 )
-from luna_vision.data.images import one_line
 from luna_vision.images import find_images
+from luna_vision.images.decode import one_line
 from luna_vision.utils.files import check_folder, save_figure
 from luna_vision.utils.text import printable
 

@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from luna_vision.data import eval_transform, read_image
-from luna_vision.data.base import per_channel
-from luna_vision.data.images import one_line, to_channels
+from luna_vision.images.decode import one_line, read_image, to_channels
+from luna_vision.images.transforms import eval_transform, per_channel
 from luna_vision.models.luna_vit import LunaVit
 from luna_vision.utils.text import printable
 

@@ -13,7 +13,7 @@ import torchvision.datasets as tvd
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from luna_vision.data import SampleError
+from luna_vision.images.decode import SampleError
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:

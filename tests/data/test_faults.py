@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from luna_vision.data import ImageFolderDataModule, SampleError, TimmDataModule
+from luna_vision.data import ImageFolderDataModule, TimmDataModule
 from luna_vision.data.faults import SkipFaults
+from luna_vision.images.decode import SampleError
 
 RNG = np.random.default_rng(0)
 PHOTO = Image.fromarray(RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8))

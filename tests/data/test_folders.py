@@ -16,13 +16,8 @@ from PIL import Image
 from timm.data.readers.shared_count import SharedCount
 from torch.utils.data import get_worker_info
 
-from luna_vision.data import (
-    DigitsDataModule,
-    FashionMNISTDataModule,
-    ImageFolderDataModule,
-    SampleError,
-    TimmDataModule,
-)
+from luna_vision.data import DigitsDataModule, FashionMNISTDataModule, ImageFolderDataModule, TimmDataModule
+from luna_vision.images.decode import SampleError
 
 
 def folder_module(root: Path, **kwargs) -> ImageFolderDataModule:

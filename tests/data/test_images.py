@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from luna_vision.data import DigitsDataModule, SampleError, find_images, read_image
-from luna_vision.data.images import TransformedDataset, to_channels
-from luna_vision.data.transforms import eval_transform
+from luna_vision.data import DigitsDataModule, find_images
+from luna_vision.data.images import TransformedDataset
+from luna_vision.images.decode import SampleError, read_image, to_channels
+from luna_vision.images.transforms import eval_transform
 
 RAMP = np.tile(np.arange(0, 256, 5, dtype=np.uint8), (20, 1))  # (20, 52)
 

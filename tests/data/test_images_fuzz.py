@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from luna_vision.data import SampleError, read_image
-from luna_vision.data.images import PredictDataset, to_channels
-from luna_vision.data.transforms import eval_transform
+from luna_vision.data.images import PredictDataset
 from luna_vision.downstream._windows import ImageFiles
+from luna_vision.images.decode import SampleError, read_image, to_channels
+from luna_vision.images.transforms import eval_transform
 
 FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "PPM", "JPEG2000", "ICO", "TGA", "PCX", "SGI", "IM", "DDS")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16", "I;16B")

@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 
 from luna_vision._commands import run_command
-from luna_vision.data import ImageFolderDataModule, LitDataDataModule, SampleError, TimmDataModule, WebDatasetDataModule
+from luna_vision.data import ImageFolderDataModule, LitDataDataModule, TimmDataModule, WebDatasetDataModule
 from luna_vision.data import convert as conversion
 from luna_vision.data.convert import convert
 from luna_vision.data.webdataset_module import decode_sample
+from luna_vision.images.decode import SampleError
 
 # litdata warns that chunks as small as those here are unusual
 pytestmark = pytest.mark.filterwarnings("ignore:An item was larger", "ignore:This DataLoader will create")

@@ -12,8 +12,9 @@ from sklearn.datasets import load_sample_images
 from timm.data import auto_augment
 from timm.data.auto_augment import AugmentOp
 
-from luna_vision.data import AUGMENTATIONS, eval_transform, train_transform
-from luna_vision.data.transforms import TORCHVISION_POLICIES, Augmentation, AugmentationError, to_tensor
+from luna_vision.data import AUGMENTATIONS, train_transform
+from luna_vision.data.transforms import TORCHVISION_POLICIES, Augmentation, AugmentationError
+from luna_vision.images.transforms import eval_transform, to_tensor
 
 
 def photo(height: int, width: int, in_chans: int = 3) -> Image.Image:

@@ -12,12 +12,12 @@ import timm
 import torch
 
 from luna_vision._commands import run_command
-from luna_vision.data import eval_transform, find_images, read_image
-from luna_vision.data.images import to_channels
-from luna_vision.data.transforms import to_tensor
+from luna_vision.data import find_images
 from luna_vision.downstream import _parts, _windows
 from luna_vision.downstream._windows import group
 from luna_vision.downstream.embed import Settings, embed_images, embed_to_file, main
+from luna_vision.images.decode import read_image, to_channels
+from luna_vision.images.transforms import eval_transform, to_tensor
 from luna_vision.mixers import MIXERS
 
 HALF = {"mean": (0.5,), "std": (0.5,)}

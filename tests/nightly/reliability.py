@@ -28,8 +28,8 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from luna_vision._record import machine
 from luna_vision.utils.files import write_json
+from luna_vision.utils.record import machine
 
 ROOT = Path(__file__).parents[2]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

@@ -12,9 +12,9 @@ import torch
 import zarr
 from PIL import Image, ImageFile
 
-from luna_vision.data.images import read_image, to_channels
-from luna_vision.data.transforms import SeededTransform
+from luna_vision.images.decode import read_image, to_channels
 from luna_vision.images.pixels import Pixels
+from luna_vision.images.transforms import SeededTransform
 from luna_vision.streaming import encode, open_image
 
 
