@@ -45,9 +45,16 @@ def write_webdataset(samples: Samples, split: str, out: Path, shard_bytes: int) 
 def write_litdata(samples: Samples, split: str, out: Path, shard_bytes: int) -> tuple[int, None]:
     """Write LitData's chunks and index of a split; returns the number of chunks."""
     need("litdata")
+    from litdata.streaming.serializers import StringSerializer
     from litdata.streaming.writer import BinaryWriter  # what litdata.optimize runs, in processes of its own
 
-    writer = BinaryWriter(str(out / split), chunk_bytes=shard_bytes)
+    class Text(StringSerializer):
+        """Which takes the name of a file for a text, too, and not for the file."""
+
+        def can_serialize(self, data: Any) -> bool:
+            return isinstance(data, str)
+
+    writer = BinaryWriter(str(out / split), chunk_bytes=shard_bytes, serializers={"str": Text()})
     for index, (name, path, label) in enumerate(samples):
         writer[index] = {"image": Path(path).read_bytes(), "label": label, "name": printable(name)}
     writer.done()

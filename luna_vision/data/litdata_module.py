@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,12 @@ from luna_vision.data.shards import CONVERT, ShardDataModule, listing, need
 from luna_vision.images.decode import SampleError, decode_image
 
 INDEX = "index.json"
-PLAIN_FORMATS = ("bytes", "int", "str")  # of LitData's serializers; others, such as pickle and graph, unpickle
+CHUNK = re.compile(r"chunk-\d+-\d+\.bin")
+# What the index says of the items that `convert` writes. Other formats unpickle, and LitData imports what a tree names.
+LEAF = {"type": None, "context": None, "children_spec": []}
+TREE = {"type": "builtins.dict", "context": '["image", "label", "name"]', "children_spec": [LEAF] * 3}
+ITEMS = {"data_format": ["bytes", "int", "str"], "item_loader": "PyTreeLoader"}
+FREE = ("chunk_bytes", "chunk_size", "data_spec", "types")  # the first two of the chunks wanted, and a note
 
 
 class LitDataSource:
@@ -24,26 +30,33 @@ class LitDataSource:
 
     Raises:
         FileNotFoundError: There is no index, or a chunk is missing (LitData would wait for its download).
-        ValueError: Its items are, or hold, something else than bytes, numbers and strings: nothing is unpickled.
+        ValueError: The index is none that `convert` could have written, of chunks in this folder: nothing that it names
+            is imported, and nothing is unpickled.
     """
 
     def __init__(self, folder: Path) -> None:
         need("litdata")
-        if not (folder / INDEX).is_file():
-            raise FileNotFoundError(f"no file {folder / INDEX}, LitData's index of its chunks: {CONVERT}")
-        with listing(folder / INDEX):
-            index = json.loads((folder / INDEX).read_text())
-            formats = [str(name) for name in (index.get("config") or {}).get("data_format") or []]
-            chunks = [(str(chunk["filename"]), int(chunk["chunk_size"])) for chunk in index["chunks"]]
-        if unsafe := sorted({name for name in formats if name.partition(":")[0] not in PLAIN_FORMATS}):
+        path = folder / INDEX
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}, LitData's index of its chunks: {CONVERT}")
+        with listing(path):
+            index = json.loads(path.read_text())
+            chunks = [(c["filename"], c["chunk_size"], c["chunk_bytes"], c.get("dim")) for c in index["chunks"]]
+            config = {name: value for name, value in index["config"].items() if name not in FREE and value is not None}
+            tree = json.loads(index["config"]["data_spec"])
+        if config != ITEMS or tree != [1, TREE] or set(index) - {"chunks", "config", "updated_at"}:
             raise ValueError(
-                f"{folder / INDEX}: items of the format {', '.join(unsafe)} are refused, as loading pickled "
-                f"objects could run any code; only {', '.join(PLAIN_FORMATS)} are read"
+                f"{path} is of other items than convert writes, image: bytes, label: int, name: str: refused, as "
+                "loading them could run any code"
             )
-        for name, _ in chunks:
+        for name, size, length, dim in chunks:
+            if not (CHUNK.fullmatch(str(name)) and type(size) is type(length) is int and dim is None):
+                raise ValueError(f"{path} has a chunk {name!r} of {size!r} items, which convert does not write")
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder / INDEX} names a chunk that is missing: {name}")
-        self.folder, self.length = folder, sum(size for _, size in chunks)
+                raise FileNotFoundError(f"{path} names a chunk that is missing: {name}")
+            if (folder / name).stat().st_size != length or not 0 < 4 * size < length:  # which LitData would wait for
+                raise ValueError(f"{path}: {name} does not have {size} items in {length} bytes")
+        self.folder, self.length = folder, sum(size for _, size, *_ in chunks)
         self._opened: tuple[int, Any] | None = None
 
     def __len__(self) -> int:

@@ -9,6 +9,7 @@ from types import ModuleType
 from luna_vision.data.folders import PhotoDataModule
 
 CLASSES = "classes.txt"
+MAX_BYTES = 2**29  # of an image file: three for each of the 179 megapixels at most that are decoded
 CONVERT = "python -m luna_vision.data.convert FOLDER OUT makes them from an image folder"
 
 

@@ -8,6 +8,7 @@ stretch of whole batches. So all ranks have the same number of batches, however 
 import io
 import json
 import os
+import tarfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -20,12 +21,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from luna_vision.data.faults import SkipFaults
 from luna_vision.data.images import StreamDataset, check_label
 from luna_vision.data.sampling import sample_seed
-from luna_vision.data.shards import CONVERT, ShardDataModule, listing, need
+from luna_vision.data.shards import CONVERT, MAX_BYTES, ShardDataModule, listing, need
 from luna_vision.images.decode import SampleError, decode_image, one_line, to_channels
 from luna_vision.images.find import IMG_EXTENSIONS
 from luna_vision.images.transforms import SeededTransform
 
 INFO = "_info.json"  # of timm's own shards, for instance timm/imagenet-1k-wds
+LABEL = "cls"
 IMAGE_KEYS = tuple(suffix.lstrip(".") for suffix in IMG_EXTENSIONS)
 
 
@@ -40,10 +42,13 @@ class TarShards(IterableDataset):
     def __init__(self, root: Path, info: dict) -> None:
         need("webdataset")
         with listing(root / INFO):
-            self.paths = [os.path.abspath(root / name) for name in info["filenames"]]
+            names = [Path(name) for name in info["filenames"]]
+            self.paths = [os.path.abspath(root / name) for name in names]
             self.lengths = np.array([int(length) for length in info["shard_lengths"]], dtype=np.int64)
         if not len(self.paths) == len(self.lengths) > 0:
             raise ValueError(f"{root / INFO}: {len(self.paths)} filenames, but {len(self.lengths)} shard_lengths")
+        if outside := [str(name) for name in names if name.is_absolute() or ".." in name.parts]:
+            raise ValueError(f"{root / INFO} names a shard that is not in its folder: {outside[0]}")
         if missing := [path for path in self.paths if not os.path.isfile(path)]:
             raise FileNotFoundError(
                 f"{root / INFO} names shards that are missing: {missing[0]} ({len(missing)} in all)"
@@ -74,7 +79,7 @@ class TarShards(IterableDataset):
 
     def _read(self, shard: int, start: int, stop: int) -> Iterator[tuple[int, dict]]:
         path, position = self.paths[shard], start
-        samples = need("webdataset").tariterators.tarfile_samples([{"url": path}])
+        samples = need("webdataset").tariterators.group_by_keys(tar_files(path))
         try:
             for position, sample in enumerate(islice(samples, start, stop), start + 1):
                 yield int(self.starts[shard]) + position - 1, sample
@@ -82,6 +87,22 @@ class TarShards(IterableDataset):
             raise SampleError(f"cannot read shard {path}: {one_line(Exception(*error.args[:1]))}") from error
         if position < stop:
             raise SampleError(f"shard {path} ends after {position} samples, {INFO} says {self.lengths[shard]}")
+
+
+def tar_files(path: str) -> Iterator[dict]:
+    """The files in a tar as WebDataset has them: images and labels, and None for the content of all others.
+
+    So that nothing is read that is larger than what the tar holds: it must not be compressed, and of a sparse file that
+    it holds, which may be of any size, nothing is read either, nor of one that no image can be as large as.
+    """
+    with tarfile.open(path, "r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members = []  # which it would keep
+            if member.isreg() and not member.name.startswith("__"):
+                wanted = member.name.lower().rpartition(".")[2] in (*IMAGE_KEYS, LABEL)
+                read = wanted and not member.issparse() and member.size <= MAX_BYTES
+                content = tar.extractfile(member).read() if read else None
+                yield {"fname": member.name, "data": content, "__url__": path}
 
 
 class ShardDataset(StreamDataset):
@@ -172,9 +193,11 @@ def decode_sample(sample: dict) -> tuple[Image.Image, int]:
     """
     where = f"{sample['__url__']}/{sample['__key__']}"
     kind = next((key for key in IMAGE_KEYS if key in sample), None)
-    if kind is None or "cls" not in sample:
+    if kind is None or LABEL not in sample:
         files = ", ".join(key for key in sample if not key.startswith("__"))
         raise SampleError(f"{where} has no image file ({', '.join(IMAGE_KEYS)}) or no label file (cls): it has {files}")
+    if sample[kind] is None or sample[LABEL] is None:
+        raise SampleError(f"{where} has a file of more than {MAX_BYTES} bytes, or a sparse one")
     try:
         label = int(sample["cls"])
     except ValueError as error:

@@ -7,9 +7,11 @@ Shapes: H, W pixels, c channels.
 """
 
 import importlib.util
+import io
 import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 __all__ = ["ChunkedImage", "NpyImage", "PillowImage", "open_image"]
 
 TIFF_SUFFIXES = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".btf")
+# None, LZW, JPEG (2), deflate (2), PackBits, JPEG 2000 (4), ZSTD (2), WebP (2), PNG. A decoder is given the room that a
+# tile takes, and no more; those of the formats that are images of their own are not, see `_checked`.
+_TIFF_COMPRESSIONS = (1, 5, 7, 33007, 8, 32946, 32773, 33003, 33004, 33005, 34712, 50000, 34926, 50001, 34927, 34933)
 _TURNED = 0x0112  # EXIF's orientation
 # Bytes that a decoder takes for each number of a pixel, beyond what it gives: measured, as none of them says so.
 _DECODING = {"JPEG": 2, "WEBP": 4, "JPEG2000": 5, "AVIF": 2}
@@ -76,12 +81,13 @@ def _one_line(error: Exception) -> str:
 class ChunkedImage:
     """A zarr array with any order of axes as an image (H, W) or (H, W, c)."""
 
-    def __init__(self, array: Any, axes: str, name: str) -> None:
+    def __init__(self, array: Any, axes: str, name: str, encoded: int | None = None) -> None:
         """
         Args:
             array: The zarr array.
             axes: A letter for each axis: Y and X, C or S for channels; others must have length 1.
             name: What errors call it.
+            encoded: Bytes of a chunk in the file at most, if it is known; otherwise as many as decoded.
 
         Raises:
             ValueError: Other axes, or longer ones.
@@ -96,9 +102,14 @@ class ChunkedImage:
         self.order = [kept.index(a) for a in "YXC" if a in kept]
         self.shape = tuple(array.shape[axes.index(a)] for a in "YXC" if a in kept)
         self.chunks = (array.chunks[axes.index("Y")],)
-        across = math.prod(-(-n // c) for a, n, c in zip(axes, array.shape, array.chunks, strict=True) if a in "XC")
-        # encoded and decoded
-        self.held_bytes = 2 * min(across, _chunks_at_once()) * math.prod(array.chunks) * self.dtype.itemsize
+        # what is read at a time: a chunk, or of a shard the chunks that are beside each other
+        shards = array.shards or array.chunks
+        parts = [s if a in "XC" else c for a, s, c in zip(axes, shards, array.chunks, strict=True)]
+        across = math.prod(-(-n // p) for a, n, p in zip(axes, array.shape, parts, strict=True) if a in "XC")
+        size = math.prod(parts) * self.dtype.itemsize
+        # encoded and decoded, and in a shard put together
+        copies = size * (2 if array.shards else 1) + (size if encoded is None else encoded)
+        self.held_bytes = int(min(across, _chunks_at_once())) * copies
         self.identity = ""
 
     def __getitem__(self, rows: slice) -> np.ndarray:
@@ -110,8 +121,7 @@ def _chunks_at_once() -> float:
     """How many chunks zarr reads and decodes at the same time; it may be told to take all."""
     import zarr
 
-    config = getattr(zarr, "config", None)  # before version 3 it took one after the other
-    limit = 1 if config is None else config.get("async.concurrency")
+    limit = zarr.config.get("async.concurrency")
     return math.inf if limit is None else limit
 
 
@@ -122,7 +132,10 @@ def _open_tiff(path: Path, level: int) -> ChunkedImage:
     import zarr
 
     try:
-        file = tifffile.TiffFile(path)
+        # of several files, only the one that is named is opened
+        file = tifffile.TiffFile(path, is_mmstack=False, is_ndtiff=False, _multifile=False)
+        if others := _other_files(file.ome_metadata or "", path.name):
+            raise ValueError(f"{path} is a part of an image: there are pixels in other files, such as {others[0]!r}")
         series = file.series[0]
         levels = series.levels
         if level >= len(levels):
@@ -131,39 +144,71 @@ def _open_tiff(path: Path, level: int) -> ChunkedImage:
         kind = getattr(page.photometric, "name", str(page.photometric))
         if kind not in ("MINISBLACK", "RGB", "YCBCR"):
             raise ValueError(f"{path} has colours of kind {kind}: RGB and grey are read")
-        array = zarr.open(file.series[0].aszarr(level=level), mode="r")
-        return ChunkedImage(array, levels[level].axes.replace("Q", "Z").replace("I", "Z"), f"{path}")
+        if page.compression not in _TIFF_COMPRESSIONS:
+            raise ValueError(
+                f"{path} has the compression {getattr(page.compression, 'name', page.compression)}: it is not read"
+            )
+        encoded = max(max(one.databytecounts, default=0) for one in levels[level].pages if one is not None)
+        if encoded > path.stat().st_size:
+            raise ValueError(f"{path} ends before a tile of {encoded} bytes")
+        if page.compression in tifffile.TIFF.IMAGE_COMPRESSIONS:
+            page.decode = _checked(page.decode, math.prod(page.chunks))
+        array = zarr.open(series.aszarr(level=level), mode="r")
+        return ChunkedImage(array, levels[level].axes.replace("Q", "Z").replace("I", "Z"), f"{path}", encoded)
     except (ValueError, OSError):
         raise
     except Exception as error:  # of a damaged file, nearly anything
         raise ValueError(f"cannot read {path}: {_one_line(error)}") from error
 
 
+def _other_files(ome: str, name: str) -> list[str]:
+    """The files that OME-XML names, but for the one that it stands in, which may have got another name since."""
+    own = re.search(r"""<(?:\w+:)?OME\s[^>]*\bUUID\s*=\s*["']([^"']*)""", ome)
+    parts = re.findall(r"""<(?:\w+:)?UUID\s[^>]*\bFileName\s*=\s*["']([^"']*)["'][^>]*>\s*([^<\s]*)""", ome)
+    return [file for file, part in parts if file.lower() != name.lower() and (own is None or part != own[1])]
+
+
+def _checked(decode: Callable[..., Any], numbers: int) -> Callable[..., Any]:
+    """A decoder of tiles that are images of their own, which say how large they are: see that they are not larger."""
+
+    def checked(data: bytes | None, index: int, jpegheader: bytes | None = None, **options: Any) -> Any:
+        if data is not None:
+            with _any_size(), Image.open(io.BytesIO((jpegheader or b"") + data)) as image:
+                found = image.width * image.height * len(image.getbands())
+            if found > numbers:
+                raise ValueError(f"a tile of {numbers} numbers is an image of {found}")
+        return decode(data, index, jpegheader=jpegheader, **options)
+
+    return checked
+
+
 def _open_zarr(path: Path, level: int) -> ChunkedImage:
-    _need("zarr", f"{path}")
+    for name in ("zarr", "imagecodecs"):
+        _need(name, f"{path}")
     import zarr
 
+    from .zarr_arrays import bounded
+
     try:
-        node = zarr.open(path, mode="r")
-    except Exception as error:  # zarr's errors are of many kinds
-        raise ValueError(f"{path} is a folder, and not one of zarr: {_one_line(error)}") from error
-    axes = None
-    if isinstance(node, zarr.Group):
-        attributes = dict(node.attrs)
-        scales = (attributes.get("ome") or attributes).get("multiscales")
-        if not scales:
-            raise ValueError(f"{path} is a zarr group without multiscales: give one of its arrays, as {path}/NAME")
-        datasets = scales[0]["datasets"]
-        if level >= len(datasets):
-            raise ValueError(f"{path} has levels 0 to {len(datasets) - 1}, got {level}")
-        axes = "".join(a["name"] if isinstance(a, dict) else a for a in scales[0].get("axes", ())) or None
-        node = node[datasets[level]["path"]]
-    elif level:
-        raise ValueError(f"{path} is one array, and has no level {level}")
-    if axes is None:
-        first = node.ndim == 3 and node.shape[0] in (1, 3, 4) and node.shape[2] > 4
-        axes = {2: "YX", 3: "CYX" if first else "YXC", 5: "TCZYX"}.get(node.ndim, "?" * node.ndim)
-    return ChunkedImage(node, axes, f"{path}")
+        node, axes = zarr.open(path, mode="r"), None
+        if isinstance(node, zarr.Group):
+            attributes = dict(node.attrs)
+            scales = (attributes.get("ome") or attributes).get("multiscales")
+            if not scales:
+                raise ValueError(f"it is a group without multiscales: give one of its arrays, as {path}/NAME")
+            datasets = scales[0]["datasets"]
+            if level >= len(datasets):
+                raise ValueError(f"it has levels 0 to {len(datasets) - 1}, got {level}")
+            axes = "".join(a["name"] if isinstance(a, dict) else a for a in scales[0].get("axes", ())) or None
+            node = node[datasets[level]["path"]]
+        elif level:
+            raise ValueError(f"it is one array, and has no level {level}")
+        if axes is None:
+            first = node.ndim == 3 and node.shape[0] in (1, 3, 4) and node.shape[2] > 4
+            axes = {2: "YX", 3: "CYX" if first else "YXC", 5: "TCZYX"}.get(node.ndim, "?" * node.ndim)
+        return ChunkedImage(bounded(node), axes, "it")
+    except Exception as error:  # zarr's errors are of many kinds, and so are those of other descriptions
+        raise ValueError(f"cannot read the folder {path} as zarr: {_one_line(error)}") from error
 
 
 class NpyImage:
