@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from luna_vision.benchmarks.wire import Traffic, image_traffic, layer_traffic, main, ring_attention
+from experiments.benchmarks.wire import Traffic, image_traffic, layer_traffic, main, ring_attention
 from luna_vision.execution.sequence_parallel import SequenceParallel, split_rows
 
 from .test_parallel import WIDTH, image_of, loss_of, make
