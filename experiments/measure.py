@@ -1,4 +1,5 @@
-"""Step times of `experiments.compare`: a phase of its own, as a timing beside another job says nothing."""
+"""What a variant of `experiments.compare` costs. Step times are a phase of their own: beside another job they say
+nothing."""
 
 import statistics
 import time
@@ -7,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from timm.models import create_model
+from torch import nn
 
 from luna_vision._record import write_json
 from luna_vision.tasks.optimization import build_optimizer
+from luna_vision.utils.cost import count_macs, saved_bytes
 
-from .runs import Run, describe, make_task, provenance
+from .runs import Config, Run, measured_path, provenance
 
 
 def measure(runs: Sequence[Run], out: Path, rounds: int) -> int:
@@ -34,7 +39,7 @@ def measure(runs: Sequence[Run], out: Path, rounds: int) -> int:
         facts: dict[Run, dict[str, Any]] = {}
         for run in (r for r in runs if r.task == task):
             try:
-                facts[run] = describe(run.config)
+                facts[run] = cost(run.config)
                 step = training_step(run.config)
                 step()
             except Exception as error:  # as in training: a variant that fails must not stop the others
@@ -50,7 +55,6 @@ def measure(runs: Sequence[Run], out: Path, rounds: int) -> int:
                 times[run].append(time.perf_counter() - since)
         for run, seconds in times.items():
             median = statistics.median(seconds)
-            device = run.config.get("accelerator", "cpu")
             result = {
                 "task": task,
                 "variant": run.variant,
@@ -59,32 +63,44 @@ def measure(runs: Sequence[Run], out: Path, rounds: int) -> int:
                 "step_seconds_all": seconds,
                 "images_per_s": run.config["batch_size"] / median,
                 "config": run.config,
-                **provenance(device),
+                **provenance(run.config.get("accelerator", "cpu")),
             }
             write_json(measured_path(out, run), result)
             print(f"{task} {run.variant}: {median * 1e3:.1f} ms a step", flush=True)
     return failed
 
 
-def measured_path(out: Path, run: Run) -> Path:
-    """Where the times of a run's task and variant are written."""
-    return out / "measured" / f"{run.task}-{run.variant}.json"
+def build_model(config: Config, **kwargs: Any) -> nn.Module:
+    """The model of a configuration, freshly initialised, in training mode."""
+    torch.manual_seed(config["seed"])
+    in_chans = config["data"]["args"]["in_chans"]
+    return create_model("luna_vit_tiny", num_classes=10, in_chans=in_chans, **config["model"], **kwargs).train()
 
 
-def training_step(config: dict[str, Any]) -> Callable[[], None]:
+def cost(config: Config) -> dict[str, Any]:
+    """Parameters, multiply-adds of an image, and bytes that autograd keeps for a training step."""
+    model, side = build_model(config), config["model"]["img_size"]
+    images = torch.randn(config["batch_size"], model.in_chans, side, side)
+    return {
+        "params": sum(p.numel() for p in model.parameters()),
+        "macs": count_macs(build_model(config, device="meta"), side, side),
+        "saved_bytes": saved_bytes(lambda: model(images), model),
+        "batch_size": config["batch_size"],
+    }
+
+
+def training_step(config: Config) -> Callable[[], None]:
     """A whole training step on random images: forward, backward, clipping and the optimizer's step."""
     device = torch.device(config.get("accelerator", "cpu"))
-    task = make_task(config).to(device)
-    hp = task.hparams
-    optimizer = build_optimizer(task.model, hp.optimizer, hp.lr, hp.weight_decay, None, {})
-    images = torch.randn(config["batch_size"], hp.in_chans, *[config["model"]["img_size"]] * 2, device=device)
-    targets = torch.arange(config["batch_size"], device=device) % hp.num_classes
-    parameters = list(task.model.train().parameters())
+    model, hp = build_model(config).to(device), config["optimization"]
+    optimizer = build_optimizer(model, hp["optimizer"], hp["lr"], hp["weight_decay"], None, {})
+    images = torch.randn(config["batch_size"], model.in_chans, *[config["model"]["img_size"]] * 2, device=device)
+    targets = torch.arange(config["batch_size"], device=device) % model.num_classes
 
     def step() -> None:
         optimizer.zero_grad()
-        task.compute_loss(task(images), targets).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config["gradient_clip_val"])
+        F.cross_entropy(model(images).float(), targets).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config["gradient_clip_val"])
         optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize()

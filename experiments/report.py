@@ -2,13 +2,16 @@
 
 import datetime
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from luna_vision._record import write_json
+
+from .plots import wilson
 
 Rows = dict[str, list[dict[str, Any]]]  # by task
 NOTE = (
@@ -17,14 +20,6 @@ NOTE = (
     "one image, saved MB what autograd keeps for a training step, both at the training side. Step times are medians, "
     "on one thread."
 )
-
-
-def wilson(correct: int, images: int, z: float = 1.959964) -> tuple[float, float]:
-    """95% interval of a share, Wilson 1927."""
-    share = correct / images
-    centre = (share + z**2 / (2 * images)) / (1 + z**2 / images)
-    half = z / (1 + z**2 / images) * math.sqrt(share * (1 - share) / images + z**2 / (4 * images**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def collect(out: Path, tasks: Sequence[str], variants: Sequence[str]) -> Rows:
@@ -114,7 +109,7 @@ def write_report(
     """Write `SUITE.md`, `SUITE.json` and the plots into `out`.
 
     Returns:
-        The tables, and what could not be written.
+        The tables.
     """
     rows = collect(out, tasks, variants)
     if not rows:
@@ -123,10 +118,6 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{suite}.md").write_text(text, encoding="utf-8")
     write_json(out / f"{suite}.json", {"date": datetime.date.today().isoformat(), "suite": suite, "tasks": rows})
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return text + "\nno plots: they need matplotlib (pip install matplotlib)"
     plots = {"resolution": _draw_resolution}
     if any(row["images_per_s"] and "1" in row["accuracy"] for mine in rows.values() for row in mine):
         plots["throughput"] = _draw_throughput

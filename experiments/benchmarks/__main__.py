@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from experiments.command import Parser, at_least
 from luna_vision._record import machine, write_json
 
 from .cell import Spec, gemm_rate, run_cell
@@ -36,21 +37,23 @@ KEYS = ("model", "height", "width", "dtype", "device", "execution", "mode", "bat
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; exits with 2 and one line if it makes no sense."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m experiments.benchmarks",
         description="Time and memory of models beside each other, in one run: models x sizes x types x execution x "
         "mode. Repeats are interleaved, and every model runs in a process of its own. A training step is forward and "
         "backward, without optimizer.",
         epilog="Ctrl-C keeps what was measured; the same command goes on from there.",
     )
-    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME[,ARG=VALUE...]", help="timm names")
+    names = {"type": Spec.parse, "metavar": "NAME[,ARG=VALUE...]"}
+    parser.add_argument("--models", nargs="+", **names, help="timm names; if left out, those of the README's table")
     parser.add_argument(
         "--baselines",
         nargs="*",
-        metavar="NAME[,ARG=VALUE...]",
+        **names,
         help="models to give ratios to; if left out, the timm models, and the softmax and identity mixers",
     )
-    parser.add_argument("--sizes", nargs="+", default=["224", "512", "1024"], metavar="PIXELS", help="512, or 512x2048")
+    squares = [(side, side) for side in (224, 512, 1024)]
+    parser.add_argument("--sizes", nargs="+", type=size, default=squares, metavar="PIXELS", help="512, or 512x2048")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--execution", nargs="+", default=["eager"], choices=["eager", "compiled"])
     parser.add_argument("--modes", nargs="+", default=["inference"], choices=["inference", "training"])
@@ -60,45 +63,38 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="keep",
         choices=["keep", "default"],
         help="'keep' tells glibc to keep freed memory, for all models alike: handing it back and getting it again "
-        "takes time, and not always the same (%(default)s)",
+        "takes time, and not always the same",
     )
-    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--batch-size", type=at_least(1), default=1)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; torch's choice if left out")
-    parser.add_argument("--repeats", type=int, default=11, help="turns of each model, at most (%(default)s)")
+    parser.add_argument("--repeats", type=at_least(1), default=11, help="turns of each model, at most")
     parser.add_argument(
-        "--seconds", type=float, default=60.0, help="of timing for all models of one size, type and mode (%(default)s)"
+        "--seconds", type=float, default=60.0, help="of timing for all models of one size, type and mode"
     )
     parser.add_argument("--out", type=Path, help="folder for results.json, table.md and the plots")
     parser.add_argument("--fresh", action="store_true", help="measure again what --out has already")
     parser.add_argument("--report-only", action="store_true", help="table and plots of what --out has")
     args = parser.parse_args(argv)
-    try:
-        args.models = [Spec.parse(m).text for m in args.models]
-        args.sizes = [parse_size(s) for s in args.sizes]
-        if args.baselines is None:
-            args.baselines = [
-                m for m in args.models if "luna" not in m or "mixer=softmax" in m or "mixer=identity" in m
-            ]
-        absent = [b for b in args.baselines if b not in args.models]
-        if absent:
-            raise ValueError(f"baseline {absent[0]!r} is not among --models: {', '.join(args.models)}")
-        for name, value, least in (("--batch-size", args.batch_size, 1), ("--repeats", args.repeats, 1)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch sees no GPU here")
-        if args.report_only and not (args.out and (args.out / "results.json").is_file()):
-            raise ValueError("--report-only needs --out with a results.json in it")
-    except ValueError as error:
-        parser.error(str(error))
+    args.models = [m.text for m in args.models] if args.models else list(MODELS)
+    if args.baselines is None:
+        args.baselines = [m for m in args.models if "luna" not in m or "mixer=softmax" in m or "mixer=identity" in m]
+    else:
+        args.baselines = [m.text for m in args.baselines]
+    absent = [b for b in args.baselines if b not in args.models]
+    if absent:
+        parser.error(f"baseline {absent[0]!r} is not among --models: {', '.join(args.models)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    if args.report_only and not (args.out and (args.out / "results.json").is_file()):
+        parser.error("--report-only needs --out with a results.json in it")
     return args
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """ "512" or "512x2048" (height x width) to pixels."""
+def size(text: str) -> tuple[int, int]:
+    """ "512" or "512x2048" (height x width) to pixels; an argument type."""
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if not match or int(match[1]) < 1 or int(match[2] or 1) < 1:
-        raise ValueError(f"a size is PIXELS or HEIGHTxWIDTH, got {text!r}")
+        raise argparse.ArgumentTypeError(f"a size is PIXELS or HEIGHTxWIDTH, got {text!r}")
     return int(match[1]), int(match[2] or match[1])
 
 

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from luna_vision._commands import Parser, at_least, build_model, parse_pairs, run_command
+from experiments.command import Parser, at_least
 from luna_vision._record import machine, write_json
 from luna_vision.execution import set_band_checkpointing
 from luna_vision.models import LunaVit
 
+from .cell import Spec
 from .gigapixel import peak_resident
 
 __all__ = ["estimate", "main", "measure"]
@@ -65,7 +66,7 @@ def measure(job: dict[str, Any]) -> None:
     """Do one step, and print what it took as JSON: what the worker processes run."""
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
-    model = build_model(job["model"], **job["model_args"]).train()
+    model = Spec.parse(job["model"]).create().train()
     if job["way"] == "checkpointing":
         model.set_grad_checkpointing(True)
     elif job["way"] == "bands":
@@ -103,32 +104,31 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     return {**job, **json.loads(worker.stdout)}
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="python -m experiments.benchmarks.bands",
         description="Seconds and peak resident memory of a training step at batch 1: as it is, with checkpoints of "
         "whole blocks, and in bands of rows. What --out has already is not measured again.",
     )
-    parser.add_argument("--model", default="luna_vit_small", metavar="NAME", help="(default: %(default)s)")
-    parser.add_argument("--model-args", nargs="+", default=[], metavar="NAME=VALUE", help="such as memory_len=32")
-    parser.add_argument("--side", type=at_least(1), default=2048, metavar="PIXELS", help="of all ways (%(default)s)")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="at --side (default: all)")
+    parser.add_argument("--model", type=Spec.parse, default="luna_vit_small", metavar="NAME[,ARG=VALUE...]")
+    parser.add_argument("--side", type=at_least(1), default=2048, metavar="PIXELS", help="of all ways")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="at --side")
     parser.add_argument(
-        "--large-side", type=at_least(1), nargs="*", default=[8192], metavar="PIXELS", help="in bands alone (8192)"
+        "--large-side", type=at_least(1), nargs="*", default=[8192], metavar="PIXELS", help="in bands alone"
     )
-    parser.add_argument("--rows", type=at_least(1), metavar="N", help="of a band (default: about 4,096 patches)")
-    parser.add_argument("--store-dtype", choices=STORE_TYPES, default="float32", help="(default: %(default)s)")
+    parser.add_argument("--rows", type=at_least(1), metavar="N", help="of a band; by default of about 4,096 patches")
+    parser.add_argument("--store-dtype", choices=STORE_TYPES, default="float32", help="of what is kept")
     parser.add_argument("--autocast", action="store_true", help="to bfloat16")
-    parser.add_argument("--repeats", type=at_least(1), default=1, help="of each, taking turns (default: 1)")
-    parser.add_argument("--threads", type=at_least(1), default=torch.get_num_threads(), help="(default: torch's)")
+    parser.add_argument("--repeats", type=at_least(1), default=1, help="of each, taking turns")
+    parser.add_argument("--threads", type=at_least(1), default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--out", type=Path, metavar="FILE", help=".json")
     return parser
 
 
 def jobs(args: argparse.Namespace, model: LunaVit) -> list[dict[str, Any]]:
     """What is to be measured of a model, in turns."""
-    common = {name: getattr(args, name) for name in ("model", "store_dtype", "autocast", "threads")}
-    common["model_args"] = parse_pairs(args.model_args)
+    common = {name: getattr(args, name) for name in ("store_dtype", "autocast", "threads")}
+    common["model"] = args.model.text
     cells = [(way, args.side) for way in args.ways] + [("bands", side) for side in args.large_side]
 
     def rows(way: str, side: int) -> int:
@@ -143,12 +143,13 @@ def jobs(args: argparse.Namespace, model: LunaVit) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print and write; returns the exit code: 1 if something could not be measured."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     if args.out is not None and args.out.suffix != ".json":
-        raise ValueError(f"--out must end in .json, got {args.out}")
-    model = build_model(args.model, **parse_pairs(args.model_args), device="meta")
+        parser.error(f"--out must end in .json, got {args.out}")
+    model = args.model.create(device="meta")
     if not isinstance(model, LunaVit):
-        raise ValueError(f"--model must be a Luna ViT, which has bands, got {args.model}")
+        parser.error(f"--model must be a Luna ViT, which has bands, got {args.model.text}")
     rows: list[dict[str, Any]] = []
     if args.out is not None and args.out.exists():
         rows = [row for row in json.loads(args.out.read_text(encoding="utf-8"))["rows"] if "error" not in row]
@@ -170,4 +171,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(main())

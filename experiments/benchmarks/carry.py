@@ -11,23 +11,21 @@ be told than which items there were.
 
 import argparse
 import datetime
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from experiments.compare import HEAD_WIDTH, OPTIMIZATION, PIECES
-from experiments.runs import MODEL, Progress, Run, make_data, provenance, train, train_loader
-from luna_vision._commands import Parser, at_least, run_command
+from experiments.command import Parser, at_least
+from experiments.plots import cell, figure_file
+from experiments.runs import Run, add_run_arguments, configuration, do_runs, finished, make_data, train
 from luna_vision._record import write_json
 from luna_vision.data.canvas_module import ITEM_SOURCES
 from luna_vision.tasks import SequenceTask
-
-from .small_runs import add_run_arguments, cell, do_runs, finished
 
 __all__ = ["evaluate_memories", "execute", "main", "plan"]
 
@@ -47,60 +45,23 @@ def plan(args: argparse.Namespace) -> list[Run]:
     Raises:
         ValueError: A number out of its range.
     """
-    if args.width % HEAD_WIDTH:
-        raise ValueError(f"--width must be a multiple of {HEAD_WIDTH}, got {args.width}")
-    steps = args.samples // args.batch_size
-    pieces = min(PIECES, steps)
-    if not pieces:
-        raise ValueError(f"--samples must be at least one batch, {args.batch_size}, got {args.samples}")
-    data = {"source": args.source, "num_items": args.items, "steps": args.crops, "num_train": args.samples}
-    data["cue_first"] = args.cue_first
-    shape = {"img_size": 64, "patch_size": 16, "embed_dim": args.width, "depth": args.depth}
-    config = {
-        "data": {
-            "class": "CanvasSequenceDataModule",
-            "args": {**data, "num_test": args.test_sequences},
-            "scaled": [],
-            "has_root": True,
-        },
-        # the memory that leaves the last block is read, by the next crop, and the head reads it too
-        "model": {**shape, "num_heads": args.width // HEAD_WIDTH, "global_pool": "both"},
-        "optimization": {**OPTIMIZATION, "lr": args.lr, "warmup_epochs": pieces / PIECES},
-        "gradient_clip_val": 1.0,
-        "batch_size": args.batch_size,
-        "steps": steps // pieces * pieces,
-        "pieces": pieces,
-        **({"accelerator": args.device} if args.device != "cpu" else {}),
-    }
+    data = {"source": args.source, "num_items": args.items, "steps": args.crops, "cue_first": args.cue_first}
+    data |= {"num_train": args.samples, "num_test": args.test_sequences}
     runs = []
     for seed in dict.fromkeys(args.seeds):
         for variant in args.only:
             memory, model = VARIANTS[variant]
-            own = {"seed": seed, "memory": memory, "model": {**config["model"], **model}}
-            runs.append(Run("canvas-sequence", variant, seed, {**config, **own}))
+            config = configuration(args, "canvas-sequence", seed, model, data)
+            runs.append(Run("canvas-sequence", variant, seed, {**config, "memory": memory}))
     return runs
 
 
-def execute(run: Run, root: str, work: Path, report: Progress) -> dict[str, Any]:
-    """Train, or go on from the checkpoint in `work`, and test. Arguments as in `experiments.runs.execute`."""
-    config = run.config
-    seed_everything(config["seed"], verbose=False)
-    arguments = {"num_classes": 10, "in_chans": 3, "model_kwargs": config["model"], **config["optimization"]}
-    task, data = SequenceTask(model_name=MODEL, **arguments, **config["memory"]), make_data(config, root)
-    _, ledger = train(config, task, train_loader(config, data), work, report)
+def execute(run: Run, root: str, work: Path) -> dict[str, Any]:
+    """Train, or go on from the checkpoint in `work`, and test."""
+    cli, training = train(run, root, work, [{"model": {"init_args": run.config["memory"]}}])
     since = time.perf_counter()
-    accuracy = evaluate_memories(task, data.test_dataloader())
-    return {
-        "task": run.task,
-        "variant": run.variant,
-        "seed": run.seed,
-        "accuracy": accuracy,
-        "train_seconds": round(ledger.seconds, 1),
-        "test_seconds": round(time.perf_counter() - since, 1),
-        "curve": ledger.curve,
-        "config": config,
-        **provenance(config.get("accelerator", "cpu")),
-    }
+    accuracy = evaluate_memories(cli.model, make_data(run.config, root).test_dataloader())
+    return {"accuracy": accuracy, **training, "test_seconds": round(time.perf_counter() - since, 1)}
 
 
 @torch.inference_mode()
@@ -144,50 +105,40 @@ def write_report(out: Path) -> str:
     text = "\n".join([*lines, "", about, ""])
     (out / "carry.md").write_text(text, encoding="utf-8")
     write_json(out / "carry.json", {"date": datetime.date.today().isoformat(), "runs": done})
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return text + "\nno plot: it needs matplotlib (pip install matplotlib)"
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for result in done:
-        samples, shares = zip(*((point["samples"], 100 * point["acc1"]) for point in result["curve"]), strict=True)
-        axes.plot(samples, shares, label=f"{result['variant']}, seed {result['seed']}")
-    for n in items:
-        axes.axhline(100 / n, color="grey", linestyle="--", label=f"the items alone, {n} of them")
-    axes.set_xlabel("training sequences")
-    axes.set_ylabel("training accuracy after the last crop (%)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(out / "carry.png", dpi=120)
+    with figure_file(out / "carry.png") as axes:
+        for result in done:
+            samples, shares = zip(*((point["samples"], 100 * point["acc1"]) for point in result["curve"]), strict=True)
+            axes.plot(samples, shares, label=f"{result['variant']}, seed {result['seed']}")
+        for n in items:
+            axes.axhline(100 / n, color="grey", linestyle="--", label=f"the items alone, {n} of them")
+        axes.set_xlabel("training sequences")
+        axes.set_ylabel("training accuracy after the last crop (%)")
     return text
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="python -m experiments.benchmarks.carry",
         description="Train models on crops that move over a canvas, with a memory that is handed on and without, and "
         "test both with and without. Finished runs are skipped, stopped ones go on.",
     )
     names = list(VARIANTS)
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="(default: all)")
-    parser.add_argument("--source", choices=list(ITEM_SOURCES), default="digits", help="(default: digits)")
-    parser.add_argument("--items", type=at_least(2), default=2, help="on a canvas (default: 2)")
-    parser.add_argument("--crops", type=at_least(3), default=4, help="in a sequence (default: 4)")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="what to train")
+    parser.add_argument("--source", choices=list(ITEM_SOURCES), default="digits", help="of the items")
+    parser.add_argument("--items", type=at_least(2), default=2, help="on a canvas")
+    parser.add_argument("--crops", type=at_least(3), default=4, help="in a sequence")
     parser.add_argument("--cue-first", action="store_true", help="show the cue before any item")
-    parser.add_argument("--samples", type=at_least(1), default=120_000, help="training sequences (%(default)s)")
-    parser.add_argument("--batch-size", type=at_least(1), default=32, help="(default: 32)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
-    parser.add_argument("--test-sequences", type=at_least(1), default=2000, metavar="N", help="(default: 2000)")
+    parser.add_argument("--test-sequences", type=at_least(1), default=2000, metavar="N", help="to test on")
     add_run_arguments(parser, "carry", depth=4)
+    parser.set_defaults(samples=120_000)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line says; returns the exit code: 1 if a run failed."""
-    args = _parser().parse_args(argv)
-    return do_runs(args, plan(args), execute, write_report)
+    parser = _parser()
+    return do_runs(parser, parser.parse_args(argv), plan, execute, write_report)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(main())

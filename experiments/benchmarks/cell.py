@@ -4,6 +4,7 @@ A cell that runs out of memory dies alone, and its peak is nobody else's. While 
 repeats are interleaved.
 """
 
+import argparse
 import ast
 import os
 import resource
@@ -42,36 +43,42 @@ class Spec:
 
     @classmethod
     def parse(cls, text: str) -> "Spec":
-        """
+        """What a command line says; an argument type.
+
         Raises:
-            ValueError: An unknown model, or an argument that is not `name=value`.
+            ArgumentTypeError: An unknown model, or an argument that is not `name=value`.
         """
         name, *pairs = text.split(",")
         if not timm.is_model(name):
-            raise ValueError(f"unknown model {name!r}; luna models are {', '.join(timm.list_models('luna*'))}")
+            models = ", ".join(timm.list_models("luna*"))
+            raise argparse.ArgumentTypeError(f"unknown model {name!r}; luna models are {models}")
         args: dict[str, Any] = {}
         for pair in pairs:
             key, equals, value = pair.partition("=")
             if not equals:
-                raise ValueError(f"model {text!r}: arguments are name=value, got {pair!r}")
+                raise argparse.ArgumentTypeError(f"model {text!r}: arguments are name=value, got {pair!r}")
             try:
                 args[key] = ast.literal_eval(value)
             except (ValueError, SyntaxError):
                 args[key] = value
         masked = bool(args.pop("masked", False))
         if masked and not name.startswith(("luna_", "test_luna")):
-            raise ValueError(f"model {text!r}: only luna models take a mask")
+            raise argparse.ArgumentTypeError(f"model {text!r}: only luna models take a mask")
         return cls(text, name, args, masked)
+
+    def create(self, **kwargs: Any) -> nn.Module:
+        """The model."""
+        return timm.create_model(self.name, **self.args, **kwargs)
 
 
 def build(spec: Spec, height: int, width: int, **kwargs: Any) -> nn.Module:
     """The model of a spec, for images of a size. Models that are built for one size are built for this one."""
     try:
-        return timm.create_model(spec.name, img_size=(height, width), **spec.args, **kwargs)
+        return spec.create(img_size=(height, width), **kwargs)
     except TypeError as error:
         if "img_size" not in str(error):
             raise
-        return timm.create_model(spec.name, **spec.args, **kwargs)
+        return spec.create(**kwargs)
 
 
 def gemm_rate(dtype: torch.dtype, device: str, seconds: float = 2.0) -> float:

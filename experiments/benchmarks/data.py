@@ -22,7 +22,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
-from luna_vision._commands import Parser, at_least, run_command
+from experiments.command import Parser, at_least
 from luna_vision._record import machine, write_json
 from luna_vision.data import (
     AUGMENTATIONS,
@@ -112,9 +112,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
     parser.add_argument("--augmentations", nargs="+", choices=AUGMENTATIONS, default=list(AUGMENTATIONS))
-    parser.add_argument("--images", type=at_least(2), default=256, help="(%(default)s)")
-    parser.add_argument("--img-size", type=at_least(1), default=224, metavar="PIXELS", help="(%(default)s)")
-    parser.add_argument("--repeats", type=at_least(1), default=3, help="times that all are read (%(default)s)")
+    parser.add_argument("--images", type=at_least(2), default=256, help="files")
+    parser.add_argument("--img-size", type=at_least(1), default=224, metavar="PIXELS", help="side")
+    parser.add_argument("--repeats", type=at_least(1), default=3, help="times that all are read")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for data.json and data.md")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -160,4 +160,4 @@ def _version(library: str) -> str | None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -1,49 +1,49 @@
 """A student on Fashion-MNIST with and without its teacher: `python -m experiments.benchmarks.distillation --help`.
 
-The runs are those of `train.py`, one after the other: the teacher of `configs/fashion_mnist_teacher.yaml`, then the
-student of `configs/fashion_mnist_distill.yaml` on the targets alone, with the teacher's logits, and with its layers,
-too. What differs between the students is the loss, and nothing else: initial weights, images and order are the same.
+The runs are those of `train.py`: the teacher of `configs/fashion_mnist_teacher.yaml`, then the student of
+`configs/fashion_mnist_distill.yaml` on the targets alone, with the teacher's logits, and with its layers, too. What
+differs between the students is the loss, and nothing else: initial weights, images and order are the same.
 """
 
+import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
-from luna_vision._commands import at_least, run_command
+from experiments.command import Parser, at_least
+from experiments.plots import figure_file
+from experiments.runs import Config, Run, do_runs
 
-from .train_runs import Config, complete, figure_file, parser, place, read_config, run_folder
+from .train_runs import config_parser, configuration, fit_and_test, make_data, write_results
 
-__all__ = ["main", "plan"]
+__all__ = ["draw", "execute", "main", "plan"]
 
-TEACHERS_ARGUMENTS = ("teacher_", "temperature", "task_weight", "logit_weight", "feature_")
+# name: what is laid over the config
+STUDENTS: dict[str, Config] = {
+    "targets": {"model": {"class_path": "luna_vision.tasks.ClassificationTask"}},
+    "logits": {"model": {"init_args": {"feature_layers": None}}},
+    "logits-and-layers": {},
+}
 
 
-def plan(configs: Path, work: Path, root: Path, seeds: int = 1, epochs: int | None = None) -> dict[str, Config]:
-    """The runs by name, in order.
-
-    Args:
-        configs: Folder of the project's configs.
-        work: Folder that the runs write to.
-        root: Folder of the data.
-        seeds: So many of each student, all with the same teacher.
-        epochs: Of every run; None takes what the configs say.
-    """
-    where = (work, root, epochs)
-    runs = {"teacher": place("teacher", read_config(configs / "fashion_mnist_teacher.yaml"), *where)}
-    distilled = read_config(configs / "fashion_mnist_distill.yaml")
-    arguments = distilled["model"]["init_args"]
-    arguments["teacher_checkpoint"] = str(run_folder(runs["teacher"]) / "checkpoints" / "best.ckpt")
-    plain = {name: value for name, value in arguments.items() if not name.startswith(TEACHERS_ARGUMENTS)}
-    students = {
-        "targets": {**distilled, "model": {"class_path": "luna_vision.tasks.ClassificationTask", "init_args": plain}},
-        "logits": {**distilled, "model": {**distilled["model"], "init_args": {**arguments, "feature_layers": None}}},
-        "logits-and-layers": distilled,
-    }
-    for seed in range(seeds):
-        for name, config in students.items():
-            seeded = {**config["data"], "init_args": {**config["data"]["init_args"], "seed": seed}}
-            name = f"{name}-seed{seed}"
-            runs[name] = place(name, {**config, "seed_everything": seed, "data": seeded}, *where)
+def plan(args: argparse.Namespace) -> list[Run]:
+    """The runs, the teacher first."""
+    teacher = Run("fashion_mnist", "teacher", 0, configuration("fashion_mnist_teacher", {}, epochs=args.epochs))
+    runs = [teacher]
+    for seed in range(args.seeds):
+        for name, overlay in STUDENTS.items():
+            config = configuration("fashion_mnist_distill", overlay, seed, args.epochs)
+            runs.append(Run("fashion_mnist", name, seed, {**config, "teacher": teacher.work_name}))
     return runs
+
+
+def execute(run: Run, root: str, work: Path) -> dict[str, Any]:
+    """Train, or go on from the checkpoint in `work`, and test."""
+    overlays = []
+    if run.variant.startswith("logits"):
+        checkpoint = work.parent / run.config["teacher"] / "checkpoints" / "best.ckpt"
+        overlays.append({"model": {"init_args": {"teacher_checkpoint": str(checkpoint)}}})
+    return fit_and_test(run, root, work, overlays)[1]
 
 
 def draw(runs: dict[str, dict[str, Any]], out: Path) -> None:
@@ -58,22 +58,31 @@ def draw(runs: dict[str, dict[str, Any]], out: Path) -> None:
         axes.set_ylabel("validation accuracy (%)")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Do what is missing, and print the accuracies. Returns the exit code."""
-    arguments = parser(
-        "distillation",
-        "A student on Fashion-MNIST on the targets alone, with a teacher's logits, and "
-        "with its layers, too. The same command goes on with what was stopped.",
+def write_report(out: Path) -> str:
+    """Write `results.json` and `results.png` from the results that there are; returns the accuracies."""
+    rows = write_results(out, draw, lambda row: row["variant"] + f"-seed{row['seed']}" * (row["variant"] != "teacher"))
+    return "\n".join(
+        f"{name:<24} test accuracy {row['test_acc1']:.4f}  {row['seconds']:.0f} s" for name, row in rows.items()
     )
-    arguments.add_argument("--seeds", type=at_least(1), default=1, help="so many of each student, with one teacher")
-    args = arguments.parse_args(argv)
-    runs = plan(args.configs, args.work, args.root, args.seeds, args.epochs)
-    done = complete(args.out / "results.json", runs, args.work, args.root)
-    draw(done, args.out / "results.png")
-    for name, row in done.items():
-        print(f"{name:<24} test accuracy {row['test_acc1']:.4f}  {row['seconds']:.0f} s")
-    return 0
+
+
+def _parser() -> Parser:
+    out = config_parser(
+        "distillation",
+        "Train a student on Fashion-MNIST on the targets alone, with a teacher's logits, and with its layers, too. "
+        "Finished runs are skipped, stopped ones go on.",
+    )
+    out.add_argument("--seeds", type=at_least(1), default=1, help="so many of each student, with one teacher")
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line says; returns the exit code: 1 if a run failed."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    code = do_runs(parser, args, lambda args: plan(args)[:1], execute, write_report, make_data)
+    return code or do_runs(parser, args, plan, execute, write_report, make_data)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(main())

@@ -7,16 +7,15 @@ asked for, without any training in between. Shell, data, schedule and budget are
 
 import argparse
 import datetime
+import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.compare import TASKS, configuration
-from experiments.runs import Progress, Run, evaluate, make_data, make_task, provenance, train, train_loader
-from luna_vision._commands import Parser, at_least, run_command
+from experiments.command import Parser, at_least
+from experiments.compare import TASKS, describe
+from experiments.plots import cell, error_bars, figure_file
+from experiments.runs import Run, add_run_arguments, do_runs, evaluate, finished, make_data, train
 from luna_vision._record import write_json
-from luna_vision.tasks import NestedMemory
-
-from .small_runs import add_run_arguments, cell, do_runs, error_bars, finished
 
 __all__ = ["execute", "main", "plan"]
 
@@ -27,7 +26,7 @@ def plan(args: argparse.Namespace) -> list[Run]:
     """The runs that the arguments ask for.
 
     Raises:
-        ValueError: Lengths that do not fit the memory.
+        ValueError: A number out of its range, or lengths that do not fit the memory.
     """
     for option, lens in (("--lens", args.lens), ("--test-lens", args.test_lens)):
         if max(lens) > args.memory_len:
@@ -36,7 +35,7 @@ def plan(args: argparse.Namespace) -> list[Run]:
         raise ValueError(f"--lens must have the whole memory, {args.memory_len}, among them, got {args.lens}")
     runs = []
     for seed in dict.fromkeys(args.seeds):
-        config = configuration(args, args.task, {"memory_len": args.memory_len}, seed)
+        config = describe(args, args.task, {"memory_len": args.memory_len}, seed)
         config["test_images"] = {"1": config["test_images"]["1"]}
         config["test_lens"] = sorted(set(args.test_lens))
         for variant in args.only:
@@ -45,30 +44,20 @@ def plan(args: argparse.Namespace) -> list[Run]:
     return runs
 
 
-def execute(run: Run, root: str, work: Path, report: Progress) -> dict[str, Any]:
-    """Train, or go on from the checkpoint in `work`, and test with each length. Arguments as in
-    `experiments.runs.execute`."""
-    config = run.config
-    task, data = make_task(config), make_data(config, root)
-    lens = config["memory_lens"]
-    nested = [] if lens is None else [NestedMemory(lens, config["seed"])]
-    trainer, ledger = train(config, task, train_loader(config, data), work, report, nested)
-    accuracy = {}
+def execute(run: Run, root: str, work: Path) -> dict[str, Any]:
+    """Train, or go on from the checkpoint in `work`, and test with each length."""
+    config, overlays = run.config, []
+    if config["memory_lens"] is not None:
+        arguments = {"lens": config["memory_lens"], "seed": run.seed}
+        nested = {"class_path": "luna_vision.tasks.NestedMemory", "init_args": arguments}
+        overlays.append({"trainer": {"callbacks+": [nested]}})
+    cli, training = train(run, root, work, overlays)
+    data, accuracy = make_data(config, root), {}
     for slots in config["test_lens"]:
-        task.model.set_memory_len(slots)
-        found = evaluate(trainer, task, data, config["test_images"]["1"], 1)
+        cli.model.model.set_memory_len(slots)
+        found = evaluate(cli, data, config["test_images"]["1"])
         accuracy[str(slots)] = {"where": f"with {slots} slots", **found}
-    return {
-        "task": run.task,
-        "variant": run.variant,
-        "seed": run.seed,
-        "accuracy": accuracy,
-        "train_seconds": round(ledger.seconds, 1),
-        "test_seconds": 0.0,
-        "curve": ledger.curve,
-        "config": config,
-        **provenance(config.get("accelerator", "cpu")),
-    }
+    return {"accuracy": accuracy, **training}
 
 
 def write_report(out: Path) -> str:
@@ -85,55 +74,40 @@ def write_report(out: Path) -> str:
     text = "\n".join([*lines, "", about, ""])
     (out / "elastic.md").write_text(text, encoding="utf-8")
     write_json(out / "elastic.json", {"date": datetime.date.today().isoformat(), "runs": done})
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return text + "\nno plot: it needs matplotlib (pip install matplotlib)"
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for result in done:
-        tests, i = list(result["accuracy"].values()), VARIANTS.index(result["variant"])
-        slots, means = [int(n) for n in result["accuracy"]], [100 * one["accuracy"] for one in tests]
-        style = {"color": f"C{i}", "marker": "os"[i], "capsize": 3}
-        axes.errorbar(slots, means, error_bars(tests), label=f"{result['variant']}, seed {result['seed']}", **style)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lens, [str(slots) for slots in lens])
-    axes.set_xlabel("memory slots in use")
-    axes.set_ylabel("test accuracy (%)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(out / "elastic.png", dpi=120)
+    with figure_file(out / "elastic.png") as axes:
+        for result in done:
+            tests, i = list(result["accuracy"].values()), VARIANTS.index(result["variant"])
+            slots, means = [int(n) for n in result["accuracy"]], [100 * one["accuracy"] for one in tests]
+            style = {"color": f"C{i}", "marker": "os"[i], "capsize": 3}
+            axes.errorbar(slots, means, error_bars(tests), label=f"{result['variant']}, seed {result['seed']}", **style)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lens, [str(slots) for slots in lens])
+        axes.set_xlabel("memory slots in use")
+        axes.set_ylabel("test accuracy (%)")
     return text
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="python -m experiments.benchmarks.elastic",
         description="Train a model with its whole memory and one with prefixes of it, and test both with fewer and "
         "fewer slots. Finished runs are skipped, stopped ones go on.",
     )
-    parser.add_argument(
-        "--task", choices=list(TASKS), default="canvas", help="of experiments.compare (default: canvas)"
-    )
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: both)")
-    parser.add_argument("--memory-len", type=at_least(1), default=16, help="slots (default: 16)")
+    parser.add_argument("--task", choices=list(TASKS), default="canvas", help="of experiments.compare")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="what to train")
+    parser.add_argument("--memory-len", type=at_least(1), default=16, help="slots")
     parser.add_argument("--lens", nargs="+", type=at_least(1), default=[1, 2, 4, 8, 16], help="of nested training")
-    parser.add_argument(
-        "--test-lens", nargs="+", type=at_least(1), default=[1, 2, 3, 4, 6, 8, 12, 16], help="(default: %(default)s)"
-    )
-    parser.add_argument("--samples", type=at_least(1), help="training images of a run (default: the task's)")
-    parser.add_argument("--batch-size", type=at_least(1), help="(default: the task's)")
+    parser.add_argument("--test-lens", nargs="+", type=at_least(1), default=[1, 2, 3, 4, 6, 8, 12, 16], help="of tests")
     parser.add_argument("--test-images", type=at_least(1), metavar="N", help="at most")
     add_run_arguments(parser, "elastic", depth=6)
-    parser.set_defaults(lr=None)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line says; returns the exit code: 1 if a run failed."""
-    args = _parser().parse_args(argv)
-    return do_runs(args, plan(args), execute, write_report)
+    parser = _parser()
+    return do_runs(parser, parser.parse_args(argv), plan, execute, write_report)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(main())

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.command import Parser
 from luna_vision import functional as LF
 from luna_vision._record import machine, write_json
 from luna_vision.layers import LunaAttention
@@ -106,7 +107,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print the table and the best constants, write JSON."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m experiments.benchmarks.forms",
         description="Time the projected and the absorbed form of pack and unpack beside each other.",
     )
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--patches", nargs="+", type=int, default=[196, 1024, 4096])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
-    parser.add_argument("--seconds", type=float, default=0.4, help="of timing for one pair (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.4, help="of timing for one pair")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--fit-only", action="store_true", help="fit the constants to the rows that --out has")
     args = parser.parse_args(argv)

@@ -1,6 +1,5 @@
 """A very large image through a Luna ViT, out of core: `python -m experiments.benchmarks.gigapixel --help`."""
 
-import argparse
 import datetime
 import resource
 import statistics
@@ -16,11 +15,13 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
-from luna_vision._commands import Parser, add_model_arguments, at_least, load_model, random_weights, run_command
+from experiments.command import Parser, at_least
 from luna_vision._record import machine, write_json
 from luna_vision.execution.checkpoint import Checkpoint
 from luna_vision.images.pixels import Pixels, pixel_statistics
 from luna_vision.streaming import encode, open_image
+
+from .cell import Spec
 
 __all__ = ["Mosaic", "main", "write_tiff"]
 
@@ -131,44 +132,46 @@ def equality(model: nn.Module, side: int, arguments: dict[str, Any]) -> dict[str
     return {"side": side, **errors}
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="python -m experiments.benchmarks.gigapixel",
         description="Seconds and resident memory of a very large image, out of core, beside the ordinary forward pass "
         "on one that fits; and how far the two ways are apart on an image that both can do.",
     )
-    parser.add_argument("--side", type=at_least(1), default=32768, metavar="PIXELS", help="(default: %(default)s)")
+    parser.add_argument("--side", type=at_least(1), default=32768, metavar="PIXELS", help="of the image")
     parser.add_argument("--tiff", type=Path, help="write the image there first, if it is not there, and read the file")
-    parser.add_argument("--ordinary-side", type=at_least(1), default=2048, metavar="PIXELS", help="%(default)s")
-    parser.add_argument("--check-side", type=at_least(1), default=4096, metavar="PIXELS", help="%(default)s")
-    parser.add_argument("--repeats", type=at_least(1), default=5, help="of the ordinary forward pass (%(default)s)")
-    parser.add_argument("--memory-budget", default="6GB", metavar="SIZE", help="%(default)s")
+    parser.add_argument("--ordinary-side", type=at_least(1), default=2048, metavar="PIXELS", help="of one that fits")
+    parser.add_argument("--check-side", type=at_least(1), default=4096, metavar="PIXELS", help="of one for both ways")
+    parser.add_argument("--repeats", type=at_least(1), default=5, help="of the ordinary forward pass")
+    parser.add_argument("--memory-budget", default="6GB", metavar="SIZE", help="of the streamed pass")
     parser.add_argument("--store", type=Path, metavar="FOLDER", help="keep the patches there; without, in memory")
     parser.add_argument("--store-dtype", choices=STORE_TYPES, help="type in which they are kept")
     parser.add_argument("--band-rows", type=at_least(1), metavar="N", help="rows of patches at a time")
     parser.add_argument("--threads", type=at_least(1), help="CPU threads; torch's choice if left out")
     parser.add_argument("--out", type=Path, metavar="FILE", help=".json")
-    add_model_arguments(parser, default="luna_vit_tiny")
+    parser.add_argument("--model", type=Spec.parse, default="luna_vit_tiny", metavar="NAME[,ARG=VALUE...]")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print and write; returns the exit code."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     if args.out is not None and args.out.suffix != ".json":
-        raise ValueError(f"--out must end in .json, got {args.out}")
+        parser.error(f"--out must end in .json, got {args.out}")
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.store is not None and (args.store / Checkpoint.STATE).exists():
-        raise ValueError(f"--store {args.store} holds a run that was stopped, of which only the rest would be timed")
-    model = load_model(args)
+        parser.error(f"--store {args.store} holds a run that was stopped, of which only the rest would be timed")
+    model = args.model.create().eval().to(args.device)  # with random weights, which cost what others do
     image: Any = Mosaic(args.side)
     if args.tiff is not None:
         if not args.tiff.exists():
             write_tiff(image, args.tiff)
         image = open_image(args.tiff)
         if image.shape != (args.side, args.side, 3):
-            raise ValueError(f"{args.tiff} has shape {image.shape}, not that of --side {args.side}: remove it")
+            parser.error(f"{args.tiff} has shape {image.shape}, not that of --side {args.side}: remove it")
     names = ("memory_budget", "band_rows", "store")
     arguments = {name: getattr(args, name) for name in names} | {"store_dtype": STORE_TYPES.get(args.store_dtype)}
 
@@ -190,10 +193,10 @@ def main(argv: list[str] | None = None) -> int:
     report = {
         "command": f"python -m experiments.benchmarks.gigapixel {' '.join(sys.argv[1:] if argv is None else argv)}",
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
-        "machine": machine(args.device if args.device != "auto" else next(model.parameters()).device.type),
+        "machine": machine(args.device),
         "threads": torch.get_num_threads(),
-        "model": args.model or "luna_vit_tiny",
-        "random_weights": random_weights(args),
+        "model": args.model.text,
+        "random_weights": True,
         "source": "tiff" if args.tiff else "made when read",
         **{name: str(value) for name, value in arguments.items() if value is not None},
         "streamed": streamed,
@@ -216,4 +219,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(main())

@@ -1,6 +1,5 @@
 """Parameters and cost of every registered model: `python -m experiments.benchmarks.model_table --help`."""
 
-import argparse
 import datetime
 import json
 import platform
@@ -8,39 +7,39 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.models import create_model
 
-import luna_vision  # noqa: F401  registers the models
+from experiments.command import Parser, at_least
 from luna_vision.utils.cost import count_macs
+
+from .cell import Spec, build
 
 __all__ = ["main"]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table as Markdown, and write it as JSON if asked."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m experiments.benchmarks.model_table",
         description="Parameters and GMACs (multiply-adds; most papers call them FLOPs) of the registered models.",
     )
-    parser.add_argument("--models", nargs="+", metavar="NAME", help="names; all of this package's if left out")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 1024], metavar="PIXELS", help="image sides")
+    names = {"type": Spec.parse, "metavar": "NAME[,ARG=VALUE...]"}
+    parser.add_argument("--models", nargs="+", **names, help="all of this package's if left out")
+    parser.add_argument(
+        "--sizes", nargs="+", type=at_least(1), default=[224, 1024], metavar="PIXELS", help="image sides"
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
-    names = args.models or [n for n in timm.list_models(module="luna_vit") if not n.startswith("test_")]
-    unknown = [n for n in names if not timm.is_model(n)]
-    if unknown:
-        parser.error(f"unknown model {', '.join(unknown)}; luna models are {', '.join(timm.list_models('luna*'))}")
-
+    registered = (name for name in timm.list_models(module="luna_vit") if not name.startswith("test_"))
+    specs = args.models or list(map(Spec.parse, registered))
     rows = []
-    for name in names:
+    for spec in specs:
         for size in args.sizes:
-            # timm's ViTs are built for one size, ours run at any
-            model = create_model(name, device="meta", **({} if "luna" in name else {"img_size": size}))
+            model = build(spec, size, size, device="meta")
             params = sum(p.numel() for p in model.parameters())
-            rows.append({"model": name, "size": size, "params": params, "macs": count_macs(model, size, size)})
+            rows.append({"model": spec.text, "size": size, "params": params, "macs": count_macs(model, size, size)})
     print("| model | parameters (M) | " + " | ".join(f"GMACs at {s}" for s in args.sizes) + " |")
     print("|---|---|" + "---|" * len(args.sizes))
-    for name in names:
+    for name in (spec.text for spec in specs):
         mine = {r["size"]: r for r in rows if r["model"] == name}
         cells = [f"{mine[s]['macs'] / 1e9:.1f}" for s in args.sizes]
         print(f"| `{name}` | {mine[args.sizes[0]]['params'] / 1e6:.1f} | " + " | ".join(cells) + " |")

@@ -6,58 +6,46 @@ differs in sides, and in that smaller images are more of them. Both are then tes
 largest side, which nothing was trained at, of as many items, of the same size.
 """
 
-import logging
+import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from experiments.command import Parser
+from experiments.plots import error_bars, figure_file
+from experiments.runs import Config, Run, do_runs, evaluate
 
-from luna_vision._commands import run_command
-from luna_vision.data import CanvasDataModule
-from luna_vision.tasks import ClassificationTask
+from .train_runs import config_parser, configuration, fit_and_test, make_data, write_results
 
-from .small_runs import error_bars
-from .train_runs import Config, complete, figure_file, parser, place, read_config, run_folder
+__all__ = ["draw", "execute", "main", "plan"]
 
-__all__ = ["main", "plan"]
-
+# name: what is laid over the config
+VARIANTS: dict[str, Config] = {"fixed": {"data": {"init_args": {"train_sizes": None}}}, "progressive": {}}
 TEST_CANVASES = {1: 2000, 2: 1000, 4: 500}  # at each multiple of the side
 
 
-def plan(configs: Path, work: Path, root: Path, epochs: int | None = None) -> dict[str, Config]:
-    """The runs by name. An epoch of both is as many batches as all images make at the sides of the config."""
-    config = read_config(configs / "canvas_progressive.yaml")
-    progressive = place("progressive", config, work, root, epochs)
-    data = progressive["data"]["init_args"]
-    steps = len(CanvasDataModule(**data).train_dataloader())
-    fixed = {
-        **config,
-        "data": {**config["data"], "init_args": {**config["data"]["init_args"], "train_sizes": None}},
-        "trainer": {**config["trainer"], "limit_train_batches": steps},
-    }
-    return {"fixed": place("fixed", fixed, work, root, epochs), "progressive": progressive}
+def plan(args: argparse.Namespace) -> list[Run]:
+    """The two runs."""
+    configs = {name: configuration("canvas_progressive", overlay, 0, args.epochs) for name, overlay in VARIANTS.items()}
+    return [Run("canvas_progressive", name, 0, config) for name, config in configs.items()]
 
 
-def score_larger(config: Config) -> dict[str, Any]:
-    """Accuracy of a run's best weights at multiples of its side."""
-    checkpoint = run_folder(config) / "checkpoints" / "best.ckpt"
-    task = ClassificationTask.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    trainer = Trainer(logger=False, enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False)
-    arguments = config["data"]["init_args"]
-    accuracy = {}
+def execute(run: Run, root: str, work: Path) -> dict[str, Any]:
+    """Train, or go on from the checkpoint in `work`, and test at each side. An epoch of both is as many batches as all
+    images make at the sides of the config."""
+    steps = len(make_data(run.config, root).train_dataloader())
+    cli, result = fit_and_test(run, root, work, [{"trainer": {"limit_train_batches": steps}}])
+    given, larger = run.config["recipe"]["data"]["init_args"], {}
     for scale, canvases in TEST_CANVASES.items():
-        larger = {"side": arguments["side"] * scale, "num_test": min(canvases, arguments["num_test"])}
-        larger |= {"train_sizes": None, "eval_batch_size": max(1, arguments["batch_size"] // scale**2)}
-        data = CanvasDataModule(**{**arguments, **larger})
-        score = trainer.test(task, data, verbose=False)[0]["test_acc1"]
-        accuracy[str(scale)] = {"side": larger["side"], "canvases": larger["num_test"], "accuracy": score}
-    return {"larger": accuracy}
+        changes = {"side": given["side"] * scale, "num_test": min(canvases, given["num_test"]), "train_sizes": None}
+        found = evaluate(cli, make_data(run.config, root, **changes), canvases, scale)
+        larger[str(scale)] = {"side": found["side"], "canvases": found["images"], "accuracy": found["accuracy"]}
+    return {**result, "larger": larger}
 
 
 def draw(runs: dict[str, dict[str, Any]], out: Path) -> None:
     """Accuracy against the side of the test canvases, with 95% intervals."""
-    with figure_file(out, (6, 4)) as axes:
+    with figure_file(out) as axes:
         for name, row in runs.items():
             tests = [
                 {**at, "images": at["canvases"], "correct": round(at["accuracy"] * at["canvases"])}
@@ -71,21 +59,28 @@ def draw(runs: dict[str, dict[str, Any]], out: Path) -> None:
         axes.set_ylabel("test accuracy (%)")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Do what is missing, and print the accuracies. Returns the exit code."""
-    args = parser(
-        "progressive",
-        "Canvases at several sides or at one, with the same number of patches. The same "
-        "command goes on with what was stopped.",
-    ).parse_args(argv)
-    runs = plan(args.configs, args.work, args.root, args.epochs)
-    done = complete(args.out / "results.json", runs, args.work, args.root, score_larger)
-    draw(done, args.out / "results.png")
-    for name, row in done.items():
+def write_report(out: Path) -> str:
+    """Write `results.json` and `results.png` from the results that there are; returns the accuracies."""
+    lines = []
+    for name, row in write_results(out, draw, lambda row: row["variant"]).items():
         scores = "  ".join(f"{at['side']} px {at['accuracy']:.4f}" for at in row["larger"].values())
-        print(f"{name:<12} test accuracy at {scores}  {row['seconds']:.0f} s of training")
-    return 0
+        lines.append(f"{name:<12} test accuracy at {scores}  {row['seconds']:.0f} s of training")
+    return "\n".join(lines)
+
+
+def _parser() -> Parser:
+    return config_parser(
+        "progressive",
+        "Train on canvases at several sides and at one, with the same number of patches. Finished runs are skipped, "
+        "stopped ones go on.",
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line says; returns the exit code: 1 if a run failed."""
+    parser = _parser()
+    return do_runs(parser, parser.parse_args(argv), plan, execute, write_report, make_data)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(main())

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 __all__ = ["exponent", "plot", "short_name", "table"]
 
@@ -76,23 +77,16 @@ def _line(
 def plot(result: dict[str, Any], folder: Path) -> list[Path]:
     """Time, memory and share of the limit against pixels, one PNG for each type and mode. Returns the files.
 
-    Only square images; without matplotlib, nothing.
+    Only square images.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no plots: they need matplotlib")
-        return []
     paths = []
     rows = [r for r in result["rows"] if r.get("seconds") and r["height"] == r["width"]]
     for key in sorted({tuple(r[k] for k in GROUP) for r in rows}, key=str):
         group = [r for r in rows if tuple(r[k] for k in GROUP) == key]
         if len({r["height"] for r in group}) < 2:
             continue
-        fig, axes = plt.subplots(1, 3, figsize=(16, 5.2), layout="constrained")
+        fig = Figure(figsize=(16, 5.2), layout="constrained")
+        axes = fig.subplots(1, 3)
         for i, model in enumerate(dict.fromkeys(r["model"] for r in group)):
             _draw(axes, sorted((r for r in group if r["model"] == model), key=lambda r: r["height"]), group, i)
         mode = key[3]
@@ -116,7 +110,6 @@ def plot(result: dict[str, Any], folder: Path) -> list[Path]:
         fig.suptitle(f"{key[0]}, {key[1]}, {key[2]}, {mode}, batch {key[4]} ({result['machine']['cpu']})", fontsize=10)
         path = folder / ("-".join(str(k) for k in key[:4]) + f"-batch{key[4]}-{key[5]}.png")
         fig.savefig(path, dpi=110)
-        plt.close(fig)
         paths.append(path)
     return paths
 

@@ -1,182 +1,74 @@
-"""Runs of `train.py` that belong together: each in a folder of its own, done once, with its result in one JSON."""
+"""Benchmarks whose runs are configs of the project with overlays, and whose results come together in one JSON."""
 
-import contextlib
-import csv
-import datetime
-import hashlib
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-import time
-from argparse import ArgumentDefaultsHelpFormatter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning
-import torch
 import yaml
+from lightning.pytorch import LightningDataModule
 
-from luna_vision._commands import Parser, at_least
-from luna_vision._record import machine, read_json, write_json
+import luna_vision.data
+from experiments.command import Parser, at_least
+from experiments.runs import Config, LunaCLI, Run, add_folder_arguments, finished, fit
+from luna_vision._record import write_json
 
-__all__ = ["complete", "figure_file", "parser", "place", "read_config", "run_folder"]
+__all__ = ["config_parser", "configuration", "fit_and_test", "make_data", "write_results"]
 
-COMMAND = "from luna_vision.tasks.cli import main; main()"  # what train.py is, wherever that is
-Config = dict[str, Any]
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def parser(name: str, description: str) -> Parser:
-    """The arguments that all benchmarks of runs have."""
+def config_parser(name: str, description: str) -> Parser:
+    """The arguments that all benchmarks of configs have."""
     out = Parser(prog=f"python -m experiments.benchmarks.{name}", description=description)
-    out.formatter_class = ArgumentDefaultsHelpFormatter
-    out.add_argument("--out", type=Path, required=True, help="folder for results.json")
-    out.add_argument("--root", type=_absolute, default="data", help="folder that contains FashionMNIST/")
-    out.add_argument("--work", type=_absolute, default=f"runs/{name}", help="folder for the runs")
-    out.add_argument("--configs", type=Path, default="configs", help="folder of the project's configs")
     out.add_argument("--epochs", type=at_least(1), help="of every run; if left out, what the configs say")
+    add_folder_arguments(out, name)
     return out
 
 
-def _absolute(text: str) -> Path:
-    return Path(os.path.abspath(text))
-
-
-def read_config(path: Path) -> Config:
-    """A config of the project.
-
-    Raises:
-        FileNotFoundError: It is not there.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}: give --configs, the folder of the project's configs")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
-
-
-def place(name: str, config: Config, work: Path, root: Path, epochs: int | None = None) -> Config:
-    """The config with its data in `root`, and all that it writes in a folder of `work` that no other config has.
-
-    Args:
-        name: Of the run.
-        config: What `train.py` would be given.
-        work: Absolute path.
-        root: Absolute path.
-        epochs: Of training; None leaves what the config says.
-    """
-    data = {**config["data"], "init_args": {**config["data"]["init_args"], "root": str(root)}}
-    trainer = {**config["trainer"], "default_root_dir": str(work)}
+def configuration(name: str, overlay: Config, seed: int = 0, epochs: int | None = None) -> Config:
+    """Everything that the numbers of a run depend on: a config of the project, and what is laid over it."""
+    recipe = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+    seeded: Config = {"seed_everything": seed, "data": {"init_args": {"seed": seed}}}
     if epochs is not None:
-        trainer["max_epochs"] = epochs
-    config = {**config, "data": data, "trainer": trainer}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
-    where = {"save_dir": str(work), "name": f"{name}-{digest}", "version": 0}
-    trainer["logger"] = [{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": where}]
-    return config
+        seeded["trainer"] = {"max_epochs": epochs}
+    return {"recipe": recipe, "overlays": [overlay, seeded], "seed": seed}
 
 
-def run_folder(config: Config) -> Path:
-    """Where a run writes."""
-    logger = config["trainer"]["logger"][0]["init_args"]
-    return Path(logger["save_dir"], logger["name"], f"version_{logger['version']}")
+def make_data(config: Config, root: str, **changes: Any) -> LightningDataModule:
+    """The data module of a recipe."""
+    data = config["recipe"]["data"]
+    arguments = {**data["init_args"], "root": root, **changes}
+    return getattr(luna_vision.data, data["class_path"].rpartition(".")[2])(**arguments)
 
 
-def train(config: Path) -> int:
-    """`train.py fit` in a process of its own; its exit code."""
-    return subprocess.run([sys.executable, "-c", COMMAND, "fit", "--config", str(config)]).returncode
-
-
-def run(name: str, config: Config) -> dict[str, Any]:
-    """Train and test, or go on with what was stopped.
-
-    Raises:
-        ValueError: The run has failed; what it said is on stderr.
-    """
-    folder = run_folder(config)
-    resumed = folder.exists()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.parent / "run.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    started = time.perf_counter()
-    rows = _rows(folder)
-    if not rows or not rows[-1].get("test_acc1"):
-        code = train(path)
-        if code == 130:
-            raise KeyboardInterrupt
-        if code:
-            raise ValueError(f"the run {name} ended with code {code}")
-        rows = _rows(folder)
-    scores = {key: float(rows[-1][key]) for key in ("test_acc1", "test_loss")}
-    curve = [float(row["val_acc1"]) for row in rows if row["val_acc1"]]
-    seconds = round(time.perf_counter() - started, 1)
-    return {**scores, "val_acc1": curve, "seconds": seconds, "resumed": resumed}
-
-
-def _rows(folder: Path) -> list[dict[str, str]]:
-    path = folder / "metrics.csv"
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def complete(
-    path: Path, runs: dict[str, Config], work: Path, root: Path, more: Callable[[Config], dict[str, Any]] | None = None
-) -> dict[str, dict[str, Any]]:
-    """Do the runs that a results file lacks, and write it after each.
+def fit_and_test(run: Run, root: str, work: Path, overlays: Sequence[Config] = ()) -> tuple[LunaCLI, dict[str, Any]]:
+    """Train, or go on from the checkpoint in `work`, and test the best weights, which the model then has.
 
     Args:
-        path: The results file.
-        runs: By name, in order, as `place` gives them.
-        work: As it was given to `place`.
-        root: As it was given to `place`.
-        more: What else to note of a run that is done.
+        run: What to do.
+        root: Folder of the data.
+        work: Folder of this run's checkpoints.
+        overlays: What differs from the configuration on this machine alone.
 
     Returns:
-        The results by name; what was in the file of other names stays there.
-
-    Raises:
-        ValueError: A run has failed, or matplotlib is not installed, which draws the results.
+        What was built, and the result.
     """
-    if importlib.util.find_spec("matplotlib") is None:  # before the work, and not after it
-        raise ValueError("the picture of the results needs matplotlib: pip install matplotlib")
-    result = read_json(path)
-    done = result.setdefault("runs", {})
-    for name, config in runs.items():
-        portable = _portable(config, work, root)
-        if done.get(name, {}).get("config") == portable:
-            print(f"{name}: done already", file=sys.stderr)
-            continue
-        row = run(name, config) | (more(config) if more else {})
-        about = {**machine(), "lightning": lightning.__version__, "threads": torch.get_num_threads()}
-        done[name] = {**row, "date": datetime.date.today().isoformat(), "machine": about, "config": portable}
-        write_json(path, result)
-    return {name: done[name] for name in runs}
+    callbacks = [c for c in run.config["recipe"]["trainer"]["callbacks"] if not c["class_path"].endswith("ProgressBar")]
+    here = {
+        "data": {"init_args": {"root": root}},
+        "trainer": {"logger": False, "callbacks": [{"class_path": "experiments.runs.Ledger"}, *callbacks]},
+    }
+    cli, ledger = fit([run.config["recipe"], *run.config["overlays"], here, *overlays], work)
+    scores = {name: float(cli.trainer.callback_metrics[name]) for name in ("test_acc1", "test_loss")}
+    return cli, {**scores, "val_acc1": ledger.validation, "seconds": round(ledger.seconds, 1)}
 
 
-@contextlib.contextmanager
-def figure_file(out: Path, size: tuple[float, float]) -> Iterator[Any]:
-    """Axes to draw on, written to `out` at the end, with a grid and a legend.
-
-    Args:
-        out: The picture.
-        size: Width and height, inches.
-    """
-    from matplotlib.figure import Figure  # here, as training does without
-
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots()
-    yield axes
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(out, dpi=120)
-
-
-def _portable(config: Any, work: Path, root: Path) -> Any:
-    """The config without the folders of this machine."""
-    if isinstance(config, dict):
-        return {key: _portable(value, work, root) for key, value in config.items()}
-    if isinstance(config, list):
-        return [_portable(value, work, root) for value in config]
-    return config.replace(str(work), "WORK").replace(str(root), "DATA") if isinstance(config, str) else config
+def write_results(
+    out: Path, draw: Callable[[dict[str, Any], Path], None], name: Callable[[dict[str, Any]], str]
+) -> dict[str, Any]:
+    """Write `results.json` and `results.png` from the results that there are; returns those by name."""
+    rows = {name(row): row for row in finished(out)}
+    if rows:
+        write_json(out / "results.json", {"runs": rows})
+        draw(rows, out / "results.png")
+    return rows

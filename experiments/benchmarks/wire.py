@@ -6,7 +6,6 @@ really sent and finds the same.
 Shapes: N patches, H', W' patch grid, P processes, L memory slots, C width, H heads.
 """
 
-import argparse
 from dataclasses import dataclass
 
 import timm
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 import luna_vision  # noqa: F401  registers the models
-from luna_vision._commands import Parser, at_least, build_model, run_command
+from experiments.command import Parser, at_least
 
 __all__ = ["Traffic", "image_traffic", "layer_traffic", "ring_attention"]
 
@@ -98,23 +97,27 @@ def _size(number: float) -> str:
     return f"{number:.0f} B"
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="python -m experiments.benchmarks.wire",
         description="Bytes that leave each process, for one image that is split over processes.",
     )
-    parser.add_argument("--model", default="luna_vit_small", metavar="NAME", help="default: %(default)s")
-    parser.add_argument("--side", type=at_least(1), default=100_000, help="of the image, pixels (default: %(default)s)")
-    parser.add_argument("--processes", type=at_least(2), default=64, help="that share it (default: %(default)s)")
+    parser.add_argument(
+        "--model",
+        default="luna_vit_small",
+        choices=timm.list_models(module="luna_vit"),
+        metavar="NAME",
+        help="a Luna ViT",
+    )
+    parser.add_argument("--side", type=at_least(1), default=100_000, help="of the image, pixels")
+    parser.add_argument("--processes", type=at_least(2), default=64, help="that share it")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table as Markdown."""
     args = _parser().parse_args(argv)
-    if args.model not in timm.list_models(module="luna_vit"):
-        raise ValueError(f"--model must be one of {', '.join(timm.list_models(module='luna_vit'))}, got {args.model!r}")
-    model = build_model(args.model, device="meta")
+    model = timm.create_model(args.model, device="meta")
     rows, columns = (-(-args.side // side) for side in model.patch_embed.patch_size)
     patches, P = rows * columns, args.processes
     one = layer_traffic(model.blocks[0], model.memory_len, columns)
@@ -134,4 +137,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -1,9 +1,9 @@
 """Draw docs/figures/{neighbours,probe}.png from a small model's embeddings: `python -m experiments.figures.embeddings`.
 
-The first run trains a small model on Fashion-MNIST, which is fetched into --root if missing, and keeps it in
-runs/embeddings: ten minutes on one thread. Later runs only embed, probe and draw. The embeddings of the neighbours are
-those of `python -m luna_vision.downstream.embed`, which reads image files, so the images are written to a folder
-first. The numbers of the probes go to docs/results/probe.json.
+The first run trains the model of experiments/configs/embeddings.yaml and keeps it in runs/embeddings: ten minutes on
+one thread. Later runs only embed, probe and draw. The embeddings of the neighbours are those of
+`python -m luna_vision.downstream.embed`, which reads image files, so the images are written to a folder first. The
+numbers of the probes go to docs/results/probe.json.
 """
 
 import argparse
@@ -13,32 +13,20 @@ import matplotlib.pyplot as plt
 import numpy as np
 import timm
 import torch
-from lightning.pytorch import Trainer, seed_everything
 from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
+from experiments.runs import CONFIGS, fit
 from luna_vision._record import machine, write_json
 from luna_vision.data import FashionMNISTDataModule
 from luna_vision.downstream.embed import Settings, embed_images
 from luna_vision.downstream.probe import knn_accuracy, linear_probe_accuracy, open_data, probe_model
-from luna_vision.tasks import ClassificationTask
 
 FOLDER = Path("runs/embeddings")
-CHECKPOINT = FOLDER / "last.ckpt"
 DOCS = Path(__file__).parents[2] / "docs"
-MODEL = "luna_vit_tiny"
-SHAPE = dict(img_size=28, patch_size=4, embed_dim=96, depth=6, num_heads=3)
 SEARCHED, QUERIES, NEIGHBOURS = 3000, 6, 7
 PROBED = 5000  # images, of the training and of the test set each
-
-
-def train(data: FashionMNISTDataModule) -> None:
-    """Train for two passes over the images, and write `CHECKPOINT`."""
-    task = ClassificationTask(MODEL, num_classes=10, in_chans=1, model_kwargs=SHAPE, lr=1.5e-3, warmup_epochs=0.1)
-    trainer = Trainer(max_epochs=2, logger=False, enable_checkpointing=False, accelerator="cpu", gradient_clip_val=1.0)
-    trainer.fit(task, data)
-    trainer.save_checkpoint(CHECKPOINT)
 
 
 def draw_neighbours(model: nn.Module, data: FashionMNISTDataModule) -> None:
@@ -77,7 +65,7 @@ def draw_neighbours(model: nn.Module, data: FashionMNISTDataModule) -> None:
 
 def probe(model: nn.Module | None, root: str) -> dict[str, float]:
     """Top-1 of both probes on `PROBED` images; without a model, of the pixels."""
-    options = dict(root=root, img_size=SHAPE["img_size"], in_chans=1)
+    options = dict(root=root, img_size=28, in_chans=1)
     opened = open_data("fashion_mnist", options, PROBED, PROBED, 100)
     if model is not None:
         found = probe_model(model, opened)
@@ -109,18 +97,13 @@ def main() -> None:
     parser.add_argument("--root", default="data", help="folder of Fashion-MNIST (default: data)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    seed_everything(0)
-    data = FashionMNISTDataModule(
-        root=args.root, download=True, img_size=28, in_chans=1, val_fraction=0.0, batch_size=64, num_workers=0
-    )
-    if not CHECKPOINT.exists():
-        train(data)
-    data.prepare_data()
-    random = timm.create_model(MODEL, num_classes=0, in_chans=1, **SHAPE).eval()
-    trained = timm.create_model(MODEL, num_classes=0, in_chans=1, **SHAPE).eval()
-    task = ClassificationTask.load_from_checkpoint(CHECKPOINT, weights_only=True, map_location="cpu")
-    trained.load_state_dict({k: x for k, x in task.model.state_dict().items() if not k.startswith("head.")})
-    draw_neighbours(trained, data)
+    cli, _ = fit([CONFIGS / "embeddings.yaml", {"data": {"init_args": {"root": args.root}}}], FOLDER)
+    torch.manual_seed(0)
+    arguments = {"num_classes": 0, "in_chans": 1, **cli.model.hparams.model_kwargs}
+    random, trained = (timm.create_model(cli.model.hparams.model_name, **arguments).eval() for _ in range(2))
+    weights = cli.model.model.state_dict()
+    trained.load_state_dict({name: x for name, x in weights.items() if not name.startswith("head.")})
+    draw_neighbours(trained, cli.datamodule)
     models = {"pixels": None, "random weights": random, "after two epochs": trained}
     found = {name: probe(model, args.root) for name, model in models.items()}
     write_json(DOCS / "results" / "probe.json", {"images": PROBED, "top1": found, "machine": machine()})

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from experiments.benchmarks import __main__ as benchmark
-from experiments.benchmarks import cell, forms
+from experiments.benchmarks import forms
 from experiments.benchmarks.report import exponent, plot, short_name, table
 
 SMALL = ["--repeats", "2", "--seconds", "0.1", "--threads", "1"]
@@ -41,15 +41,6 @@ def test_measures_every_cell_and_says_on_what(tmp_path, capsys):
     benchmark.main([*MODELS, "--sizes", "160", "32", *SMALL, "--out", str(tmp_path)])
     rows = results(tmp_path)["rows"]
     assert [r["date"] for r in rows[:12]] == before and len(rows) == 15
-
-
-def test_attention_is_counted_in_the_multiply_adds():
-    """A fused SDPA reads as nothing in PyTorch's counter on the CPU."""
-    macs = {}
-    for size in (160, 320):
-        model = cell.build(cell.Spec.parse("test_luna_vit,mixer=softmax"), size, size, device="meta")
-        macs[size] = cell.count_macs(model, size, size)
-    assert macs[320] > 4.05 * macs[160]
 
 
 def test_a_model_that_is_too_large_is_a_row_and_the_others_go_on(tmp_path, capsys):
@@ -101,7 +92,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
         (["--models", "test_luna_vit,memory_len"], "arguments are name=value, got 'memory_len'"),
         (["--sizes", "12by3"], "a size is PIXELS or HEIGHTxWIDTH, got '12by3'"),
         (["--baselines", "test_vit"], "baseline 'test_vit' is not among --models"),
-        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--repeats", "0"], "--repeats: must be a whole number of at least 1, got '0'"),
         (["--report-only"], "--report-only needs --out"),
     ],
 )
@@ -132,7 +123,6 @@ def test_ratios_and_exponent_are_those_of_the_numbers(tmp_path):
     line = next(x for x in table(result, ["b"]).splitlines() if x.startswith("| 1024 x 1024 | a "))
     assert line.split(" | ")[5] == f"{1e-9 * 1024**3 / (1e-6 * 1024**2):.2f}"
     assert exponent([512**2, 1024**2], [0.512**3, 1.024**3]) == pytest.approx(1.5)
-    pytest.importorskip("matplotlib")  # part of the test extra; the command does without
     assert plot(result, tmp_path)[0].stat().st_size > 10_000
 
 

@@ -3,21 +3,20 @@
 import argparse
 import inspect
 import json
+import multiprocessing
+import os
+import signal
+import time
 
 import pytest
 import torch
-from timm.models import create_model
-from torch import nn
-from torchvision.datasets import FashionMNIST
 
-from experiments import compare, workers
-from experiments.compare import SUITES, TASKS, main, plan, unfinished
-from experiments.measure import measure, measured_path
-from experiments.report import wilson
-from experiments.runs import MODEL, BudgetSampler, execute, make_data, make_task, train_loader
-from experiments.workers import result_path
+from experiments import compare, runs
+from experiments.compare import SUITES, TASKS, execute, main, plan
+from experiments.measure import build_model
+from experiments.runs import Ledger, make_data, measured_path, result_path, unfinished
+from luna_vision._record import write_json
 from luna_vision.mixers import LongformerMixer
-from luna_vision.utils.cost import saved_bytes
 
 TINY = ["--tasks", "digits", "--width", "32", "--depth", "1", "--samples", "320", "--test-images", "40"]
 
@@ -40,19 +39,19 @@ def finished(run, accuracy: float = 0.5, images: int = 200) -> dict:
 
 
 def write(out, run, result: dict) -> None:
-    workers.write_json(result_path(out, run), result)
+    write_json(result_path(out, run), result)
 
 
 # ---- runs
 
 
 @pytest.mark.slow
-def test_command_runs_reports_and_skips(tmp_path, capsys, monkeypatch):
+def test_command_runs_reports_and_skips(tmp_path, capfd, monkeypatch):
     monkeypatch.setitem(SUITES, "mixers", {"luna": {"mixer": "luna"}, "broken": {"mixer": "nonsense"}})
     assert main([*TINY, *folders(tmp_path), "--jobs", "2"]) == 1
-    output = capsys.readouterr().out
-    assert "digits luna seed 0: step 5/5, training accuracy" in output
-    assert "digits broken seed 0: failed: ValueError: mixer must be one of" in output
+    output = capfd.readouterr().out
+    assert "digits-luna-seed0" in output and ": step 5/5, training accuracy" in output
+    assert "digits-broken-seed0: failed: ValueError: mixer must be one of" in output
     result = json.loads((tmp_path / "out/runs/digits-luna-seed0.json").read_text())
     assert [test["side"] for test in result["accuracy"].values()] == [16, 32, 64]
     assert [point["samples"] for point in result["curve"]] == [64, 128, 192, 256, 320]
@@ -61,61 +60,77 @@ def test_command_runs_reports_and_skips(tmp_path, capsys, monkeypatch):
     assert table in output and "| `luna` | 1 |" in table and "`broken`, seed 0, failed: ValueError" in table
 
     monkeypatch.setitem(SUITES, "mixers", {"luna": {"mixer": "luna"}})
-    monkeypatch.setattr(workers, "_start", None)  # a second call has nothing to start
+    monkeypatch.setattr(runs, "_work", None)  # a second call has nothing to start
     assert main([*TINY, *folders(tmp_path)]) == 0
-    assert "1 runs, of which 1 have finished before" in capsys.readouterr().out
+    assert "1 runs, of which 1 have finished before" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("mixer, args", [("luna", {}), ("performer", {"redraw_interval": 2}), ("routing", {})])
-def test_stopped_run_goes_on_as_if_never_stopped(tmp_path, mixer, args):
-    # dropout makes the generator's state matter; random features and centroids are state of the model
-    run = plan(arguments("--only", mixer))[0]
+def last(folder) -> dict:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mixer", ["luna", "performer"])  # random features are state of the model
+def test_stopped_run_goes_on_as_if_never_stopped(tmp_path, mixer, monkeypatch):
+    # dropout makes the generator's state matter; two passes over 17 batches, with a checkpoint after each
+    run = plan(arguments("--only", mixer, "--samples", str(34 * 64)))[0]
     run.config["model"]["proj_drop_rate"] = 0.1
-    run.config["model"].setdefault("mixer_args", {}).update(args)
-    whole = execute(run, "", tmp_path / "whole", lambda message: None)
+    run.config["steps"], run.config["test_images"] = 34, {"1": 40}
+    whole = execute(run, "", tmp_path / "whole")
 
-    def stop(message):
-        if message["step"] == 3:
-            raise InterruptedError
+    class Stopped(BaseException):
+        pass
 
-    with pytest.raises(InterruptedError):
-        execute(run, "", tmp_path / "stopped", stop)
     steps = []
-    resumed = execute(run, "", tmp_path / "stopped", lambda message: steps.append(message["step"]))
-    assert steps == [3, 4, 5]
+
+    def count(self, trainer, *args):
+        steps.append(trainer.global_step)
+        on_train_batch_end(self, trainer, *args)
+        if len(steps) == 20:
+            raise Stopped
+
+    on_train_batch_end = Ledger.on_train_batch_end
+    monkeypatch.setattr(Ledger, "on_train_batch_end", count)
+    with pytest.raises(Stopped):
+        execute(run, "", tmp_path / "stopped")
+    resumed = execute(run, "", tmp_path / "stopped")
+    assert steps[20:] == list(range(18, 35))
     assert resumed["curve"] == whole["curve"] and resumed["accuracy"] == whole["accuracy"]
-    weights = [torch.load(tmp_path / f / "last.ckpt", weights_only=True)["state_dict"] for f in ("whole", "stopped")]
+    weights = [last(tmp_path / folder)["state_dict"] for folder in ("whole", "stopped")]
     torch.testing.assert_close(*weights, rtol=0, atol=0)
+    again = execute(run, "", tmp_path / "stopped")  # has nothing to train, and still tests the trained weights
+    assert len(steps) == 37 and again["accuracy"] == whole["accuracy"]
+    assert again["train_seconds"] == resumed["train_seconds"]
+
+
+def sleep(*args) -> None:
+    """A run without end."""
+    time.sleep(60)
+
+
+def die(*args) -> None:
+    """A run that is killed."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_interrupt_ends_workers_and_still_reports(tmp_path, capsys, monkeypatch):
-    runs = plan(arguments("--only", "luna", "softmax"))
-    write(tmp_path / "out", runs[0], finished(runs[0]))
-    started = []
-    start = workers._start
-    monkeypatch.setattr(workers, "_start", lambda *args: started.append(start(*args)) or started[-1])
+    luna, _ = plan(arguments("--only", "luna", "softmax"))
+    write(tmp_path / "out", luna, finished(luna))
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workers, "wait", interrupt)
+    monkeypatch.setattr(runs, "wait", interrupt)
+    monkeypatch.setattr(compare, "execute", sleep)
     assert main([*TINY, *folders(tmp_path), "--only", "luna", "softmax"]) == 130
-    assert len(started) == 1 and not started[0].process.is_alive()
+    assert not multiprocessing.active_children()
     captured = capsys.readouterr()
     assert "goes on" in captured.err and "| `luna` | 1 | 50.0 [43.1, 56.9] |" in captured.out
 
 
-def test_worker_that_dies_is_a_row(tmp_path, monkeypatch):
+def test_worker_that_dies_is_a_row(tmp_path):
     run = plan(arguments("--only", "luna"))[0]
-    start = workers._start
-
-    def killed(*args):
-        worker = start(*args)
-        worker.process.kill()
-        return worker
-
-    monkeypatch.setattr(workers, "_start", killed)
-    assert workers.run_all([run], 1, "", tmp_path, tmp_path) == 1
+    assert runs.run_all([run], 1, "", tmp_path, tmp_path, die) == 1
     assert json.loads(result_path(tmp_path, run).read_text())["error"] == "the worker ended with exit code -9"
     assert unfinished([run], tmp_path) == [run]  # to be tried again
 
@@ -123,34 +138,28 @@ def test_worker_that_dies_is_a_row(tmp_path, monkeypatch):
 # ---- fairness
 
 
-def test_variants_see_the_same_images_in_the_same_order():
-    def batches(variant: str, seed: str) -> list:
-        run = next(r for r in plan(arguments("--only", variant, "--seeds", seed)))
-        make_task(run.config)  # draws from the global generator, each variant another amount
-        loader = train_loader(run.config, make_data(run.config, ""))
-        loader.sampler.set_epoch(1)
-        return list(loader)
+@pytest.mark.filterwarnings("ignore")
+def test_variants_see_the_same_images_in_the_same_order(tmp_path, monkeypatch):
+    seen = []
 
-    luna, softmax, other = batches("luna", "3"), batches("softmax", "3"), batches("luna", "4")
-    assert len(luna) == 1 and len(luna[0][0]) == 64
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        seen[-1].append(batch)
+
+    monkeypatch.setattr(Ledger, "on_train_batch_start", on_train_batch_start)
+    for variant, seed in (("luna", "3"), ("softmax", "3"), ("luna", "4")):
+        seen.append([])
+        run = plan(arguments("--only", variant, "--seeds", seed, "--samples", "128"))[0]
+        runs.train(run, "", tmp_path / run.name)
+    luna, softmax, other = seen
+    assert len(luna) == 2 and len(luna[0][0]) == 64
     torch.testing.assert_close(luna, softmax, rtol=0, atol=0)
     assert not torch.equal(luna[0][0], other[0][0])
 
 
-def test_budget_is_cut_out_of_shuffled_passes():
-    sampler = BudgetSampler(range(10), seed=0, length=4)
-    stream = []
-    for piece in range(5):
-        sampler.set_epoch(piece)
-        stream += sampler
-    assert [epoch for epoch, _ in stream] == [0] * 10 + [1] * 10
-    first, second = [[index for _, index in stream[i : i + 10]] for i in (0, 10)]
-    assert sorted(first) == sorted(second) == list(range(10)) and first != second
-
-
 def test_order_of_runs_makes_partial_results_useful():
-    runs = plan(arguments("--only", "softmax", "identity", "luna", "--seeds", "0", "1", "--tasks", "digits", "canvas"))
-    names = [(run.seed, run.task, run.variant) for run in runs]
+    words = ["--only", "softmax", "identity", "luna", "--seeds", "0", "1", "--tasks", "digits", "canvas"]
+    planned = plan(arguments(*words))
+    names = [(run.seed, run.task, run.variant) for run in planned]
     assert names[:4] == [
         (0, "digits", "softmax"),
         (0, "digits", "identity"),
@@ -164,7 +173,7 @@ def test_order_of_runs_makes_partial_results_useful():
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_variant_is_a_model(suite):
     for run in plan(arguments("--suite", suite, "--width", "64")):  # strided attention needs two heads
-        create_model(MODEL, num_classes=10, device="meta", **run.config["model"])
+        build_model(run.config, device="meta")
 
 
 def test_a_result_says_what_its_mixer_was_built_with():
@@ -176,14 +185,16 @@ def test_a_result_says_what_its_mixer_was_built_with():
     assert configs == json.loads(json.dumps(configs))  # as they come back
 
 
-def test_missing_data_is_fetched(monkeypatch):
-    fetched = []
-    monkeypatch.setattr(FashionMNIST, "download", lambda self: fetched.append(self.root))
-    monkeypatch.setattr(FashionMNIST, "_check_exists", lambda self: False)
-    words = ["--tasks", "fashion32", "canvas", "--only", "luna", "--samples", "640"]
-    with pytest.raises((RuntimeError, ValueError, OSError)):  # nothing has come
-        compare.check(plan(arguments(*words)), "nowhere")
-    assert fetched == ["nowhere"] * len(fetched) and fetched
+def test_missing_data_is_fetched(tmp_path, capsys, monkeypatch):
+    def download(self):
+        raise RuntimeError(f"fetching into {self.root}")
+
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST.download", download)
+    for task in ("fashion32", "canvas"):
+        words = ["--tasks", task, "--only", "luna", "--root", str(tmp_path / "nowhere")]
+        with pytest.raises(SystemExit):
+            main([*words, *folders(tmp_path)])
+        assert f"fetching into {tmp_path / 'nowhere'}" in capsys.readouterr().err
 
 
 def test_device_is_part_of_the_configuration():
@@ -217,16 +228,8 @@ def test_measure(tmp_path, capsys, monkeypatch):
     assert "digits broken: failed: ValueError" in capsys.readouterr().out
 
 
-def test_saved_bytes_counts_a_storage_once_and_no_parameters():
-    x = torch.randn(4, 8)
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
-    assert saved_bytes(lambda: model(x), model) == 2 * 4 * 8 * 4  # the input, and the result of the ReLU
-    assert measure([], None, 1) == 0
-
-
 def test_report_of_partial_results(tmp_path, capsys):
-    runs = plan(arguments("--only", "luna", "softmax", "identity", "--seeds", "0", "1"))
-    luna, softmax, identity, again, _ = runs
+    luna, softmax, identity, again, _ = plan(arguments("--only", "luna", "softmax", "identity", "--seeds", "0", "1"))
     out = tmp_path / "out"
     write(out, luna, finished(luna, 0.5))
     write(out, again, finished(again, 0.6))
@@ -246,14 +249,13 @@ def test_report_of_partial_results(tmp_path, capsys):
 
 
 def test_plots(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     run = plan(arguments("--only", "luna"))[0]
     write(tmp_path / "out", run, finished(run))
     assert main([*folders(tmp_path), "--report-only"]) == 0
     # with nothing measured there is no throughput to show
     assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["mixers-resolution.png"]
     capsys.readouterr()
-    workers.write_json(
+    write_json(
         tmp_path / "out/measured/digits-luna.json", {**finished(run), "step_seconds": 0.5, "images_per_s": 128.0}
     )
     assert main([*folders(tmp_path), "--report-only"]) == 0
@@ -262,19 +264,6 @@ def test_plots(tmp_path, capsys):
         "mixers-throughput.png",
         "mixers-resolution.png",
     }
-
-
-def test_report_without_matplotlib(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    run = plan(arguments("--only", "luna"))[0]
-    write(tmp_path / "out", run, finished(run))
-    assert main([*folders(tmp_path), "--report-only"]) == 0
-    assert "no plots: they need matplotlib" in capsys.readouterr().out
-
-
-def test_wilson_interval():
-    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
 
 
 # ---- mistakes
@@ -290,7 +279,7 @@ def test_wilson_interval():
         (["--samples", "10"], "--samples must be at least one batch, 64 for digits"),
         (["--jobs", "0"], "argument --jobs: must be a whole number of at least 1, got '0'"),
         (["--suite", "all"], "argument --suite: invalid choice: 'all'"),
-        (["--seeds", "-1"], "--seeds must not be negative, got -1"),
+        (["--seeds", "-1"], "argument --seeds: must be a whole number of at least 0, got '-1'"),
         (["--lr", "0"], "--lr must be above 0, got 0.0"),
     ],
 )
@@ -316,7 +305,7 @@ def test_results_of_another_configuration_are_not_mixed_in(tmp_path, capsys):
 def test_seeds_of_another_budget_are_not_averaged_in(tmp_path, capsys, where):
     run = plan(arguments("--only", "luna"))[0]
     path = result_path(tmp_path / "out", run) if where == "runs" else measured_path(tmp_path / "out", run)
-    workers.write_json(path, finished(run))
+    write_json(path, finished(run))
     with pytest.raises(SystemExit) as exit_:
         main([*TINY, *folders(tmp_path), "--only", "luna", "--seeds", "1", "--samples", "640"])
     assert exit_.value.code == 2

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import workers
+from experiments import runs
 from experiments.benchmarks.elastic import _parser, execute, main, plan
 
 TINY = ["--task", "digits", "--width", "32", "--depth", "1", "--samples", "320", "--test-images", "40"]
@@ -13,28 +13,29 @@ LENS = ["--memory-len", "4", "--lens", "1", "4", "--test-lens", "1", "3", "4"]
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_command_runs_reports_and_skips(tmp_path, capsys, monkeypatch):
+def test_command_runs_reports_and_skips(tmp_path, capfd, monkeypatch):
     words = [*TINY, *LENS, "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     assert main([*words, "--jobs", "2"]) == 0
-    output = capsys.readouterr().out
-    assert "digits nested seed 0: done in" in output and "with 3 slots" in output
+    output = capfd.readouterr().out
+    assert "digits-nested-seed0: done" in output and "3 slots" in output
     report = json.loads((tmp_path / "out/elastic.json").read_text())
     assert {row["variant"]: list(row["accuracy"]) for row in report["runs"]} == {
         "plain": ["1", "3", "4"],
         "nested": ["1", "3", "4"],
     }
     assert (tmp_path / "out/elastic.md").read_text() in output and (tmp_path / "out/elastic.png").stat().st_size
-    monkeypatch.setattr(workers, "_start", None)  # a second call has nothing to start
+    monkeypatch.setattr(runs, "_work", None)  # a second call has nothing to start
     assert main(words) == 0
-    with pytest.raises(ValueError, match="was made with another memory_lens"):
+    with pytest.raises(SystemExit):
         main([*words, "--lens", "2", "4"])
+    assert "was made with another memory_lens" in capfd.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_two_differ_in_their_training_alone(tmp_path):
     plain, nested = plan(_parser().parse_args([*TINY, *LENS]))
     assert plain.config | {"memory_lens": [1, 4]} == nested.config
-    curves = [execute(run, "", tmp_path / run.variant, lambda message: None)["curve"] for run in (plain, nested)]
+    curves = [execute(run, "", tmp_path / run.variant)["curve"] for run in (plain, nested)]
     assert len(curves[0]) == len(curves[1]) and curves[0] != curves[1]
 
 
