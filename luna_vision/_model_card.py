@@ -10,8 +10,8 @@ from timm.models._hub import generate_readme
 from timm.models._input import get_model_input_config
 
 from ._commands import training_checkpoint
-from .benchmarks.model_table import count_macs
 from .models.luna_vit import LunaVit
+from .utils.cost import count_macs
 from .utils.text import printable
 
 __all__ = ["model_card", "training_details"]

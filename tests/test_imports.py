@@ -7,7 +7,7 @@ import luna_vision
 
 # from the top downwards; parts of one line may know each other
 PARTS = [
-    ("compare", "export", "benchmarks"),
+    ("export",),
     (
         "downstream",
         "tasks",
@@ -44,6 +44,14 @@ def imports(path: Path, root: Path) -> list[str]:
             module = ".".join([*base, *([node.module] if node.module else [])])
             found += [f"{module}.{alias.name}" for alias in node.names]
     return [name for name in found if name.startswith("luna_vision.")]
+
+
+def test_the_package_needs_no_experiment():
+    for path in sorted(Path(luna_vision.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] == "experiments" for name in names), path
 
 
 def test_imports_go_downwards():

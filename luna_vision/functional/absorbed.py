@@ -59,7 +59,7 @@ class FormCost(NamedTuple):
 
 
 # fitted to images of 1,024 patches and more in docs/results/benchmark/forms.json, by
-# `python -m luna_vision.benchmarks.forms --fit-only`
+# `python -m experiments.benchmarks.forms --fit-only`
 PACK_COST = FormCost(1.1, 1.0)
 UNPACK_COST = FormCost(0.5, 0.0)
 

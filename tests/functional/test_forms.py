@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from experiments.benchmarks import forms
 from luna_vision import functional as LF
-from luna_vision.benchmarks import forms
-from luna_vision.benchmarks.cell import saved_bytes
 from luna_vision.layers import LunaAttention
+from luna_vision.utils.cost import saved_bytes
 
 B, N, L, C, H = 3, 37, 5, 48, 4
 

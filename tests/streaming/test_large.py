@@ -6,7 +6,7 @@ import timm
 import torch
 
 import luna_vision  # noqa: F401  registers the models
-from luna_vision.benchmarks.gigapixel import Mosaic
+from experiments.benchmarks.gigapixel import Mosaic
 from luna_vision.streaming import encode
 
 from .conftest import normalised

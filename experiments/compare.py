@@ -1,0 +1,230 @@
+"""Compare mixers, or variants of Luna's own block, in one shell: `python -m experiments.compare --help`.
+
+Every variant is trained by `train.py` with the recipe of the task, `experiments/configs/TASK.yaml`: the same images,
+augmented alike, in the same order, the same schedule and budget. It is then tested without fine-tuning at 1, 2 and 4
+times the side it was trained at. To add a task is to add a recipe and an entry here, to add a variant an entry.
+
+Results go to `OUT/runs`, one JSON for each finished run, and the report (a table as Markdown and JSON, two plots) is
+made from whatever is there. A run that was stopped goes on from its last checkpoint, one that has finished is skipped.
+"""
+
+import argparse
+import inspect
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from luna_vision.mixers import MIXERS, mixer_defaults
+from luna_vision.models import LunaVit
+
+from .command import Parser, at_least
+from .measure import cost, measure
+from .report import write_report
+from .runs import Config, Run, add_run_arguments, configuration, do_runs, evaluate, make_data, train, unfinished
+
+__all__ = ["SUITES", "TASKS", "execute", "main", "plan"]
+
+# scaled: arguments of the data that are multiplied for tests at a larger side; the first is the side itself.
+# test_images: how many test images at each scale, the first of a test set in random order; fewer at 4 times the side,
+# where softmax attention works 256 times as long on each.
+TASKS: dict[str, dict[str, Any]] = {
+    "fashion32": {
+        "title": "Fashion-MNIST, 32 px",
+        "about": "64 patches of 4 px. Tests at 64 and 128 px resize the images.",
+        "scaled": ["img_size"],
+        "test_images": {"1": 10_000, "2": 2_000, "4": 1_000},
+    },
+    "canvas": {
+        "title": "cued canvas, 128 px",
+        "about": "64 patches of 16 px. Two Fashion-MNIST items in frames of different colours, and a square of one of "
+        "the two colours far off: the label is the item in the frame of that colour. Each item lies across four "
+        "patches. Tests at 256 and 512 px are larger canvases with as many items, of the same size.",
+        "scaled": ["side"],
+        "test_images": {"1": 4_000, "2": 1_000, "4": 500},
+    },
+    "digits": {
+        "title": "digits, 16 px",
+        "about": "scikit-learn's 1,797 digits in 16 patches of 4 px: a smoke test without a download.",
+        "scaled": ["img_size"],
+        "test_images": {"1": 360, "2": 360, "4": 360},
+    },
+}
+# defaults of the model that go into a result, so that results of other defaults are not taken for those of these
+SHELL = ("local_mixing", "stem", "pos_embed")
+MEMORY = ("global_pool", "memory_len", "pack_heads", "tie_kv", "memory_mlp", "query_gain")  # of Luna alone
+# what the ablation changes one at a time; written out, as the defaults of the model follow from the ablation
+BLOCK = {
+    "local_mixing": "before",
+    "stem": "patch",
+    "pos_embed": "fourier",
+    "global_pool": "avg",
+    "memory_len": 16,
+    "pack_heads": None,
+    "tie_kv": True,
+    "memory_mlp": "none",
+    "query_gain": 8.0,
+}
+
+# name: arguments of the model, over those of the task; a variant may change anything
+SUITES: dict[str, dict[str, dict[str, Any]]] = {
+    "mixers": {
+        **{name: {"mixer": name} for name in MIXERS},
+        # with initial queries as much larger as Luna's are by default
+        "softmax-query-gain-8": {"mixer": "softmax", "mixer_args": {"query_gain": 8.0}},
+        # whose heads do not average the patches: Luna's reads the memory, and softmax attention has one query for it
+        "luna-pool-token": {"global_pool": "token"},
+        "softmax-query-gain-8-pool-map": {
+            "mixer": "softmax",
+            "mixer_args": {"query_gain": 8.0},
+            "global_pool": "map",
+        },
+    },
+    "ablation": {
+        name: BLOCK | change
+        for name, change in {
+            "luna": {},
+            "query-gain-1": {"query_gain": 1.0},
+            "query-gain-4": {"query_gain": 4.0},
+            "memory-8": {"memory_len": 8},
+            "memory-32": {"memory_len": 32},
+            "memory-64": {"memory_len": 64},
+            "pack-heads-1": {"pack_heads": 1},
+            "untied": {"tie_kv": False},
+            "local-none": {"local_mixing": "none"},
+            "local-attn": {"local_mixing": "attn"},
+            "local-mlp": {"local_mixing": "mlp"},
+            "memory-mlp-own": {"memory_mlp": "own"},
+            "memory-mlp-shared": {"memory_mlp": "shared"},
+            "stem-conv": {"stem": "conv"},
+            "pos-none": {"pos_embed": "none"},
+            "pos-learn": {"pos_embed": "learn"},
+            "pool-token": {"global_pool": "token"},
+            "pool-both": {"global_pool": "both"},
+            # what gained most, together
+            "memory-8-pool-token": {"memory_len": 8, "global_pool": "token"},
+            "memory-8-pool-both": {"memory_len": 8, "global_pool": "both"},
+        }.items()
+    },
+}
+REPEATED = {
+    "mixers": [
+        "luna",
+        "softmax",
+        "softmax-query-gain-8",
+        "external",
+        "luna-pool-token",
+        "softmax-query-gain-8-pool-map",
+    ],
+    "ablation": ["luna"],
+}  # what seeds after the first are for
+
+
+def plan(args: argparse.Namespace) -> list[Run]:
+    """All runs that the arguments ask for: the first seed of every variant, then further seeds of those in `--repeat`.
+
+    Raises:
+        ValueError: A name that does not exist, or a number out of its range.
+    """
+    suite = SUITES[args.suite]
+    variants, repeated = args.only or list(suite), args.repeat or REPEATED[args.suite]
+    repeated = list(suite) if repeated == ["all"] else repeated
+    for option, names, options in (
+        ("--tasks", args.tasks, TASKS),
+        ("--only", variants, suite),
+        ("--repeat", repeated if args.repeat else [], suite),
+    ):
+        for name in names:
+            if name not in options:
+                raise ValueError(f"{option}: unknown {name!r}; choose from {', '.join(options)}")
+    runs = []
+    for seed in dict.fromkeys(args.seeds):
+        for task in dict.fromkeys(args.tasks):
+            for variant in dict.fromkeys(variants):
+                config = describe(args, task, suite[variant], seed)
+                if variant != "luna" and config == describe(args, task, suite.get("luna", {}), seed):
+                    continue  # what it sets is this task's default: it would be luna again
+                if seed == args.seeds[0] or variant in repeated:
+                    runs.append(Run(task, variant, seed, config))
+    return runs
+
+
+def describe(args: argparse.Namespace, task: str, variant: Config, seed: int) -> Config:
+    """The configuration of a run, with the defaults of the model and of its mixer written out.
+
+    Raises:
+        ValueError: A number out of its range.
+    """
+    defaults = inspect.signature(LunaVit.__init__).parameters
+    mixer = variant.get("mixer", "luna")
+    own = (mixer_defaults(mixer) if mixer in MIXERS else {}) | variant.get("mixer_args", {})
+    named = SHELL + MEMORY if mixer == "luna" else SHELL  # others have no memory to read
+    model = {"mixer": "luna", "global_pool": "avg", **{name: defaults[name].default for name in named}, **variant}
+    if own:
+        model["mixer_args"] = own
+    config = configuration(args, task, seed, model, scaled=TASKS[task]["scaled"])
+    images = TASKS[task]["test_images"]
+    limit = args.test_images or max(images.values())
+    return config | {"test_images": {scale: min(n, limit) for scale, n in images.items()}}
+
+
+def execute(run: Run, root: str, work: Path) -> dict[str, Any]:
+    """Train and test, or go on from the checkpoint in `work`: what is known of a run."""
+    facts = cost(run.config)
+    cli, training = train(run, root, work)
+    since = time.perf_counter()
+    accuracy = {
+        scale: evaluate(cli, make_data(run.config, root, int(scale)), images, int(scale))
+        for scale, images in run.config["test_images"].items()
+    }
+    return {"accuracy": accuracy, **facts, **training, "test_seconds": round(time.perf_counter() - since, 1)}
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m experiments.compare",
+        description="Train mixers, or variants of Luna's block, alike, and write tables and plots. Finished runs are "
+        "skipped, stopped ones go on.",
+        epilog="tasks: " + "; ".join(f"{name}: {task['title']}. {task['about']}" for name, task in TASKS.items()),
+    )
+    parser.add_argument("--suite", choices=list(SUITES), default="mixers", help="what to compare")
+    parser.add_argument("--tasks", nargs="+", default=["fashion32", "canvas"], metavar="TASK", help="of those below")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="variants of the suite; all if left out")
+    parser.add_argument(
+        "--repeat",
+        nargs="+",
+        metavar="NAME",
+        help="variants that seeds after the first are for, or 'all'; by default "
+        f"{', '.join(REPEATED['mixers'])}, in the ablation luna",
+    )
+    parser.add_argument("--test-images", type=at_least(1), metavar="N", help="at most, at each side")
+    parser.add_argument("--measure", action="store_true", help="only time training steps; run nothing beside it")
+    parser.add_argument("--rounds", type=at_least(1), default=7, help="timed steps of --measure")
+    add_run_arguments(parser, "compare", depth=6)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line says; returns the exit code: 1 if a run failed, 130 after Ctrl-C."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    titles = {name: (task["title"], task["about"]) for name, task in TASKS.items()}
+
+    def report(out: Path) -> str:
+        return write_report(out, args.suite, list(TASKS), list(SUITES[args.suite]), titles)
+
+    if not args.measure:
+        return do_runs(parser, args, plan, execute, report)
+    try:
+        runs = plan(args)
+        unfinished(runs, args.out)
+    except ValueError as error:
+        parser.error(error)
+    first = {(run.task, run.variant): run for run in reversed(runs)}
+    failed = measure(list(reversed(first.values())), args.out, args.rounds)
+    print(report(args.out))
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

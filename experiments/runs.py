@@ -1,0 +1,450 @@
+"""Runs of `train.py`, each a recipe of `experiments/configs` with an overlay, in a process of its own, and done once.
+
+A run is a function of its configuration, plain data that goes into its result: runs of one task and seed see the same
+images, augmented alike, in the same order. Results go to `OUT/runs`, one JSON for each run. A run that was stopped goes
+on from its last checkpoint, one that has finished is skipped.
+"""
+
+import argparse
+import datetime
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch.utils.data import DataLoader, Subset
+
+import luna_vision.data
+from luna_vision.data import ImageDataModule
+from luna_vision.tasks.cli import LunaCLI, build
+from luna_vision.utils.files import write_json
+from luna_vision.utils.record import machine
+
+from .command import Parser, at_least
+
+CONFIGS = Path(__file__).parent / "configs"
+HEAD_WIDTH = 32
+PIECES = 20  # of a run: after each there is a line of progress and a point of the curve; the warm-up is the first
+ELSEWHERE = ("root", "download", "batch_size", "num_workers", "seed")  # arguments of the data that say nothing of it
+OPTIMIZATION = ("optimizer", "lr", "weight_decay", "scheduler", "warmup_lr", "min_lr")
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run to do.
+
+    Attributes:
+        task, variant, seed: Its name. The task is also that of its recipe.
+        config: Everything that its numbers depend on, as it comes back in its result.
+    """
+
+    task: str
+    variant: str
+    seed: int
+    config: Config
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}-{self.variant}-seed{self.seed}"
+
+    @property
+    def work_name(self) -> str:
+        """Another for each configuration, so that no run goes on from another one's checkpoint."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
+        return f"{self.name}-{digest[:8]}"
+
+
+def recipe(task: str) -> Config:
+    """The recipe of a task."""
+    return yaml.safe_load((CONFIGS / f"{task}.yaml").read_text(encoding="utf-8"))
+
+
+def configuration(
+    args: argparse.Namespace,
+    task: str,
+    seed: int,
+    model: Config,
+    data: Config | None = None,
+    scaled: Sequence[str] = (),
+) -> Config:
+    """Everything that the numbers of a run depend on.
+
+    Args:
+        args: Of which those of `add_run_arguments` count.
+        task: Of the recipe.
+        seed: Of weights, order and augmentation.
+        model, data: Arguments that differ from the recipe's.
+        scaled: Arguments of the data that are multiplied for tests at a larger side.
+
+    Raises:
+        ValueError: A number out of its range.
+    """
+    if args.width % HEAD_WIDTH:
+        raise ValueError(f"--width must be a multiple of {HEAD_WIDTH}, got {args.width}")
+    if args.lr is not None and not args.lr > 0:
+        raise ValueError(f"--lr must be above 0, got {args.lr}")
+    base = recipe(task)
+    trained, source, trainer = base["model"]["init_args"], base["data"], base["trainer"]
+    batch_size = args.batch_size or source["init_args"]["batch_size"]
+    steps = (args.samples or trainer["max_steps"] * source["init_args"]["batch_size"]) // batch_size
+    pieces = min(PIECES, steps)
+    if not pieces:
+        raise ValueError(f"--samples must be at least one batch, {batch_size} for {task}")
+    arguments = {name: value for name, value in source["init_args"].items() if name not in ELSEWHERE}
+    shell = {"embed_dim": args.width, "depth": args.depth, "num_heads": args.width // HEAD_WIDTH}
+    config = {
+        "data": {
+            "class": source["class_path"].rpartition(".")[2],
+            "args": arguments | (data or {}),
+            "scaled": list(scaled),
+            "has_root": "root" in source["init_args"],
+        },
+        "model": trained["model_kwargs"] | shell | model,
+        # the warm-up is counted in pieces
+        "optimization": {
+            **{name: trained[name] for name in OPTIMIZATION},
+            **({"lr": args.lr} if args.lr else {}),
+            "warmup_epochs": pieces / PIECES,
+        },
+        "gradient_clip_val": trainer["gradient_clip_val"],
+        "batch_size": batch_size,
+        "steps": steps // pieces * pieces,
+        "pieces": pieces,
+        "seed": seed,
+        **({"accelerator": args.device} if args.device != "cpu" else {}),
+    }
+    return json.loads(json.dumps(config))  # as it comes back from a result
+
+
+# ---- one run
+
+
+class Ledger(Callback):
+    """Keeps the curve and the seconds of training, in the checkpoint too, and prints a line after each piece of a run.
+
+    Attributes:
+        curve: Samples so far, and the means of loss and accuracy over a piece.
+        validation: Accuracies, if there is a validation.
+        seconds: Of training, and of what lies between its batches.
+        samples: That were trained on.
+    """
+
+    def __init__(self) -> None:
+        self.curve: list[dict[str, float]] = []
+        self.validation: list[float] = []
+        self.seconds, self.samples = 0.0, 0
+        self.sums = torch.zeros(2)  # of the piece so far
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("curve", "validation", "seconds", "samples", "sums")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since, self.sums = time.perf_counter(), self.sums.to(pl_module.device)
+        self._steps = int(trainer.estimated_stepping_batches)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        now = time.perf_counter()
+        self.seconds, self._since = self.seconds + now - self._since, now
+        self.samples += len(batch[0])
+        self.sums += torch.stack([trainer.callback_metrics[f"train_{name}"].detach() for name in ("loss", "acc1")])
+        piece = self._steps // min(PIECES, self._steps)
+        if trainer.global_step % piece:
+            return
+        loss, accuracy = (self.sums / piece).tolist()
+        self.curve.append({"samples": self.samples, "loss": loss, "acc1": accuracy})
+        self.sums = torch.zeros_like(self.sums)
+        left = self.seconds / trainer.global_step * (self._steps - trainer.global_step)
+        left = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+        step = f"step {trainer.global_step}/{self._steps}"
+        say(Path(trainer.default_root_dir).name, f"{step}, training accuracy {accuracy:.3f}, {left} left")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.validation.append(float(trainer.callback_metrics["val_acc1"]))
+
+
+def make_data(config: Config, root: str, scale: int = 1, download: bool = False) -> ImageDataModule:
+    """The data module of a configuration, at `scale` times the side of training; `download` fetches what is missing."""
+    data = config["data"]
+    arguments = {name: value * (scale if name in data["scaled"] else 1) for name, value in data["args"].items()}
+    if data["has_root"]:
+        arguments |= {"root": root, "download": download}
+    shared = {"batch_size": config["batch_size"], "num_workers": 0, "seed": config["seed"]}
+    return getattr(luna_vision.data, data["class"])(**arguments, **shared)
+
+
+def fit(configs: Sequence[Path | Config], folder: Path) -> tuple[LunaCLI, Ledger]:
+    """`train.py fit` of a config with overlays, in this process; goes on from the checkpoint in `folder`.
+
+    The last checkpoint of a run that has finished is loaded, and nothing is left to train.
+
+    Args:
+        configs: Files or what would be in them, each laid over those before it; one of them names the `Ledger`.
+        folder: Of this run's checkpoints.
+    """
+    # lines of progress of many runs are printed: Lightning's own would get lost among them
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["fit"]
+    for i, config in enumerate([*configs, {"trainer": {"default_root_dir": str(folder)}}]):
+        file = config if isinstance(config, Path) else folder / f"overlay{i}.yaml"
+        if file is not config:
+            file.write_text(yaml.safe_dump(config), encoding="utf-8")
+        words += ["--config", str(file)]
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    if checkpoint.exists():
+        words += ["--ckpt_path", str(checkpoint)]
+    cli = build(words)
+    return cli, next(callback for callback in cli.trainer.callbacks if isinstance(callback, Ledger))
+
+
+def train(run: Run, root: str, work: Path, overlays: Sequence[Config] = ()) -> tuple[LunaCLI, dict[str, Any]]:
+    """Train, or go on from the checkpoint in `work`.
+
+    Args:
+        run: What to do.
+        root: Folder of the data.
+        work: Folder of this run's checkpoint.
+        overlays: What else differs from the recipe.
+
+    Returns:
+        What was built, and of a result what is known of training.
+    """
+    config = run.config
+    data = {**config["data"]["args"], **{name: config[name] for name in ("batch_size", "seed")}}
+    if config["data"]["has_root"]:
+        data["root"] = root
+    rates = dict(config["optimization"])
+    passes = config["steps"] / len(make_data(config, root).train_dataloader())
+    rates["warmup_epochs"] *= passes / config["pieces"]  # of passes over the data here
+    overlay = {
+        "seed_everything": config["seed"],
+        "model": {"init_args": {"model_kwargs": config["model"], **rates}},
+        "data": {"init_args": data},
+        "trainer": {"max_steps": config["steps"], "accelerator": config.get("accelerator", "cpu")},
+    }
+    cli, ledger = fit([CONFIGS / f"{run.task}.yaml", overlay, *overlays], work)
+    rate = round(ledger.samples / ledger.seconds, 1)
+    return cli, {"train_seconds": round(ledger.seconds, 1), "train_images_per_s": rate, "curve": ledger.curve}
+
+
+def evaluate(cli: LunaCLI, data: ImageDataModule, images: int, scale: int = 1) -> dict[str, Any]:
+    """Accuracy on the first test images (their order is random), with as many patches in a batch as in training."""
+    dataset = data.dataset("test")
+    images = min(images, len(dataset))
+    loader = DataLoader(Subset(dataset, range(images)), max(1, data.batch_size // scale**2))
+    correct = round(cli.trainer.test(cli.model, loader, verbose=False)[0]["test_acc1"] * images)
+    return {"side": data.img_size[0], "images": images, "correct": correct, "accuracy": correct / images}
+
+
+def provenance(device: str = "cpu") -> dict[str, Any]:
+    """Where and with what a number came about."""
+    about = {**machine(device), "lightning": lightning.__version__, "threads": torch.get_num_threads()}
+    return {"date": datetime.date.today().isoformat(), "machine": about}
+
+
+def say(name: str, text: str) -> None:
+    """A line of progress."""
+    print(f"{time.strftime('%H:%M:%S')}  {name}: {text}", flush=True)
+
+
+# ---- many runs
+
+# does a run: given it, the folder of the data and one for its checkpoint, returns what it has found
+Execute = Callable[[Run, str, Path], dict[str, Any]]
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, name: str, depth: int) -> None:
+    """Arguments of runs: seeds, budget, shell and folders."""
+    whole = at_least(1)
+    parser.add_argument("--seeds", nargs="+", type=at_least(0), default=[0], metavar="SEED")
+    parser.add_argument("--samples", type=whole, help="training images of a run; by default the task's")
+    parser.add_argument("--batch-size", type=whole, help="by default the task's")
+    parser.add_argument("--lr", type=float, help="peak learning rate; by default the task's")
+    parser.add_argument("--width", type=whole, default=96, help=f"a multiple of {HEAD_WIDTH}")
+    parser.add_argument("--depth", type=whole, default=depth, help="blocks")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of all runs")
+    add_folder_arguments(parser, name)
+
+
+def add_folder_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """Arguments of how runs are done, on which no number depends."""
+    parser.add_argument("--jobs", type=at_least(1), default=1, help="runs at a time, one thread each")
+    parser.add_argument("--root", default="data", help="folder of Fashion-MNIST, fetched if missing")
+    parser.add_argument("--out", type=Path, default=Path(f"runs/{name}/results"), help="folder of the results")
+    parser.add_argument("--work", type=Path, default=Path(f"runs/{name}/work"), help="folder of the checkpoints")
+    parser.add_argument("--report-only", action="store_true", help="only make the report from what there is")
+
+
+def do_runs(
+    parser: Parser,
+    args: argparse.Namespace,
+    plan: Callable[[argparse.Namespace], list[Run]],
+    execute: Execute,
+    report: Callable[[Path], str],
+    data: Callable[[Config, str], LightningDataModule] | None = None,
+) -> int:
+    """Do what has not finished yet, and print the report.
+
+    Args:
+        parser: Says what is wrong with the arguments.
+        args: With what `add_run_arguments` adds.
+        plan: The runs that the arguments ask for; a `ValueError` says what is wrong with them.
+        execute: Does one.
+        report: Writes the report into a folder, and returns its text.
+        data: The data module of a configuration with the folder of the data; `make_data` if None.
+
+    Returns:
+        The exit code: 1 if a run failed, 130 after Ctrl-C.
+    """
+    try:
+        runs = plan(args)
+        todo = [] if args.report_only else unfinished(runs, args.out)
+        for run in {run.task: run for run in todo}.values():  # so that mistakes show before the first worker starts
+            module = data(run.config, args.root) if data else make_data(run.config, args.root, download=True)
+            module.prepare_data()
+            module.setup("fit")
+    except (ValueError, OSError) as error:
+        parser.error(error)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if not args.report_only:
+        print(f"{len(runs)} runs, of which {len(runs) - len(todo)} have finished before", flush=True)
+    try:
+        code = int(run_all(todo, args.jobs, args.root, args.out, args.work, execute) > 0)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        code = 130
+    print(report(args.out))
+    return code
+
+
+def result_path(out: Path, run: Run) -> Path:
+    """Where the result of a run is written."""
+    return out / "runs" / f"{run.name}.json"
+
+
+def measured_path(out: Path, run: Run) -> Path:
+    """Where the times of a run's task and variant are written."""
+    return out / "measured" / f"{run.task}-{run.variant}.json"
+
+
+def finished(out: Path) -> list[dict[str, Any]]:
+    """The results in a folder, without those that are errors."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "runs").glob("*.json"))]
+    return [result for result in results if "error" not in result]
+
+
+def unfinished(runs: Sequence[Run], out: Path) -> list[Run]:
+    """The runs that have no result yet, or failed.
+
+    Raises:
+        ValueError: A result of one of their tasks and variants, of whatever seed, was made with another configuration,
+            so that the report would take one for the other.
+    """
+    done = set()
+    for run in runs:
+        others = (out / "runs").glob(f"{run.task}-{run.variant}-seed*.json")
+        for path in [*sorted(others), measured_path(out, run)]:
+            result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"error": "not there"}
+            if "error" in result:
+                continue
+            expected = {**run.config, "seed": result["config"].get("seed")}
+            names = [n for n in {**expected, **result["config"]} if expected.get(n) != result["config"].get(n)]
+            if names:
+                what = " and ".join(names)
+                raise ValueError(f"{path} was made with another {what}: give another --out, or remove it")
+            done.add(path)
+    return [run for run in runs if result_path(out, run) not in done]
+
+
+def run_all(runs: Sequence[Run], jobs: int, root: str, out: Path, work: Path, execute: Execute) -> int:
+    """Do all runs, `jobs` at a time, and write a result for each: what it has found, or the error it ended with.
+
+    However this function is left, no worker is left running: their results and checkpoints are written in one move, so
+    they can be ended at any time.
+
+    Args:
+        runs: What to do.
+        jobs: Workers at a time.
+        root: Folder of the data.
+        out, work: Folders of results and of checkpoints.
+        execute: Does a run.
+
+    Returns:
+        The number of runs that failed.
+    """
+    # read when a worker imports torch, which is before any code of ours
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = "1"
+    context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in any state
+    waiting, active, ended, failed = deque(runs), {}, 0, 0
+    try:
+        while waiting or active:
+            while waiting and len(active) < jobs:
+                run = waiting.popleft()
+                process = context.Process(target=_work, args=(run, root, out, work, execute))
+                process.start()
+                active[process.sentinel] = run, process
+                say(run.name, "started")
+            for sentinel in wait(list(active)):
+                run, process = active.pop(sentinel)
+                process.join()
+                ended += 1
+                if process.exitcode:
+                    _write_error(out, run, f"the worker ended with exit code {process.exitcode}")
+                failed += "error" in json.loads(result_path(out, run).read_text(encoding="utf-8"))
+                print(f"{ended} of {len(runs)} runs ended, {failed} of them failed", flush=True)
+    finally:
+        for _, process in active.values():
+            process.kill()
+            process.join()
+    return failed
+
+
+def _work(run: Run, root: str, out: Path, work: Path, execute: Execute) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the terminal: the parent ends us
+    torch.set_num_threads(1)
+    try:
+        found = execute(run, root, work / run.work_name)
+    except Exception as error:  # whatever a variant does wrong is its own row, not the end of the others
+        traceback.print_exc()
+        _write_error(out, run, f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return
+    _write(out, run, found)
+    say(run.name, "done")
+
+
+def _write_error(out: Path, run: Run, error: str) -> None:
+    _write(out, run, {"error": error})
+    say(run.name, f"failed: {error}")
+
+
+def _write(out: Path, run: Run, found: dict[str, Any]) -> None:
+    names = {"task": run.task, "variant": run.variant, "seed": run.seed}
+    about = provenance(run.config.get("accelerator", "cpu"))
+    write_json(result_path(out, run), {**names, **found, "config": run.config, **about})
