@@ -19,6 +19,7 @@ from luna_vision.data.faults import SampleError, SkipFaults
 from luna_vision.data.sampling import sample_seed
 from luna_vision.data.sizes import BatchDataset
 from luna_vision.data.transforms import SeededTransform
+from luna_vision.utils.pillow import open_image_file
 
 IMG_EXTENSIONS = (*_TORCHVISION_EXTENSIONS, ".gif")  # of an animation, the first frame is read
 
@@ -65,12 +66,12 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int | None = None) -> Im
 
 @contextmanager
 def _open(file: BinaryIO, max_pixels: int | None) -> Iterator[Image.Image]:
-    """`Image.open` with a limit of its own."""
+    """`open_image_file` with a limit of its own."""
     allowed = Image.MAX_IMAGE_PIXELS
     try:
         if max_pixels is not None:
             Image.MAX_IMAGE_PIXELS = None  # opening reads no pixels: the size is checked below
-        with Image.open(file) as image:
+        with open_image_file(file) as image:
             if max_pixels is not None:
                 if image.width * image.height > max_pixels:
                     raise ValueError(f"{image.width} x {image.height} pixels are more than max_pixels={max_pixels}")

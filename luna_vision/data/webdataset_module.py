@@ -92,8 +92,8 @@ class TarShards(IterableDataset):
 def tar_files(path: str) -> Iterator[dict]:
     """The files in a tar as WebDataset has them: images and labels, and None for the content of all others.
 
-    So nothing is read that is larger than the tar. It must not be compressed, as headers may be of any size then; and of
-    sparse files, which may be of any size, nothing is read, nor of those that are too large for an image.
+    So nothing is read that is larger than the tar: it must not be compressed, where headers may be of any size, and of
+    sparse files, which may be of any size too, nothing is read, nor of those that are too large for an image.
     """
     split = need("webdataset").tariterators.base_plus_ext
     with tarfile.open(path, "r:") as tar:

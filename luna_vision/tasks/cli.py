@@ -23,6 +23,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from luna_vision.utils.text import printable
+
 from .base import TimmTask
 from .checkpoints import AtomicCheckpointIO, best_checkpoint, check_checkpoint
 from .classification import ClassificationTask
@@ -214,7 +216,7 @@ def main(default_config: Path | None = None) -> None:
     except USER_ERRORS as error:
         if os.environ.get("LUNA_VISION_TRACEBACK") == "1":
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {printable(one_line(error))}", file=sys.stderr)
         sys.exit(2)
 
 

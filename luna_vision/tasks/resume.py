@@ -27,6 +27,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from luna_vision.utils.files import remove_leftovers, to_disk, write_json
+from luna_vision.utils.text import printable
 
 from .checkpoints import is_exact, read_checkpoint
 from .csv_log import DurableCSVLogger, read_rows, write_rows
@@ -271,7 +272,7 @@ def newest_whole(folders: list[Path], name: str) -> str | None:
             checkpoint = read_checkpoint(path, weights=False)
             state = checkpoint["callbacks"]["ExactResume"]
         except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-            first = str(error).strip().split("\n")[0]
+            first = printable(str(error).strip().split("\n")[0])
             rank_zero_warn(f"{path} is left out, as it cannot be resumed from ({type(error).__name__}: {first})")
             continue
         if state["fingerprint"] == name and state["exact"]:
