@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from luna_vision.images.decode import SampleError
+from luna_vision.utils.text import printable
 
 ON_ERROR = ("raise", "skip")
 
@@ -77,7 +78,8 @@ class SkipFaults:
         self.broken[index] = True
         count = int(self.broken.sum())
         if count <= self.max_error_share * self.length:
-            _logger.warning(f"{error}; the next readable sample takes its place ({count} of {self.length} so far)")
+            so_far = f"the next readable sample takes its place ({count} of {self.length} so far)"
+            _logger.warning(f"{printable(str(error))}; {so_far}")
             return
         reasons = []
         for first in self.broken.nonzero()[:3].flatten().tolist():  # of all workers, so they are read once more

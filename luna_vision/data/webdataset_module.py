@@ -8,6 +8,7 @@ stretch of whole batches. So all ranks have the same number of batches, however 
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from itertools import islice
@@ -28,6 +29,7 @@ from luna_vision.images.transforms import SeededTransform
 
 INFO = "_info.json"  # of timm's own shards, for instance timm/imagenet-1k-wds
 LABEL = "cls"
+META = re.compile("__[^/]*__($|/)")  # what WebDataset leaves out
 IMAGE_KEYS = tuple(suffix.lstrip(".") for suffix in IMG_EXTENSIONS)
 
 
@@ -92,16 +94,17 @@ class TarShards(IterableDataset):
 def tar_files(path: str) -> Iterator[dict]:
     """The files in a tar as WebDataset has them: images and labels, and None for the content of all others.
 
-    So that nothing is read that is larger than what the tar holds: it must not be compressed, and of a sparse file that
-    it holds, which may be of any size, nothing is read either, nor of one that no image can be as large as.
+    So nothing is read that is larger than the tar: it must not be compressed, where headers may be of any size, and of
+    sparse files, which may be of any size too, nothing is read, nor of those that are too large for an image.
     """
+    split = need("webdataset").tariterators.base_plus_ext
     with tarfile.open(path, "r:") as tar:
         while (member := tar.next()) is not None:
             tar.members = []  # which it would keep
-            if member.isreg() and not member.name.startswith("__"):
-                wanted = member.name.lower().rpartition(".")[2] in (*IMAGE_KEYS, LABEL)
-                read = wanted and not member.issparse() and member.size <= MAX_BYTES
-                content = tar.extractfile(member).read() if read else None
+            if member.isreg() and not META.match(member.name):
+                suffix = str(split(member.name)[1]).lower()
+                wanted = suffix in (*IMAGE_KEYS, LABEL) and not member.issparse() and member.size <= MAX_BYTES
+                content = tar.extractfile(member).read() if wanted else None
                 yield {"fname": member.name, "data": content, "__url__": path}
 
 

@@ -43,8 +43,6 @@ class Checkpoint:
         remove_leftovers(folder)
         self.patches, self.path = folder / self.PATCHES, folder / self.STATE
         self.band: int | None = None
-        if self.path.exists() and not self.patches.exists():
-            self.path.unlink()  # of a run that was finished
         if self.path.exists():
             try:
                 with safe_open(self.path, "pt") as file:
@@ -53,6 +51,9 @@ class Checkpoint:
                     self._found = dict(json.loads(found["about"]))
             except (SafetensorError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{self.path} is not the state of a run: remove {folder} to begin anew") from error
+            if not self.patches.exists():  # of a run that was finished
+                self.path.unlink()
+                self.band = self._found = None
         self.expect(about)
 
     def expect(self, about: dict[str, Any]) -> None:

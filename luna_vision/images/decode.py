@@ -12,6 +12,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .pillow import open_image_file
+
 __all__ = ["SampleError", "decode_image", "one_line", "read_image", "to_8_bit", "to_channels"]
 
 
@@ -58,12 +60,12 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int | None = None) -> Im
 
 @contextmanager
 def _open(file: BinaryIO, max_pixels: int | None) -> Iterator[Image.Image]:
-    """`Image.open` with a limit of its own."""
+    """`open_image_file` with a limit of its own."""
     allowed = Image.MAX_IMAGE_PIXELS
     try:
         if max_pixels is not None:
             Image.MAX_IMAGE_PIXELS = None  # opening reads no pixels: the size is checked below
-        with Image.open(file) as image:
+        with open_image_file(file) as image:
             if max_pixels is not None:
                 if image.width * image.height > max_pixels:
                     raise ValueError(f"{image.width} x {image.height} pixels are more than max_pixels={max_pixels}")

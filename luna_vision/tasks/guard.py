@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from luna_vision.data.images import sample_name
 from luna_vision.data.sampling import batch_indices
+from luna_vision.utils.text import printable
 
 from .checkpoints import last_checkpoint
 
@@ -221,7 +222,7 @@ def batch_names(trainer: Trainer, batch_idx: int) -> list[str]:
     if indices is None:
         process = f" in process {trainer.global_rank}" if trainer.world_size > 1 else ""
         return [f"batch {batch_idx} of epoch {epoch}{process}"]
-    return [sample_name(loader.dataset, index) for index in indices]
+    return [printable(sample_name(loader.dataset, index)) for index in indices]
 
 
 def _own(value: Tensor) -> Tensor:

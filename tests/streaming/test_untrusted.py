@@ -13,12 +13,15 @@ import numcodecs
 import numpy as np
 import pytest
 import tifffile
+import torch
 import zarr
-from PIL import Image
+from PIL import EpsImagePlugin, Image
+from safetensors.torch import load_file, save_file
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
 
 from luna_vision._commands import run_command
-from luna_vision.streaming import open_image
+from luna_vision.data import read_image
+from luna_vision.streaming import encode, open_image
 from luna_vision.streaming.__main__ import main
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # zarr's, of codecs that it has not settled
@@ -223,7 +226,7 @@ def put_tile(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-@pytest.mark.parametrize("name", ["jpeg", "jpeg2000", "webp", "png"])
+@pytest.mark.parametrize("name", ["jpeg", "jpeg2000", "webp"])
 def test_a_tile_that_is_a_larger_image_is_refused(name, picture, tmp_path, capsys):
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, picture, photometric="rgb", tile=(64, 64), compression=name)
@@ -305,3 +308,57 @@ def test_levels_outside_a_zarr_group(path, tmp_path, capsys):
     group = zarr.open_group(tmp_path / "a.zarr", mode="w")
     group.attrs["multiscales"] = [{"axes": ["y", "x"], "datasets": [{"path": path}]}]
     assert "a.zarr" in refused(capsys, tmp_path / "a.zarr")
+
+
+# ---- what is written
+
+
+LINKS = ["store/patches.bin", "store/new-state.safetensors", "grid.npy.partial", ".o.npz.partial.npz"]
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_links_are_not_followed(name, photo, tmp_path):
+    victim, image = tmp_path / "victim", tmp_path / "a.npy"
+    victim.write_text("precious")
+    np.save(image, photo[:20, :20])
+    (tmp_path / "store").mkdir()
+    (tmp_path / name).symlink_to(victim)
+    words = ["encode", str(image), "--out", str(tmp_path / "o.npz"), "--grid", str(tmp_path / "grid.npy")]
+    words += ["--store", str(tmp_path / "store"), "--model", "test_luna_vit", "--device", "cpu"]
+    assert main(words) == 0
+    assert victim.read_text() == "precious" and (tmp_path / "grid.npy").is_file()
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".zarr"])
+@pytest.mark.parametrize("what", ["", ".partial"])
+def test_folders_that_are_no_array_are_not_removed(suffix, what, make, photo, tmp_path):
+    folder = tmp_path / f"grid{suffix}{what}"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(OSError, match=f"grid{suffix}{what}"):
+        encode(make(), photo[:20, :20], grid=tmp_path / f"grid{suffix}", progress=False)
+    assert (folder / "mine.txt").read_text() == "mine"
+    shutil.rmtree(folder)
+    encode(make(), photo[:20, :20], grid=tmp_path / f"grid{suffix}", progress=False)
+
+
+def test_a_users_own_state_is_not_removed(make, photo, tmp_path):
+    """Of a folder that somebody keeps weights in, and gives as the store."""
+    save_file({"weight": torch.ones(3)}, tmp_path / "state.safetensors")
+    with pytest.raises(ValueError, match="state.safetensors is not the state of a run"):
+        encode(make(), photo[:20, :20], store=tmp_path, progress=False)
+    assert load_file(tmp_path / "state.safetensors")["weight"].sum() == 3
+
+
+# ---- programs
+
+
+@pytest.mark.parametrize("name", ["a.eps", "a.png", "a.jpg"])
+def test_no_other_program_draws_an_image(name, tmp_path, monkeypatch, capsys):
+    """Pillow has PostScript drawn by Ghostscript, whatever the file is called."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was called"))
+    lines = ["%!PS-Adobe-3.0 EPSF-3.0", "%%BoundingBox: 0 0 16 16", "%%EndComments", "(x) print", "%%EOF", ""]
+    (tmp_path / name).write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=f"{name}: not an image"):
+        read_image(tmp_path / name)
+    assert f"{name} is not an image" in refused(capsys, tmp_path / name)
