@@ -102,13 +102,13 @@ class Check:
         try:
             errors = measure()
         except Exception as error:  # what does not run must not hide what does not come out right
-            self.note(section, name=name, ok=False, error=first_line(error))
             self.fail(f"{section}: {name}: {first_line(error)}")
+            self.note(section, name=name, ok=False, error=first_line(error))
             return
         wrong = {key: error for key, error in errors.items() if not error <= limit}
-        self.note(section, name=name, ok=not wrong, limit=limit, **errors)
         if wrong:
             self.fail(f"{section}: {name}: {', '.join(f'{k} {v:.1e}' for k, v in wrong.items())} above {limit:g}")
+        self.note(section, name=name, ok=not wrong, limit=limit, **errors)
 
     def late(self, seconds: float) -> bool:
         """Whether less time than this is left."""
