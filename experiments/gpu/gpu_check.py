@@ -1,0 +1,634 @@
+"""First contact of luna_vision with a GPU: `python -m experiments.gpu.gpu_check --help`. What to expect: docs/gpu.md.
+
+Correctness comes first, then timings, then steps of training. Each section prints a few lines, and what it has found is
+in OUT/gpu_check.json after every result. With `--device cpu` everything that does not need a GPU runs in small.
+"""
+
+import contextlib
+import copy
+import datetime
+import functools
+import importlib.util
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as profiled
+from torch.utils.data import DataLoader, Dataset
+
+from experiments.benchmarks.cell import Spec, build
+from experiments.command import Parser
+from luna_vision import functional as LF
+from luna_vision._record import machine as describe_machine
+from luna_vision._record import write_json
+from luna_vision.execution import encode, set_band_checkpointing
+from luna_vision.layers import LunaAttention
+from luna_vision.mixers import MIXERS
+from luna_vision.tasks import EMA, ClassificationTask, ImagesPerSecond, NonFiniteGuard
+
+__all__ = ["SECTIONS", "Check", "main"]
+
+# of numbers: type of weights and inputs, type of autocast
+PRECISIONS = {
+    "float64": (torch.float64, None),
+    "float32": (torch.float32, None),
+    "bfloat16": (torch.bfloat16, None),
+    "float16": (torch.float16, None),
+    "autocast to bfloat16": (torch.float32, torch.bfloat16),
+    "autocast to float16": (torch.float32, torch.float16),
+}
+VARIANTS: list[dict[str, Any]] = [
+    *({"mixer": mixer} for mixer in MIXERS),
+    *({"local_mixing": kind} for kind in ("none", "attn", "mlp")),
+    *({"memory_mlp": kind} for kind in ("own", "shared")),
+    *({"global_pool": kind} for kind in ("token", "both", "map", "max")),
+    {"stem": "conv"},
+    {"pos_embed": "learn"},
+    {"norm_first": False},
+    {"init_values": 0.1},
+    {"tie_kv": False},
+    {"pack_heads": 1},
+    {"memory_len": 32},
+    {"patch_size": 8},
+]
+
+
+class Check:
+    """What was found so far: printed, and in a file after every result.
+
+    Attributes:
+        device: "cuda", or "cpu" for a dry run in small.
+        small: Whether it is one.
+        found: Results by section.
+        failed: What is wrong, a line each.
+    """
+
+    def __init__(self, out: Path, device: str = "cuda", seconds: float = 420.0) -> None:
+        self.out, self.device, self.small = out, device, device == "cpu"
+        self.end, self.begin = time.perf_counter() + seconds, time.perf_counter()
+        about = {"date": datetime.date.today().isoformat(), "machine": describe_machine(device)}
+        self.found: dict[str, Any] = about
+        self.failed: list[str] = []
+
+    def say(self, text: str) -> None:
+        print(f"[{time.perf_counter() - self.begin:5.0f} s] {text}", flush=True)
+
+    def note(self, section: str, **values: Any) -> None:
+        """Keep a result."""
+        self.found.setdefault(section, []).append(values)
+        write_json(self.out / "gpu_check.json", {**self.found, "failed": self.failed})
+
+    def fail(self, text: str) -> None:
+        self.failed.append(text)
+        self.say(f"  FAIL {text}")
+
+    def judge(self, section: str, name: str, measure: Callable[[], dict[str, float]], limit: float) -> None:
+        """Keep the errors that are measured, and what is wrong where one is above the limit, or no number."""
+        try:
+            errors = measure()
+        except Exception as error:  # what does not run must not hide what does not come out right
+            self.fail(f"{section}: {name}: {first_line(error)}")
+            self.note(section, name=name, ok=False, error=first_line(error))
+            return
+        wrong = {key: error for key, error in errors.items() if not error <= limit}
+        if wrong:
+            self.fail(f"{section}: {name}: {', '.join(f'{k} {v:.1e}' for k, v in wrong.items())} above {limit:g}")
+        self.note(section, name=name, ok=not wrong, limit=limit, **errors)
+
+    def late(self, seconds: float) -> bool:
+        """Whether less time than this is left."""
+        return self.end - time.perf_counter() < seconds
+
+    def sync(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def timed(self, step: Callable[[], Any], seconds: float = 0.4) -> float:
+        """Median milliseconds of a step, after three to warm up, by the device's own clock where it has one."""
+        if self.small:
+            started = time.perf_counter()
+            step()
+            return 1e3 * (time.perf_counter() - started)
+        for _ in range(3):
+            step()
+        times, started = [], time.perf_counter()
+        while len(times) < 5 or (time.perf_counter() - started < seconds and len(times) < 200):
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            step()
+            last.record()
+            last.synchronize()
+            times.append(first.elapsed_time(last))
+        return statistics.median(times)
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is expected, which is on the CPU."""
+    expected = expected.detach().double()
+    return float((found.detach().cpu().double() - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def distances(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Those of all that is expected."""
+    return {name: distance(found[name], expected[name]) for name in expected}
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error, and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+# ---- correctness
+
+
+def machine(check: Check) -> None:
+    """How fast memory and matrix products are here, and what the backends are set to."""
+    size, side = (2**20, 64) if check.small else (2**30, 8192)
+    a, b = (torch.empty(size, dtype=torch.uint8, device=check.device) for _ in range(2))
+    values: dict[str, Any] = {"copy_TB_s": 2 * size / check.timed(lambda: b.copy_(a)) / 1e9}
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn(side, side, device=check.device, dtype=dtype)
+        values[f"{str(dtype)[6:]}_TFLOP_s"] = 2 * side**3 / check.timed(lambda x=x: x @ x) / 1e9
+    if check.device == "cuda":
+        matmul = torch.backends.cuda.matmul
+        values |= {"cudnn": torch.backends.cudnn.version(), "tf32_matmul": matmul.allow_tf32}
+        values |= {"tf32_cudnn": torch.backends.cudnn.allow_tf32}
+        values |= {"bf16_reduced": matmul.allow_bf16_reduced_precision_reduction}
+    check.note("speed of the machine", **values)
+    check.say("  " + ", ".join(f"{name} {value}" for name, value in values.items()))
+
+
+def layer(check: Check) -> None:
+    """Luna attention in all forms, masks and types: values and gradients against float64 on the CPU."""
+    limits = dict(zip(PRECISIONS, (1e-10, 1e-4, 0.06, 0.01, 0.06, 0.01), strict=True))
+    C, H, slots, B, N = 96, 3, 8, 3, 41 if check.small else 341
+    worst: dict[str, float] = {}
+    for tied in (True, False):
+        for pack_heads in (None, 1):
+            for masked in (False, True):
+                torch.manual_seed(0)
+                shape = {"dim": C, "num_heads": H, "pack_heads": pack_heads, "tie_kv": tied, "memory_len": slots}
+                exact = LunaAttention(**shape, pack_form="projected", unpack_form="projected")
+                for p in exact.parameters():
+                    nn.init.normal_(p, std=1.5 / C**0.5 if p.dim() > 1 else 0.2)
+                tokens = torch.randn(B, N, C), torch.randn(B, slots, C)
+                masks = [torch.rand(B, n) < 0.7 for n in (N, slots)] if masked else []
+                for mask in masks:
+                    mask[:, 0] = True
+                given = [torch.randn_like(x) for x in tokens]
+                want = _values_and_gradients(exact, tokens, masks, given, "cpu", *PRECISIONS["float64"])
+                for pack_form in LF.FORMS[1:]:
+                    for unpack_form in LF.FORMS[1:]:
+                        other = LunaAttention(**shape, pack_form=pack_form, unpack_form=unpack_form)
+                        other.load_state_dict(exact.state_dict())
+                        for precision, limit in limits.items():
+                            of = f"tied {tied}, pack_heads {pack_heads}, masked {masked}, {pack_form}/{unpack_form}"
+                            here = other, tokens, masks, given, check.device, *PRECISIONS[precision]
+
+                            def errors(here=here, want=want, precision=precision) -> dict[str, float]:
+                                found = distances(_values_and_gradients(*here), want)
+                                worst[precision] = max(worst.get(precision, 0.0), *found.values())
+                                return found
+
+                            check.judge("layer", f"{of}, {precision}", errors, limit)
+    for precision, error in worst.items():
+        check.say(f"  {precision:22s} worst {error:.1e}, limit {limits[precision]:g}")
+
+
+def _values_and_gradients(
+    layer: LunaAttention,
+    tokens: tuple[Tensor, Tensor],
+    masks: list[Tensor],
+    given: list[Tensor],
+    device: str,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None,
+) -> dict[str, Tensor]:
+    leaves = [x.to(device, dtype).requires_grad_() for x in tokens]
+    layer = copy.deepcopy(layer).to(device, dtype)
+    with torch.autocast(device, autocast, enabled=autocast is not None):
+        y, packed = layer(*leaves, *(mask.to(device) for mask in masks))
+    loss = sum((x.double() * g.to(device)).sum() for x, g in zip((y, packed), given, strict=True))
+    names = ["x", "memory", *(name for name, _ in layer.named_parameters())]
+    gradients = torch.autograd.grad(loss, [*leaves, *layer.parameters()])
+    return {"y": y, "packed": packed, **{f"d_{name}": g for name, g in zip(names, gradients, strict=True)}}
+
+
+def models(check: Check) -> None:
+    """Every mixer and option, with and without a mask: values and gradients against float64 on the CPU."""
+    limits = {"float64": 1e-9, "float32": 5e-3, "autocast to bfloat16": 0.2, "bfloat16": 0.3}
+    done = 0
+    for arguments in VARIANTS:
+        if arguments.get("mixer") in ("performer", "rfa"):
+            arguments = {**arguments, "mixer_args": {"redraw_interval": None}}
+        for masked in (False, True):
+            name = f"{arguments}, masked {masked}"
+            torch.manual_seed(0)
+            model = timm.create_model("test_luna_vit", num_classes=7, depth=2, **arguments).double().train()
+            x, patch = torch.randn(2, 3, 83, 64, dtype=torch.float64), arguments.get("patch_size", 16)
+            valid = torch.ones(2, -(-83 // patch), 64 // patch, dtype=torch.bool)
+            valid[1, :, -1] = False
+            mask = {"patch_valid": valid.flatten(1)} if masked else {}
+            want = _logits_and_gradients(model, x, mask, "cpu", *PRECISIONS["float64"])
+            for precision, limit in limits.items():
+                here = model, x, mask, check.device, *PRECISIONS[precision]
+                if arguments.get("mixer") == "routing" and precision != "float64":
+                    limit *= 20  # near the border of a cluster rounding decides
+
+                def errors(here=here, want=want) -> dict[str, float]:
+                    return distances(_logits_and_gradients(*here), want)
+
+                check.judge("models", f"{name}, {precision}", errors, limit)
+                done += 1
+        if check.late(0):
+            break
+    check.say(f"  {done} comparisons")
+
+
+def _logits_and_gradients(
+    model: nn.Module,
+    x: Tensor,
+    mask: dict[str, Tensor],
+    device: str,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None,
+) -> dict[str, Tensor]:
+    model = copy.deepcopy(model).to(device, dtype)
+    with torch.autocast(device, autocast, enabled=autocast is not None):
+        y = model(x.to(device, dtype), **{name: m.to(device) for name, m in mask.items()})
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(y.double().square().sum(), parameters, allow_unused=True)
+    flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+    return {"logits": y, "gradients": torch.cat([g.flatten() for g in flat])}
+
+
+def execution(check: Check) -> None:
+    """In pieces or at once is the same: tiles of a pack, bands, gradient checkpointing, streaming; float16's range."""
+    torch.manual_seed(0)
+    device, plain = check.device, PRECISIONS["float32"]
+
+    def tiles(form: str) -> dict[str, float]:
+        attention = LunaAttention(96, 3, pack_form=form).to(device)
+        x, memory = torch.randn(2, 341, 96, device=device), torch.randn(2, 8, 96, device=device)
+        query = attention.pack_query(memory)
+        states = [attention.pack_tile(tile, query) for tile in x.split(100, dim=1)]
+        whole = attention.pack(x, memory).cpu()
+        return {"packed": distance(functools.reduce(LF.PackState.merge, states).finish(), whole)}
+
+    for form in LF.FORMS[1:]:
+        check.judge("execution", f"a pack in tiles, {form}", lambda form=form: tiles(form), 1e-4)
+
+    model = timm.create_model("test_luna_vit", num_classes=7).train()
+    x = torch.randn(2, 3, 96, 80)
+    want = _logits_and_gradients(model, x, {}, "cpu", *plain)
+
+    def in_pieces(change: Callable[[nn.Module], None]) -> dict[str, float]:
+        other = copy.deepcopy(model)
+        change(other)
+        return distances(_logits_and_gradients(other, x, {}, device, *plain), want)
+
+    check.judge("execution", "bands", lambda: in_pieces(lambda m: set_band_checkpointing(m, 2)), 5e-3)
+    check.judge("execution", "checkpointing", lambda: in_pieces(lambda m: m.set_grad_checkpointing(True)), 5e-3)
+
+    @torch.no_grad()
+    def streamed() -> dict[str, float]:
+        image, ours = torch.rand(170, 210, 3), copy.deepcopy(model).to(device).eval()
+        expected = ours(image.permute(2, 0, 1)[None].to(device))[0].cpu()
+        found = encode(ours, image.numpy(), mean=0.0, std=1.0, band_rows=3, progress=False)
+        return {"logits": distance(found.logits, expected)}
+
+    @torch.no_grad()
+    def large() -> dict[str, float]:
+        ours = copy.deepcopy(model).to(device).half().eval()
+        for p in ours.parameters():
+            p.mul_(30)
+        return {"not finite": float((~ours((50 * x).to(device).half()).isfinite()).sum())}
+
+    def scaled() -> dict[str, float]:
+        ours, scaler = copy.deepcopy(model).to(device), torch.amp.GradScaler(device)
+        optimizer = torch.optim.AdamW(ours.parameters(), 1e-3, fused=True)
+        for _ in range(4):
+            with torch.autocast(device, torch.float16):
+                logits = ours(x.to(device)).float()
+            optimizer.zero_grad()
+            scaler.scale(F.cross_entropy(logits, torch.zeros(2, dtype=torch.long, device=device))).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return {"not finite": float(sum((~p.isfinite()).sum() for p in ours.parameters()))}
+
+    check.judge("execution", "streaming", streamed, 5e-3)
+    check.judge("execution", "float16 of large numbers", large, 0.0)
+    check.judge("execution", "steps in float16 with a scaler", scaled, 0.0)
+    check.say(f"  {len(check.found['execution'])} comparisons")
+
+
+def waits(check: Check) -> None:
+    """How often a step of each mixer waits for the device, and whether its forward pass is captured as a CUDA graph."""
+    if check.device != "cuda":
+        check.note("waits", skipped="needs a GPU")
+        check.say("  needs a GPU")
+        return
+    for mixer in MIXERS:
+        for masked in (False, True):
+            model = timm.create_model("test_luna_vit", mixer=mixer, drop_path_rate=0.1).cuda().train()
+            x = torch.randn(2, 3, 96, 96, device="cuda")
+            mask = {"patch_valid": torch.ones(2, 36, dtype=torch.bool, device="cuda")} if masked else {}
+            model(x, **mask).sum().backward()
+            torch.cuda.synchronize()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                try:
+                    model(x, **mask).sum().backward()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            count = sum("synchroniz" in str(warning.message) for warning in caught)
+            captured = _captured(model.eval(), x, mask)
+            check.note("waits", mixer=mixer, masked=masked, waits=count, graph=captured)
+            check.say(f"  {mixer:12s} masked {masked!s:5s} waits {count:3d}, graph: {captured}")
+
+
+@torch.no_grad()
+def _captured(model: nn.Module, x: Tensor, mask: dict[str, Tensor]) -> str:
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    try:
+        with torch.cuda.stream(stream):
+            model(x, **mask)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            y = model(x, **mask)
+        graph.replay()
+        torch.cuda.synchronize()
+        return "yes" if distance(y, model(x, **mask).cpu()) < 1e-3 else "wrong values"
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        return f"no, {first_line(error)[:80]}"
+
+
+def kernels(check: Check) -> None:
+    """The drafts of fused kernels against their formulas; on a CPU in Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        check.note("kernels", skipped="triton is not installed")
+        check.say("  triton is not installed")
+        return
+    if check.small:
+        # the interpreter must be asked for before triton is imported, which torch does
+        words = [sys.executable, "-m", "experiments.gpu.luna_triton"]
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        found = json.loads(subprocess.check_output(words, env=environment, text=True))
+        for name, limit in (("float32", 1e-5), ("float16", 3e-3)):
+            check.judge("kernels", f"interpreted, {name}", functools.partial(found.get, name), limit)
+        return
+    from experiments.gpu import luna_triton
+
+    for shape in ({}, {"B": 1, "N": 4099, "slots": 16}, {"N": 65, "slots": 32}):
+        for dtype, limit in ((torch.bfloat16, 0.02), (torch.float16, 3e-3)):
+            here = functools.partial(luna_triton.errors, check.device, dtype, **shape)
+            check.judge("kernels", f"{shape}, {str(dtype)[6:]}", here, limit)
+
+
+# ---- timings
+
+
+def kernel_speed(check: Check) -> None:
+    """The drafts of fused kernels beside the operations that they replace, and the time that memory alone takes."""
+    if check.device != "cuda" or importlib.util.find_spec("triton") is None:
+        check.note("kernel_speed", skipped="needs a GPU and triton")
+        check.say("  needs a GPU and triton")
+        return
+    from experiments.gpu import luna_triton as drafts
+
+    for B, N, slots in ((256, 196, 8), (12, 4096, 8), (1, 16384, 8), (4, 16384, 16)):
+        x, m, k, shift, v, *norms = drafts.make(B, N, 384, 6, slots, "cuda", torch.bfloat16)
+
+        def pack(x=x, m=m, norms=norms) -> Tensor:
+            h = F.layer_norm(x, (384,), *norms[:2], 1e-6)
+            return torch.bmm(torch.bmm(m, h.transpose(1, 2)).softmax(2), h)
+
+        def unpack(x=x, k=k, shift=shift, v=v, norms=norms, slots=slots) -> Tensor:
+            h = F.layer_norm(x, (384,), *norms[:2], 1e-6)
+            scores = torch.baddbmm(shift[:, None].to(h.dtype), h, k.transpose(1, 2)).unflatten(2, (6, slots))
+            return F.layer_norm(x + torch.bmm(scores.softmax(3).flatten(2), v), (384,), *norms[2:], 1e-6)
+
+        row = {"B": B, "N": N, "slots": slots}
+        row |= {"pack_eager": check.timed(pack), "pack_compiled": check.timed(torch.compile(pack))}
+        row |= {"pack_triton": check.timed(lambda a=(x, m, *norms[:2]): drafts.pack(*a))}
+        row |= {"unpack_eager": check.timed(unpack), "unpack_compiled": check.timed(torch.compile(unpack))}
+        row |= {"unpack_triton": check.timed(lambda a=(x, k, shift, v, *norms, slots): drafts.unpack(*a))}
+        row |= {"pack_memory": 2 * x.numel() / 3e9, "unpack_memory": 6 * x.numel() / 3e9}  # at 3 TB/s
+        check.note("kernel_speed", **row)
+        check.say("  " + ", ".join(f"{n} {v:.3f}" if isinstance(v, float) else f"{n} {v}" for n, v in row.items()))
+
+
+MODELS = (
+    "luna_vit_small",
+    "luna_vit_small,memory_len=32",
+    "luna_vit_small,mixer=identity",
+    "vit_small_patch16_224",
+    "luna_vit_small,mixer=softmax",
+)
+
+
+def speed(check: Check) -> None:
+    """Images a second of models, eager and compiled: inference in bfloat16, training under autocast."""
+    batches, names = {224: 256, 512: 64, 1024: 16, 2048: 4}, MODELS
+    if check.small:
+        batches, names = {160: 2}, ("test_luna_vit", "test_vit")
+    ways = [(training, compiled) for training in (False, True) for compiled in (False, True)]
+    plan = [(side, *way) for way in ways for side in batches]
+    plan.sort(key=lambda p: (p[0] not in (160, 224, 1024), p[1], p[2]))  # what says most comes first
+    for side, training, compiled in plan:
+        said = []
+        for name in names:
+            if check.late(45):
+                check.say("  out of time")
+                return
+            if side >= 2048 and training and ("vit_small_patch16" in name or "softmax" in name):
+                continue  # minutes
+            way = {"mode": "training" if training else "inference", "execution": "compiled" if compiled else "eager"}
+            row = {"model": name, "side": side, **way}
+            try:
+                row |= _measure(check, Spec.parse(name), side, batches[side], training, compiled)
+                said.append(f"{name} {row['images_s']:.0f}/s")
+            except RuntimeError as error:  # out of memory, or of what a compiler can do
+                row["error"] = first_line(error)
+                said.append(f"{name} {type(error).__name__}")
+            check.note("speed", **row)
+        check.say(f"  {side} px, {way['mode']}, {way['execution']}: {', '.join(said)}")
+
+
+def _measure(check: Check, spec: Spec, side: int, batch: int, training: bool, compiled: bool) -> dict[str, float]:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    if check.device == "cuda":
+        torch.cuda.empty_cache()
+    model, device = build(spec, side, side).to(check.device).train(training), check.device
+    B = max(1, batch // 2) if training else batch
+    x, targets = torch.randn(B, 3, side, side, device=device), torch.randint(1000, (B,), device=device)
+    if not training:
+        model, x = model.bfloat16(), x.bfloat16()
+    if compiled:  # the blocks one by one, as all share one code: seconds instead of minutes
+        for block in model.blocks:
+            block.compile(dynamic=False, backend="eager" if check.small else "inductor")
+
+    def step() -> None:
+        if not training:
+            with torch.inference_mode():
+                model(x)
+            return
+        with torch.autocast(device, torch.bfloat16):
+            loss = F.cross_entropy(model(x).float(), targets)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    ms = check.timed(step, 0.3)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
+    return {"batch": B, "ms": ms, "images_s": 1e3 * B / ms, "peak_GB": peak}
+
+
+def profile(check: Check) -> None:
+    """Kernels of a forward pass in bfloat16, and their time; the table goes to OUT/profile_SIDE_BATCH.txt."""
+    cuda = check.device == "cuda"
+    for side, batch in ((224, 256), (1024, 16), (224, 1)) if cuda else ((64, 1),):
+        model = timm.create_model("luna_vit_small" if cuda else "test_luna_vit").to(check.device).bfloat16().eval()
+        x = torch.randn(batch, 3, side, side, device=check.device).bfloat16()
+        with torch.inference_mode():
+            model(x)
+            check.sync()
+            activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]
+            with profiled(activities=activities) as found:
+                model(x)
+                check.sync()
+        order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+        table = found.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)
+        (check.out / f"profile_{side}_{batch}.txt").write_text(table, encoding="utf-8")
+        ran = [event for event in found.events() if str(event.device_type).endswith("CUDA")]
+        took = sum(event.time_range.elapsed_us() for event in ran)
+        check.note("profile", side=side, batch=batch, kernels=len(ran), kernel_us=took)
+        check.say(f"  {side} px, batch {batch}: {len(ran)} kernels, {took:.0f} us")
+
+
+# ---- training
+
+
+class _OneImage(Dataset):
+    """The same image again and again: what is timed is the step, and not the data."""
+
+    def __init__(self, side: int, length: int) -> None:
+        self.image, self.length = torch.randn(3, side, side), length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.image, index % 1000
+
+
+class _Clock(L.Callback):
+    """Milliseconds of a step, without the first ones."""
+
+    def __init__(self, check: Check, skipped: int) -> None:
+        self.check, self.skipped, self.steps = check, skipped, 0
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.skipped:
+            self.check.sync()
+            self.since = time.perf_counter()
+
+    def on_train_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self.check.sync()
+        self.ms = 1e3 * (time.perf_counter() - self.since) / (trainer.global_step - self.skipped)
+
+
+def training(check: Check) -> None:
+    """A step of the real training loop, bare and with the callbacks of the configs."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    name, side, batch, steps, skipped = "luna_vit_small", 224, 64, 50, 10
+    if check.small:
+        name, side, batch, steps, skipped = "test_luna_vit", 64, 2, 3, 1
+    callbacks: dict[str, list[L.Callback]] = {
+        "bare": [],
+        "guard": [NonFiniteGuard()],
+        "guard, EMA, rate, Rich bar": [
+            NonFiniteGuard(),
+            EMA(0.999),
+            ImagesPerSecond(),
+            L.callbacks.RichProgressBar(),
+        ],
+    }
+    for what, more in callbacks.items():
+        clock = _Clock(check, skipped)
+        trainer = L.Trainer(
+            accelerator="gpu" if check.device == "cuda" else "cpu",
+            devices=1,
+            precision="bf16-mixed",
+            max_steps=steps,
+            callbacks=[clock, *more],
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar="Rich" in what,
+            default_root_dir=check.out,
+        )
+        workers = 0 if check.small else 4
+        loader = DataLoader(_OneImage(side, batch * (steps + 10)), batch, num_workers=workers, pin_memory=bool(workers))
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            trainer.fit(ClassificationTask(name, 1000), loader)
+        check.note("training", callbacks=what, model=name, side=side, batch=batch, ms_per_step=clock.ms)
+        check.say(f"  {what}: {clock.ms:.1f} ms a step, {name}, batch {batch} at {side} px")
+
+
+SECTIONS: dict[str, Callable[[Check], None]] = {
+    section.__name__: section
+    for section in (machine, layer, models, execution, waits, kernels, kernel_speed, speed, profile, training)
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the sections; returns the exit code: 1 if something is wrong."""
+    parser = Parser(prog="python -m experiments.gpu.gpu_check", description=__doc__.partition("\n\n")[2])
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu is a dry run in small")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="in this order")
+    parser.add_argument("--seconds", type=float, default=420.0, help="after which no section begins")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/gpu"), help="folder of the results")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device; --device cpu is a dry run")
+    warnings.filterwarnings("ignore")
+    check = Check(args.out, args.device, args.seconds)
+    for name in args.sections:
+        if check.late(20):
+            check.say(f"{name}: left out, no time")
+            continue
+        check.say(f"{name}: {SECTIONS[name].__doc__}")
+        try:
+            SECTIONS[name](check)
+        except Exception as error:  # a section that breaks must not cost the others their time on the GPU
+            traceback.print_exc()
+            check.fail(f"{name}: {first_line(error)}")
+    check.note("sections", done=args.sections)
+    print(f"\n{len(check.failed)} failed", *(f"  {line}" for line in check.failed[:25]), sep="\n")
+    return int(bool(check.failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
