@@ -34,12 +34,12 @@ from torch.utils.data import DataLoader, Dataset
 from experiments.benchmarks.cell import Spec, build
 from experiments.command import Parser
 from luna_vision import functional as LF
-from luna_vision._record import machine as describe_machine
-from luna_vision._record import write_json
 from luna_vision.execution import encode, set_band_checkpointing
 from luna_vision.layers import LunaAttention
 from luna_vision.mixers import MIXERS
 from luna_vision.tasks import EMA, ClassificationTask, ImagesPerSecond, NonFiniteGuard
+from luna_vision.utils.files import write_json
+from luna_vision.utils.record import machine as describe_machine
 
 __all__ = ["SECTIONS", "Check", "main"]
 
