@@ -55,6 +55,10 @@ class TarShards(IterableDataset):
             raise FileNotFoundError(
                 f"{root / INFO} names shards that are missing: {missing[0]} ({len(missing)} in all)"
             )
+        sizes = map(os.path.getsize, self.paths)
+        for path, length, size in zip(self.paths, self.lengths, sizes, strict=True):
+            if not 0 <= length <= size // tarfile.BLOCKSIZE:
+                raise ValueError(f"{root / INFO}: {path} does not have {length} samples")
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)])  # a sample's index: its shard's start, and so on
 
     def __len__(self) -> int:

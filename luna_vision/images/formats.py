@@ -175,8 +175,11 @@ def _checked(decode: Callable[..., Any], numbers: int) -> Callable[..., Any]:
 
     def checked(data: bytes | None, index: int, jpegheader: bytes | None = None, **options: Any) -> Any:
         if data is not None:
-            with _any_size(), open_image_file(io.BytesIO((jpegheader or b"") + data)) as image:
-                found = image.width * image.height * len(image.getbands())
+            try:
+                with _any_size(), open_image_file(io.BytesIO((jpegheader or b"") + data)) as image:
+                    found = image.width * image.height * len(image.getbands())
+            except UnidentifiedImageError as error:
+                raise ValueError("a tile is an image of unknown size") from error
             if found > numbers:
                 raise ValueError(f"a tile of {numbers} numbers is an image of {found}")
         return decode(data, index, jpegheader=jpegheader, **options)

@@ -124,10 +124,11 @@ class _Store(WrapperStore):
         self.chunk, self.file = chunk, file
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range=None) -> Buffer | None:
+        if not await self._store.exists(key):  # or it is a pipe or a device
+            return None
+        size, most = await self._store.getsize(key), self.file
         if isinstance(byte_range, RangeByteRequest):
             size, most = byte_range.end - byte_range.start, self.chunk
-        else:
-            size, most = await self._store.getsize(key) if await self._store.exists(key) else 0, self.file
         if size > most:
             raise ValueError(f"{key} has {size} encoded bytes, and {most} are the most that its pixels can take")
         return await self._store.get(key, prototype, byte_range)

@@ -12,24 +12,9 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
-
-__all__ = [
-    "beside",
-    "check_folder",
-    "check_own",
-    "new_file",
-    "new_folder",
-    "open_own",
-    "remove_leftovers",
-    "remove_own",
-    "save_figure",
-    "to_disk",
-    "write_json",
-    "write_text",
-]
 
 
 def beside(path: Path) -> Path:
@@ -48,21 +33,16 @@ def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
         OSError: It cannot be written, or something else than a file is at `path`, which the message names.
     """
     path = Path(path)
-    new = beside(path)
-    with _named(path, new):
+    with _moved_in(path, beside(path)) as new:
         if path.exists() and not path.is_file():
             raise OSError("it is a folder or a device")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(new, "xb") as file:  # fails where there is something, a link included
-                yield file
-                file.flush()
-                # of what safetensors has put in its place, which is its owner's alone
-                os.chmod(new, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
-            to_disk(new)
-            os.replace(new, path)
-        finally:
-            new.unlink(missing_ok=True)
+        with open(new, "xb") as file:  # fails where there is something, a link included
+            yield file
+            file.flush()
+            # of what safetensors has put in its place, which is its owner's alone
+            os.chmod(new, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
+        to_disk(new)
+        os.replace(new, path)
 
 
 @contextmanager
@@ -76,31 +56,30 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     there = path.is_dir()
-    new = beside(path / path.name if there else path)
-    with _named(path, new):
-        new.parent.mkdir(parents=True, exist_ok=True)
+    with _moved_in(path, beside(path / path.name if there else path)) as new:
         new.mkdir()
-        try:
-            yield new
-            for file in new.iterdir() if there else ():
-                os.replace(file, path / file.name)
-            if not there:
-                os.replace(new, path)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+        yield new
+        for file in new.iterdir() if there else ():
+            os.replace(file, path / file.name)
+        if not there:
+            os.replace(new, path)
 
 
 @contextmanager
-def _named(path: Path, new: Path) -> Iterator[None]:
-    """Errors of the system about `new`, or the folder that it is in, are about `path`; those about others stay."""
+def _moved_in(path: Path, new: Path) -> Iterator[Path]:
+    """Leave nothing of `new`. The system's errors about it, or about its folder, are said of `path`; others stay."""
     try:
-        yield
+        new.parent.mkdir(parents=True, exist_ok=True)
+        yield new
     except OSError as error:
         name = str(error.filename)
         if error.filename is not None and not name.startswith(str(new)) and not str(path).startswith(name):
             raise
         kept = "; what was there before is whole" if path.is_file() else ""
         raise OSError(f"cannot write {path}: {error.strerror or error}{kept}") from error
+    finally:
+        with suppress(OSError):  # which would hide what went wrong
+            _remove(new)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -127,14 +106,11 @@ def to_disk(path: Path) -> None:
 
 
 def open_own(path: Path, keep: bool) -> BinaryIO:
-    """A file that is written over several runs, under a name of its own: unbuffered, for reading and writing.
-
-    Args:
-        path: The file.
-        keep: Open the one that is there; otherwise a new one takes its place.
+    """A file of a fixed name that several runs write, unbuffered: the one that is there, if it is to be kept, or a new
+    one in its place.
 
     Raises:
-        OSError: It is not there, is a link, or cannot be opened.
+        OSError: It cannot be opened, is not there, or is a link.
     """
     if keep:
         nofollow = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
@@ -144,22 +120,18 @@ def open_own(path: Path, keep: bool) -> BinaryIO:
 
 
 def check_own(folder: Path, known: str) -> list[Path]:
-    """See that a folder is of this package.
+    """All that is in a folder of this package, every file before its folder.
 
     Args:
         folder: The folder.
-        known: Paths of files in it, with slashes, as a regular expression.
-
-    Returns:
-        All that is in it, every file before its folder.
+        known: Paths of the files in it, with slashes, as a regular expression.
 
     Raises:
         OSError: It is a link or no folder, or has something else in it.
     """
-    own = re.compile(known)
     found = [] if folder.is_symlink() else sorted(folder.rglob("*"), reverse=True)
     for path in [*found, folder]:
-        as_named = path.is_file() and own.fullmatch(path.relative_to(folder).as_posix())
+        as_named = path.is_file() and re.fullmatch(known, path.relative_to(folder).as_posix())
         if path.is_symlink() or not (path.is_dir() or as_named):
             raise OSError(f"{folder} is in the way, as {path} is not of this package: remove it, or give another name")
     return found
@@ -168,16 +140,22 @@ def check_own(folder: Path, known: str) -> list[Path]:
 def remove_own(folder: Path, known: str) -> None:
     """Remove a folder, if there is one, in which nothing is unknown: see `check_own`. Otherwise nothing is touched."""
     if os.path.lexists(folder):
-        for path in check_own(folder, known):
+        for path in [*check_own(folder, known), folder]:
             path.rmdir() if path.is_dir() else path.unlink()
-        folder.rmdir()
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what processes that were killed have left in a folder, in which no other process may write."""
     for path in folder.glob(".*.partial*"):
         if re.fullmatch(r"\..*\.[0-9a-f]{8}\.partial(\..*)?", path.name):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_folder(folder: Path) -> None:

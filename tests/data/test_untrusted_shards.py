@@ -186,6 +186,12 @@ def test_shards_outside_the_folder(name: str, tmp_path: Path):
         data.dataset("train")
 
 
+@pytest.mark.parametrize("length", [10**12, -1])
+def test_more_samples_than_a_tar_can_hold(length: int, tmp_path: Path):
+    with pytest.raises(ValueError, match=f"train.tar does not have {length} samples"):
+        shard(tmp_path, member("0.png", png()) + member("0.cls", b"0"), length).dataset("train")
+
+
 def test_links_in_tars_are_not_followed(tmp_path: Path, error_of: Callable):
     link = tarfile.TarInfo("0.png")
     link.type, link.linkname = tarfile.SYMTYPE, os.fspath(tmp_path / "secret.png")

@@ -191,6 +191,16 @@ def test_shards(case, tmp_path, capsys):
     assert "pixel rows 0" in refused_within(capsys, 10**8, folder, "--memory-budget", "500MB")
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_chunk_that_is_no_file_is_missing(kind, tmp_path):
+    """It would be read for ever."""
+    zarr.create_array(tmp_path / "a.zarr", data=np.ones((8, 8), np.uint8))
+    path = only_chunk(tmp_path / "a.zarr")
+    path.unlink()
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    assert open_image(tmp_path / "a.zarr")[0:8].sum() == 0
+
+
 @pytest.mark.parametrize("kind", ["zarr2", "zarr3", "shards", "tiles", "strips"])
 def test_chunks_that_are_too_large_for_the_budget(kind, tmp_path, capsys):
     """By what the file says, before anything is decoded: 10,000 million numbers for an image of a few."""
@@ -238,6 +248,14 @@ def test_a_tile_that_is_a_larger_image_is_refused(name, picture, tmp_path, capsy
     put_tile(path, image.getvalue())
     line = refused_within(capsys, 5 * 10**7, path, "--memory-budget", "500MB")
     assert "a tile of 12288 numbers is an image of 75000000" in line
+
+
+def test_strips_of_jpeg_that_share_their_tables(picture, tmp_path):
+    """As libtiff writes them."""
+    Image.fromarray(picture).save(tmp_path / "a.tif", compression="jpeg", strip_size=3000)
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        assert file.pages[0].jpegtables and len(file.pages[0].dataoffsets) > 1
+    assert np.abs(open_image(tmp_path / "a.tif")[0:137].astype(int) - picture).mean() < 10
 
 
 @pytest.mark.parametrize("name", ["zlib", "packbits", "zstd"])
