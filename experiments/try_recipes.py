@@ -1,4 +1,4 @@
-"""Try every config on real photographs: `python experiments/try_recipes.py DATA --out docs/results/recipes.json`.
+"""Try every config on real photographs: `python experiments/try_recipes.py DATA`.
 
 DATA is a folder with the images of CIFAR-10 (cifar10/{train,test}/<class>/*.png) and of Tiny-ImageNet
 (tiny_imagenet/{train,val}/<class>/*.png) as image folders, and Fashion-MNIST as torchvision lays it out
@@ -278,7 +278,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, metavar="DATA", help="with cifar10, tiny_imagenet and FashionMNIST")
     parser.add_argument("--work", type=Path, help="folder for converted data and runs (DATA/try_recipes)")
-    parser.add_argument("--out", type=Path, default=Path("recipes.json"), help="(%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/recipes.json"), help="(%(default)s)")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="of each config (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=all_recipes(), metavar="NAME", help="these alone, done or not")
     args = parser.parse_args()

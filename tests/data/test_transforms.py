@@ -88,7 +88,7 @@ def test_timm_itself_is_left_as_it_is():
 
 
 SAMPLES = [Image.fromarray(image).resize((80, 60)) for image in load_sample_images().images]  # of scikit-learn
-RAND = [("", 15, 0), ("-inc1", 15, 0), ("-inc1-t3a", 3, 0), ("-t3aw", 14, 14), ("-tweights", 15, 15)]
+RAND = [("", 15, 8), ("-inc1", 15, 8), ("-inc1-t3a", 3, 8), ("-t3aw", 14, 14), ("-tweights", 15, 15)]
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_every_operation_of_randaugment_at_every_magnitude(
     done, call = set(), AugmentOp.__call__
     monkeypatch.setattr(AugmentOp, "__call__", lambda op, image: done.add(op.name) or call(op, image))
     for noise in ("", "-mstd0.5"):
-        policy = f"rand-m{magnitude}-n{layers or 8}-p1{noise}{options}"
+        policy = f"rand-m{magnitude}-n{layers}-p1{noise}{options}"
         aug = Augmentation((32, 48), crop="none", auto_augment=policy, mean=(0.4,) * in_chans)
         check_on_photographs(train_transform("timm", aug, (0.0,), (1.0,)), in_chans, seeds=8)
     assert len(done) == operations
