@@ -15,9 +15,10 @@ import timm
 import torch
 from safetensors import safe_open
 from timm.models import get_arch_name
+from timm.models._input import get_model_input_config
 from torch import nn
 
-from .models import load_weights
+from .models import LunaVit, load_weights
 from .utils.files import check_folder
 from .utils.text import printable
 
@@ -175,13 +176,24 @@ def load_model(args: argparse.Namespace, **overrides: Any) -> nn.Module:
         model = build_model(name, **arguments)
     if args.checkpoint:
         load_weights(model, args.checkpoint, say=lambda text: print(printable(text), file=sys.stderr), fresh_head=False)
-        model.pretrained_cfg = model.pretrained_cfg | image_cfg(run)
+        _set_images(model, run)
     elif random_weights(args):
         print(
             f"WARNING: {name} has RANDOM WEIGHTS: what comes out says nothing about the images. Give --checkpoint.",
             file=sys.stderr,
         )
     return model.eval().to(pick_device(args.device))
+
+
+def _set_images(model: nn.Module, run: dict[str, Any]) -> None:
+    """Put what a checkpoint says of its images into a model's `pretrained_cfg`.
+
+    A Luna ViT, which takes any size, is meant for theirs from then on, whatever it was built for.
+    """
+    size = {"input_size": get_model_input_config(model)["input_size"]}
+    model.pretrained_cfg = model.pretrained_cfg | size | image_cfg(run)
+    if isinstance(model, LunaVit):
+        model.set_input_size(model.pretrained_cfg["input_size"][1:])
 
 
 def _recorded_arguments(recorded: dict[str, Any]) -> dict[str, Any]:

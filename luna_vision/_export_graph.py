@@ -15,6 +15,7 @@ from timm.models._input import get_model_input_config
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from .images.decode import MODES
 from .models.luna_vit import LunaVit, join_tokens
 
 OUTPUTS = ("logits", "embedding", "features")
@@ -219,11 +220,14 @@ def metadata(model: LunaVit, output: str, memory: bool) -> dict[str, Any]:
         "license": model.pretrained_cfg.get("license", "apache-2.0"),
         "output": output,
         "num_classes": model.num_classes,
+        "input_size": get_model_input_config(model)["input_size"],
+        **{name: cfg[name] for name in ("interpolation", "crop_pct", "crop_mode")},
         "mean": cfg["mean"],  # of pixels in [0, 1]
         "std": cfg["std"],
-        "input_size": get_model_input_config(model)["input_size"],
         "patch_size": model.patch_embed.patch_size,
     }
+    if model.in_chans in MODES:
+        about["channels"] = MODES[model.in_chans]
     names = model.pretrained_cfg.get("label_names")
     if names and len(names) == model.num_classes:
         about["label_names"] = names

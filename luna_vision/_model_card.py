@@ -10,6 +10,7 @@ from timm.models._hub import generate_readme
 from timm.models._input import get_model_input_config
 
 from ._commands import training_checkpoint
+from .images.decode import MODES
 from .models.luna_vit import LunaVit
 from .utils.cost import count_macs
 from .utils.text import printable
@@ -48,8 +49,6 @@ CITATIONS = [
   doi       = {10.5281/zenodo.4414861}
 }""",
 ]
-# How an image is read, by the number of channels
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def training_details(checkpoint: Path) -> dict[str, Any]:
@@ -133,25 +132,23 @@ def model_card(model: LunaVit, name: str, training: dict[str, Any], random_weigh
 
 def usage(name: str, channels: int, height: int, width: int) -> str:
     """How to load and run the model, as Markdown."""
-    if channels in MODES:
-        image = f"""\
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-image = transform(Image.open("image.png").convert("{MODES[channels]}")).unsqueeze(0)"""
-    else:
-        image = f"image = torch.randn(1, {channels}, {height}, {width})  # normalised"
+    image = 'transform("image.png")[None]'
+    if channels not in MODES:
+        image = f"torch.randn(1, {channels}, {height}, {width})  # normalised"
     return f"""\
-It needs the package `luna_vision`. `{name}` is this folder; on the hub it is `hf-hub:USER/{name}`.
+It needs the package `luna_vision`. `{name}` is this folder; `huggingface_hub.snapshot_download("USER/{name}")` gets it
+from the hub.
 
 ```python
-import timm
 import torch
-from PIL import Image
 
-import luna_vision  # registers the models
+import luna_vision
 
-model = timm.create_model("local-dir:{name}", pretrained=True).eval()
-{image}
+model, transform, class_names = luna_vision.load("{name}")
+image = {image}
 with torch.inference_mode():
     output = model(image)
 ```
+
+`timm.create_model("local-dir:{name}", pretrained=True)` and `"hf-hub:USER/{name}"` give the model alone.
 """

@@ -124,6 +124,7 @@ def test_weights_that_are_not_pretrained_are_random():
         (["--model", "luna_vit_smal"], "unknown model name 'luna_vit_smal'; did you mean luna_vit_small"),
         (["--model-args", "memory"], "--model-args are NAME=VALUE, got 'memory'"),
         (["--model-args", "slots=3"], "slots"),
+        (["--model-args", "memory_length=3"], "did you mean memory_len?"),
         (["--model-args", "memory_len=0"], "memory_len must be at least 1, got 0"),
         (["--model-args", "checkpoint_path=a.pt"], "--model-args checkpoint_path: give the file as --checkpoint"),
         (["--checkpoint", "gone.ckpt"], "checkpoint 'gone.ckpt' does not exist"),

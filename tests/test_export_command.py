@@ -74,6 +74,8 @@ def test_onnx_of_a_training_run_carries_the_memory(trained, tmp_path, capsys):
     assert (json.loads(about["mean"]), json.loads(about["std"])) == ([0.3], [0.4])
     assert (json.loads(about["num_classes"]), json.loads(about["input_size"])) == (10, [1, 32, 32])
     assert json.loads(about["label_names"]) == [str(digit) for digit in range(10)]
+    assert (about["interpolation"], about["crop_mode"], about["channels"]) == ("bicubic", "squash", "L")
+    assert json.loads(about["crop_pct"]) == 1.0
 
     start = np.array(json.loads(about["initial_memory"]), np.float32)
     np.testing.assert_array_equal(start, model.memory.detach().numpy())
@@ -147,6 +149,7 @@ def test_a_program_is_loaded_by_pytorch_alone(tmp_path):
     torch.testing.assert_close(embedding, wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(new_memory, model.encode(image, memory=memory)[1], rtol=1e-4, atol=1e-5)
     assert about["mean"] == [0.5, 0.5, 0.5] and about["output"] == "embedding"
+    assert (about["crop_mode"], about["crop_pct"], about["channels"]) == ("center", 0.9, "RGB")
     assert torch.equal(torch.tensor(about["initial_memory"]), model.memory)
 
 
@@ -243,7 +246,7 @@ def test_folder_of_a_training_run(trained, tmp_path, capsys, monkeypatch):
     picture.save("image.png")
     scope: dict = {}
     exec(card.text.split("```python\n")[1].split("```")[0], scope)
-    torch.testing.assert_close(scope["image"][0], data.eval_transform(picture, 0))
+    assert torch.equal(scope["image"][0], data.eval_transform(picture, 0))
     with torch.no_grad():
         assert torch.equal(scope["output"], model(scope["image"]))
     assert scope["model"].pretrained_cfg["label_names"] == [str(digit) for digit in range(10)]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import luna_vision
 from luna_vision.tasks.cli import main
 
 DEBUG = str(Path(__file__).parents[1] / "configs" / "debug.yaml")
@@ -30,8 +31,8 @@ def run(tmp_path: Path, monkeypatch, capsys):
                 image = Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8))
                 image.save(f"photos/{split}/{name}/{i}.png")
 
-    def call(subcommand: str, *words: str) -> tuple[int, list[str], list[str]]:
-        monkeypatch.setattr(sys, "argv", ["train.py", subcommand, "--config", DEBUG, *DATA, *words])
+    def call(subcommand: str, *words: str, data: list[str] = DATA) -> tuple[int, list[str], list[str]]:
+        monkeypatch.setattr(sys, "argv", ["train.py", subcommand, "--config", DEBUG, *data, *words])
         code = 0
         try:
             main()
@@ -123,6 +124,29 @@ def test_images_of_any_name_are_predicted(run):
     assert run("predict", *words, "--trainer.limit_predict_batches=null")[0] == 0
     rows = list(csv.reader(next(Path("runs").rglob("predictions.csv")).open()))
     assert [row[0] for row in rows[1:]] == ["new/1.png", "new/2.png", "new/caf\\xe9.png"]
+
+
+def test_predictions_have_the_names_of_the_checkpoint_where_the_training_folder_is_gone(run):
+    assert run("fit", "--test_after_fit=false")[0] == 0
+    Path("photos").rename("new")
+    best = "runs/debug/version_0/checkpoints/best"
+    for words in (f"--ckpt_path={best}.ckpt", f"--model.checkpoint={best}.safetensors"):
+        assert run("predict", words, "--data.predict_path=new/test", "--trainer.limit_predict_batches=null")[0] == 0
+        path = max(Path("runs").rglob("predictions.csv"))
+        rows = list(csv.DictReader(path.open()))
+        assert len(rows) == 6 and {row["label1"] for row in rows} <= {"cat", "dog"}
+        path.unlink()
+
+
+def test_classes_are_counted(run):
+    """Where a config says null."""
+    Path("count.yaml").write_text("model: {num_classes: null}")
+    words = [word for word in DATA if not word.startswith("--model.num_classes")]
+    assert run("fit", "--config=count.yaml", data=words)[0] == 0
+    assert luna_vision.load("runs/debug/version_0/checkpoints/best.safetensors").class_names == ["cat", "dog"]
+    shutil.rmtree("photos/train")
+    code, _, err = run("fit", "--config=count.yaml", data=words)
+    assert code == 2 and "no folder photos/train" in err[-1]
 
 
 def test_a_run_does_not_go_on_with_other_classes(run):

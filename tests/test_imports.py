@@ -8,6 +8,7 @@ import luna_vision
 # from the top downwards; parts of one line may know each other
 PARTS = [
     ("export",),
+    ("loading",),
     (
         "downstream",
         "tasks",

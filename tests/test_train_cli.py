@@ -57,7 +57,7 @@ def test_fit_writes_logs_and_checkpoints_and_says_how_to_go_on(run_dir):
     columns = next(csv.reader((version / "metrics.csv").open()))
     assert {"train_loss", "train_acc1", "val_acc1", "val_acc5", "test_acc1", "images_per_s", "lr"} <= set(columns)
     assert "best checkpoint: runs/debug/version_0/checkpoints/best.ckpt" in stdout
-    assert re.match(r"load it with: +import luna_vision, timm; model = timm.create_model\(", stdout.splitlines()[-1])
+    assert re.match(r"load it with: +import luna_vision; .* = luna_vision.load\('runs/debug", stdout.splitlines()[-1])
     assert re.search(r"^test accuracy: +0\.\d{4} with runs/debug", stdout, re.M)
 
 
@@ -302,6 +302,7 @@ def test_sigterm_to_a_whole_group_of_processes_ends_cleanly(tmp_path):
         ("--model.optimizer_kwargs={betas: [0.9]}", "optimizer_kwargs {'betas': [0.9]} do not fit adamw"),
         ("--model.model_kwargs.pretrained=true", "no pretrained weights"),
         ("--model.model_kwargs.drop_path_rate=2.0", "drop_path_rate must be in [0, 1), got 2.0"),
+        ("--model.model_kwargs.memory_length=8", "did you mean memory_len?"),
     ],
 )
 def test_mistakes_are_found_before_a_run_folder_is_made(argument, message, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,6 +133,10 @@ class CanvasModule(LightningDataModule):
         names = tvd.FashionMNIST.classes if source == "fashion_mnist" else range(10)
         self.class_names = [str(name) for name in names]
         self._datasets: dict[str, Dataset] = {}
+
+    def timm_cfg(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the data, in the words of timm's `pretrained_cfg`. The models prepare images."""
+        return {"num_classes": self.num_classes, "label_names": list(self.class_names)}
 
     def prepare_data(self) -> None:
         if self.download and self.source == "fashion_mnist":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
@@ -18,7 +19,7 @@ from luna_vision.images.transforms import per_channel
 
 from .pyramid import PyramidBackbone
 
-__all__ = ["DETECTORS", "build_detector"]
+__all__ = ["DETECTORS", "build_detector", "detector_of"]
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 # arguments of torchvision's classes that are set here
@@ -119,6 +120,17 @@ def build_detector(
     model = build(_MaskedBackbone(backbone, sizes), backbone.strides, num_classes, anchor_sizes, **kwargs)
     model.transform = transform
     return model
+
+
+def detector_of(hyper_parameters: Mapping[str, Any]) -> FasterRCNN | RetinaNet:
+    """The detector that a `luna_vision.tasks.DetectionTask` of these hyperparameters trains, with initial weights."""
+    hp = hyper_parameters
+    arguments = {"img_size": hp["min_size"]} | (hp["model_kwargs"] or {})
+    pyramid = (hp["strides"] or [4, 8, 16, 32], hp["pyramid_channels"])
+    backbone = PyramidBackbone(hp["model_name"], *pyramid, in_chans=hp["in_chans"], **arguments)
+    sizes = {"min_size": hp["min_size"], "max_size": hp["max_size"]}
+    arguments = (hp["detector"], backbone, hp["num_classes"], hp["anchor_sizes"])
+    return build_detector(*arguments, **sizes, **(hp["detector_kwargs"] or {}))
 
 
 def _faster_rcnn(

@@ -5,7 +5,8 @@ Shapes: B batch, H x W pixels, K classes, the background counted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from luna_vision.images.transforms import per_channel
 
 from .pyramid import PyramidBackbone, patches_of_images
 
-__all__ = ["FCN"]
+__all__ = ["FCN", "segmenter_of"]
 
 
 class FCN(nn.Module):
@@ -73,3 +74,14 @@ class FCN(nn.Module):
         size = (logits.shape[2] * stride, logits.shape[3] * stride)
         logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         return logits[:, :, :height, :width]
+
+
+def segmenter_of(hyper_parameters: Mapping[str, Any]) -> FCN:
+    """The segmenter that a `luna_vision.tasks.SegmentationTask` of these hyperparameters trains, with initial weights.
+
+    Its K is one more than the task's ``num_classes``: class 0 is the background.
+    """
+    hp = hyper_parameters
+    pyramid = ([hp["stride"]], hp["pyramid_channels"])
+    backbone = PyramidBackbone(hp["model_name"], *pyramid, in_chans=hp["in_chans"], **hp["model_kwargs"] or {})
+    return FCN(backbone, hp["num_classes"] + 1)

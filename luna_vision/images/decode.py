@@ -14,7 +14,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .pillow import open_image_file
 
-__all__ = ["SampleError", "decode_image", "one_line", "read_image", "to_8_bit", "to_channels"]
+__all__ = ["MODES", "SampleError", "decode_image", "one_line", "read_image", "to_8_bit", "to_channels"]
+
+
+MODES = {1: "L", 3: "RGB"}  # Pillow's name of an image, by the number of channels that a model wants
 
 
 class SampleError(ValueError):
@@ -95,7 +98,7 @@ def to_channels(image: Image.Image | np.ndarray, in_chans: int) -> Image.Image:
         image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
     elif image.mode in ("P", "PA"):  # a palette may carry transparency, which Pillow only resolves by way of RGBA
         image = image.convert("RGBA")
-    mode = "L" if in_chans == 1 else "RGB"
+    mode = MODES[in_chans]
     return image if image.mode == mode else image.convert(mode)
 
 

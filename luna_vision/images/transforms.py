@@ -1,16 +1,19 @@
 """From an image to what a model sees: sizes, the range [0, 1], normalisation. Nothing here is random."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
 
-__all__ = ["ImageTransform", "SeededTransform", "eval_transform", "per_channel", "resize", "to_tensor"]
+from .decode import read_image, to_channels
+
+__all__ = ["EvalTransform", "ImageTransform", "SeededTransform", "eval_transform", "per_channel", "resize", "to_tensor"]
 
 ImageTransform = Callable[[Image.Image, int], Image.Image | np.ndarray | Tensor]
 
@@ -58,7 +61,11 @@ class SeededTransform:
 
 
 def eval_transform(
-    size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...], crop_pct: float | None = None
+    size: tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    crop_pct: float | None = None,
+    interpolation: str = "bicubic",
 ) -> SeededTransform:
     """The deterministic transform of validation, test and prediction.
 
@@ -68,25 +75,61 @@ def eval_transform(
         std: As in :class:`SeededTransform`.
         crop_pct: None resizes the whole image to ``size``, whatever its aspect ratio. A number keeps the aspect ratio:
             the image is resized to cover ``size / crop_pct``, and the centre of ``size`` is cut out.
+        interpolation: A name of Pillow's resampling filters.
     """
-    if crop_pct is None:
-        return SeededTransform(partial(resize, size=size), mean, std)
-    if not 0 < crop_pct <= 1:
+    if crop_pct is not None and not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct must be in (0, 1], got {crop_pct}")
-    return SeededTransform(partial(_resize_and_crop, size=size, crop_pct=crop_pct), mean, std)
+    return SeededTransform(partial(resize, size=size, crop_pct=crop_pct, interpolation=interpolation), mean, std)
 
 
-# Functions and not lambdas, as datasets must be picklable for worker processes that are spawned.
-def resize(image: Image.Image, seed: int, size: tuple[int, int]) -> Image.Image:
-    """Resize the whole image to ``size``, height and width in pixels, bicubically and with antialiasing."""
-    return v2.functional.resize(image, list(size), interpolation=InterpolationMode.BICUBIC)
+@dataclass(frozen=True)
+class EvalTransform:
+    """An image file, PIL image or uint8 array (H, W[, 3]) to a tensor (C, H, W), as `eval_transform` prepares it.
+
+    Attributes:
+        in_chans: C, 1 (grey) or 3 (RGB); images are converted.
+        size: Height and width of the result in pixels. None leaves the image at its own, with pixels in [0, 1].
+        mean, std, crop_pct, interpolation: As in `eval_transform`.
+
+    Raises:
+        SampleError: When called: the image cannot be decoded.
+        FileNotFoundError: When called: there is no such file.
+    """
+
+    in_chans: int
+    size: tuple[int, int] | None = None
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    crop_pct: float | None = None
+    interpolation: str = "bicubic"
+
+    def __call__(self, image: str | os.PathLike | Image.Image | np.ndarray) -> Tensor:
+        if isinstance(image, str | os.PathLike):
+            image = read_image(image)
+        elif isinstance(image, Image.Image):
+            image = ImageOps.exif_transpose(image)  # as a file is read
+        image = to_channels(image, self.in_chans)
+        if self.size is None:
+            return to_tensor(image)
+        return eval_transform(self.size, self.mean, self.std, self.crop_pct, self.interpolation)(image)
 
 
-def _resize_and_crop(image: Image.Image, seed: int, size: tuple[int, int], crop_pct: float) -> Image.Image:
-    scale = max(size[0] / image.height, size[1] / image.width) / crop_pct
-    resized = (max(size[0], round(image.height * scale)), max(size[1], round(image.width * scale)))
-    image = v2.functional.resize(image, list(resized), interpolation=InterpolationMode.BICUBIC)
-    return v2.functional.center_crop(image, list(size))
+# A function and not a lambda, as datasets must be picklable for worker processes that are spawned.
+def resize(
+    image: Image.Image,
+    seed: int,
+    size: tuple[int, int],
+    crop_pct: float | None = None,
+    interpolation: str = "bicubic",
+) -> Image.Image:
+    """Resize to ``size``, height and width in pixels, with antialiasing. The rest is as in :func:`eval_transform`."""
+    (height, width), (rows, columns) = size, size
+    if crop_pct is not None:
+        scale = max(height / image.height, width / image.width) / crop_pct
+        rows, columns = max(height, round(image.height * scale)), max(width, round(image.width * scale))
+    image = image.resize((columns, rows), Image.Resampling[interpolation.upper()])
+    top, left = round((rows - height) / 2), round((columns - width) / 2)
+    return image.crop((left, top, left + width, top + height))
 
 
 def to_tensor(image: Image.Image | np.ndarray | Tensor) -> Tensor:

@@ -9,8 +9,10 @@ Vision Transformer, Dosovitskiy et al., ICLR 2021 (arXiv 2010.11929), as timm bu
 Shapes: B batch, N patches, L memory slots, C width, H', W' patch grid with N = H' * W'.
 """
 
+import difflib
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
@@ -699,7 +701,25 @@ def prune_memory_update(model: LunaVit) -> None:
             module.requires_grad_(False)
 
 
+# what timm takes beside the arguments of a model
+_OF_TIMM = {*inspect.signature(build_model_with_cfg).parameters, "features_only", "out_indices", "feature_cls"}
+
+
+def _check_arguments(variant: str, names: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: A `LunaVit` has no such argument; the message names the most similar one.
+    """
+    known = inspect.signature(LunaVit.__init__).parameters
+    for name in names:
+        if name not in known and name not in _OF_TIMM:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "help(luna_vision.LunaVit) lists them"
+            raise ValueError(f"{variant} has no argument {name!r}; {hint}")
+
+
 def _create_luna_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> LunaVit:
+    _check_arguments(variant, kwargs)
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         if not (cfg.has_weights or cfg.state_dict):

@@ -40,10 +40,13 @@ class TimmTask(LightningModule):
     Attributes:
         model: what is trained.
         headline: name of the metric that sums up a test, and what to call it.
+        label_names: names of the classes that the weights were trained on, once they are loaded from a file that says
+            them.
     """
 
     headline: ClassVar[tuple[str, str]]
     model: nn.Module
+    label_names: list[str] | None = None
     _has_weights = False
 
     def __init__(self) -> None:
@@ -97,7 +100,7 @@ class TimmTask(LightningModule):
             name: what to call the checkpoint in the error.
             hint: what else to do than to give it the data that it was trained on.
         """
-        known = checkpoint.get("data", {}).get("cfg", {}).get("label_names")
+        known = _label_names(checkpoint)
         if known is None or not hasattr(data, "timm_cfg"):
             return
         try:
@@ -151,7 +154,9 @@ class TimmTask(LightningModule):
         checkpoint, vit = self.hparams.checkpoint, self.hparams.get("init_from_vit")
         if checkpoint:
             if self._trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:  # which may be of others
-                self.check_classes(training_checkpoint(Path(checkpoint)), self.trainer.datamodule, checkpoint)
+                run = training_checkpoint(Path(checkpoint))
+                self.check_classes(run, self.trainer.datamodule, checkpoint)
+                self.label_names = _label_names(run)
             self.load_starting_weights(lambda model: load_weights(model, checkpoint, say=rank_zero_info))
         elif vit:
             self.load_starting_weights(lambda model: init_from_vit(model, vit))
@@ -171,6 +176,7 @@ class TimmTask(LightningModule):
         """Say in one line that a checkpoint is another model's, before PyTorch says it in a hundred; and leave its
         schedule, as the rates are those of this run (`on_train_start`)."""
         self._has_weights = True
+        self.label_names = _label_names(checkpoint)
         if self._trainer is not None:
             check_deletions(self.trainer, checkpoint)
         if "lr_schedulers" in checkpoint:  # timm's know lengths and rates, which are the configuration's, and no more
@@ -254,16 +260,10 @@ class TimmTask(LightningModule):
             means[name] = mean.set_dtype(torch.float32).to(self.device)
         return means[name]
 
-    # ---- what comes out
 
-    def load_line(self, checkpoint: str, weights: str) -> str:
-        """One line of Python that builds this task's trained model.
-
-        Args:
-            checkpoint: Lightning's file.
-            weights: the state dict of ``self.model``, as `export_weights` writes it.
-        """
-        raise NotImplementedError
+def _label_names(checkpoint: dict[str, Any]) -> list[str] | None:
+    """The names of the classes that a checkpoint notes."""
+    return checkpoint.get("data", {}).get("cfg", {}).get("label_names")
 
 
 def _differences(known: list[str], names: list[str]) -> str:

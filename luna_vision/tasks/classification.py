@@ -36,7 +36,7 @@ class ClassificationTask(TimmTask):
 
     Args:
         model_name: name for ``timm.create_model``; the ``luna_vit`` models are registered.
-        num_classes: number of classes; must be that of the data.
+        num_classes: number of classes; must be that of the data. In a YAML, null counts those of the data.
         in_chans: number of image channels; must be that of the data.
         model_kwargs: further arguments of the model, such as ``patch_size`` or ``drop_path_rate``.
         checkpoint: file to start from (timm, Lightning or safetensors). Not read when a run is resumed.
@@ -267,10 +267,3 @@ class ClassificationTask(TimmTask):
         probabilities = logits.sigmoid() if self.hparams.loss == "bce" else logits.softmax(1)
         top = probabilities.topk(min(5, self.hparams.num_classes), dim=1)
         return {"ids": list(ids), "labels": top.indices, "probabilities": top.values}
-
-    def load_line(self, checkpoint: str, weights: str) -> str:
-        hp = self.hparams
-        arguments = {"num_classes": hp.num_classes, "in_chans": hp.in_chans, **(hp.model_kwargs or {})}
-        listed = "".join(f", {name}={value!r}" for name, value in arguments.items())
-        name = f"{hp.model_name!r}, checkpoint_path={weights!r}"
-        return f"import luna_vision, timm; model = timm.create_model({name}{listed})"

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, instantiate_class
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -56,6 +56,13 @@ class LunaCLI(LightningCLI):
         parser.add_argument(
             "--resume", type=bool, default=True, help="Let fit go on with an unfinished run of this very configuration."
         )
+
+    def before_instantiate_classes(self) -> None:
+        """Where a config says ``num_classes: null``, count those of the data."""
+        model, data = self._get(self.config, "model"), self._get(self.config, "data")
+        model = model.get("init_args", model)
+        if data is not None and "num_classes" in model and model.num_classes is None:
+            model.num_classes = instantiate_class((), data.as_dict()).num_classes
 
     def instantiate_classes(self) -> None:
         """What a constructor raises is about the arguments that it was given, whatever its type."""

@@ -14,9 +14,8 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from torchmetrics.detection import MeanAveragePrecision
 
 from luna_vision._commands import build_model
-from luna_vision.downstream.detection import build_detector
-from luna_vision.downstream.pyramid import PyramidBackbone
-from luna_vision.downstream.segmentation import FCN
+from luna_vision.downstream.detection import detector_of
+from luna_vision.downstream.segmentation import segmenter_of
 
 from .base import TimmTask
 
@@ -33,14 +32,6 @@ class _PyramidTask(TimmTask):
         full = build_model(**backbone.arguments)  # a checkpoint is of the whole model; here its end is left out
         load(full)
         backbone.load_body(full)
-
-    def load_line(self, checkpoint: str, weights: str) -> str:
-        # no name in timm builds the heads
-        name = type(self).__name__
-        return (
-            f"from luna_vision.tasks import {name}; "
-            f"model = {name}.load_from_checkpoint({checkpoint!r}, weights_only=True).model"
-        )
 
     def _count(self, loss: Tensor, batch_size: int) -> None:
         self.log("train_loss", loss, prog_bar=True, batch_size=batch_size)
@@ -116,12 +107,7 @@ class DetectionTask(_PyramidTask):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        strides = strides or [4, 8, 16, 32]
-        backbone = PyramidBackbone(
-            model_name, strides, pyramid_channels, in_chans=in_chans, **{"img_size": min_size} | (model_kwargs or {})
-        )
-        sizes = {"min_size": min_size, "max_size": max_size}
-        self.model = build_detector(detector, backbone, num_classes, anchor_sizes, **sizes, **(detector_kwargs or {}))
+        self.model = detector_of(self.hparams)
         # a plain dict: they hold the boxes of all images, which have no place in a checkpoint
         self._metrics: dict[str, MeanAveragePrecision] = {}
 
@@ -244,8 +230,7 @@ class SegmentationTask(_PyramidTask):
         self.save_hyperparameters()
         if background_weight <= 0:
             raise ValueError(f"background_weight must be above 0, got {background_weight}")
-        backbone = PyramidBackbone(model_name, [stride], pyramid_channels, in_chans=in_chans, **model_kwargs or {})
-        self.model = FCN(backbone, num_classes + 1)
+        self.model = segmenter_of(self.hparams)
         weight = torch.ones(num_classes + 1)
         weight[0] = background_weight
         self.register_buffer("class_weight", weight, persistent=False)

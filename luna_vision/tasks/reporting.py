@@ -29,9 +29,9 @@ from .checkpoints import best_checkpoint, last_checkpoint, model_checkpoint, rea
 class PredictionWriter(BasePredictionWriter):
     """Write predictions to a CSV file: ``image`` (path or index), ``label1`` to ``label5``, ``probability1`` to 5.
 
-    Labels are class names where the data module has ``class_names``, else indices. Text that a spreadsheet would take
-    for a formula has an apostrophe before it, see `luna_vision.utils.text.csv_cell`. The file appears when the last row
-    is written. With several processes each writes its own share, to a name that ends in its rank.
+    Labels are class names where the checkpoint or the data module has them, else indices. Text that a spreadsheet would
+    take for a formula has an apostrophe before it, see `luna_vision.utils.text.csv_cell`. The file appears when the
+    last row is written. With several processes each writes its own share, to a name that ends in its rank.
 
     Args:
         output: the file; None is ``predictions.csv`` in the run's log directory.
@@ -66,7 +66,7 @@ class PredictionWriter(BasePredictionWriter):
         if not self._header_written:
             self._rows.writerow(["image", *(f"{c}{i + 1}" for c in ("label", "probability") for i in range(count))])
             self._header_written = True
-        names = self._class_names(trainer)
+        names = pl_module.label_names or self._class_names(trainer)
         columns = (prediction["ids"], prediction["labels"].tolist(), prediction["probabilities"].tolist())
         for image, labels, probabilities in zip(*columns, strict=True):
             shown = [names[label] for label in labels] if names else labels
@@ -135,7 +135,8 @@ class ExportBest(Callback):
             score = f" (the last one: {callback.monitor} was never measured, so none is best)"
         self._closing = [
             f"best checkpoint: {relative(path)}{score}",
-            f"load it with:    {pl_module.load_line(relative(path), relative(weights))}",
+            "load it with:    import luna_vision; model, transform, class_names = "
+            f"luna_vision.load({relative(weights)!r})",
         ]
 
     def announce(self) -> None:

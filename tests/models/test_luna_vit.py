@@ -434,3 +434,10 @@ def test_query_gain_is_applied_once_whatever_the_initialisation_is_called():
     softmax = timm.create_model("test_luna_vit", mixer="softmax", mixer_args={"query_gain": 4.0})
     weight = softmax.blocks[0].attn.qkv.weight
     assert 3.5 < weight[:64].std() / weight[64:].std() < 4.5
+
+
+def test_a_mistyped_argument_is_answered_with_the_nearest_name():
+    with pytest.raises(ValueError, match="test_luna_vit has no argument 'memory_length'; did you mean memory_len?"):
+        timm.create_model("test_luna_vit", memory_length=8)
+    with pytest.raises(ValueError, match="no argument 'xyz'"):
+        timm.create_model("test_luna_vit", xyz=8)

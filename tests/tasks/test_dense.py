@@ -9,8 +9,9 @@ import timm
 import torch
 from lightning.pytorch import Trainer, seed_everything
 
+import luna_vision
 from luna_vision.data import CanvasDetectionDataModule, CanvasSegmentationDataModule
-from luna_vision.tasks import DetectionTask, SegmentationTask
+from luna_vision.tasks import DetectionTask, SegmentationTask, export_weights
 from luna_vision.tasks.cli import names_its_task
 from luna_vision.tasks.optimization import build_optimizer
 
@@ -47,9 +48,17 @@ def test_a_run_trains_everything_and_measures(name: str, tmp_path):
     assert 0 <= run.test(task, data, verbose=False)[0][f"test_{metric}"] <= 1
     checkpoint = tmp_path / "a.ckpt"
     run.save_checkpoint(checkpoint)
-    namespace: dict = {}
-    exec(task.load_line(str(checkpoint), "unused"), namespace)
-    torch.testing.assert_close(namespace["model"].state_dict(), task.model.state_dict(), rtol=0, atol=0)
+    export_weights(checkpoint, tmp_path / "best.safetensors")
+    canvas = data.dataset("test").canvases.canvas(0).image
+    image, _ = data.dataset("test")[0]
+    for path in (checkpoint, tmp_path / "best.safetensors"):
+        model, transform, class_names = luna_vision.load(path)
+        torch.testing.assert_close(model.state_dict(), task.model.state_dict(), rtol=0, atol=0)
+        assert torch.equal(transform(canvas), image)
+        with torch.inference_mode():  # a detector takes a list of images
+            batch = [image] if name == "detection" else image[None]
+            torch.testing.assert_close(model(batch), task.model.eval()(batch), rtol=0, atol=0)
+        assert class_names == ["background", *map(str, range(10))]  # the items of canvases are digits
 
 
 def test_perfect_boxes_have_an_average_precision_of_one(tmp_path, monkeypatch):
@@ -127,7 +136,7 @@ def test_targets_out_of_range():
         ),
         ("detection", {"strides": [5]}, "strides must be 16 times a power of two"),
         ("segmentation", {"background_weight": 0.0}, "background_weight must be above 0, got 0.0"),
-        ("segmentation", {"model_kwargs": {"slots": 3}}, "do not fit test_luna_vit"),
+        ("segmentation", {"model_kwargs": {"memory_length": 3}}, "did you mean memory_len?"),
     ],
 )
 def test_mistakes(name, arguments, message):

@@ -1,0 +1,89 @@
+"""A trained model, ready for use, from one file: `load`."""
+
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from timm.data.model_config import resolve_input_data_config
+from timm.models import load_state_dict
+from torch import nn
+
+from ._commands import LOCAL, load_model, training_checkpoint
+from .downstream.detection import detector_of
+from .downstream.segmentation import segmenter_of
+from .images.decode import MODES
+from .images.transforms import EvalTransform
+from .models import unwrap_state_dict
+
+__all__ = ["Loaded", "load"]
+
+
+class Loaded(NamedTuple):
+    """What `load` returns."""
+
+    model: nn.Module
+    """In eval mode, on the CPU."""
+    transform: EvalTransform | None
+    """An image file, PIL image or array to what the model takes one of, as validation prepared it; None for a model of
+    other images than grey and RGB, and for a `crop_mode` of timm that no training here has."""
+    class_names: list[str] | None
+    """The name of each label, in the order of the labels; None where nothing says them."""
+
+
+def load(path: str | os.PathLike) -> Loaded:
+    """A trained model with its weights and arguments, the transform of its images, and the names of its classes.
+
+        model, transform, class_names = luna_vision.load("best.safetensors")
+        logits = model(transform("photo.jpg")[None])
+        class_names[logits.argmax()]
+
+    Of a detector or a segmenter, images keep their size and have pixels in [0, 1], and the first name is "background".
+    A detector takes a list of images: ``model([transform("photo.jpg")])``.
+
+    Args:
+        path: `best.safetensors` or a checkpoint (`best.ckpt`) of a training, or a folder of `export --format hf`.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder.
+        ValueError: It does not say which model it holds.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file or folder {path}")
+    if path.is_dir():
+        source = {"model": f"{LOCAL}{path}", "checkpoint": None}
+    else:
+        run = training_checkpoint(path)
+        if not run:
+            raise ValueError(
+                f"{path} is broken, or does not say which model it holds: load takes best.safetensors or best.ckpt of "
+                "a training, or a folder of export --format hf"
+            )
+        if "pyramid_channels" in run["hyper_parameters"]:
+            return _load_dense(path, run)
+        source = {"model": None, "checkpoint": path}
+    model = load_model(Namespace(**source, model_args=[], device="cpu", default_model=None))
+    return Loaded(model, _transform_of(model), model.pretrained_cfg.get("label_names"))
+
+
+def _load_dense(path: Path, run: dict[str, Any]) -> Loaded:
+    """A detector or a segmenter; both normalise images themselves."""
+    hp = run["hyper_parameters"]
+    started = ("pretrained", "checkpoint_path")  # weights that the training has begun with, and changed
+    kwargs = {name: value for name, value in (hp["model_kwargs"] or {}).items() if name not in started}
+    model = (detector_of if "detector" in hp else segmenter_of)(hp | {"model_kwargs": kwargs})
+    model.load_state_dict(unwrap_state_dict(load_state_dict(str(path))))
+    names = run.get("data", {}).get("cfg", {}).get("label_names")
+    return Loaded(model.eval(), EvalTransform(hp["in_chans"]), names and ["background", *names])
+
+
+def _transform_of(model: nn.Module) -> EvalTransform | None:
+    """How images are prepared for a timm model, as its `pretrained_cfg` says."""
+    cfg = resolve_input_data_config(model)
+    in_chans, *size = cfg["input_size"]
+    squash = (cfg["crop_mode"], cfg["crop_pct"]) == ("squash", 1.0)
+    if in_chans not in MODES or not (squash or cfg["crop_mode"] == "center"):
+        return None
+    crop_pct = None if squash else cfg["crop_pct"]
+    return EvalTransform(in_chans, tuple(size), cfg["mean"], cfg["std"], crop_pct, cfg["interpolation"])
