@@ -27,6 +27,7 @@ TIFF_SUFFIXES = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".btf")
 # None, LZW, JPEG (2), deflate (2), PackBits, JPEG 2000 (4), ZSTD (2), WebP (2). A decoder is given the room that a
 # tile takes, and no more; those of the formats that are images of their own are not, see `_checked`.
 _TIFF_COMPRESSIONS = (1, 5, 7, 33007, 8, 32946, 32773, 33003, 33004, 33005, 34712, 50000, 34926, 50001, 34927)
+_IN_TILES = ("JPEG", "JPEG2000", "WEBP")
 _TURNED = 0x0112  # EXIF's orientation
 # Bytes that a decoder takes for each number of a pixel, beyond what it gives: measured, as none of them says so.
 _DECODING = {"JPEG": 2, "WEBP": 4, "JPEG2000": 5, "AVIF": 2}
@@ -176,7 +177,7 @@ def _checked(decode: Callable[..., Any], numbers: int) -> Callable[..., Any]:
     def checked(data: bytes | None, index: int, jpegheader: bytes | None = None, **options: Any) -> Any:
         if data is not None:
             try:
-                with _any_size(), open_image_file(io.BytesIO((jpegheader or b"") + data)) as image:
+                with _any_size(), Image.open(io.BytesIO((jpegheader or b"") + data), formats=_IN_TILES) as image:
                     found = image.width * image.height * len(image.getbands())
             except UnidentifiedImageError as error:
                 raise ValueError("a tile is an image of unknown size") from error

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import imagecodecs
+import numpy as np
 import zarr
 from numcodecs.abc import Codec
-from numcodecs.compat import ensure_bytes
+from numcodecs.compat import ensure_contiguous_ndarray
 from zarr.abc.codec import BytesBytesCodec
 from zarr.abc.store import RangeByteRequest
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, TransposeCodec, ZstdCodec
@@ -78,7 +79,7 @@ def _refused(name: str) -> ValueError:
     return ValueError(f"it has the codec {name}, which is not read: it could run code, or take any amount of memory")
 
 
-def _decode(name: str, data: bytes, size: int) -> bytes:
+def _decode(name: str, data: np.ndarray, size: int) -> bytes:
     try:
         return DECODERS[name](data, out=size)
     except Exception as error:  # each codec has its own kind
@@ -94,7 +95,7 @@ class _Compressor(Codec):
         self.name, self.size = name, size
 
     def decode(self, buf, out=None):
-        return _decode(self.name, ensure_bytes(buf), self.size)
+        return _decode(self.name, ensure_contiguous_ndarray(buf), self.size)
 
     def encode(self, buf):
         raise NotImplementedError
@@ -109,7 +110,7 @@ class _BytesCodec(BytesBytesCodec):
 
     async def _decode_single(self, chunk_data: Buffer, chunk_spec: ArraySpec) -> Buffer:
         size = math.prod(chunk_spec.shape) * chunk_spec.dtype.to_native_dtype().itemsize + CHECKSUM
-        decoded = await asyncio.to_thread(_decode, self.name, chunk_data.to_bytes(), size)
+        decoded = await asyncio.to_thread(_decode, self.name, chunk_data.as_numpy_array(), size)
         return chunk_spec.prototype.buffer.from_bytes(decoded)
 
     def compute_encoded_size(self, input_byte_length: int, chunk_spec: ArraySpec) -> int:
