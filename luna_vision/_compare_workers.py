@@ -5,7 +5,8 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -16,6 +17,9 @@ import torch
 
 from ._compare_run import Run, execute, provenance
 from .utils.files import write_json
+
+# read when a worker imports torch, which is before any code of ours
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass
@@ -44,9 +48,6 @@ def run_all(
     Returns:
         The number of runs that failed.
     """
-    # read when a worker imports torch, which is before any code of ours
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = "1"
     waiting, active, ended, failed = deque(runs), {}, 0, 0
     try:
         while waiting or active:
@@ -83,10 +84,24 @@ def _start(run: Run, root: str, out: Path, work: Path, execute: Callable[..., di
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in any state
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(run, root, out, work, execute, send), name=run.name)
-    process.start()
+    with _one_thread():
+        process.start()
     send.close()  # so that the worker holds the only end, and its death ends the messages
     _say(run, "started")
     return _Worker(process, receive)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The environment of a worker, for this process until it has started it."""
+    before = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(dict.fromkeys(THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ.update({} if value is None else {name: value})
 
 
 def _listen(run: Run, worker: _Worker) -> bool:

@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import json
+import os
 
 import pytest
 import torch
@@ -115,7 +116,11 @@ def test_worker_that_dies_is_a_row(tmp_path, monkeypatch):
         return worker
 
     monkeypatch.setattr(_compare_workers, "_start", killed)
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    before = dict(os.environ)
     assert _compare_workers.run_all([run], 1, "", tmp_path, tmp_path) == 1
+    assert dict(os.environ) == before  # what workers have of their own stays with them
     assert json.loads(result_path(tmp_path, run).read_text())["error"] == "the worker ended with exit code -9"
     assert unfinished([run], tmp_path) == [run]  # to be tried again
 

@@ -17,6 +17,7 @@ from luna_vision.data.faults import SampleError, SkipFaults
 from luna_vision.data.sampling import sample_seed
 from luna_vision.data.sizes import BatchDataset
 from luna_vision.data.transforms import SeededTransform
+from luna_vision.images.limits import pixel_limit
 from luna_vision.utils.text import printable
 
 
@@ -41,8 +42,8 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int | None = None) -> Im
         file: Where it is read from.
         name: What errors call it.
         max_pixels: The largest image that is decoded, height times width; by default what Pillow allows, twice
-            ``Image.MAX_IMAGE_PIXELS``: 179 megapixels. While the file is read, this number takes the place of that
-            setting of the whole process: threads must not read with different limits.
+            ``Image.MAX_IMAGE_PIXELS``: 179 megapixels. Threads that give a number decode one after the other, see
+            `luna_vision.images.limits`.
 
     Raises:
         SampleError: The file is empty, is larger than ``max_pixels`` or is not an image that Pillow can decode.
@@ -63,18 +64,17 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int | None = None) -> Im
 @contextmanager
 def _open(file: BinaryIO, max_pixels: int | None) -> Iterator[Image.Image]:
     """`Image.open` with a limit of its own."""
-    allowed = Image.MAX_IMAGE_PIXELS
-    try:
-        if max_pixels is not None:
-            Image.MAX_IMAGE_PIXELS = None  # opening reads no pixels: the size is checked below
+    if max_pixels is None:
         with Image.open(file) as image:
-            if max_pixels is not None:
-                if image.width * image.height > max_pixels:
-                    raise ValueError(f"{image.width} x {image.height} pixels are more than max_pixels={max_pixels}")
-                Image.MAX_IMAGE_PIXELS = max_pixels  # for parts of the file that declare a size of their own
             yield image
-    finally:
-        Image.MAX_IMAGE_PIXELS = allowed
+        return
+    with pixel_limit(None):  # opening reads no pixels
+        image = Image.open(file)
+    with image:
+        if image.width * image.height > max_pixels:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than max_pixels={max_pixels}")
+        with pixel_limit(max_pixels):  # for parts of the file that declare a size of their own
+            yield image
 
 
 def to_channels(image: Image.Image | np.ndarray, in_chans: int) -> Image.Image:

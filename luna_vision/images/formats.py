@@ -9,13 +9,13 @@ Shapes: H, W pixels, c channels.
 import importlib.util
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .limits import pixel_limit
 
 __all__ = ["ChunkedImage", "NpyImage", "PillowImage", "open_image"]
 
@@ -193,16 +193,6 @@ class NpyImage:
         return out
 
 
-@contextmanager
-def _any_size() -> Iterator[None]:
-    """Large images, and large bands of them, are what this is for: Pillow takes them for an attack."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-
-
 class PillowImage:
     """What Pillow decodes: as a whole, when the first row is asked for."""
 
@@ -212,7 +202,7 @@ class PillowImage:
             ValueError: Not an image of a format and of numbers that are read.
         """
         try:
-            with _any_size():
+            with pixel_limit(None):  # large images, and large bands of them, are what this is for
                 self.image = Image.open(path)
         except UnidentifiedImageError as error:
             raise ValueError(f"{path} is not an image of a format that is known here") from error
@@ -243,7 +233,7 @@ class PillowImage:
                 raise OSError(f"{self.path} says after its pixels that they lie on their side: turn it before")
             self.loaded = True
         start, stop, _ = rows.indices(self.shape[0])
-        with _any_size():
+        with pixel_limit(None):
             part = self.image.crop((0, start, self.shape[1], stop))
         if self.deep:
             return np.asarray(part).astype(np.int64).clip(0, 65535).astype(np.uint16)
