@@ -399,8 +399,9 @@ def run_all(runs: Sequence[Run], jobs: int, root: str, out: Path, work: Path, ex
         The number of runs that failed.
     """
     # read when a worker imports torch, which is before any code of ours
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = "1"
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    before = {name: os.environ.get(name) for name in threads}
+    os.environ |= threads
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in any state
     waiting, active, ended, failed = deque(runs), {}, 0, 0
     try:
@@ -423,6 +424,9 @@ def run_all(runs: Sequence[Run], jobs: int, root: str, out: Path, work: Path, ex
         for _, process in active.values():
             process.kill()
             process.join()
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ |= {} if value is None else {name: value}
     return failed
 
 

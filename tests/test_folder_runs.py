@@ -110,7 +110,7 @@ def test_a_checkpoint_of_other_classes(run):
         assert "the data lacks dog; the data alone has eel" in err[-1] and err[-1].startswith("error: ")
         assert not Path("runs").exists(), words
     # as the message says
-    assert run("fit", f"--model.checkpoint={weights}", "--resume=false")[0] == 0
+    assert run("fit", f"--model.checkpoint={weights}")[0] == 0
 
 
 def test_images_of_any_name_are_predicted(run):
@@ -157,4 +157,4 @@ def test_a_run_does_not_go_on_with_other_classes(run):
     rename("dog", "eel")
     code, _, err = run("fit")
     assert code == 2 and "the data lacks dog; the data alone has eel" in err[-1]
-    assert run("fit", "--resume=false")[0] == 0
+    assert run("fit")[0] == 0

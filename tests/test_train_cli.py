@@ -267,7 +267,7 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_resume(tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
-    assert "the same command, or --ckpt_path runs/debug/version_0/checkpoints/last.ckpt, resumes it" in stderr
+    assert "the same command with --resume goes on from runs/debug/version_0/checkpoints/last.ckpt" in stderr
 
 
 def test_sigterm_to_a_whole_group_of_processes_ends_cleanly(tmp_path):

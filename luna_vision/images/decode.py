@@ -12,6 +12,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .limits import pixel_limit
 from .pillow import open_image_file
 
 __all__ = ["MODES", "SampleError", "decode_image", "one_line", "read_image", "to_8_bit", "to_channels"]
@@ -42,8 +43,8 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int | None = None) -> Im
         file: Where it is read from.
         name: What errors call it.
         max_pixels: The largest image that is decoded, height times width; by default what Pillow allows, twice
-            ``Image.MAX_IMAGE_PIXELS``: 179 megapixels. While the file is read, this number takes the place of that
-            setting of the whole process: threads must not read with different limits.
+            ``Image.MAX_IMAGE_PIXELS``: 179 megapixels. Threads that give a number decode one after the other, see
+            `luna_vision.images.limits`.
 
     Raises:
         SampleError: The file is empty, is larger than ``max_pixels`` or is not an image that Pillow can decode.
@@ -64,18 +65,17 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int | None = None) -> Im
 @contextmanager
 def _open(file: BinaryIO, max_pixels: int | None) -> Iterator[Image.Image]:
     """`open_image_file` with a limit of its own."""
-    allowed = Image.MAX_IMAGE_PIXELS
-    try:
-        if max_pixels is not None:
-            Image.MAX_IMAGE_PIXELS = None  # opening reads no pixels: the size is checked below
+    if max_pixels is None:
         with open_image_file(file) as image:
-            if max_pixels is not None:
-                if image.width * image.height > max_pixels:
-                    raise ValueError(f"{image.width} x {image.height} pixels are more than max_pixels={max_pixels}")
-                Image.MAX_IMAGE_PIXELS = max_pixels  # for parts of the file that declare a size of their own
             yield image
-    finally:
-        Image.MAX_IMAGE_PIXELS = allowed
+        return
+    with pixel_limit(None):  # opening reads no pixels
+        image = open_image_file(file)
+    with image:
+        if image.width * image.height > max_pixels:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than max_pixels={max_pixels}")
+        with pixel_limit(max_pixels):  # for parts of the file that declare a size of their own
+            yield image
 
 
 def to_8_bit(array: np.ndarray) -> np.ndarray:

@@ -11,14 +11,14 @@ import io
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .limits import pixel_limit
 from .pillow import open_image_file
 
 __all__ = ["ChunkedImage", "NpyImage", "PillowImage", "open_image"]
@@ -177,7 +177,7 @@ def _checked(decode: Callable[..., Any], numbers: int) -> Callable[..., Any]:
     def checked(data: bytes | None, index: int, jpegheader: bytes | None = None, **options: Any) -> Any:
         if data is not None:
             try:
-                with _any_size(), Image.open(io.BytesIO((jpegheader or b"") + data), formats=_IN_TILES) as image:
+                with pixel_limit(None), Image.open(io.BytesIO((jpegheader or b"") + data), formats=_IN_TILES) as image:
                     found = image.width * image.height * len(image.getbands())
             except UnidentifiedImageError as error:
                 raise ValueError("a tile is an image of unknown size") from error
@@ -244,16 +244,6 @@ class NpyImage:
         return out
 
 
-@contextmanager
-def _any_size() -> Iterator[None]:
-    """Large images, and large bands of them, are what this is for: Pillow takes them for an attack."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-
-
 class PillowImage:
     """What Pillow decodes: as a whole, when the first row is asked for."""
 
@@ -263,7 +253,7 @@ class PillowImage:
             ValueError: Not an image of a format and of numbers that are read.
         """
         try:
-            with _any_size():
+            with pixel_limit(None):  # large images, and large bands of them, are what this is for
                 self.image = open_image_file(path)
         except UnidentifiedImageError as error:
             raise ValueError(f"{path} is not an image of a format that is known here") from error
@@ -294,7 +284,7 @@ class PillowImage:
                 raise OSError(f"{self.path} says after its pixels that they lie on their side: turn it before")
             self.loaded = True
         start, stop, _ = rows.indices(self.shape[0])
-        with _any_size():
+        with pixel_limit(None):
             part = self.image.crop((0, start, self.shape[1], stop))
         if self.deep:
             return np.asarray(part).astype(np.int64).clip(0, 65535).astype(np.uint16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_type_hints
@@ -29,7 +30,11 @@ from .checkpoints import check_deletions
 from .optimization import build_optimizer, build_scheduler, check_rates
 from .sharding import check_same_weights, shapes, shard
 
-OTHER_CLASSES = " (a new run trains its weights for others: fit --model.checkpoint FILE --resume false)"
+OTHER_CLASSES = " (a new run trains its weights for others: fit --model.checkpoint FILE)"
+
+
+class SkippedStep(Exception):
+    """Raised between the gradients and the optimizer, leaves a step of a `TimmTask` out."""
 
 
 class TimmTask(LightningModule):
@@ -195,6 +200,17 @@ class TimmTask(LightningModule):
         if fits and "optimizer_states" not in checkpoint:
             raise ValueError("the checkpoint is of a sharded run: go on with --trainer.strategy=fsdp2")
 
+    # ---- batches
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Look at the values of a batch before it is on the device, for which a step would have to wait."""
+        if not self.trainer.predicting:
+            self.check_batch(*batch)
+        return batch
+
+    def check_batch(self, *batch: Any) -> None:
+        """Raise ``ValueError`` where a batch of images and targets is not what the task trains on."""
+
     # ---- optimisation
 
     def _build_optimizer(self) -> Optimizer:
@@ -215,6 +231,10 @@ class TimmTask(LightningModule):
         interval = "epoch" if by_epoch else "step"
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        with suppress(SkippedStep):
+            super().optimizer_step(*args, **kwargs)
+
     def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:
         # Lightning calls this after the optimizer step that global_step counts, but within the epoch that it ends.
         if self.hparams.schedule_by == "update":
@@ -232,7 +252,7 @@ class TimmTask(LightningModule):
 
     def log_learning_rate(self) -> None:
         """With layer decay the groups differ; the largest rate is that of the head, lr itself."""
-        self.log("lr", max(group["lr"] for group in self.optimizers().param_groups))
+        log_number(self, "lr", max(group["lr"] for group in self.optimizers().param_groups))
 
     def log_epoch_mean(self, name: str, value: Tensor, batch_size: int) -> None:
         """Log the mean of a value over the training images of an epoch, of which some may lie before a resume.
@@ -264,6 +284,14 @@ class TimmTask(LightningModule):
 def _label_names(checkpoint: dict[str, Any]) -> list[str] | None:
     """The names of the classes that a checkpoint notes."""
     return checkpoint.get("data", {}).get("cfg", {}).get("label_names")
+
+
+def log_number(task: LightningModule, name: str, value: float, **options: Any) -> None:
+    """Log what this process knows, from within a training step.
+
+    ``log`` would send a number to the device, which waits for all that the device has to do, and so does the way back.
+    """
+    task.log(name, torch.tensor(float(value)), on_step=True, on_epoch=False, batch_size=1, **options)
 
 
 def _differences(known: list[str], names: list[str]) -> str:
@@ -311,7 +339,7 @@ class _FiniteMean(_Mean):
 
     def update(self, value: Tensor, weight: float) -> None:
         finite = value.isfinite()
-        super().update(torch.where(finite, value, 0.0), finite * weight)
+        super().update(value.masked_fill(~finite, 0.0), finite * weight)
 
 
 def _sums(metric: MeanMetric) -> dict[str, float]:

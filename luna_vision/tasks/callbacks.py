@@ -10,24 +10,24 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from .base import log_number
 from .guard import NonFiniteGuard
 
 
 class EMA(WeightAveraging):
     """Exponential moving average of the weights: evaluated, saved as the checkpoint's weights, and kept after training.
 
-    Lightning's callback, with three gaps closed: until the average starts it equals the current weights (so an early
-    validation does not score the initial ones), testing a checkpoint after ``fit`` uses the average (Lightning would
-    load the raw weights), and ``save_weights_only``, which would save the raw weights, is refused. Steps that a
-    :class:`NonFiniteGuard` skips do not count.
+    Lightning's callback, with four gaps closed: until averaging starts the average equals the current weights (an early
+    validation would score the initial ones), an update does not wait for the device, testing a checkpoint after ``fit``
+    uses the average (Lightning would load the raw weights), and ``save_weights_only``, which would save the raw
+    weights, is refused. Steps that a :class:`NonFiniteGuard` skips do not count.
 
     Args:
         decay: weight of the old average at each update.
         start_step: number of optimizer steps before averaging starts.
-        warmup: raise the decay from 0.1 as (1 + step) / (10 + step), so that short runs do not average in the start.
+        warmup: raise the decay as (1 + step) / (10 + step), so that short runs do not average in the start.
 
     Raises:
         ValueError: ``decay`` outside [0, 1), a ModelCheckpoint of the run has ``save_weights_only``, or the strategy is
@@ -37,28 +37,33 @@ class EMA(WeightAveraging):
     def __init__(self, decay: float = 0.9999, start_step: int = 0, warmup: bool = True) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"EMA decay must be in [0, 1), got {decay}")
-        # Buffers are copied, not averaged: they are constants or statistics that already average.
-        super().__init__(use_buffers=False, multi_avg_fn=self._average)
+        super().__init__()
         self.decay = decay
         self.start_step = start_step
         self.warmup = warmup
         self._step = 0
         self._guard: NonFiniteGuard | None = None
 
-    def _average(self, averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
-        get_ema_multi_avg_fn(self.decay_at(self._step))(averaged, current, num_averaged)
-
     def decay_at(self, step: int) -> float:
-        """The decay that the update after optimizer step ``step`` (from 0) uses."""
+        """The decay of the update after optimizer step ``step`` (from 0): none until ``start_step`` has been done."""
+        if step <= self.start_step:
+            return 0.0
         return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        if step_idx is None or step_idx < self.start_step:
-            return False
-        if self._guard is not None and step_idx == self._guard.last_skipped:
+        if step_idx is None or (self._guard is not None and step_idx == self._guard.last_skipped):
             return False
         self._step = step_idx
         return True
+
+    def _update(self, task: LightningModule) -> None:
+        """In place of torch's own, which looks at a counter on the device."""
+        average = self._average_model.module
+        update = get_ema_multi_avg_fn(self.decay_at(self._step))
+        update(list(average.parameters()), list(task.parameters()), None)
+        for own, current in zip(average.buffers(), task.buffers(), strict=True):
+            own.copy_(current)  # a constant, or a statistic that averages already
+        self._average_model.n_averaged += 1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -77,23 +82,14 @@ class EMA(WeightAveraging):
         with warnings.catch_warnings():  # of configure_model, which does nothing unless the strategy is FSDP2
             warnings.filterwarnings("ignore", message=".*overrides the configure_model.*")
             super().setup(trainer, pl_module, stage)
+        # the copy is made before the task is on its device, and all weights would be sent to it in every step
+        self._average_model.to(trainer.strategy.root_device).update_parameters = self._update
 
-    def _follow(self, pl_module: LightningModule) -> None:
-        """Until the first update, the average is what the weights are now."""
-        if self._average_model is not None and int(self._average_model.n_averaged) == 0:
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.ckpt_path is None:  # the starting weights were loaded after `setup` had copied the model
             self._average_model.module.load_state_dict(pl_module.state_dict())
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._follow(pl_module)
-        super().on_validation_epoch_start(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._follow(pl_module)
-        super().on_train_end(trainer, pl_module)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._follow(pl_module)
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+    on_train_start = on_sanity_check_start
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
@@ -126,4 +122,4 @@ class ImagesPerSecond(Callback):
         # processes may share an image
         self._images += len(batch[0]) * (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
         rate = self._images / (time.perf_counter() - self._since)
-        pl_module.log("images_per_s", rate, prog_bar=True, batch_size=len(batch[0]))
+        log_number(pl_module, "images_per_s", rate, prog_bar=True)

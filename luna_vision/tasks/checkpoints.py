@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import math
 import time
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from zipfile import is_zipfile
 
 import torch
@@ -35,11 +37,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):  # object storage is written whole or not at all
             super().save_checkpoint(checkpoint, path, storage_options)
             return
+        memory = io.BytesIO()  # written to a file, torch would make a RuntimeError of a full disk, and of Ctrl-C
+        torch.save(checkpoint, memory)
         with new_file(path) as file:
-            sink = _Sink(file)
-            torch.save(checkpoint, sink)
-            if sink.error is not None:
-                raise sink.error
+            file.write(memory.getbuffer())
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
@@ -49,28 +50,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         A folder that FSDP2 has written is read, too: without the optimizer, as for testing or prediction.
         """
         return read_checkpoint(path) if is_sharded(path) else load_plain(path, map_location=map_location)
-
-
-class _Sink:
-    """What torch.save writes to, which keeps the first error instead of raising it.
-
-    torch's zip writer makes a RuntimeError about positions of any error, Ctrl-C included, and where it is left before
-    its end it writes once more when it is deleted: to a closed file by then, and that ends the whole process.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.error = file, None
-
-    def write(self, data: bytes | memoryview) -> int:
-        if self.error is None and not self.file.closed:
-            try:
-                self.file.write(data)
-            except BaseException as error:
-                self.error = error
-        return memoryview(data).nbytes
-
-    def flush(self) -> None:
-        """Left to the owner of the file."""
 
 
 def read_checkpoint(path: str | Path, weights: bool = True) -> dict[str, Any]:
@@ -144,8 +123,10 @@ def is_exact(trainer: Trainer) -> bool:
 class LastCheckpoint(Checkpoint):
     """Keep the newest state of training in ``checkpoints/last.ckpt``, for resuming.
 
-    Written at the end of every epoch and, within one, after so many steps or minutes. ModelCheckpoint's ``save_last``
-    does not do: in Lightning 2.6 it is written only when the monitored metric has improved.
+    Written at the end of every epoch and, within one, after so many steps or minutes. Lightning's ModelCheckpoint does
+    not do: it has one of these triggers, its ``save_last`` waits for the monitored metric to improve, and within an
+    epoch it would write between the batches of a step or before a validation, from where no run goes on exactly
+    (`is_exact`), and over the checkpoint from which it would.
 
     Args:
         every_n_steps: Optimizer steps from one to the next within an epoch; None is no limit.
@@ -159,21 +140,22 @@ class LastCheckpoint(Checkpoint):
         for name, value in (("every_n_steps", every_n_steps), ("every_minutes", every_minutes)):
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
-        self.every_n_steps, self.every_minutes = every_n_steps, every_minutes
+        self.every_n_steps = every_n_steps or math.inf
+        self.every_minutes = every_minutes or math.inf
         self.path = ""  # of what this run has written
-        self._step, self._time = 0, time.monotonic()
+        self._step, self._time, self._late = 0, time.monotonic(), False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step, self._time = trainer.global_step, time.monotonic()
 
+    def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
+        # clocks differ; asked where the guard has just waited for the device
+        late = time.monotonic() - self._time >= self.every_minutes * 60
+        self._late = self.every_minutes < math.inf and trainer.strategy.reduce_boolean_decision(late, all=False)
+
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if not is_exact(trainer) or trainer.global_step == self._step:
-            return
-        due = self.every_n_steps is not None and trainer.global_step - self._step >= self.every_n_steps
-        if not due and self.every_minutes is not None:
-            late = time.monotonic() - self._time >= self.every_minutes * 60
-            due = trainer.strategy.broadcast(late)  # clocks differ
-        if due:
+        steps = trainer.global_step - self._step
+        if steps and (self._late or steps >= self.every_n_steps) and is_exact(trainer):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -188,7 +170,7 @@ class LastCheckpoint(Checkpoint):
         folder = trainer.loggers[0].log_dir if trainer.loggers else None
         path = Path(trainer.strategy.broadcast(folder or trainer.default_root_dir), "checkpoints", "last.ckpt")
         trainer.save_checkpoint(path, weights_only=False)
-        self.path, self._step, self._time = str(path), trainer.global_step, time.monotonic()
+        self.path, self._step, self._time, self._late = str(path), trainer.global_step, time.monotonic(), False
 
 
 def model_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:

@@ -200,7 +200,7 @@ class ClassificationTask(TimmTask):
         """The images in the memory format that the model is in."""
         return images.contiguous(memory_format=torch.channels_last) if self.hparams.channels_last else images
 
-    def _check_batch(self, images: Tensor, targets: Tensor) -> None:
+    def check_batch(self, images: Tensor, targets: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != self.hparams.in_chans:
             raise ValueError(f"images must be (B, {self.hparams.in_chans}, H, W), got {tuple(images.shape)}")
         low, high = targets.aminmax()
@@ -213,7 +213,6 @@ class ClassificationTask(TimmTask):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
-        self._check_batch(images, targets)
         if self.mix is not None:
             images, targets = self.mix(images, targets, (self.global_step, batch_idx, self.global_rank))
         loss, logits = self.training_loss(images, targets)
@@ -230,10 +229,10 @@ class ClassificationTask(TimmTask):
         labels = targets.argmax(1) if targets.ndim == 2 else targets
         accuracy = (logits.argmax(1) == labels).float().mean()
         values = {"train_loss": loss, "train_acc1": accuracy}
-        self.log_dict(values, prog_bar=True)
+        self.log_dict(values)  # a progress bar would wait for them in every step
         for name, value in values.items():
             # which class NaN logits are taken for says nothing
-            self.log_epoch_mean(f"{name}_epoch", torch.where(loss.isfinite(), value, torch.nan), len(logits))
+            self.log_epoch_mean(f"{name}_epoch", value.masked_fill(~loss.isfinite(), torch.nan), len(logits))
         self.log_learning_rate()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -244,7 +243,6 @@ class ClassificationTask(TimmTask):
 
     def _evaluate(self, batch: Batch, metrics: MetricCollection, loss_name: str) -> None:
         images, targets = batch
-        self._check_batch(images, targets)
         self._log_evaluation(self(images).float(), targets, metrics, loss_name)
 
     def _log_evaluation(self, logits: Tensor, targets: Tensor, metrics: MetricCollection, loss_name: str) -> None:

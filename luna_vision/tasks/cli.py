@@ -7,6 +7,7 @@ traceback).
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -22,7 +23,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, instant
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from luna_vision._commands import training_checkpoint
 from luna_vision.utils.text import printable
@@ -30,10 +30,9 @@ from luna_vision.utils.text import printable
 from .base import TimmTask
 from .checkpoints import AtomicCheckpointIO, best_checkpoint, check_checkpoint
 from .classification import ClassificationTask
-from .csv_log import make_durable
 from .guard import NonFiniteLossError
 from .reporting import ExportBest, ModelSize, relative
-from .resume import ExactResume, RunRecord, find_unfinished, fingerprint, go_on, log_dir
+from .resume import ExactResume, resume
 from .sharding import FSDP2Strategy, is_sharded
 from .stopping import StopTogether
 
@@ -44,8 +43,8 @@ USER_ERRORS = (ArgumentError, MisconfigurationException, NonFiniteLossError, OSE
 class LunaCLI(LightningCLI):
     """LightningCLI for the tasks of this package and any of the data modules.
 
-    A ``fit`` that was stopped goes on when the same command is given again: it resumes the newest unfinished run of the
-    very same configuration (``--resume false`` begins a new one). After ``fit`` the best checkpoint is tested
+    ``fit --resume`` goes on with the newest unfinished run of the very same configuration, as does a ``fit`` that SLURM
+    has requeued or torchrun has started again; any other is a new run. After ``fit`` the best checkpoint is tested
     (``--test_after_fit false`` leaves that out). ``--ckpt_path`` brings weights and, for ``fit``, the state of the
     optimizer; hyperparameters always come from the configuration, never from the checkpoint, so that what is written in
     a config or on the command line is what runs.
@@ -53,9 +52,8 @@ class LunaCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--test_after_fit", type=bool, default=True, help="Test the best checkpoint after fit.")
-        parser.add_argument(
-            "--resume", type=bool, default=True, help="Let fit go on with an unfinished run of this very configuration."
-        )
+        help_ = "Let fit go on with the newest unfinished run of this very configuration."
+        parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help=help_)
 
     def before_instantiate_classes(self) -> None:
         """Where a config says ``num_classes: null``, count those of the data."""
@@ -74,7 +72,7 @@ class LunaCLI(LightningCLI):
             raise ValueError(f"the configuration does not fit: {type(error).__name__}: {error}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """With what exact resume needs: atomic checkpoints and logs, and what checkpoints lack of the state."""
+        """With what exact resume needs: atomic checkpoints, and what checkpoints lack of the state."""
         summary = self._get(self.config_init, "trainer")["enable_model_summary"]
         trainer = super().instantiate_trainer(enable_model_summary=False, **kwargs)
         if summary is not False:
@@ -82,21 +80,20 @@ class LunaCLI(LightningCLI):
         if type(trainer.strategy).load_checkpoint not in (Strategy.load_checkpoint, FSDP2Strategy.load_checkpoint):
             name = type(trainer.strategy).__name__
             raise ValueError(f"{name} reads checkpoints itself, and unpickles what it finds: use fsdp2 or ddp")
-        make_durable(trainer)
         if isinstance(trainer.strategy.checkpoint_io, TorchCheckpointIO):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if self.subcommand == "fit":
-            name = fingerprint(self._configuration())
-            trainer.callbacks[:0] = [ExactResume(name), RunRecord(name)]
+            trainer.callbacks.insert(0, ExactResume(self._configuration()))
             # after those that write checkpoints: a step whose checkpoint is due is not done again
             trainer.callbacks.append(StopTogether())
         return trainer
 
-    def _configuration(self) -> str:
+    def _configuration(self) -> dict[str, Any]:
         config = self.config[self.subcommand].clone()
         for name in ("config", "ckpt_path", "resume"):
             config.pop(name, None)
-        return yaml.safe_dump(yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False)))
+        content = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+        return json.loads(json.dumps(content, default=str))  # as it is read from a file again
 
     def _parse_ckpt_path(self) -> None:
         # The base class would let the checkpoint's hyperparameters win over the given ones without a word.
@@ -126,17 +123,11 @@ class LunaCLI(LightningCLI):
             self.model.check_classes(checkpoint, self.datamodule, str(path))
             if self.subcommand == "fit" and self._get(self.config, "test_after_fit"):
                 self.datamodule.setup("test")  # else its mistakes would show when all is done
-        if self.subcommand == "fit" and not path and self._get(self.config, "resume"):
-            self._resume()
-
-    def _resume(self) -> None:
-        run = find_unfinished(self.trainer, fingerprint(self._configuration()))
-        if run is None:
-            return
-        go_on(self.trainer, run)
-        self.config_init[self.subcommand]["ckpt_path"] = run.checkpoint
-        start = f"from {relative(run.checkpoint)}" if run.checkpoint else "from its beginning: it has no checkpoint"
-        rank_zero_info(printable(f"resuming the unfinished run in {relative(log_dir(self.trainer))}, {start}"))
+        if self.subcommand == "fit":
+            checkpoint = resume(self.trainer, self._configuration(), self._get(self.config, "resume"))
+            self.config[self.subcommand]["resume"] = False  # in the run's config.yaml, which is for new runs
+            if checkpoint:
+                self.config_init[self.subcommand]["ckpt_path"] = checkpoint
 
     before_fit = before_validate = before_test = before_predict = check_run
 
@@ -151,8 +142,8 @@ class LunaCLI(LightningCLI):
         for callback in self.trainer.callbacks:
             if isinstance(callback, ExportBest):
                 callback.announce()
-            elif isinstance(callback, RunRecord):
-                callback.finish()
+            elif isinstance(callback, ExactResume):
+                callback.note(finished=True)
 
 
 def build(args: list[str] | None = None, run: bool = True) -> LunaCLI:
@@ -213,6 +204,7 @@ def main(default_config: Path | None = None) -> None:
     # of a callback that every fit has of itself, and of scores of checkpoints, which a test does not write
     warnings.filterwarnings("ignore", message=r".*add the following callbacks: \['ExactResume'\]")
     warnings.filterwarnings("ignore", message="The dirpath has changed from")
+    warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )

@@ -34,7 +34,7 @@ class _PyramidTask(TimmTask):
         backbone.load_body(full)
 
     def _count(self, loss: Tensor, batch_size: int) -> None:
-        self.log("train_loss", loss, prog_bar=True, batch_size=batch_size)
+        self.log("train_loss", loss, batch_size=batch_size)
         self.log_epoch_mean("train_loss_epoch", loss, batch_size)
         self.log_learning_rate()
 
@@ -120,7 +120,7 @@ class DetectionTask(_PyramidTask):
         """For each image (C, H, W) its boxes (n, 4), labels (n,) and scores (n,)."""
         return self.model(images)
 
-    def _check_targets(self, targets: Targets) -> None:
+    def check_batch(self, images: list[Tensor], targets: Targets) -> None:
         for target in targets:
             labels = target["labels"]
             if len(labels) and (labels.min() < 1 or labels.max() > self.hparams.num_classes):
@@ -130,7 +130,6 @@ class DetectionTask(_PyramidTask):
 
     def training_step(self, batch: tuple[list[Tensor], Targets], batch_idx: int) -> Tensor:
         images, targets = batch
-        self._check_targets(targets)
         losses = self.model(images, targets)
         loss = sum(losses.values())
         self._count(loss.detach(), len(images))
@@ -145,7 +144,6 @@ class DetectionTask(_PyramidTask):
         self._evaluate("test", *batch)
 
     def _evaluate(self, split: str, images: list[Tensor], targets: Targets) -> None:
-        self._check_targets(targets)
         metric = self._metrics.get(split)
         if metric is None:
             with warnings.catch_warnings():
@@ -241,7 +239,7 @@ class SegmentationTask(_PyramidTask):
         """Logits (B, K + 1, H, W) of images (B, C, H, W)."""
         return self.model(images)
 
-    def _check_batch(self, images: Tensor, masks: Tensor) -> None:
+    def check_batch(self, images: Tensor, masks: Tensor) -> None:
         hp = self.hparams
         if images.ndim != 4 or images.shape[1] != hp.in_chans:
             raise ValueError(f"images must be (B, {hp.in_chans}, H, W), got {tuple(images.shape)}")
@@ -255,7 +253,6 @@ class SegmentationTask(_PyramidTask):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, masks = batch
-        self._check_batch(images, masks)
         loss = self._loss(self(images), masks)
         self._count(loss.detach(), len(images))
         return loss
@@ -267,7 +264,6 @@ class SegmentationTask(_PyramidTask):
         self._evaluate("test", *batch)
 
     def _evaluate(self, split: str, images: Tensor, masks: Tensor) -> None:
-        self._check_batch(images, masks)
         logits = self(images)
         self.log_evaluation_mean(f"{split}_loss", self._loss(logits, masks), len(images))
         metric = self.metrics[f"{split}_miou"]

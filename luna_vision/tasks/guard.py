@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from typing import Any
@@ -17,12 +16,13 @@ from torch.optim import Optimizer
 
 from luna_vision.data.images import sample_name
 from luna_vision.data.sampling import batch_indices
+from luna_vision.images.find import listed
 from luna_vision.utils.text import printable
 
+from .base import SkippedStep, log_number
 from .checkpoints import last_checkpoint
 
 _logger = logging.getLogger(__name__)
-_NAMED_IN_ERROR = 16
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -38,6 +38,10 @@ class NonFiniteGuard(Callback):
     batch costs the whole step, with several processes all skip alike. Each is logged in a line that has the step, the
     loss and the files of the samples (their indices where they are no files), and as the metric ``skipped_steps``. The
     samples of a stream are not known: its line has the number of the batch.
+
+    No optimizer can be told afterwards that a step was none, so the guard waits for the device once in a step, between
+    the gradients and the optimizer. It reads the loss along with it, which the progress bar shows as ``loss``: nothing
+    else in a step waits.
 
     With a gradient scaler (``16-mixed``), which looks for a good scale by trying ones that are too large, gradients
     that overflow are its business and not counted here; the loss is.
@@ -65,7 +69,7 @@ class NonFiniteGuard(Callback):
         self.last_skipped = -1  # number of that optimizer step, from 0
         self._batch_idx = 0
         self._losses: list[tuple[int, Tensor]] = []  # of the batches of one step, with their numbers in the epoch
-        self._counters: list[dict[str, Any]] | None = None
+        self._loss: float | None = None  # of the last step
         self._anomaly = False
         self._statistics: list[tuple[Tensor, Tensor]] = []
 
@@ -78,7 +82,7 @@ class NonFiniteGuard(Callback):
     # ---- a training step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._losses, self._counters = [], None
+        self._losses = []
         self._anomaly = torch.is_anomaly_enabled()
         norms = [module for module in pl_module.modules() if isinstance(module, _BatchNorm)]
         self._statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
@@ -96,22 +100,25 @@ class NonFiniteGuard(Callback):
         # After the last backward pass of a step, the averaging over processes and the unscaling; before clipping, which
         # would spread one NaN over all gradients. Costs one read of the gradients (a norm that cannot overflow), the
         # sum of one number over the processes, and one wait for the device per step.
-        values = [loss for _, loss in self._losses]
+        batches, losses = [batch for batch, _ in self._losses], [loss for _, loss in self._losses]
+        checked = list(losses)
         if not has_scaler(trainer):
-            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            gradients = [_own(p.grad) for p in parameters]
+            gradients = [
+                _own(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+            ]
             if gradients := [gradient for gradient in gradients if gradient.numel()]:
-                values.append(torch.stack(torch._foreach_norm(gradients, math.inf)).max().float())
-        bad = torch.zeros((), device=pl_module.device)
-        if values:
-            bad = (~torch.stack(values).isfinite()).any().float()
-        if float(trainer.strategy.reduce(bad, reduce_op="sum")) > 0:
-            self._skip(trainer, optimizer)
-        self._losses.clear()
+                checked.append(torch.stack(torch._foreach_norm(gradients, math.inf)).max().float())
+        if not checked:  # the task has given no loss
+            checked = [torch.zeros((), device=pl_module.device)]
+        bad = trainer.strategy.reduce((~torch.stack(checked).isfinite()).any().float(), reduce_op="sum")
+        bad, *losses = torch.stack([bad, *losses]).tolist()
+        self._losses, self._loss = [], sum(losses)  # Lightning has divided them by the number of batches
+        if bad:
+            self._skip(trainer, optimizer, list(zip(batches, losses, strict=True)))
 
-    def _skip(self, trainer: Trainer, optimizer: Optimizer) -> None:
+    def _skip(self, trainer: Trainer, optimizer: Optimizer, losses: list[tuple[int, float]]) -> None:
         step, epoch = trainer.global_step, trainer.current_epoch
-        what, names = self._describe(trainer)
+        what, names = self._describe(trainer, losses)
         where = f"{what} at step {step} (epoch {epoch})"
         stop = self._anomaly or self.skipped >= self.max_skipped
         if trainer.is_global_zero:
@@ -119,30 +126,17 @@ class NonFiniteGuard(Callback):
             done = "training stops" if stop else f"the step is skipped ({count})"
             _logger.warning(f"{where}: {done}; its samples: {', '.join(names)}")
         if stop:
-            shown = ", ".join(names[:_NAMED_IN_ERROR])
-            more = f" and {len(names) - _NAMED_IN_ERROR} more" if len(names) > _NAMED_IN_ERROR else ""
             after = f" after {self.skipped} skipped steps" if self.skipped else ""
-            self._stop(trainer, what, after, f"; its samples: {shown}{more}")
+            self._stop(trainer, what, after, f"; its samples: {listed(names, 16)}")
         self.skipped, self.last_skipped = self.skipped + 1, step
-        # Optimizers leave out parameters without a gradient, weight decay and moments included; some of timm's count
-        # their steps by group all the same.
-        self._counters = [
-            copy.deepcopy({name: value for name, value in group.items() if name.endswith("step")})
-            for group in optimizer.param_groups
-        ]
-        # A fused optimizer would look for overflow, and find nothing to look at, in its step; it skips what it finds.
-        scaled_in_step = has_scaler(trainer) and getattr(optimizer, "_step_supports_amp_scaling", False)
-        for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
-            if scaled_in_step:
-                parameter.grad.fill_(math.nan)
-            else:
-                parameter.grad = None
         for buffer, before in self._statistics:
             buffer.copy_(before)
+        if has_scaler(trainer) and not getattr(optimizer, "_step_supports_amp_scaling", False):
+            trainer.precision_plugin.scaler.update()  # it has unscaled the gradients, and expects a step to follow
+        raise SkippedStep
 
-    def _describe(self, trainer: Trainer) -> tuple[str, list[str]]:
+    def _describe(self, trainer: Trainer, losses: list[tuple[int, float]]) -> tuple[str, list[str]]:
         """What is not finite, and the samples of the batches where the loss is not, or of all; from all processes."""
-        losses = [(batch, float(loss)) for batch, loss in self._losses]
         bad = [batch for batch, loss in losses if not math.isfinite(loss)]
         mine = (losses, [batch_names(trainer, batch) for batch in bad or (batch for batch, _ in losses)], bool(bad))
         found = [mine]
@@ -161,13 +155,9 @@ class NonFiniteGuard(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._counters is not None:
-            for group, counters in zip(trainer.optimizers[0].param_groups, self._counters, strict=True):
-                for name in [name for name in group if name.endswith("step")]:  # the first step adds it
-                    del group[name]
-                group.update(counters)
-            self._counters = None
-        pl_module.log("skipped_steps", float(self.skipped), batch_size=1)
+        if self._loss is not None:
+            log_number(pl_module, "loss", self._loss, prog_bar=True, logger=False)
+        log_number(pl_module, "skipped_steps", self.skipped)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._anomaly and self._losses and isinstance(exception, RuntimeError):  # of a backward pass

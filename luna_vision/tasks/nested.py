@@ -10,6 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from luna_vision.models import LunaVit
 
+from .base import log_number
+
 
 class NestedMemory(Callback):
     """Draw for each training batch how many slots of the memory it runs with, so that one trained model serves with any
@@ -66,7 +68,7 @@ class NestedMemory(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         memory_len = self.draw(self.choices, trainer.global_step, batch_idx)
         self._set(memory_len)
-        pl_module.log("memory_len", float(memory_len), on_step=True, on_epoch=False)
+        log_number(pl_module, "memory_len", memory_len)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

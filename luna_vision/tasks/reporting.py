@@ -149,12 +149,9 @@ class ExportBest(Callback):
         # in validation, too
         if isinstance(exception, (KeyboardInterrupt, SIGTERMException)) and trainer.state.fn == TrainerFn.FITTING:
             checkpoint = last_checkpoint(trainer)
-            resume = (
-                f"the same command, or --ckpt_path {relative(checkpoint)}, resumes it"
-                if checkpoint
-                else "no checkpoint was written yet"
-            )
-            print(f"stopped at step {trainer.global_step}: {resume}", file=sys.stderr)
+            kept = f"from {relative(checkpoint)}" if checkpoint else "from its beginning: it has no checkpoint yet"
+            step = f"stopped at step {trainer.global_step}"
+            print(f"{step}: the same command with --resume goes on {kept}", file=sys.stderr)
 
 
 def relative(path: str | Path) -> str:

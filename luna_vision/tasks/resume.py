@@ -1,18 +1,20 @@
-"""Exact resume: what Lightning's checkpoint lacks, and finding the run to go on with.
+"""Exact resume: what Lightning's checkpoint lacks, and finding the run to resume.
 
-A checkpoint of Lightning has the weights, the optimizer, the schedule and the loops' counters, and the data modules
-here make every batch a function of (seed, epoch, sample). What is left is the state of the random generators (dropout
-draws from them), the rows that the loggers have written, and the means of the epoch so far, which the task keeps.
+A checkpoint of Lightning has the weights, the optimizer and the loops' counters, and the schedule and every batch are
+functions of these and of the seed. What is left is the state of the random generators (dropout draws from them) and the
+means of the epoch so far, which the task keeps.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import importlib.metadata
 import json
 import os
 import pickle
 import random
-from dataclasses import dataclass
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +25,28 @@ from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from luna_vision.utils.files import remove_leftovers, to_disk, write_json
+import luna_vision
+from luna_vision.images.find import listed
+from luna_vision.utils.files import remove_leftovers, write_json
 from luna_vision.utils.text import printable
 
 from .checkpoints import is_exact, read_checkpoint
-from .csv_log import DurableCSVLogger, read_rows, write_rows
 
-RUN_FILE = "run.json"
-LOCK_FILE = ".run.lock"
-INHERITED = "LUNA_VISION_RUN"  # environment: what the first process decided, for those that Lightning starts
+RUN_FILE, LOCK_FILE = "run.json", ".run.lock"
+RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")  # of this job, in the environment
 
 
 def random_states() -> dict[str, Any]:
     """The states of the generators of torch (CPU and current GPU), numpy and Python, as plain data."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
-    version, internal, gauss_next = random.getstate()
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None,
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
-        "python": (version, list(internal), gauss_next),
+        "numpy": (name, keys.tolist(), *rest),
+        "python": random.getstate(),
     }
 
 
@@ -54,41 +55,70 @@ def set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"].cpu())
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"].cpu())
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    version, internal, gauss_next = states["python"]
-    random.setstate((version, tuple(internal), gauss_next))
+    np.random.set_state(states["numpy"])  # noqa: NPY002
+    random.setstate(states["python"])
 
 
 class ExactResume(Callback):
-    """Keep in the checkpoint, and put back, what Lightning's own lacks: random generators and the loggers' rows.
+    """Keep in each checkpoint, and put back, what Lightning's lacks; and say in the run's folder what the run is.
 
-    Of all ranks, in the order of their numbers; with another number of processes than before, the generators are left
-    as they are seeded. Rows of a CSVLogger that were written after the checkpoint are removed, as they will be written
-    again; of a TensorBoardLogger they are marked so.
+    The random generators are those of all processes, in the order of their numbers; with another number of processes
+    than before, they are left as they are seeded. A warning says in what a checkpoint differs from the run that resumes
+    it: configuration, code, number of processes. The folder has ``run.json``, with the configuration and whether the
+    run has finished, and a lock while a process is at work.
 
     Args:
-        fingerprint: Names the configuration, so that no other run's checkpoint is taken for one of this.
+        config: The configuration, as plain data.
+
+    Raises:
+        ValueError: When a fit begins: another process is at work in the run's folder, or the processes of this run
+            would not resume from the same checkpoint.
     """
 
-    def __init__(self, fingerprint: str = "") -> None:
-        self.fingerprint = fingerprint
-        self._random: dict[str, Any] | None = None
+    def __init__(self, config: dict[str, Any] | None = None) -> None:
+        self.config = config or {}
         self._trainer: Trainer | None = None
-        self._old_rows: dict[int, tuple[list[str], list[dict[str, str]]]] | None = None  # of a run that goes on
+        self._random: dict[str, Any] | None = None
+        self._folder: Path | None = None
+        self._lock: FileLock | None = None
 
-    # ---- writing
+    def begin(self, folder: Path) -> None:
+        """Note that a run is at work in ``folder``. To be called by the first process."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(folder / LOCK_FILE)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(f"another process is at work on {folder}") from error
+        remove_leftovers(folder / "checkpoints")  # of a process that was killed: the lock says that there is no other
+        self._folder = folder
+        self.note(finished=False)
+
+    def note(self, finished: bool) -> None:
+        """Write whether there is nothing left to resume."""
+        if self._folder is not None:
+            write_json(self._folder / RUN_FILE, {"finished": finished, "config": self.config})
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
         self._trainer = trainer
         # With max_steps, Lightning takes any checkpoint for one within an epoch, and counts a finished one once more.
         trainer.fit_loop._iteration_based_training = lambda: False
         first = trainer.strategy.broadcast(str(trainer.ckpt_path))
         if first != str(trainer.ckpt_path):
-            raise ValueError(
-                f"process {trainer.global_rank} would resume from {trainer.ckpt_path}, the first one from {first}: "
-                "another run of this configuration seems to be at work; start this one with --resume false"
-            )
+            raise ValueError(f"process {trainer.global_rank} finds {trainer.ckpt_path} to resume, the first {first}")
+        if trainer.is_global_zero and self._folder is None:
+            self.begin(log_dir(trainer))
+
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    on_exception = teardown
+
+    def _about(self) -> dict[str, Any]:
+        return {"config": self.config, "code": code_versions(), "processes": self._trainer.world_size}
 
     def state_dict(self) -> dict[str, Any]:
         """Called on all ranks whenever a checkpoint is made."""
@@ -97,73 +127,21 @@ class ExactResume(Callback):
         if trainer.world_size > 1 and dist.is_initialized():
             states = [None] * trainer.world_size
             dist.all_gather_object(states, mine)
-        return {
-            "fingerprint": self.fingerprint,
-            "exact": is_exact(trainer),
-            "random": states,
-            "rows": self._rows(),
-            "unwritten": self._unwritten(),
-        }
+        return {**self._about(), "exact": is_exact(trainer), "random": states}
 
-    def _rows(self) -> list[int]:
-        """Rows in the file of each CSV logger, after writing them all."""
-        counts = []
-        for logger in csv_loggers(self._trainer):
-            logger.save()
-            file = rows_file(logger)
-            if file.is_file():
-                to_disk(file)  # as the checkpoint is
-            counts.append(len(read_rows(file)[1]))
-        return counts
-
-    def _unwritten(self) -> dict[str, float] | None:
-        """What the loggers are given right after the checkpoint, by what will not be done again."""
-        trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
-        batches, epochs, step = loop.batch_progress, trainer.fit_loop.epoch_progress.current, loop._batches_that_stepped
-        if batches.current.completed < batches.current.processed:  # at the end of a batch
-            every = trainer.log_every_n_steps  # 0 is never
-            if loop._should_accumulate() or not every or (step + 1) % every:
-                return None
-            metrics = loop._results.metrics(on_step=True)["log"]
-        elif epochs.completed < epochs.ready and (batches.is_last_batch or epochs.processed == epochs.ready):
-            # of an epoch, which max_steps may have cut short
-            metrics = loop._results.metrics(on_step=False)["log"]
-            step -= epochs.processed == epochs.ready  # by then Lightning has counted the last batch
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        state, about = checkpoint["callbacks"].get(self.state_key, {}), self._about()
+        if "config" not in state:
+            found = ["what it does not say"]
         else:
-            return None
-        values = {name: float(value) for name, value in metrics.items()}
-        return {**values, "epoch": trainer.current_epoch, "step": step} if values else None
-
-    # ---- reading
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Called after `setup`. The loggers come first: a run that has nothing left to do never starts to train."""
-        trainer = self._trainer
-        if len(state["random"]) == trainer.world_size:
-            self._random = state["random"][trainer.global_rank]
-        if self._old_rows is not None:
-            for i, count in enumerate(state["rows"]):
-                logger, (names, rows) = csv_loggers(trainer)[i], self._old_rows[i]
-                if len(rows) < count:
-                    rank_zero_warn(
-                        f"{rows_file(logger)} has lost {count - len(rows)} of the {count} rows logged so far"
-                    )
-                restore_rows(logger, names, rows[:count])
-            if state["unwritten"] is not None:
-                row = dict(state["unwritten"])
-                step = int(row.pop("step"))
-                for logger in trainer.loggers:
-                    logger.log_metrics(row, step)
-                    logger.save()
-        self._old_rows = None
-
-    def keep_rows(self, trainer: Trainer) -> None:
-        """Remember what is in the CSV loggers' files, and let it stay there until it is put back."""
-        self._old_rows = {}
-        for i, logger in enumerate(csv_loggers(trainer)):
-            self._old_rows[i] = read_rows(rows_file(logger))
-            if isinstance(logger, DurableCSVLogger):
-                logger.goes_on = True
+            found = differences({name: state[name] for name in about}, about)
+            found += [] if state["exact"] else ["the moment, from which no run goes on exactly"]
+            if len(state["random"]) == trainer.world_size:
+                self._random = state["random"][trainer.global_rank]
+        if found:
+            rank_zero_warn(printable(f"{trainer.ckpt_path} is not of this run as it is now: {listed(found, 3)}"))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._random is not None:
@@ -171,199 +149,139 @@ class ExactResume(Callback):
         self._random = None
 
 
-def csv_loggers(trainer: Trainer) -> list[CSVLogger]:
-    """The loggers that write ``metrics.csv``."""
-    return [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+def code_versions() -> dict[str, str]:
+    """The versions of what a training computes with; of this package with a checksum of its source."""
+    folder, source = Path(luna_vision.__file__).parent, hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        source.update(path.read_bytes())
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "timm", "lightning")}
+    return {"luna_vision": f"{luna_vision.__version__} {source.hexdigest()[:8]}", **versions}
 
 
-def rows_file(logger: CSVLogger) -> Path:
-    """Where a CSV logger writes."""
-    return Path(logger.log_dir, ExperimentWriter.NAME_METRICS_FILE)
-
-
-def restore_rows(logger: CSVLogger, names: list[str], rows: list[dict[str, str]]) -> None:
-    """Make a CSV logger go on after these rows."""
-    writer = logger.experiment
-    if not names:
-        return
-    write_rows(writer.metrics_file_path, names, rows)
-    writer.metrics_keys = list(names)
+def differences(there: Any, here: Any, name: str = "") -> list[str]:
+    """In what plain data differs, such as "model.lr (0.1 there, 0.2 here)"."""
+    if isinstance(there, list) and isinstance(here, list):
+        there, here = dict(enumerate(there)), dict(enumerate(here))
+    if isinstance(there, dict) and isinstance(here, dict):
+        parts = ((there.get(part), here.get(part), f"{name}.{part}".lstrip(".")) for part in {**here, **there})
+        return [difference for part in parts for difference in differences(*part)]
+    return [] if repr(there) == repr(here) else [f"{name} ({there!r:.50} there, {here!r:.50} here)"]  # NaN is NaN
 
 
 # ---- which run
 
 
-@dataclass
-class Unfinished:
-    """A run that was stopped.
+def resume(trainer: Trainer, config: dict[str, Any], asked: bool) -> str | None:
+    """Have a trainer resume the newest unfinished run of a configuration, beside the place where a new one would be.
 
-    Attributes:
-        versions: Of its loggers.
-        checkpoint: The newest one that is whole, or None.
+    That is if it was asked for, or if SLURM has requeued this job or torchrun has started these processes again;
+    otherwise a line says that there is such a run. All processes find the same.
+
+    Args:
+        trainer: With an `ExactResume`, before it has begun: its loggers have made no folder.
+        config: The configuration.
+        asked: Whether the user wants it.
+
+    Returns:
+        The newest checkpoint that is complete; None where there is none, or the run is a new one.
+
+    Raises:
+        ValueError: Another process is at work on the run; or it was asked for, and the newest unfinished run is of
+            another configuration, as are all others.
     """
+    runs = unfinished_runs(trainer)
+    run = next((folder for folder, known in runs if not differences(known, config)), None)
+    if not asked and not any(int(os.environ.get(name) or 0) for name in RESTARTS):
+        if run is not None:
+            rank_zero_info(printable(f"{run} is an unfinished run of this configuration: --resume goes on with it"))
+        return None
+    if run is None:
+        if asked and runs:
+            other, known = runs[0]
+            raise ValueError(
+                f"--resume: the unfinished run in {other} is of another configuration: "
+                f"{listed(differences(known, config), 3)}; --ckpt_path begins a new run from its checkpoint"
+            )
+        rank_zero_info("there is no unfinished run of this configuration: this is a new one")
+        return None
+    if trainer.is_global_zero:
+        next(callback for callback in trainer.callbacks if isinstance(callback, ExactResume)).begin(run)
+    checkpoint = latest_complete(trainer, run, config)
+    number = run.name.removeprefix("version_")
+    for logger in versioned_loggers(trainer):
+        logger._version = int(number) if number.isdecimal() else run.name
+        if isinstance(logger, CSVLogger) and trainer.is_global_zero:
+            keep_rows(logger)
+    start = f"from {checkpoint}" if checkpoint else "from its beginning: it has no checkpoint"
+    rank_zero_info(printable(f"resuming the unfinished run in {run}, {start}"))
+    return checkpoint
 
-    versions: list[Any]
-    checkpoint: str | None
+
+def unfinished_runs(trainer: Trainer) -> list[tuple[Path, dict[str, Any]]]:
+    """Folders and configurations of the runs that have not finished, beside the place of a new one; newest first.
+
+    A warning names those with links in their folders, which would lead a run out of them.
+    """
+    new, loggers, runs = log_dir(trainer), versioned_loggers(trainer), []
+    found = [path for path in (new.parent.glob(f"*/{RUN_FILE}") if loggers else [new / RUN_FILE]) if path.is_file()]
+    for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        config = record.get("config") if isinstance(record, dict) else None
+        if not isinstance(config, dict) or record.get("finished") is not False:
+            continue
+        folders = [path.parent, *(Path(logger.root_dir, path.parent.name) for logger in loggers)]
+        if any(inside.is_symlink() for folder in folders for inside in (folder, *folder.rglob("*"))):
+            rank_zero_warn(printable(f"{path.parent} is left out: there are links in the folders of this run"))
+            continue
+        runs.append((path.parent, config))
+    return runs
 
 
-def fingerprint(config: str) -> str:
-    """A name of a configuration, given as text."""
-    return hashlib.sha256(config.encode()).hexdigest()[:16]
+def versioned_loggers(trainer: Trainer) -> list[CSVLogger | TensorBoardLogger]:
+    """The loggers that have a folder for each run, which a resumed run has under the same name in all of them; none if
+    the first logger is another one."""
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger | TensorBoardLogger)]
+    return loggers if loggers[:1] == trainer.loggers[:1] else []
+
+
+def keep_rows(logger: CSVLogger) -> None:
+    """Have a CSV logger write after the rows of its file, which it would delete; without one that a kill cut off."""
+    file = Path(logger.log_dir, "metrics.csv")
+    kept = file.with_name("metrics.kept.csv")
+    if file.is_file():
+        os.replace(file, kept)
+    with warnings.catch_warnings(action="ignore"):  # that they are deleted
+        writer = logger.experiment
+    if kept.is_file():  # from now, or since a resume that was killed here
+        with kept.open("r+b") as opened:
+            opened.truncate(opened.read().rfind(b"\n") + 1)
+        os.replace(kept, file)
+        with file.open(newline="", encoding="utf-8") as opened:
+            writer.metrics_keys = next(csv.reader(opened), [])
+
+
+def latest_complete(trainer: Trainer, run: Path, config: dict[str, Any]) -> str | None:
+    """The last written checkpoint of a run that can be read and from which it goes on exactly.
+
+    A warning names those that cannot be read.
+    """
+    told = {Path(c.dirpath) for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.dirpath}
+    files = [path for folder in {run / "checkpoints", *told} for path in folder.glob("[!.]*.ckpt")]
+    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        try:
+            state = read_checkpoint(path, weights=False)["callbacks"][ExactResume.__name__]
+            if state["exact"] and not differences(state["config"], config):
+                return str(path)
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            rank_zero_warn(printable(f"{path} is left out, as it cannot be resumed from ({reason})"))
+    return None
 
 
 def log_dir(trainer: Trainer) -> Path:
     """Where this run writes: the first logger's folder, or the trainer's where there is no logger."""
     first = getattr(trainer.loggers[0], "log_dir", None) if trainer.loggers else None
     return Path(first or trainer.default_root_dir)
-
-
-def find_unfinished(trainer: Trainer, name: str) -> Unfinished | None:
-    """The newest unfinished run of this configuration beside the place where a new one would be.
-
-    Args:
-        trainer: Before it has begun, so that its loggers have made no folder.
-        name: The configuration's fingerprint.
-
-    Returns:
-        None if there is none, or if a process is at work on it. All processes of a run find the same.
-    """
-    if not trainer.is_global_zero and INHERITED in os.environ:
-        decided = json.loads(os.environ[INHERITED])
-        return None if decided is None else Unfinished(*decided)
-    run = _search(trainer, name)
-    if trainer.is_global_zero:
-        os.environ[INHERITED] = json.dumps(None if run is None else [run.versions, run.checkpoint])
-    return run
-
-
-def _search(trainer: Trainer, name: str) -> Unfinished | None:
-    new = log_dir(trainer)
-    found = [new / RUN_FILE] if not trainer.loggers else new.parent.glob(f"*/{RUN_FILE}")
-    for path in sorted((p for p in found if p.is_file()), key=lambda p: p.stat().st_mtime_ns, reverse=True):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if not isinstance(record, dict) or record.get("fingerprint") != name or record.get("finished") is not False:
-            continue
-        versions = record.get("versions")
-        if not isinstance(versions, list) or len(versions) != len(trainer.loggers):
-            continue
-        if not _is_own(trainer, versions, path.parent):
-            rank_zero_warn(printable(f"{path} is left out: the run would go on outside its folders, or through links"))
-            continue
-        # another rank of this run may hold the lock already: only the first asks
-        if trainer.is_global_zero and is_locked(path.parent):
-            continue
-        return Unfinished(versions, newest_whole(checkpoint_folders(trainer, path.parent), name))
-    return None
-
-
-def _is_own(trainer: Trainer, versions: list[Any], run: Path) -> bool:
-    """Whether loggers with these versions write into their own folders, the first one into ``run``, and not through a
-    link: a record may come with a stranger's files."""
-    folders = []
-    for i, (logger, version) in enumerate(zip(trainer.loggers, versions, strict=True)):
-        if version is not None and type(version) not in (int, str):
-            return False
-        usual, logger._version = getattr(logger, "_version", None), version
-        folder, root = (getattr(logger, name, None) for name in ("log_dir", "root_dir"))
-        logger._version = usual
-        if folder is None or root is None:  # it writes no files by its version
-            continue
-        folder, root = Path(folder).resolve(), Path(root).resolve()
-        if root not in folder.parents or (i == 0 and folder != run.resolve()):
-            return False
-        folders.append(folder)
-    return not any(path.is_symlink() for folder in folders for path in folder.rglob("*"))
-
-
-def checkpoint_folders(trainer: Trainer, run: Path) -> list[Path]:
-    """Where the checkpoints of the run in ``run`` are: there, and where a ModelCheckpoint is told to write."""
-    told = {Path(c.dirpath) for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.dirpath}
-    return sorted({run / "checkpoints", *told})
-
-
-def newest_whole(folders: list[Path], name: str) -> str | None:
-    """The last written checkpoint of the configuration called ``name`` that can be read and allows an exact resume.
-
-    A warning names those that cannot be read.
-    """
-    files = [p for folder in folders if folder.is_dir() for p in folder.glob("*.ckpt") if not p.name.startswith(".")]
-    for path in sorted(files, key=lambda p: p.stat().st_mtime_ns, reverse=True):
-        try:
-            checkpoint = read_checkpoint(path, weights=False)
-            state = checkpoint["callbacks"]["ExactResume"]
-        except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-            first = str(error).strip().split("\n")[0]
-            reason = f"{type(error).__name__}: {first}"
-            rank_zero_warn(printable(f"{path} is left out, as it cannot be resumed from ({reason})"))
-            continue
-        if state["fingerprint"] == name and state["exact"]:
-            return str(path)
-    return None
-
-
-def go_on(trainer: Trainer, run: Unfinished) -> None:
-    """Make the loggers write where that run has written."""
-    for logger, version in zip(trainer.loggers, run.versions, strict=True):
-        logger._version = version
-    callback = next((c for c in trainer.callbacks if isinstance(c, ExactResume)), None)
-    if callback is not None and run.checkpoint and trainer.is_global_zero:
-        callback.keep_rows(trainer)
-        step = read_checkpoint(run.checkpoint, weights=False)["global_step"]
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger._kwargs["purge_step"] = step
-
-
-class RunRecord(Callback):
-    """Keep in the run's folder whose run it is and whether it has finished, and a lock while a process is at work.
-
-    Args:
-        fingerprint: Of the configuration.
-    """
-
-    def __init__(self, fingerprint: str) -> None:
-        self.fingerprint = fingerprint
-        self._lock: FileLock | None = None
-        self._folder: Path | None = None
-
-    @rank_zero_only
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or self._folder is not None:
-            return
-        folder = log_dir(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(folder / LOCK_FILE)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            if trainer.loggers:  # which number the folders; without them all runs share one
-                raise ValueError(f"another process has just begun to work on {folder}: start this one again") from error
-        remove_leftovers(folder / "checkpoints")  # of a process that was killed: the lock says that there is no other
-        self._folder = folder
-        self._versions = [getattr(logger, "version", None) for logger in trainer.loggers]
-        self._write(finished=False)
-
-    def finish(self) -> None:
-        """There is nothing left to go on with."""
-        if self._folder is not None:
-            self._write(finished=True)
-
-    def _write(self, finished: bool) -> None:
-        record = {"fingerprint": self.fingerprint, "finished": finished, "versions": self._versions}
-        write_json(self._folder / RUN_FILE, record)
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether a process is at work on the run in ``folder``."""
-    if not (folder / LOCK_FILE).exists():
-        return False
-    lock = FileLock(folder / LOCK_FILE)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    lock.release()
-    return False

@@ -80,16 +80,15 @@ class SequenceTask(ClassificationTask):
             return stacked
         return stacked.cumsum(1) / torch.arange(1, len(logits) + 1, device=stacked.device)[:, None]
 
-    def _check_sequences(self, images: Tensor, targets: Tensor, known: Tensor) -> None:
+    def check_batch(self, images: Tensor, targets: Tensor, known: Tensor) -> None:
         if images.ndim != 5:
             raise ValueError(f"sequences must be (B, T, C, H, W), got {tuple(images.shape)}")
-        self._check_batch(images[:, 0], targets)
+        super().check_batch(images[:, 0], targets)
         if known.shape != targets.shape or known.min() < 0 or known.max() >= images.shape[1]:
             raise ValueError(f"known must be ({len(targets)},) with values in [0, {images.shape[1]}), got {known}")
 
     def training_step(self, batch: Sequences, batch_idx: int) -> Tensor:
         images, targets, known = batch
-        self._check_sequences(images, targets, known)
         logits = self(images)
         steps = torch.arange(images.shape[1], device=known.device)
         told = steps >= known[:, None]  # (B, T); the last image is always among them
@@ -99,7 +98,6 @@ class SequenceTask(ClassificationTask):
 
     def _evaluate(self, batch: Sequences, metrics: MetricCollection, loss_name: str) -> None:
         images, targets, known = batch
-        self._check_sequences(images, targets, known)
         self._log_evaluation(self(images)[:, -1].float(), targets, metrics, loss_name)
 
     def predict_step(self, batch: tuple[Tensor, list[str]], batch_idx: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from luna_vision.data import DigitsDataModule, find_images
 from luna_vision.data.images import TransformedDataset
-from luna_vision.images.decode import SampleError, read_image, to_channels
+from luna_vision.images.decode import SampleError, decode_image, read_image, to_channels
 from luna_vision.images.transforms import eval_transform
 
 RAMP = np.tile(np.arange(0, 256, 5, dtype=np.uint8), (20, 1))  # (20, 52)
@@ -87,6 +88,39 @@ def test_the_largest_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         read_image(path)
     assert read_image(path, max_pixels=2000).size == (52, 20)
     assert Image.MAX_IMAGE_PIXELS == 100  # the setting of the process is as it was
+
+
+class Waiting(io.FileIO):
+    """A file that says when Pillow begins to read, and has it wait for something to happen."""
+
+    def __init__(self, path: Path, reached: threading.Event, until: threading.Event) -> None:
+        super().__init__(path)
+        self.reached, self.until = reached, until
+
+    def read(self, size: int = -1) -> bytes:
+        if size > 1 and not self.reached.is_set():  # Pillow, which has been given the limit
+            self.reached.set()
+            self.until.wait(0.3)  # for ever, where it is the other one's turn after this one
+        return super().read(size)
+
+
+def test_threads_with_limits_of_their_own_leave_the_process_its_limit(tmp_path: Path):
+    """One that begins within another, and ends after it, would put back the other's."""
+    Image.fromarray(RAMP).save(tmp_path / "a.png")
+    limit, (first, second, done) = Image.MAX_IMAGE_PIXELS, (threading.Event() for _ in range(3))
+
+    def begin_within_and_end_after():
+        first.wait()
+        with Waiting(tmp_path / "a.png", second, done) as file:
+            decode_image(file, "a.png", max_pixels=3000)
+
+    thread = threading.Thread(target=begin_within_and_end_after)
+    thread.start()
+    with Waiting(tmp_path / "a.png", first, second) as file:
+        assert decode_image(file, "a.png", max_pixels=2000).size == (52, 20)
+    done.set()
+    thread.join()
+    assert limit == Image.MAX_IMAGE_PIXELS
 
 
 class FileSource(list):

@@ -2,8 +2,9 @@
 
 Not a test of pytest's: it takes minutes and, for the full disk, the right to mount a file system (--skip-full-disk
 leaves that part out). Everything goes through `train.py`, as a user would start it, and each part ends with the weights
-and the logged rows of the run that nobody disturbed, bit for bit, or with the error that is promised; anything else is
-printed and ends in exit code 1. The counts are written to --out, which docs/reliability.md is about.
+of the run that nobody disturbed, bit for bit, and what was logged last of each step, or with the error that is
+promised; anything else is printed and ends in exit code 1. The counts are written to --out, which docs/reliability.md
+is about.
 """
 
 import argparse
@@ -74,8 +75,10 @@ def write_config(path: Path, images: Path, epochs: int, **data: Any) -> None:
 
 
 def start(folder: Path, config: Path) -> subprocess.Popen:
+    """Begin a run, or resume the one that is in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", str(config)]
+    command += ["--resume"] if (folder / "runs").exists() else []
     output = (folder.parent / f"{folder.name}.log").open("w")  # beside the folder, which may be a full disk
     env = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": output, "stderr": subprocess.STDOUT}
@@ -102,12 +105,13 @@ def until_training(process: subprocess.Popen, folder: Path, since: int) -> None:
         time.sleep(0.02)
 
 
-def result(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, str]]]:
-    """The weights at the end, and all rows that were logged, without the speed."""
+def result(folder: Path) -> tuple[dict[str, torch.Tensor], dict[tuple, dict[str, str]]]:
+    """The weights at the end, and what was logged last of each step, by the names of the values, without the speed."""
     version = folder / "runs" / "debug" / "version_0"
     with (version / "metrics.csv").open(newline="") as file:
-        rows = [{k: v for k, v in row.items() if k != "images_per_s"} for row in csv.DictReader(file)]
-    return torch.load(version / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"], rows
+        rows = [{k: v for k, v in row.items() if v and k != "images_per_s"} for row in csv.DictReader(file)]
+    logged = {(row["step"], *sorted(row)): row for row in rows}
+    return torch.load(version / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"], logged
 
 
 def difference(folder: Path, reference: Path) -> str:
@@ -116,7 +120,7 @@ def difference(folder: Path, reference: Path) -> str:
     wrong = [name for name in expected if not torch.equal(weights[name], expected[name])]
     if wrong:
         return f"{len(wrong)} of {len(expected)} weights differ"
-    return "" if rows == logged else "the logged rows differ"
+    return "" if rows == logged else "what was logged differs"
 
 
 @dataclass
@@ -128,8 +132,8 @@ class Length:
 
 
 def kill(work: Path, config: Path, whole: Path, kills: int, length: Length, seed: int) -> dict[str, Any]:
-    """Kill with a random signal, at a random moment of training or (one in five) before it, and go on with the same
-    command; compare each run that ends."""
+    """Kill with a random signal, at a random moment of training or (one in five) before it, and resume; compare what
+    ends."""
     in_training = 0
     draw, sent, exits, problems, finished, attempt = random.Random(seed), Counter(), Counter(), [], 0, 0
     folder = work / f"killed{finished}"

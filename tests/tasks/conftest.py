@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
+
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -70,6 +73,13 @@ def tiny_trainer(path, **arguments) -> Trainer:
         num_sanity_val_steps=0,
     )
     return Trainer(**{**defaults, **arguments})
+
+
+def last_rows(path: Path) -> dict[tuple, dict[str, str]]:
+    """What was logged last of each step, by the step and the names of the values, without the speed."""
+    with path.open(newline="") as file:
+        rows = [{k: v for k, v in row.items() if v and k != "images_per_s"} for row in csv.DictReader(file)]
+    return {(int(row["step"]), *sorted(row)): row for row in rows}
 
 
 @pytest.fixture

@@ -52,9 +52,9 @@ def test_ema_is_evaluated_saved_and_tested(tmp_path, data, options):
 
 def test_ema_decay_warms_up():
     ema = EMA(decay=0.99)
-    assert ema.decay_at(0) == pytest.approx(0.1)
-    assert ema.decay_at(10_000) == 0.99
-    assert EMA(decay=0.99, warmup=False).decay_at(0) == 0.99
+    assert [ema.decay_at(step) for step in (0, 1, 10_000)] == [0.0, pytest.approx(2 / 11), 0.99]
+    assert EMA(decay=0.99, start_step=5, warmup=False).decay_at(5) == 0.0
+    assert EMA(decay=0.99, warmup=False).decay_at(1) == 0.99
 
 
 def test_ema_refuses_what_it_cannot_do(tmp_path, data):

@@ -258,7 +258,7 @@ def test_target_out_of_range(tmp_path):
 
 def test_wrong_channels():
     with pytest.raises(ValueError, match=r"images must be \(B, 1, H, W\)"):
-        tiny_task().validation_step((torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long)), 0)
+        tiny_task().check_batch(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))
 
 
 class Counted(Callback):

@@ -1,6 +1,5 @@
 """Several processes train as one does with all of their batches, see each sample once, and stop together."""
 
-import csv
 import os
 import signal
 import zlib
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader
 from luna_vision.data import DigitsDataModule
 from luna_vision.data.sampling import EpochSampler, EvalSampler
 
+from .conftest import last_rows
 from .ranks import DEBUG, command_line, finish, run, said, start, until, without_ema
 
 PLAIN = ["--model.mixup=0", "--model.cutmix=0", "--trainer.accumulate_grad_batches=1", "--test_after_fit=false"]
@@ -147,13 +147,11 @@ def killed(folder: Path, arguments: list[str], number: int, ranks: tuple[int, ..
     return finish(folder, processes)
 
 
-def end(folder: Path) -> tuple[dict, list[dict[str, str]]]:
+def end(folder: Path) -> tuple[dict, dict]:
     from luna_vision.tasks.checkpoints import read_checkpoint
 
     folder = folder / "runs/debug/version_0"
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = [{k: v for k, v in row.items() if k != "images_per_s"} for row in csv.DictReader(file)]
-    return read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"], rows
+    return read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"], last_rows(folder / "metrics.csv")
 
 
 @pytest.mark.slow
@@ -171,7 +169,7 @@ def test_processes_stop_together_and_go_on_exactly(tmp_path, strategy, number, r
     arguments += ["--trainer.max_epochs=3", "--test_after_fit=false", "--model.model_kwargs.drop_path_rate=0.3"]
     run(tmp_path / "whole", 2, command_line, *arguments)
     assert killed(tmp_path / "killed", arguments, number, ranks) == codes, said(tmp_path / "killed")
-    run(tmp_path / "killed", 2, command_line, *arguments)
+    run(tmp_path / "killed", 2, command_line, *arguments, "--resume")
     assert "resuming the unfinished run in runs/debug/version_0, from" in said(tmp_path / "killed")
     (weights, rows), (ours, logged) = end(tmp_path / "whole"), end(tmp_path / "killed")
     torch.testing.assert_close(ours, weights, rtol=0, atol=0)

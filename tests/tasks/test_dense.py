@@ -119,10 +119,10 @@ def test_targets_out_of_range():
     task, _ = make("detection")
     target = {"boxes": torch.tensor([[1.0, 1.0, 9.0, 9.0]]), "labels": torch.tensor([11])}
     with pytest.raises(ValueError, match=r"labels must be in \[1, 10\], got 11 to 11"):
-        task.training_step(([torch.rand(3, 64, 64)], [target]), 0)
+        task.check_batch([torch.rand(3, 64, 64)], [target])
     task, _ = make("segmentation")
     with pytest.raises(ValueError, match="masks must be 0 to 10, or 255, got 0 to 12"):
-        task.training_step((torch.rand(1, 3, 8, 8), torch.tensor([[[0, 12, 255, 255]] * 8])), 0)
+        task.check_batch(torch.rand(1, 3, 8, 8), torch.tensor([[[0, 12, 255, 255]] * 8]))
 
 
 @pytest.mark.parametrize(

@@ -368,7 +368,7 @@ USES = {
     "fit": ["fit", f"--ckpt_path={LAST}"],
     "FSDP2 resume": ["fit", *SHARDED, "--trainer.max_epochs=2", f"--ckpt_path={LAST}"],
     "FSDP2 test": ["test", "--trainer.strategy=fsdp2", f"--ckpt_path={LAST}"],
-    "automatic resume": ["fit", *SHARDED],
+    "resume": ["fit", *SHARDED, "--resume"],
     "export": [],
 }
 ENDS = {"fit": 2}  # a sharded run goes on with fsdp2 alone
@@ -376,7 +376,7 @@ ENDS = {"fit": 2}  # a sharded run goes on with fsdp2 alone
 
 def command(*words: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("MASTER_ADDR", "MASTER_PORT", "LUNA_VISION_RUN"):
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
             patch.delenv(name, raising=False)
         patch.setattr(sys, "argv", ["train.py", *words])
         try:
@@ -419,7 +419,7 @@ def test_an_index_that_changes_is_unpickled_nowhere(name, trained, monkeypatch, 
             shutil.rmtree(entry, ignore_errors=True)
             copy(trained / entry, entry)
         record = Path("runs/debug/version_0/run.json")
-        record.write_text(json.dumps({**json.loads(record.read_text()), "finished": name != "automatic resume"}))
+        record.write_text(json.dumps({**json.loads(record.read_text()), "finished": name != "resume"}))
         opened.clear()
         return use(name)
 

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from luna_vision.execution import set_band_checkpointing
 from luna_vision.tasks.checkpoints import read_checkpoint
 from luna_vision.tasks.reporting import export_weights
-from luna_vision.tasks.resume import newest_whole
+from luna_vision.tasks.resume import latest_complete
 from luna_vision.tasks.sharding import _replace, shard
 
+from .conftest import tiny_trainer
 from .ranks import command_line, finish, run, said, start, without_ema
 
 SHARDED = ["--trainer.strategy=fsdp2", "--trainer.devices=2", "--trainer.max_epochs=1"]
@@ -73,21 +74,22 @@ def test_one_process_reads_and_tests_the_folder(trained, tmp_path):
 
 
 def test_only_whole_folders_are_resumed_from(checkpoints):
-    name = read_checkpoint(checkpoints / "last.ckpt", weights=False)["callbacks"]["ExactResume"]["fingerprint"]
+    config = read_checkpoint(checkpoints / "last.ckpt", weights=False)["callbacks"]["ExactResume"]["config"]
+    arguments = tiny_trainer(checkpoints), checkpoints.parent, config
     shutil.rmtree(checkpoints / "best.ckpt")
     shutil.copytree(checkpoints / "last.ckpt", checkpoints / ".last.ckpt.partial")  # hidden until it is complete
-    assert newest_whole([checkpoints], name) == str(checkpoints / "last.ckpt")
+    assert latest_complete(*arguments) == str(checkpoints / "last.ckpt")
     shard = checkpoints / "last.ckpt" / "__1_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.warns(UserWarning, match="last.ckpt is left out.*__1_0.distcp is missing or cut off"):
-        assert newest_whole([checkpoints], name) is None
+        assert latest_complete(*arguments) is None
     shutil.copytree(checkpoints / ".last.ckpt.partial", checkpoints / "last.previous.ckpt")  # killed between two moves
     os.utime(checkpoints / "last.previous.ckpt", (1, 1))
     with pytest.warns(UserWarning, match="last.ckpt is left out"):
-        assert newest_whole([checkpoints], name) == str(checkpoints / "last.previous.ckpt")
+        assert latest_complete(*arguments) == str(checkpoints / "last.previous.ckpt")
     (checkpoints / "last.previous.ckpt" / "meta.pt").unlink()
     with pytest.warns(UserWarning, match="last.previous.ckpt is left out"):
-        assert newest_whole([checkpoints], name) is None
+        assert latest_complete(*arguments) is None
 
 
 def test_a_folder_or_a_file_is_replaced(tmp_path):
@@ -134,7 +136,7 @@ def test_mistakes_are_one_line(trained, tmp_path):
     ema = ["--trainer.callbacks+=luna_vision.tasks.EMA"]
     other = ["--model.model_kwargs.embed_dim=16", f"--ckpt_path={last}"]
     for extra, message in ((ema, "error: EMA keeps a copy"), (other, "error: the checkpoint holds another model's")):
-        arguments = ["fit", f"--config={config}", *SHARDED, "--resume=false", *extra]
+        arguments = ["fit", f"--config={config}", *SHARDED, *extra]
         folder = tmp_path / message[7:10]
         assert finish(folder, start(folder, 2, command_line, *arguments)) == [2, 2], said(folder)
         assert message in said(folder)

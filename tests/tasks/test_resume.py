@@ -1,13 +1,12 @@
 """A run that was stopped, whenever and however, ends as one that was not."""
 
-import csv
 import io
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +15,16 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger
 
 from luna_vision.data import DigitsDataModule
 from luna_vision.data.sampling import next_batch
 from luna_vision.tasks import EMA, ClassificationTask, ImagesPerSecond, NonFiniteGuard
 from luna_vision.tasks.checkpoints import AtomicCheckpointIO
-from luna_vision.tasks.csv_log import DurableCSVLogger
-from luna_vision.tasks.resume import ExactResume, RunRecord, Unfinished, go_on, newest_whole
+from luna_vision.tasks.resume import ExactResume, latest_complete, resume
 from luna_vision.utils import files
+
+from .conftest import last_rows, tiny_trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,14 +53,15 @@ class EveryMoment(ModelCheckpoint):
 
 def fit(
     folder: Path,
-    resume: Path | None = None,
+    checkpoint: Path | None = None,
     keep: Path | None = None,
     num_workers: int = 0,
     data_arguments: dict | None = None,
     also: Sequence[Callback] = (),
     **arguments,
 ):
-    """Two epochs of six batches with everything that is random, and what they leave: weights, logged rows."""
+    """Two epochs of six batches with everything that is random, and what they leave: weights, and the last row that was
+    logged of each step and kind."""
     seed_everything(1, verbose=False)
     loading = {"num_workers": num_workers, "persistent_workers": False}
     data = DigitsDataModule(img_size=16, batch_size=32, seed=4, **loading, **data_arguments or {})
@@ -73,7 +74,7 @@ def fit(
         lr=1e-2,
         warmup_epochs=0.5,
     )
-    callbacks = [ExactResume("this"), EMA(decay=0.9), ImagesPerSecond(), NonFiniteGuard()]
+    callbacks = [ExactResume(), EMA(decay=0.9), ImagesPerSecond(), NonFiniteGuard()]
     callbacks += [*([EveryMoment(keep)] if keep else []), *also]
     settings = {
         "max_epochs": 2,
@@ -85,7 +86,7 @@ def fit(
         **arguments,
     }
     trainer = Trainer(
-        logger=DurableCSVLogger(folder, name=""),
+        logger=CSVLogger(folder, name=""),
         callbacks=callbacks,
         accelerator="cpu",
         default_root_dir=folder,
@@ -94,12 +95,10 @@ def fit(
         enable_checkpointing=keep is not None,
         **settings,
     )
-    if resume is not None:
-        go_on(trainer, Unfinished([0], str(resume)))
-    trainer.fit(task, data, ckpt_path=resume, weights_only=True)
-    with (folder / "version_0" / "metrics.csv").open(newline="") as file:
-        rows = [{k: v for k, v in row.items() if k != "images_per_s"} for row in csv.DictReader(file)]
-    return task.state_dict(), rows
+    if checkpoint is not None:
+        resume(trainer, {}, asked=True)
+    trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
+    return task.state_dict(), last_rows(folder / "version_0" / "metrics.csv")
 
 
 # with how many of the checkpoints are not to be resumed from, and which of the others are tried: each, every third
@@ -118,7 +117,7 @@ CASES = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CASES)
 def test_any_checkpoint_leads_to_the_same_end(tmp_path, case):
-    """Weights and every logged row, whether the run was cut off after a batch, a validation or an epoch."""
+    """Weights and what is logged, whether the run was cut off after a batch, a validation or an epoch."""
     arguments, inexact, every = CASES[case]
     weights, rows = fit(tmp_path / "whole", keep=tmp_path / "kept", **arguments)
     kept = sorted((tmp_path / "kept").glob("*.ckpt"))
@@ -127,7 +126,7 @@ def test_any_checkpoint_leads_to_the_same_end(tmp_path, case):
     for path in exact[::every]:
         again = tmp_path / path.stem
         shutil.copytree(tmp_path / "whole", again)  # with the rows of what will be done again
-        ours, logged = fit(again, resume=path, **arguments)
+        ours, logged = fit(again, checkpoint=path, **arguments)
         assert logged == rows, path.name
         if path != exact[-1]:  # with nothing left to do, training does not end anew and leaves the raw weights in place
             torch.testing.assert_close(ours, weights, rtol=0, atol=0)
@@ -148,7 +147,7 @@ def test_an_epoch_that_was_cut_short_is_not_counted_in_the_next(tmp_path):
     """With more steps, the next epoch follows, with its own batches and their means."""
     fit(tmp_path / "run", keep=tmp_path / "kept", max_steps=3)
     path, counted = sorted((tmp_path / "kept").glob("*-step3-epoch.ckpt"))[0], Counted()
-    fit(tmp_path / "run", resume=path, max_steps=9, also=[counted])
+    fit(tmp_path / "run", checkpoint=path, max_steps=9, also=[counted])
     assert counted.start == (1, 0)
     assert counted.images == {"train_loss_epoch": 6 * 32, "train_acc1_epoch": 6 * 32}
 
@@ -166,18 +165,14 @@ def test_a_run_that_is_stopped_while_it_resumes_has_its_rows(tmp_path):
     path = sorted((tmp_path / "kept").glob("*-step9-batch.ckpt"))[0]
     logged = tmp_path / "run" / "version_0" / "metrics.csv"
     before = logged.read_bytes()
+    with logged.open("ab") as file:
+        file.write(b"0.5,1,0.2")  # a row that a kill has cut off
     with pytest.raises(SystemExit):  # which Lightning makes of Ctrl-C
-        fit(tmp_path / "run", resume=path, also=[StopAtStart()])
+        fit(tmp_path / "run", checkpoint=path, also=[StopAtStart()])
     assert logged.read_bytes() == before
-    assert fit(tmp_path / "run", resume=path)[1] == rows
-
-
-def test_rows_that_are_lost_all_the_same_are_counted(tmp_path):
-    fit(tmp_path / "run", keep=tmp_path / "kept")
-    path = sorted((tmp_path / "kept").glob("*-step9-batch.ckpt"))[0]
-    (tmp_path / "run" / "version_0" / "metrics.csv").unlink()
-    with pytest.warns(UserWarning, match=r"metrics.csv has lost (\d) of the \1 rows logged so far"):
-        fit(tmp_path / "run", resume=path)
+    os.replace(logged, logged.with_name("metrics.kept.csv"))  # as if it was killed a moment earlier
+    assert fit(tmp_path / "run", checkpoint=path)[1] == rows
+    assert logged.read_bytes().startswith(before)
 
 
 def test_without_the_callback_the_end_is_another(tmp_path):
@@ -188,7 +183,7 @@ def test_without_the_callback_the_end_is_another(tmp_path):
     spoiled["callbacks"]["ExactResume"]["random"] = []
     torch.save(spoiled, path)
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
-    ours, _ = fit(tmp_path / "again", resume=path)
+    ours, _ = fit(tmp_path / "again", checkpoint=path)
     assert not all(torch.equal(ours[name], weights[name]) for name in weights)
 
 
@@ -201,9 +196,8 @@ def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     class Failing(io.FileIO):
         def write(self, data):
-            if self.tell() > 500:
-                raise problem
-            return super().write(data)
+            super().write(data[:500])
+            raise problem
 
     monkeypatch.setattr(files, "open", opened, raising=False)
     for problem, message in (
@@ -216,76 +210,89 @@ def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-def test_writer_that_is_left_half_way_does_not_end_the_process(tmp_path):
-    # Ctrl-C as torch's zip writer is being closed: deleted at exit, it would write to a closed file and abort
-    script = """
-        import torch
-        from luna_vision.tasks.checkpoints import AtomicCheckpointIO
-        def interrupted(self, *args):
-            global kept
-            kept = self
-            raise KeyboardInterrupt
-        torch.serialization._open_zipfile_writer_buffer.__exit__ = interrupted
-        try:
-            AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(3)}, "last.ckpt")
-        except KeyboardInterrupt:
-            print("interrupted")
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stdout.strip()) == (0, "interrupted"), ended.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_newest_whole_checkpoint_of_the_configuration_is_found(tmp_path):
-    names = [("first", "ours"), ("second", "ours"), ("other", "theirs"), ("inexact", "ours"), ("cut", "ours")]
-    for i, (name, owner) in enumerate(names):
+def test_the_newest_complete_checkpoint_of_the_configuration_is_found(tmp_path):
+    names = [("first", 1), ("second", 1), ("other", 2), ("inexact", 1), ("cut", 1)]
+    folder = tmp_path / "checkpoints"
+    for i, (name, lr) in enumerate(names):
         state = {
-            "callbacks": {"ExactResume": {"fingerprint": owner, "exact": name != "inexact"}},
+            "callbacks": {"ExactResume": {"config": {"lr": lr}, "exact": name != "inexact"}},
             "weights": torch.ones(1000),
         }
-        AtomicCheckpointIO().save_checkpoint(state, tmp_path / f"{name}.ckpt")
-        os.utime(tmp_path / f"{name}.ckpt", (i, i))
-    cut = (tmp_path / "cut.ckpt").read_bytes()
-    (tmp_path / "cut.ckpt").write_bytes(cut[: len(cut) // 2])
-    os.utime(tmp_path / "cut.ckpt", (9, 9))
+        AtomicCheckpointIO().save_checkpoint(state, folder / f"{name}.ckpt")
+        os.utime(folder / f"{name}.ckpt", (i, i))
+    cut = (folder / "cut.ckpt").read_bytes()
+    (folder / "cut.ckpt").write_bytes(cut[: len(cut) // 2])
+    os.utime(folder / "cut.ckpt", (9, 9))
     with pytest.warns(UserWarning, match="cut.ckpt is left out"):
-        assert newest_whole([tmp_path, tmp_path / "none"], "ours") == str(tmp_path / "second.ckpt")
+        assert latest_complete(tiny_trainer(tmp_path), tmp_path, {"lr": 1}) == str(folder / "second.ckpt")
 
 
-class Recorder(Logger):
-    """Neither of files nor of versions."""
-
-    name, version = "recorder", 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows = []
-
-    def log_metrics(self, metrics, step=None):
-        self.rows.append((step, metrics))
-
-    def log_hyperparams(self, params):
-        pass
+def trainer_in(folder: Path, config: dict) -> Trainer:
+    return tiny_trainer(folder, logger=CSVLogger(folder, name="r"), callbacks=[ExactResume(config)])
 
 
-def test_the_row_after_a_checkpoint_is_given_to_any_logger():
-    callback, recorder = ExactResume(), Recorder()
-    callback._trainer = trainer = Trainer(logger=recorder, callbacks=[callback], accelerator="cpu")
-    state = {"random": [], "rows": [], "unwritten": {"val_acc1": 0.5, "step": 3}}
-    callback.load_state_dict(state)
-    assert recorder.rows == []  # of another run's checkpoint
-    callback.keep_rows(trainer)
-    callback.load_state_dict(state)
-    assert recorder.rows == [(3, {"val_acc1": 0.5})]
+@pytest.fixture
+def unfinished(tmp_path) -> Path:
+    """The folder of a run with lr 0.1 that was stopped before it had a checkpoint."""
+    folder = tmp_path / "r" / "version_3"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"finished": False, "config": {"model": {"lr": 0.1}}}))
+    return folder
 
 
-def test_two_processes_do_not_begin_one_run(tmp_path):
-    trainers = [Trainer(logger=CSVLogger(tmp_path, name="", version=0), accelerator="cpu") for _ in range(2)]
-    first, second = RunRecord("this"), RunRecord("this")
-    first.setup(trainers[0], None, "fit")
-    with pytest.raises(ValueError, match="another process has just begun to work on .*version_0: start this one again"):
-        second.setup(trainers[1], None, "fit")
+@pytest.mark.parametrize("how", ["asked", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
+def test_a_run_is_resumed_if_asked_or_if_the_job_was_restarted(unfinished, tmp_path, monkeypatch, caplog, how):
+    for config, number in (({"model": {"lr": 0.1}}, 3), ({"model": {"lr": 0.2}}, 4)):
+        trainer = trainer_in(tmp_path, config)
+        for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
+            monkeypatch.setenv(name, "0")  # as torchrun sets it
+        assert resume(trainer, config, asked=False) is None and trainer.logger.version == 4
+        unfinished = "version_3 is an unfinished run of this configuration: --resume goes on with it"
+        assert (unfinished in caplog.text) == (number == 3)
+        caplog.clear()
+        if how != "asked":
+            monkeypatch.setenv(how, "1")
+        trainer = trainer_in(tmp_path, config)
+        if how == "asked" and number == 4:
+            with pytest.raises(ValueError, match=r"version_3 .* model.lr \(0.1 there, 0.2 here\)"):
+                resume(trainer, config, asked=True)
+        else:
+            assert resume(trainer, config, asked=how == "asked") is None and trainer.logger.version == number
+            assert ("this is a new one" in caplog.text) == (number == 4)
+            caplog.clear()
+
+
+def test_two_processes_are_not_at_work_on_one_run(unfinished, tmp_path):
+    config = {"model": {"lr": 0.1}}
+    first, second, new = (trainer_in(tmp_path, config) for _ in range(3))
+    resume(first, config, asked=True)
+    with pytest.raises(ValueError, match="another process is at work on .*version_3"):
+        resume(second, config, asked=True)
+    new.logger._version = 3
+    with pytest.raises(ValueError, match="another process is at work on .*version_3"):
+        new.callbacks[0].setup(new, None, "fit")
+
+
+@pytest.mark.parametrize("other", ["config", "code", "processes", "moment", "unknown"])
+def test_a_checkpoint_of_another_run_says_what_differs(tmp_path, other):
+    fit(tmp_path / "first", keep=tmp_path / "kept", max_epochs=1)
+    (path,) = (tmp_path / "kept").glob("*-step4-batch.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    state, words = checkpoint["callbacks"]["ExactResume"], other
+    if other == "config":
+        state["config"], words = {"lr": 0.5}, r"config.lr \(0.5 there, None here\)$"
+    elif other == "code":
+        state["code"]["torch"], words = "1.0", r"code.torch \(.1.0. there, .*here\)$"
+    elif other == "processes":
+        state["processes"], state["random"], words = 2, state["random"] * 2, r"processes \(2 there, 1 here\)$"
+    elif other == "moment":
+        state["exact"] = False
+    else:
+        del checkpoint["callbacks"]["ExactResume"]
+        words = "what it does not say"
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    with pytest.warns(UserWarning, match=rf"other.ckpt is not of this run as it is now: .*{words}"):
+        fit(tmp_path / "second", checkpoint=tmp_path / "other.ckpt", max_epochs=1)
 
 
 def launch(folder: Path, *arguments: str) -> subprocess.Popen:
@@ -295,22 +302,21 @@ def launch(folder: Path, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=folder, text=True, env={**os.environ, "COLUMNS": "80"}, **pipes)
 
 
-def end(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, str]]]:
+def end(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
     run = folder / "runs" / "debug" / "version_0"
-    with (run / "metrics.csv").open(newline="") as file:
-        rows = [{k: v for k, v in row.items() if k != "images_per_s"} for row in csv.DictReader(file)]
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"], rows
+    weights = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return weights, last_rows(run / "metrics.csv")
 
 
 @pytest.mark.slow
-def test_the_same_command_goes_on_after_a_kill(tmp_path):
+def test_a_run_that_was_killed_is_resumed(tmp_path):
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
     output, _ = launch(tmp_path / "whole").communicate(timeout=120)
-    assert "resuming" not in output
+    assert "unfinished" not in output
     stopped = 0
-    for sent, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
-        process = launch(tmp_path / "killed")
+    for sent, code, words in ((signal.SIGKILL, -9, []), (signal.SIGTERM, 143, ["--resume"])):
+        process = launch(tmp_path / "killed", *words)
         last = tmp_path / "killed/runs/debug/version_0/checkpoints/last.ckpt"
         before = last.stat().st_mtime_ns if last.exists() else 0
         while process.poll() is None and (not last.exists() or last.stat().st_mtime_ns == before):
@@ -319,29 +325,27 @@ def test_the_same_command_goes_on_after_a_kill(tmp_path):
         process.communicate(timeout=60)
         stopped += process.returncode == code
     assert stopped
-    process = launch(tmp_path / "killed")
+    process = launch(tmp_path / "killed", "--resume")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert "resuming the unfinished run in runs/debug/version_0, from runs/debug/version_0/checkpoints/" in output
-    weights, rows = end(tmp_path / "whole")
-    ours, logged = end(tmp_path / "killed")
+    (weights, rows), (ours, logged) = end(tmp_path / "whole"), end(tmp_path / "killed")
     torch.testing.assert_close(ours, weights, rtol=0, atol=0)
     assert logged == rows
     assert not (tmp_path / "killed" / "runs" / "debug" / "version_1").exists()
-    # now it has finished, and the same command is a new run
-    output, _ = launch(tmp_path / "killed").communicate(timeout=120)
-    assert "resuming" not in output and (tmp_path / "killed" / "runs" / "debug" / "version_1").exists()
+    config = (tmp_path / "killed/runs/debug/version_0/config.yaml").read_text()
+    assert "resume: false" in config and "resume: true" not in config  # it is for new runs
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_resume_is_exact_where_batches_have_several_sizes(tmp_path):
     sizes = {"train_sizes": [8, 16, [8, 12]], "patch_size": 4}
     weights, rows = fit(tmp_path / "whole", keep=tmp_path / "kept", data_arguments=sizes)
-    assert len({row["train_loss"] for row in rows}) > 4
+    assert len({row.get("train_loss") for row in rows.values()}) > 4
     for name in ("*-step4-batch.ckpt", "*-step9-batch.ckpt"):
         (path,) = (tmp_path / "kept").glob(name)
         again = tmp_path / path.stem
         shutil.copytree(tmp_path / "whole", again)
-        ours, logged = fit(again, resume=path, data_arguments=sizes)
+        ours, logged = fit(again, checkpoint=path, data_arguments=sizes)
         assert logged == rows
         torch.testing.assert_close(ours, weights, rtol=0, atol=0)

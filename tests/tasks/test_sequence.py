@@ -135,7 +135,7 @@ def test_wrong_arguments_are_said(arguments, message):
 )
 def test_wrong_batches_are_said(shape, targets, known, message):
     with pytest.raises(ValueError, match=message):
-        tiny().training_step((images(*shape), torch.tensor(targets), torch.tensor(known)), 0)
+        tiny().check_batch(images(*shape), torch.tensor(targets), torch.tensor(known))
 
 
 def test_fsdp2_is_refused(monkeypatch):
