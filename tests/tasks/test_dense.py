@@ -9,9 +9,9 @@ import timm
 import torch
 from lightning.pytorch import Trainer, seed_everything
 
+from luna_vision.cli.train import names_its_task
 from luna_vision.data import CanvasDetectionDataModule, CanvasSegmentationDataModule
 from luna_vision.tasks import DetectionTask, SegmentationTask
-from luna_vision.tasks.cli import names_its_task
 from luna_vision.tasks.optimization import build_optimizer
 
 ROOT = Path(__file__).parents[2]
