@@ -31,8 +31,8 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch.utils.data import DataLoader, Subset
 
 import luna_vision.data
+from luna_vision.cli.train import LunaCLI, build
 from luna_vision.data import ImageDataModule
-from luna_vision.tasks.cli import LunaCLI, build
 from luna_vision.utils.files import write_json
 from luna_vision.utils.record import machine
 

@@ -1,7 +1,6 @@
 """A trained model, ready for use, from one file: `load`."""
 
 import os
-from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,12 +8,12 @@ from timm.data.model_config import resolve_input_data_config
 from timm.models import load_state_dict
 from torch import nn
 
-from ._commands import LOCAL, load_model, training_checkpoint
 from .downstream.detection import detector_of
 from .downstream.segmentation import segmenter_of
 from .images.decode import MODES
 from .images.transforms import EvalTransform
 from .models import unwrap_state_dict
+from .models.factory import LOCAL, load_model, training_checkpoint
 
 __all__ = ["Loaded", "load"]
 
@@ -52,7 +51,7 @@ def load(path: str | os.PathLike) -> Loaded:
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}")
     if path.is_dir():
-        source = {"model": f"{LOCAL}{path}", "checkpoint": None}
+        source = {"name": f"{LOCAL}{path}"}
     else:
         run = training_checkpoint(path)
         if not run:
@@ -62,8 +61,8 @@ def load(path: str | os.PathLike) -> Loaded:
             )
         if "pyramid_channels" in run["hyper_parameters"]:
             return _load_dense(path, run)
-        source = {"model": None, "checkpoint": path}
-    model = load_model(Namespace(**source, model_args=[], device="cpu", default_model=None))
+        source = {"checkpoint": path}
+    model = load_model(**source, device="cpu")
     return Loaded(model, _transform_of(model), model.pretrained_cfg.get("label_names"))
 
 

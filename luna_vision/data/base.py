@@ -18,9 +18,9 @@ from luna_vision.data.sampling import EpochLoader, EpochSampler, EvalSampler, ne
 from luna_vision.data.sizes import BatchDataset, SizeSampler, parse_sizes, patches_of
 from luna_vision.data.transforms import Augmentation, train_transform
 from luna_vision.data.workers import init_worker
-from luna_vision.images.decode import one_line
 from luna_vision.images.find import find_images, listed
 from luna_vision.images.transforms import SeededTransform, eval_transform, per_channel
+from luna_vision.utils.errors import one_line
 
 SPLIT_SEED = 0  # of held-out splits; deliberately not the run's seed, see `hold_out`
 STAGE_SPLITS = {

@@ -14,8 +14,9 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from luna_vision.data.faults import SkipFaults
 from luna_vision.data.sampling import sample_seed
 from luna_vision.data.sizes import BatchDataset
-from luna_vision.images.decode import SampleError, one_line, read_image, to_channels
+from luna_vision.images.decode import SampleError, read_image, to_channels
 from luna_vision.images.transforms import SeededTransform
+from luna_vision.utils.errors import one_line
 from luna_vision.utils.text import printable
 
 
@@ -85,7 +86,7 @@ class TransformedDataset(Dataset):
             return to_channels(image, self.in_chans), label
         except IndexError:
             raise  # ends iteration over a map-style dataset
-        except Exception as error:
+        except Exception as error:  # sources of others, and their decoders, raise nearly anything of a broken file
             raise SampleError(f"{self.name} sample {index}: {one_line(error)}") from error
 
 
@@ -199,6 +200,6 @@ class PredictDataset(Dataset):
         image, name = (read_image(item), item) if isinstance(item, str) else (item[0], str(index))
         try:
             image = to_channels(image, self.in_chans)
-        except Exception as error:  # a mode, such as LAB, that Pillow reads but does not convert
-            raise SampleError(f"cannot use image {name}: {one_line(error)}") from error
+        except SampleError as error:
+            raise SampleError(f"cannot use image {name}: {error}") from error
         return self.transform(image, 0), name

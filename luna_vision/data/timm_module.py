@@ -14,8 +14,9 @@ from torch.utils.data import Dataset, IterableDataset
 from luna_vision.data.base import ImageDataModule, train_or_val
 from luna_vision.data.folders import ClassFolder, numbered
 from luna_vision.data.images import Source
-from luna_vision.images.decode import decode_image, one_line
+from luna_vision.images.decode import decode_image
 from luna_vision.images.find import VAL_NAMES, Folder, check_class_names, listed, split_folder, unused_folders, walk
+from luna_vision.utils.errors import one_line
 
 
 class TimmSource:

@@ -23,9 +23,10 @@ from luna_vision.data.faults import SkipFaults
 from luna_vision.data.images import StreamDataset, check_label
 from luna_vision.data.sampling import sample_seed
 from luna_vision.data.shards import CONVERT, MAX_BYTES, ShardDataModule, listing, need
-from luna_vision.images.decode import SampleError, decode_image, one_line, to_channels
+from luna_vision.images.decode import SampleError, decode_image, to_channels
 from luna_vision.images.find import IMG_EXTENSIONS
 from luna_vision.images.transforms import SeededTransform
+from luna_vision.utils.errors import one_line
 
 INFO = "_info.json"  # of timm's own shards, for instance timm/imagenet-1k-wds
 LABEL = "cls"
@@ -186,7 +187,7 @@ class ShardDataset(StreamDataset):
             try:
                 image, label = decode_sample(sample if at == index else self.stream.sample(at))
                 return to_channels(image, self.in_chans), label
-            except Exception as error:
+            except Exception as error:  # of a tar that is damaged, and of decoders
                 raise SampleError(f"{self.name} sample {at}: {one_line(error)}") from error
 
         return read(index) if self.faults is None else self.faults.read(read, index)

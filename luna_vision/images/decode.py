@@ -12,16 +12,17 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..utils.errors import UserError, one_line
 from .limits import pixel_limit
 from .pillow import open_image_file
 
-__all__ = ["MODES", "SampleError", "decode_image", "one_line", "read_image", "to_8_bit", "to_channels"]
+__all__ = ["MODES", "SampleError", "decode_image", "read_image", "to_8_bit", "to_channels"]
 
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's name of an image, by the number of channels that a model wants
 
 
-class SampleError(ValueError):
+class SampleError(UserError):
     """A sample cannot be used: its image does not decode, or its label is not one of the declared classes."""
 
     def __init__(self, message: str) -> None:
@@ -87,21 +88,22 @@ def to_channels(image: Image.Image | np.ndarray, in_chans: int) -> Image.Image:
     """Convert to 8-bit grey (``in_chans=1``) or RGB (3); transparency is dropped, 16-bit greys are scaled to 8.
 
     Floating-point greys are taken as shares of white where none is above 1, else as 8-bit or, above 255, 16-bit values.
+
+    Raises:
+        SampleError: Pillow does not convert it.
     """
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    if image.mode.startswith("I"):  # 16-bit greys (Pillow reads some as 32-bit); convert() would clip them at 255
-        image = Image.fromarray(to_8_bit(np.asarray(image).astype(np.int64).clip(0, 65535)))
-    elif image.mode == "F":
-        grey = np.nan_to_num(np.asarray(image))
-        grey = grey * (255 if grey.max() <= 1 else 1 if grey.max() <= 255 else 1 / 257)
-        image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
-    elif image.mode in ("P", "PA"):  # a palette may carry transparency, which Pillow only resolves by way of RGBA
-        image = image.convert("RGBA")
-    mode = MODES[in_chans]
-    return image if image.mode == mode else image.convert(mode)
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error in one line; its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    try:
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
+        if image.mode.startswith("I"):  # 16-bit greys (Pillow reads some as 32-bit); convert() would clip them at 255
+            image = Image.fromarray(to_8_bit(np.asarray(image).astype(np.int64).clip(0, 65535)))
+        elif image.mode == "F":
+            grey = np.nan_to_num(np.asarray(image))
+            grey = grey * (255 if grey.max() <= 1 else 1 if grey.max() <= 255 else 1 / 257)
+            image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+        elif image.mode in ("P", "PA"):  # a palette may carry transparency, which Pillow only resolves by way of RGBA
+            image = image.convert("RGBA")
+        mode = MODES[in_chans]
+        return image if image.mode == mode else image.convert(mode)
+    except (TypeError, ValueError) as error:  # of Pillow: a mode, such as LAB, or numbers of another kind
+        raise SampleError(one_line(error)) from error

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from luna_vision.data.images import sample_name
 from luna_vision.data.sampling import batch_indices
 from luna_vision.images.find import listed
+from luna_vision.utils.errors import UserError
 from luna_vision.utils.text import printable
 
 from .base import SkippedStep, log_number
@@ -25,7 +26,7 @@ from .checkpoints import last_checkpoint
 _logger = logging.getLogger(__name__)
 
 
-class NonFiniteLossError(ArithmeticError):
+class NonFiniteLossError(UserError, ArithmeticError):
     """The training loss, its gradient, the validation loss or the weights are NaN or infinite."""
 
 

@@ -11,10 +11,26 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+__all__ = [
+    "beside",
+    "check_folder",
+    "check_output",
+    "check_own",
+    "new_file",
+    "new_folder",
+    "open_own",
+    "remove_leftovers",
+    "remove_own",
+    "save_figure",
+    "to_disk",
+    "write_json",
+    "write_text",
+]
 
 
 def beside(path: Path) -> Path:
@@ -156,6 +172,22 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def check_output(path: Path, suffixes: Sequence[str], overwrite: bool) -> None:
+    """Make the folder of an output file and see that files can be written there.
+
+    Raises:
+        ValueError: The suffix is none of `suffixes`.
+        OSError: The file cannot be written, or exists and is not to be overwritten.
+    """
+    if path.suffix not in suffixes:
+        raise ValueError(f"the output must end in {' or '.join(suffixes)}, got {path}")
+    if path.is_dir():
+        raise IsADirectoryError(f"the output {path} is a folder")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists: give --overwrite (overwrite=True) to replace it")
+    check_folder(path.parent)
 
 
 def check_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from experiments import compare
 from experiments.benchmarks import carry, elastic
 from experiments.runs import CONFIGS, Ledger, unfinished
-from luna_vision.tasks.cli import build
+from luna_vision.cli.train import build
 
 ROOT = Path(__file__).parents[2]
 

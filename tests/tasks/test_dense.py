@@ -12,7 +12,6 @@ from lightning.pytorch import Trainer, seed_everything
 import luna_vision
 from luna_vision.data import CanvasDetectionDataModule, CanvasSegmentationDataModule
 from luna_vision.tasks import DetectionTask, SegmentationTask, export_weights
-from luna_vision.tasks.cli import names_its_task
 from luna_vision.tasks.optimization import build_optimizer
 
 ROOT = Path(__file__).parents[2]
@@ -142,15 +141,6 @@ def test_targets_out_of_range():
 def test_mistakes(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         make(name, **arguments)
-
-
-def test_which_words_name_a_task(tmp_path):
-    named, plain = tmp_path / "a.yaml", tmp_path / "b.yaml"
-    named.write_text("model:\n  class_path: luna_vision.tasks.DetectionTask\n")
-    plain.write_text("model:\n  model_name: luna_vit_tiny\n")
-    assert names_its_task(["fit", "--config", str(named)]) and names_its_task([f"--config={named}"])
-    assert not names_its_task(["fit", "--config", str(plain), "--model.lr", "1e-3"])
-    assert names_its_task(["fit", "--model=DetectionTask"]) and not names_its_task(["fit", "--config", "gone.yaml"])
 
 
 @pytest.mark.slow

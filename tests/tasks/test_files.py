@@ -13,8 +13,7 @@ from PIL import Image
 from luna_vision.data import ImageFolderDataModule
 from luna_vision.tasks import LastCheckpoint, PredictionWriter, export_weights
 from luna_vision.tasks.checkpoints import AtomicCheckpointIO
-from luna_vision.tasks.csv_log import write_rows
-from luna_vision.tasks.resume import RunRecord
+from luna_vision.tasks.resume import ExactResume
 
 from .conftest import tiny_task, tiny_trainer
 
@@ -66,17 +65,15 @@ def test_links_at_names_that_were_fixed_are_not_followed(tmp_path, data):
         "checkpoints/.last.ckpt.partial",
         "checkpoints/.best.ckpt.partial",
         ".run.json.partial",
-        ".metrics.csv.partial",
     ]
     names += ["out.safetensors.partial", ".predictions.csv.partial"]
     for name in names:
         (folder / name).symlink_to(victim)
-    callbacks = [LastCheckpoint(), ModelCheckpoint(folder / "checkpoints", filename="best"), RunRecord("a")]
+    callbacks = [LastCheckpoint(), ModelCheckpoint(folder / "checkpoints", filename="best"), ExactResume({})]
     logger = CSVLogger(tmp_path, name="", version="run")
     trainer = tiny_trainer(folder, max_epochs=1, callbacks=callbacks, enable_checkpointing=True, logger=logger)
     trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     trainer.fit(tiny_task(), data)
-    write_rows(folder / "metrics.csv", ["a"], [{"a": "1"}])
     export_weights(folder / "checkpoints" / "best.ckpt", folder / "out.safetensors")
     writer = PredictionWriter(str(folder / "predictions.csv"))
     tiny_trainer(folder, callbacks=[writer]).predict(tiny_task(), data, return_predictions=False)
@@ -96,7 +93,7 @@ def test_what_killed_runs_leave_does_not_pile_up(tmp_path, data):
             AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(3)}, folder / "last.ckpt")
         os.waitpid(child, 0)
     assert len(os.listdir(folder)) == 2
-    callbacks = [LastCheckpoint(), RunRecord("a")]
+    callbacks = [LastCheckpoint(), ExactResume({})]
     tiny_trainer(tmp_path, max_epochs=1, callbacks=callbacks, enable_checkpointing=True).fit(tiny_task(), data)
     assert os.listdir(folder) == ["last.ckpt"]
 
@@ -106,7 +103,7 @@ def test_files_of_others_beside_checkpoints_stay(name, tmp_path, data):
     path = tmp_path / "checkpoints" / name
     path.parent.mkdir()
     path.write_text("mine")
-    tiny_trainer(tmp_path, max_epochs=1, callbacks=[RunRecord("a")]).fit(tiny_task(), data)
+    tiny_trainer(tmp_path, max_epochs=1, callbacks=[ExactResume({})]).fit(tiny_task(), data)
     assert path.read_text() == "mine"
 
 
@@ -114,7 +111,7 @@ def test_all_that_is_written_may_be_read_by_the_group(tmp_path, data):
     """As the umask says, though safetensors gives files to their owner alone."""
     before = os.umask(0o027)
     try:
-        callbacks = [LastCheckpoint(), RunRecord("a")]
+        callbacks = [LastCheckpoint(), ExactResume({})]
         tiny_trainer(tmp_path, max_epochs=1, callbacks=callbacks, enable_checkpointing=True).fit(tiny_task(), data)
         torch.save({"state_dict": tiny_task().state_dict()}, tmp_path / "a.ckpt")
         export_weights(tmp_path / "a.ckpt", tmp_path / "a.safetensors")

@@ -6,9 +6,10 @@ import os
 
 import pytest
 
-from luna_vision._commands import run_command
-from luna_vision.data.faults import SampleError, SkipFaults
-from luna_vision.downstream.embed import main as embed_main
+from luna_vision.cli.common import run_command
+from luna_vision.cli.embed import main as embed_main
+from luna_vision.data.faults import SkipFaults
+from luna_vision.images.decode import SampleError
 from luna_vision.tasks import cli
 from luna_vision.utils.text import csv_cell, printable, utf8
 

@@ -19,10 +19,11 @@ from PIL import EpsImagePlugin, Image
 from safetensors.torch import load_file, save_file
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
 
-from luna_vision._commands import run_command
+from luna_vision.cli.common import run_command
+from luna_vision.cli.encode import main
 from luna_vision.data import read_image
-from luna_vision.streaming import encode, open_image
-from luna_vision.streaming.__main__ import main
+from luna_vision.execution import encode
+from luna_vision.images import open_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # zarr's, of codecs that it has not settled
 LARGE = 400_000_000  # bytes
