@@ -58,12 +58,12 @@ def main(words: list[str]) -> int:
     """Do what the command line says; returns the exit code."""
     args = _parser().parse_args(words)
 
-    from .._checksums import describe
-    from .._record import machine
     from ..downstream._features import Extractor
     from ..downstream.probe import MAX_ITER, open_data, probe_model
     from ..models.factory import random_weights
     from ..utils.files import check_output, write_json
+    from ..utils.fingerprint import describe
+    from ..utils.record import machine
 
     if args.out:
         check_output(args.out, [".json"], overwrite=True)

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 
 from luna_vision.cli.train import main
 
-DEBUG = Path(__file__).parents[1] / "configs" / "debug.yaml"
+DEBUG = Path(__file__).parents[2] / "configs" / "debug.yaml"
 
 
 def leaves(config: dict, prefix: str = "") -> list[str]:

@@ -14,7 +14,7 @@ from PIL import Image
 import luna_vision
 from luna_vision.cli.train import main
 
-DEBUG = str(Path(__file__).parents[1] / "configs" / "debug.yaml")
+DEBUG = str(Path(__file__).parents[2] / "configs" / "debug.yaml")
 DATA = ["--data=ImageFolderDataModule", "--data.root=photos", "--data.img_size=16", "--data.in_chans=1"]
 DATA += ["--data.num_workers=0", "--data.batch_size=4", "--model.num_classes=2", "--trainer.max_epochs=1"]
 

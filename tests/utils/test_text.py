@@ -6,11 +6,12 @@ import os
 
 import pytest
 
+from luna_vision.cli import train as cli
 from luna_vision.cli.common import run_command
 from luna_vision.cli.embed import main as embed_main
 from luna_vision.data.faults import SkipFaults
 from luna_vision.images.decode import SampleError
-from luna_vision.tasks import cli
+from luna_vision.utils.errors import UserError
 from luna_vision.utils.text import csv_cell, printable, utf8
 
 ESCAPES = {
@@ -64,7 +65,7 @@ def shown(text: str) -> bool:
 
 
 def fail() -> None:
-    raise ValueError(f"cannot read {HOSTILE}")
+    raise UserError(f"cannot read {HOSTILE}")
 
 
 def test_errors_of_commands(monkeypatch, capsys):
