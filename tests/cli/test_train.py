@@ -276,7 +276,7 @@ def test_the_data_says_what_the_model_is_built_for(monkeypatch, tmp_path):
         "--data.num_val=2",
         "--model.pyramid_channels=8",
     ]
-    for words, size, chans in ((plain, 24, 3), (segmentation, 64, 3), ([*plain, "--model.in_chans=3"], 24, 3)):
+    for words, size, chans in ((plain, 24, 3), (segmentation, 64, 1), ([*plain, "--model.in_chans=3"], 24, 3)):
         hparams = built(*words).model.hparams
         assert (hparams.num_classes, hparams.in_chans, hparams.model_kwargs["img_size"]) == (10, chans, size)
     given = built(*plain, "--model.model_kwargs.img_size=48").model
