@@ -1,8 +1,6 @@
 """Train, evaluate or apply a model: ``python train.py fit`` trains the default, ``--config`` names another run."""
 
-from pathlib import Path
-
-from luna_vision.tasks.cli import main
+from luna_vision.cli.train import main
 
 if __name__ == "__main__":
-    main(default_config=Path(__file__).parent / "configs" / "digits.yaml")
+    main()

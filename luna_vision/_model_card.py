@@ -9,8 +9,8 @@ from timm.data import resolve_input_data_config
 from timm.models._hub import generate_readme
 from timm.models._input import get_model_input_config
 
-from ._commands import training_checkpoint
 from .benchmarks.model_table import count_macs
+from .models.factory import training_checkpoint
 from .models.luna_vit import LunaVit
 from .utils.text import printable
 

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from luna_vision.benchmarks._command import Parser, at_least
 from luna_vision.mixers import MIXERS, mixer_defaults
 from luna_vision.models import LunaVit
 
-from ._commands import Parser, at_least
 from ._compare_measure import measure, measured_path
 from ._compare_report import write_report
 from ._compare_run import Run, make_data

@@ -1,4 +1,4 @@
-"""Export a Luna ViT for use without this package, or for the Hugging Face hub: `python -m luna_vision.export --help`.
+"""Export a Luna ViT for use without this package, or for the Hugging Face hub.
 
 - `onnx`: one `.onnx` file, which onnxruntime and others run.
 - `torch-export`: one `.pt2` file, which `torch.export.load` reads.
@@ -6,15 +6,12 @@
   pretrained=True)` reads, after `import luna_vision`.
 
 The graphs take any batch, height and width. What was written is loaded back and compared with the model before it gets
-its name, so that a file of that name is always complete and right. Exit codes: 0; 2 for a mistake of the user; 1 for a
-graph that cannot be made or differs from the model.
+its name, so that a file of that name is always complete and right.
 """
 
-import argparse
 import importlib
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -23,21 +20,10 @@ from typing import Any
 import timm.models
 import torch
 from timm.models._input import get_model_input_config
-from torch import Tensor, nn
+from torch import Tensor
 
-from ._commands import (
-    RANDOM_WEIGHTS,
-    Parser,
-    add_model_arguments,
-    knows_its_images,
-    load_model,
-    random_weights,
-    run_command,
-)
-from ._export_files import SUFFIXES, check_target
+from ._export_files import check_target
 from ._export_graph import (
-    OUTPUTS,
-    TOLERANCE,
     Check,
     ExportError,
     check_model,
@@ -48,12 +34,12 @@ from ._export_graph import (
     metadata,
     trace,
 )
-from ._model_card import model_card, training_details
+from ._model_card import model_card
+from .models.factory import RANDOM_WEIGHTS
 from .models.luna_vit import LunaVit
 from .utils.files import new_file, new_folder, write_text
-from .utils.text import printable
 
-__all__ = ["Check", "ExportError", "export_onnx", "export_program", "main", "save_for_hf"]
+__all__ = ["Check", "ExportError", "export_onnx", "export_program", "onnx_libraries", "save_for_hf"]
 
 METADATA = "metadata.json"  # the name of the metadata inside a .pt2 file
 HF_FILES = ("config.json", "model.safetensors", "README.md")
@@ -84,7 +70,7 @@ def export_onnx(
         ValueError: A model, path or option that does not fit, or onnx and onnxruntime are not installed.
         ExportError: The graph cannot be made, or differs from the model. Nothing is written then.
     """
-    onnxruntime = _onnxruntime()
+    onnxruntime = onnx_libraries()
     path, output = Path(path), choose_output(model, output, memory)
     size = sum(x.numel() * x.element_size() for x in model.state_dict().values())
     if size > ONNX_BYTES:
@@ -198,7 +184,8 @@ def save_for_hf(
         return compare_folder(model, temporary)
 
 
-def _onnxruntime() -> ModuleType:
+def onnx_libraries() -> ModuleType:
+    """onnxruntime; a ValueError names what of the libraries for ONNX is not installed."""
     for name in ("onnx", "onnxscript"):
         _import(name)
     return _import("onnxruntime")
@@ -209,103 +196,3 @@ def _import(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise ValueError(f'format onnx needs {name}: pip install "luna-vision[export]"') from error
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m luna_vision.export",
-        description="Export a Luna ViT. What is written is compared with the model before it gets its name.",
-    )
-    add_model_arguments(parser)
-    # a torch-export program stays on the device on which it was made
-    parser.set_defaults(device="cpu")
-    group = parser.add_argument_group("export")
-    group.add_argument(
-        "--format",
-        choices=list(SUFFIXES),
-        required=True,
-        help="onnx and torch-export: a file that takes any batch, height and width; hf: a folder for timm and the hub",
-    )
-    group.add_argument("--out", type=Path, required=True, metavar="PATH", help=".onnx or .pt2 file, or folder")
-    group.add_argument("--overwrite", action="store_true", help="replace what is there; without it that is refused")
-    group.add_argument(
-        "--output",
-        choices=OUTPUTS,
-        help="what the graph returns: the logits, the embedding that the classifier reads, or the patch features "
-        "(batch, width, rows, columns) (default: logits if there is a classifier, else embedding)",
-    )
-    group.add_argument(
-        "--memory", action="store_true", help="carry the memory: a second input `memory` and output `new_memory`"
-    )
-    for name in ("mean", "std"):
-        group.add_argument(
-            f"--{name}",
-            type=float,
-            nargs="+",
-            metavar="X",
-            help=f"{name} of pixels in [0, 1] that images are normalised with, one number or one for each channel "
-            "(default: what a training checkpoint says, else that of ImageNet)",
-        )
-    return parser
-
-
-def _normalise(model: nn.Module, args: argparse.Namespace) -> None:
-    """Put --mean and --std into the model's configuration, and say so where nobody knows them."""
-    if args.checkpoint and not (args.mean and args.std) and not knows_its_images(args):
-        print(
-            f"NOTE: {args.checkpoint} does not say how images are normalised: it is written down as in "
-            f"{printable(str(model.pretrained_cfg['architecture']))}'s configuration. --mean and --std say otherwise.",
-            file=sys.stderr,
-        )
-    for name in ("mean", "std"):
-        values = getattr(args, name)
-        if values is None:
-            continue
-        if len(values) not in (1, model.in_chans) or (name == "std" and min(values) <= 0):
-            above = " above 0" if name == "std" else ""
-            raise ValueError(f"--{name} takes 1 or {model.in_chans} numbers{above}, got {' '.join(map(str, values))}")
-        model.pretrained_cfg = model.pretrained_cfg | {name: tuple(values)}
-
-
-def _report(args: argparse.Namespace, checks: list[Check]) -> None:
-    files = [args.out] if args.out.is_file() else [args.out / name for name in HF_FILES]
-    print(f"wrote {args.out}, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
-    if args.format == "hf":
-        print("timm builds the same model from it: outputs are equal bit for bit at")
-    else:
-        print(f"it was loaded and compared with the model; largest relative error ({TOLERANCE:.0e} is allowed) at")
-    for size, error in checks:
-        print(f"  {' x '.join(map(str, size)):<20}  {'' if args.format == 'hf' else f'{error:.1e}'}".rstrip())
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Do what the command line says; returns the exit code.
-
-    Raises:
-        ValueError, OSError: A mistake of the user.
-    """
-    args = _parser().parse_args(argv)
-    if args.format == "hf" and (args.output or args.memory):
-        raise ValueError("--output and --memory choose what a graph computes, and --format hf has none: leave them out")
-    if args.format == "onnx":
-        _onnxruntime()
-    check_target(args.out, args.format, args.overwrite)
-    model = load_model(args)
-    check_model(model)
-    _normalise(model, args)
-    try:
-        if args.format == "hf":
-            training = training_details(args.checkpoint) if args.checkpoint else {}
-            checks = save_for_hf(model, args.out, training, random_weights(args), args.overwrite)
-        else:
-            export = export_onnx if args.format == "onnx" else export_program
-            checks = export(model, args.out, args.output, args.memory, args.overwrite)
-    except ExportError as error:
-        print(f"error: {printable(str(error))}; nothing was written", file=sys.stderr)
-        return 1
-    _report(args, checks)
-    return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -10,10 +10,12 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+import luna_vision
+from luna_vision.cli.train import build
 from luna_vision.data.convert import convert
 from luna_vision.tasks import NonFiniteGuard
-from luna_vision.tasks.cli import build
 
+DIGITS = Path(luna_vision.__file__).parent / "cli" / "digits.yaml"
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 NARROW = {"embed_dim": 16, "depth": 2, "num_heads": 2}
 SMALL_CANVASES = {"source": "digits", "num_train": 48, "num_val": 2, "num_test": 2}
@@ -31,9 +33,10 @@ def test_config_builds(path, tmp_path, monkeypatch):
     assert hparams.get("compile", False) in (False, "auto")  # by device: a CPU takes minutes
     if not path.stem.startswith("imagenet"):  # whose classes are the folders'
         assert hparams.num_classes == data.num_classes == len(data.class_names)
-    sides = hparams.model_kwargs.get("img_size", 224)
-    assert data.img_size == (sides, sides)
-    assert cli.trainer.checkpoint_callback.monitor == cli.model.headline[0].replace("test_", "val_")
+    assert data.img_size == (hparams.model_kwargs.get("img_size", hparams.get("min_size")),) * 2
+    best = cli.trainer.checkpoint_callback
+    best.setup(cli.trainer, cli.model, "validate")
+    assert best.monitor == cli.model.headline[0].replace("test_", "val_")
     assert [logger.root_dir for logger in cli.trainer.loggers][0] == f"runs/{path.stem}"
     assert not list(tmp_path.iterdir()), "building a run must not write anything"
 
@@ -47,6 +50,10 @@ def test_header_says_how_to_run_it_and_what_comes_out(path):
     assert all(value and "not measured" not in value for value in fields.values())
     named = "" if path.stem == "digits" else f" --config configs/{path.name}"
     assert fields["Command"] == f"python train.py fit{named}"
+
+
+def test_the_default_of_an_installed_package_is_the_digits():
+    assert DIGITS.read_bytes() == (CONFIGS[0].parent / "digits.yaml").read_bytes()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -89,13 +96,12 @@ def small(config: dict, photos: Path, weights: Path) -> dict:
     if source.startswith("Canvas"):
         changed |= {f"data.init_args.{name}": value for name, value in SMALL_CANVASES.items()}
         if data["side"] > SIDE:
-            changed |= {"data.init_args.side": SIDE, f"{prefix}.model_kwargs.img_size": SIDE}
-            changed["data.init_args.item_size"] = 20
+            changed |= {"data.init_args.side": SIDE, "data.init_args.item_size": 20}
     elif source != "DigitsDataModule":
         form = {"WebDatasetDataModule": "webdataset", "LitDataDataModule": "litdata"}.get(source, "folder")
         # torchvision's files as an image folder, as a user would who has them so
         changed |= {} if form != "folder" else {"data": "ImageFolderDataModule"}
-        changed |= {"data.init_args.root": photos / form, f"{prefix}.num_classes": 10}
+        changed["data.init_args.root"] = photos / form
     if "teacher_kwargs" in model:
         changed |= {f"{prefix}.teacher_kwargs.{name}": value for name, value in NARROW.items()}
         changed |= {f"{prefix}.teacher_checkpoint": weights, f"{prefix}.feature_layers": [[0, 0], [1, 1]]}
@@ -104,7 +110,7 @@ def small(config: dict, photos: Path, weights: Path) -> dict:
         changed[f"{prefix}.checkpoint"] = weights
     if "checkpoint" in model or "teacher_kwargs" in model:
         arguments = model.get("teacher_kwargs", model["model_kwargs"]) | NARROW
-        start = timm.create_model(model["model_name"], num_classes=10, in_chans=model["in_chans"], **arguments)
+        start = timm.create_model(model["model_name"], num_classes=10, in_chans=data["in_chans"], **arguments)
         torch.save(start.state_dict(), weights)
     batches = {f"limit_{stage}_batches": 2 for stage in ("train", "val", "test")}
     machine = {"accelerator": "cpu", "devices": 1, "strategy": "auto"}

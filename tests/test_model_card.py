@@ -10,6 +10,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 from luna_vision import export
+from luna_vision.cli.export import main
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -38,7 +39,7 @@ def card_of(text: str, folder: Path) -> str:
     checkpoint = {"state_dict": weights, "hyper_parameters": task, "data": {"name": text, "cfg": cfg}}
     checkpoint |= {"epoch": 0, "global_step": 3, "callbacks": {"ModelCheckpoint{}": state}}
     torch.save(checkpoint, folder / "a.ckpt")
-    assert export.main(["--checkpoint", str(folder / "a.ckpt"), "--format", "hf", "--out", str(folder / "it")]) == 0
+    main(["--checkpoint", str(folder / "a.ckpt"), "--format", "hf", "--out", str(folder / "it")])
     return (folder / "it" / "README.md").read_text(encoding="utf-8")
 
 
@@ -80,4 +81,4 @@ def test_a_number_that_is_none_is_a_mistake(tmp_path):
     task = {**model, "optimizer": "adamw", "lr": "# fast", "weight_decay": 0.0}
     torch.save({"state_dict": weights, "hyper_parameters": task}, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match="# fast"):
-        export.main(["--checkpoint", str(tmp_path / "a.ckpt"), "--format", "hf", "--out", str(tmp_path / "it")])
+        main(["--checkpoint", str(tmp_path / "a.ckpt"), "--format", "hf", "--out", str(tmp_path / "it")])

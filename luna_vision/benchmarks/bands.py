@@ -17,10 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from luna_vision._commands import Parser, at_least, build_model, parse_pairs, run_command
 from luna_vision._record import machine
+from luna_vision.benchmarks._command import Parser, at_least
+from luna_vision.cli.common import pairs, run_command
 from luna_vision.execution import set_band_checkpointing
 from luna_vision.models import LunaVit
+from luna_vision.models.factory import build_model
 from luna_vision.utils.files import write_json
 
 from .gigapixel import peak_resident
@@ -129,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
 def jobs(args: argparse.Namespace, model: LunaVit) -> list[dict[str, Any]]:
     """What is to be measured of a model, in turns."""
     common = {name: getattr(args, name) for name in ("model", "store_dtype", "autocast", "threads")}
-    common["model_args"] = parse_pairs(args.model_args)
+    common["model_args"] = pairs(args.model_args, "--model-args")
     cells = [(way, args.side) for way in args.ways] + [("bands", side) for side in args.large_side]
 
     def rows(way: str, side: int) -> int:
@@ -147,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.out is not None and args.out.suffix != ".json":
         raise ValueError(f"--out must end in .json, got {args.out}")
-    model = build_model(args.model, **parse_pairs(args.model_args), device="meta")
+    model = build_model(args.model, **pairs(args.model_args, "--model-args"), device="meta")
     if not isinstance(model, LunaVit):
         raise ValueError(f"--model must be a Luna ViT, which has bands, got {args.model}")
     rows: list[dict[str, Any]] = []

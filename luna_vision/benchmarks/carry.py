@@ -20,8 +20,9 @@ from lightning.pytorch import seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from luna_vision._commands import Parser, at_least, run_command
 from luna_vision._compare_run import MODEL, Progress, Run, make_data, provenance, train, train_loader
+from luna_vision.benchmarks._command import Parser, at_least
+from luna_vision.cli.common import run_command
 from luna_vision.compare import HEAD_WIDTH, OPTIMIZATION, PIECES
 from luna_vision.data.canvas_module import ITEM_SOURCES
 from luna_vision.tasks import SequenceTask

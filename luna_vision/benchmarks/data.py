@@ -22,8 +22,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
-from luna_vision._commands import Parser, at_least, run_command
 from luna_vision._record import machine
+from luna_vision.benchmarks._command import Parser, at_least
+from luna_vision.cli.common import run_command
 from luna_vision.data import (
     AUGMENTATIONS,
     ImageDataModule,

@@ -8,7 +8,8 @@ too. What differs between the students is the loss, and nothing else: initial we
 from pathlib import Path
 from typing import Any
 
-from luna_vision._commands import at_least, run_command
+from luna_vision.benchmarks._command import at_least
+from luna_vision.cli.common import run_command
 
 from .train_runs import Config, complete, figure_file, parser, place, read_config, run_folder
 

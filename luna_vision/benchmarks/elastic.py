@@ -10,8 +10,9 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from luna_vision._commands import Parser, at_least, run_command
 from luna_vision._compare_run import Progress, Run, evaluate, make_data, make_task, provenance, train, train_loader
+from luna_vision.benchmarks._command import Parser, at_least
+from luna_vision.cli.common import run_command
 from luna_vision.compare import TASKS, configuration
 from luna_vision.tasks import NestedMemory
 from luna_vision.utils.files import save_figure, write_json, write_text

@@ -16,12 +16,14 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
-from luna_vision._commands import Parser, add_model_arguments, at_least, load_model, random_weights, run_command
 from luna_vision._record import machine
+from luna_vision.benchmarks._command import Parser, at_least
+from luna_vision.cli.common import add_model_options, load, model_options, run_command
 from luna_vision.execution import encode
 from luna_vision.execution.checkpoint import Checkpoint
 from luna_vision.images import open_image
 from luna_vision.images.pixels import Pixels, pixel_statistics
+from luna_vision.models.factory import random_weights
 from luna_vision.utils.files import write_json
 
 __all__ = ["Mosaic", "main", "write_tiff"]
@@ -150,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--band-rows", type=at_least(1), metavar="N", help="rows of patches at a time")
     parser.add_argument("--threads", type=at_least(1), help="CPU threads; torch's choice if left out")
     parser.add_argument("--out", type=Path, metavar="FILE", help=".json")
-    add_model_arguments(parser, default="luna_vit_tiny")
+    add_model_options(parser, default="luna_vit_tiny")
     return parser
 
 
@@ -163,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     if args.store is not None and (args.store / Checkpoint.STATE).exists():
         raise ValueError(f"--store {args.store} holds a run that was stopped, of which only the rest would be timed")
-    model = load_model(args)
+    model = load(args, default="luna_vit_tiny")
     image: Any = Mosaic(args.side)
     if args.tiff is not None:
         if not args.tiff.exists():
@@ -195,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
         "machine": machine(args.device if args.device != "auto" else next(model.parameters()).device.type),
         "threads": torch.get_num_threads(),
         "model": args.model or "luna_vit_tiny",
-        "random_weights": random_weights(args),
+        "random_weights": random_weights(**model_options(args)),
         "source": "tiff" if args.tiff else "made when read",
         **{name: str(value) for name, value in arguments.items() if value is not None},
         "streamed": streamed,

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from luna_vision._commands import run_command
+from luna_vision.cli.common import run_command
 from luna_vision.data import CanvasDataModule
 from luna_vision.tasks import ClassificationTask
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from luna_vision._commands import at_least
 from luna_vision._compare_report import wilson
 from luna_vision._compare_run import Run
 from luna_vision._compare_workers import run_all
+from luna_vision.benchmarks._command import at_least
 from luna_vision.compare import check, unfinished
 
 __all__ = ["add_run_arguments", "cell", "do_runs", "error_bars", "finished"]

@@ -19,13 +19,13 @@ import lightning
 import torch
 import yaml
 
-from luna_vision._commands import Parser, at_least
 from luna_vision._record import machine, read_json
+from luna_vision.benchmarks._command import Parser, at_least
 from luna_vision.utils.files import save_figure, write_json, write_text
 
 __all__ = ["complete", "figure_file", "parser", "place", "read_config", "run_folder"]
 
-COMMAND = "from luna_vision.tasks.cli import main; main()"  # what train.py is, wherever that is
+COMMAND = "from luna_vision.cli.train import main; main()"  # what train.py is, wherever that is
 Config = dict[str, Any]
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 import luna_vision  # noqa: F401  registers the models
-
-from .._commands import Parser, at_least, build_model, run_command
+from luna_vision.benchmarks._command import Parser, at_least
+from luna_vision.cli.common import run_command
+from luna_vision.models.factory import build_model
 
 __all__ = ["Traffic", "image_traffic", "layer_traffic", "ring_attention"]
 

@@ -1,4 +1,4 @@
-"""Shards from an image folder: ``python -m luna_vision.data.convert --help``."""
+"""Shards from an image folder, which ``luna-vision convert`` writes."""
 
 import os
 import re
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from luna_vision._commands import Parser, at_least, run_command
 from luna_vision.data.folders import ClassFolder, numbered
 from luna_vision.data.images import describe
 from luna_vision.data.shards import CLASSES, need
@@ -18,7 +17,7 @@ from luna_vision.images.find import class_folders, listed, split_folder, unused_
 from luna_vision.utils.files import new_folder, write_json, write_text
 from luna_vision.utils.text import printable
 
-__all__ = ["convert", "main"]
+__all__ = ["convert"]
 
 SPLITS = ("train", "val", "test")
 ORDER_SEED = 0  # of the order of training images; the same folder gives the same shards
@@ -116,26 +115,3 @@ def _samples(source: ClassFolder, folder: Path, shuffle: bool, bar: tqdm) -> Sam
         path, label = source.samples[index]
         yield os.path.relpath(path, folder), path, label
         bar.update()
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Convert, and say what was written and which data module reads it."""
-    parser = Parser(
-        prog="python -m luna_vision.data.convert",
-        description="Write an image folder (the layout of ImageNet) as shards, for file systems that are slow with "
-        "many small files. Image files are copied as they are.",
-    )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="with {train,val,test}/<class>/<image>")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make; it appears when it is complete")
-    parser.add_argument("--format", choices=FORMATS, default="webdataset", help="(%(default)s)")
-    parser.add_argument("--shard-megabytes", type=at_least(1), default=128, help="size of a shard (%(default)s)")
-    args = parser.parse_args(argv)
-    arguments = (args.folder, args.out, args.format, args.shard_megabytes)
-    for split, (images, shards) in convert(*arguments, say=lambda line: print(printable(line))).items():
-        print(f"{split}: {images} images in {shards} shards")
-    module = {"webdataset": "WebDatasetDataModule", "litdata": "LitDataDataModule"}[args.format]
-    print(f"data.class_path: luna_vision.data.{module}, data.init_args.root: {args.out}")
-
-
-if __name__ == "__main__":
-    run_command(main)

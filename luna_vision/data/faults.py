@@ -7,13 +7,15 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from luna_vision.utils.errors import UserError
+
 ON_ERROR = ("raise", "skip")
 
 _logger = logging.getLogger(__name__)
 Sample = TypeVar("Sample")
 
 
-class SampleError(ValueError):
+class SampleError(UserError):
     """A sample cannot be used: its image does not decode, or its label is not one of the declared classes."""
 
     def __init__(self, message: str) -> None:

@@ -17,6 +17,7 @@ from luna_vision.data.faults import SampleError, SkipFaults
 from luna_vision.data.sampling import sample_seed
 from luna_vision.data.sizes import BatchDataset
 from luna_vision.data.transforms import SeededTransform
+from luna_vision.utils.errors import one_line
 from luna_vision.utils.text import printable
 
 
@@ -81,24 +82,25 @@ def to_channels(image: Image.Image | np.ndarray, in_chans: int) -> Image.Image:
     """Convert to 8-bit grey (``in_chans=1``) or RGB (3); transparency is dropped, 16-bit greys are scaled to 8.
 
     Floating-point greys are taken as shares of white where none is above 1, else as 8-bit or, above 255, 16-bit values.
+
+    Raises:
+        SampleError: Pillow does not convert it.
     """
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    if image.mode.startswith("I"):  # 16-bit greys (Pillow reads some as 32-bit); convert() would clip them at 255
-        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
-    elif image.mode == "F":
-        grey = np.nan_to_num(np.asarray(image))
-        grey = grey * (255 if grey.max() <= 1 else 1 if grey.max() <= 255 else 1 / 257)
-        image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
-    elif image.mode in ("P", "PA"):  # a palette may carry transparency, which Pillow only resolves by way of RGBA
-        image = image.convert("RGBA")
-    mode = "L" if in_chans == 1 else "RGB"
-    return image if image.mode == mode else image.convert(mode)
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error in one line; its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    try:
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
+        if image.mode.startswith("I"):  # 16-bit greys (Pillow reads some as 32-bit); convert() would clip them at 255
+            image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+        elif image.mode == "F":
+            grey = np.nan_to_num(np.asarray(image))
+            grey = grey * (255 if grey.max() <= 1 else 1 if grey.max() <= 255 else 1 / 257)
+            image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+        elif image.mode in ("P", "PA"):  # a palette may carry transparency, which Pillow only resolves by way of RGBA
+            image = image.convert("RGBA")
+        mode = "L" if in_chans == 1 else "RGB"
+        return image if image.mode == mode else image.convert(mode)
+    except (TypeError, ValueError) as error:  # of Pillow: a mode, such as LAB, or numbers of another kind
+        raise SampleError(one_line(error)) from error
 
 
 class TransformedDataset(Dataset):
@@ -159,7 +161,7 @@ class TransformedDataset(Dataset):
             return to_channels(image, self.in_chans), label
         except IndexError:
             raise  # ends iteration over a map-style dataset
-        except Exception as error:
+        except Exception as error:  # sources of others, and their decoders, raise nearly anything of a broken file
             raise SampleError(f"{self.name} sample {index}: {one_line(error)}") from error
 
 
@@ -273,6 +275,6 @@ class PredictDataset(Dataset):
         image, name = (read_image(item), item) if isinstance(item, str) else (item[0], str(index))
         try:
             image = to_channels(image, self.in_chans)
-        except Exception as error:  # a mode, such as LAB, that Pillow reads but does not convert
-            raise SampleError(f"cannot use image {name}: {one_line(error)}") from error
+        except SampleError as error:
+            raise SampleError(f"cannot use image {name}: {error}") from error
         return self.transform(image, 0), name

@@ -9,7 +9,7 @@ from types import ModuleType
 from luna_vision.data.folders import PhotoDataModule
 
 CLASSES = "classes.txt"
-CONVERT = "python -m luna_vision.data.convert FOLDER OUT makes them from an image folder"
+CONVERT = "luna-vision convert FOLDER OUT makes them from an image folder"
 
 
 def need(library: str) -> ModuleType:
@@ -25,7 +25,7 @@ def listing(path: Path) -> Iterator[None]:
     """For the reading of a file of JSON: whatever is missing in it, or of another kind, is a ValueError about it."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # JSON of strangers may hold anything in any place
         raise ValueError(f"{path} is not as docs/data.md describes it: {type(error).__name__}: {error}") from error
 
 

@@ -157,7 +157,7 @@ class ShardDataset(StreamDataset):
             try:
                 image, label = decode_sample(sample if at == index else self.stream.sample(at))
                 return to_channels(image, self.in_chans), label
-            except Exception as error:
+            except Exception as error:  # of a tar that is damaged, and of decoders
                 raise SampleError(f"{self.name} sample {at}: {one_line(error)}") from error
 
         return read(index) if self.faults is None else self.faults.read(read, index)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from timm.models._input import get_model_input_config
 from torch import Tensor, nn
 
 from luna_vision.data.images import SampleError, one_line
@@ -67,7 +68,7 @@ class Extractor:
         """The features of normalised images (channels, height, width), as the module's docstring says of sizes.
 
         Raises:
-            SampleError: The model does not take images of this size; or there is not enough memory for them.
+            SampleError: The model does not take images of this size.
             ValueError: What it returns is not an embedding, or no grid where one is wanted.
         """
         batch, valid = self._batch(images)
@@ -113,8 +114,22 @@ class Extractor:
                 tokens = self.model.forward_features(batch.to(self.device, self.dtype), **mask)
                 return tokens, self.model.forward_head(tokens, pre_logits=True, **mask)
         except (RuntimeError, AssertionError, ValueError) as error:  # which of them it is depends on the model
+            if isinstance(error, torch.OutOfMemoryError) or not self._has_a_size():
+                raise
             height, width = batch.shape[2:]
             raise SampleError(f"{self.name} fails on {width} x {height} pixels: {one_line(error)}") from error
+
+    def _has_a_size(self) -> bool:
+        """Whether the model works at a size of its own, and so has failed at another one. A Luna ViT takes any."""
+        if self.patch_size:
+            return False
+        size = get_model_input_config(self.model)["input_size"][1:]
+        try:
+            with torch.inference_mode():
+                self.model(torch.zeros(1, self.in_chans, *size, device=self.device, dtype=self.dtype))
+        except (RuntimeError, AssertionError, ValueError):
+            return False
+        return True
 
     def _grids(self, tokens: Tensor, batch: Tensor) -> Tensor:
         """(B, H', W', C) of the padded batch."""

@@ -1,4 +1,4 @@
-"""Output files: refused before any work where they cannot be written, and features as parquet or npz."""
+"""Features as parquet or npz."""
 
 import json
 import zipfile
@@ -7,9 +7,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from luna_vision._commands import check_output
-
-__all__ = ["check_output", "write_npz", "write_parquet"]
+__all__ = ["write_npz", "write_parquet"]
 
 # The columns of some images at a time, as `_parts.columns` makes them. Read anew for each pass, so that no more than
 # one part is held in memory.

@@ -1,6 +1,5 @@
 """The labelled images of a probe: a training and a test set, both through the evaluation transform."""
 
-import argparse
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from luna_vision._commands import at_least, knows_its_images, parse_pairs
 from luna_vision.data import (
     CanvasDataModule,
     CIFAR10DataModule,
@@ -21,13 +19,11 @@ from luna_vision.data import (
     ImageFolderDataModule,
     TimmDataModule,
 )
-from luna_vision.data.images import TransformedDataset, describe, known_labels, one_line
+from luna_vision.data.images import TransformedDataset, describe, known_labels
 from luna_vision.images.find import listed, split_folder
+from luna_vision.utils.errors import arguments_of
 
-from ._features import Extractor
-from ._windows import Settings, normalisation
-
-__all__ = ["DATA", "ProbeData", "add_data_arguments", "check_classes", "data_arguments", "open_data"]
+__all__ = ["DATA", "ProbeData", "check_classes", "open_data"]
 
 
 class FolderPair(ImageFolderDataModule):
@@ -118,15 +114,10 @@ def open_data(
     """
     if data not in DATA:
         raise ValueError(f"data must be one of {', '.join(DATA)}, got {data!r}")
-    try:
+    with arguments_of(f"{arguments} do not fit {DATA[data].__name__}"):
         # everything that the module would hold out of the training images belongs to them here
         module = DATA[data](val_fraction=0.0, batch_size=batch_size, **arguments)
-    except TypeError as error:
-        raise ValueError(f"{arguments} do not fit {DATA[data].__name__}: {error}") from error
-    try:
-        module.prepare_data()
-    except RuntimeError as error:  # how torchvision says that a download has failed
-        raise OSError(f"cannot fetch {data}: {one_line(error)}") from error
+    module.prepare_data()
     sources = {"training": module.make_source("train"), "test": module.make_source("test") or module.make_source("val")}
     labels, loaders = {}, {}
     for split, limit in (("training", num_train), ("test", num_test)):
@@ -148,54 +139,6 @@ def open_data(
     if labels["training"] is not None and labels["test"] is not None:
         check_classes(labels["training"], labels["test"], module.class_names)
     return ProbeData(loaders["training"], loaders["test"], labels["training"], module)
-
-
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `data_arguments` reads, and --data, --num-train, --num-test and --batch-size."""
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data", choices=list(DATA), required=True, help="imagefolder is ROOT/train and ROOT/{val,test}"
-    )
-    group.add_argument("--root", help="folder of the data (default: the data module's)")
-    group.add_argument(
-        "--folders", nargs=2, metavar=("TRAIN", "TEST"), help="of an imagefolder, <class>/<images> in each, for --root"
-    )
-    group.add_argument("--data-args", nargs="+", default=[], metavar="NAME=VALUE", help="others of the data module's")
-    group.add_argument("--img-size", type=at_least(1), metavar="N", help="side in pixels (default: the data module's)")
-    group.add_argument(
-        "--mean",
-        type=float,
-        nargs="+",
-        help="1 or 3 numbers, of pixels in [0, 1] (default: what a training checkpoint or a local-dir says, or timm of "
-        "its pretrained weights; else those of the data, with which train.py trains)",
-    )
-    group.add_argument("--std", type=float, nargs="+", help="likewise")
-    group.add_argument("--num-train", type=at_least(1), metavar="N", help="training images at most, of all classes")
-    group.add_argument("--num-test", type=at_least(1), metavar="N", help="test images at most")
-    group.add_argument("--batch-size", type=at_least(1), default=128, metavar="N", help="(default: %(default)s)")
-    group.add_argument(
-        "--workers", type=at_least(0), default=0, metavar="N", help="processes that read (default: 0, this one does)"
-    )
-
-
-def data_arguments(args: argparse.Namespace, extractor: Extractor) -> dict[str, Any]:
-    """Arguments of the data module that the command line names, for a model."""
-    mean, std = args.mean, args.std
-    if knows_its_images(args):
-        mean, std = normalisation(extractor, Settings(mean=mean, std=std))
-    options = {
-        "root": args.root,
-        "folders": args.folders,
-        "in_chans": extractor.in_chans,
-        "side" if args.data == "canvas" else "img_size": args.img_size,
-        "mean": mean,
-        "std": std,
-        "num_workers": args.workers,
-    }
-    extra = parse_pairs(args.data_args, "--data-args")
-    if twice := sorted(set(extra) & {*options, "val_fraction", "batch_size"}):
-        raise ValueError(f"--data-args {', '.join(twice)}: there is an option for it, or it is settled by the model")
-    return {**{name: value for name, value in options.items() if value is not None}, **extra}
 
 
 def choose(count: int, total: int, labels: np.ndarray | None) -> np.ndarray:

@@ -179,22 +179,18 @@ def _extract(
     window: Window,
     advance: Callable[[int], object],
 ) -> None:
-    """Put the features of images into their window; of a batch that fails, only the images to blame are left out."""
+    """Put the features of images into their window, and those that are of a size that the model does not take."""
     indices, patch = list(images), extractor.patch_size
     sizes = [(image.shape[1], image.shape[2]) for image in images.values()]
     if patch:
         sizes = [(-(-height // patch[0]) * patch[0], -(-width // patch[1]) * patch[1]) for height, width in sizes]
     found: dict[int, Features] = {}
-    batches = [[indices[i] for i in positions] for positions in group(sizes, batch_size, MAX_PADDING if patch else 1.0)]
-    while batches:
-        batch = batches.pop()
+    for positions in group(sizes, batch_size, MAX_PADDING if patch else 1.0):
+        batch = [indices[i] for i in positions]
         try:
             found.update(zip(batch, extractor([images[index] for index in batch]), strict=True))
-        except SampleError as error:
-            if len(batch) > 1:
-                batches += [[index] for index in batch]
-                continue
-            window.failures[batch[0]] = str(error)
+        except SampleError as error:  # of a model that takes no mixed sizes: it is about all of them
+            window.failures |= dict.fromkeys(batch, str(error))
         advance(len(batch))
     window.features, window.failures = dict(sorted(found.items())), dict(sorted(window.failures.items()))
 
@@ -212,7 +208,7 @@ class ImageFiles(Dataset):
         try:
             image = to_channels(read_image(self.paths[index], self.max_pixels), self.in_chans)
             return self.transform(image, 0)
-        except (ValueError, OSError, MemoryError) as error:
+        except (SampleError, OSError, MemoryError) as error:  # of a decoder, too large an image
             return one_line(error)
 
 

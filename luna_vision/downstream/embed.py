@@ -1,8 +1,8 @@
-"""Embeddings of image files: `python -m luna_vision.downstream.embed --help`.
+"""Embeddings of image files.
 
 A row for each image: its path, the embedding that the model's head would read, and, if asked for, the memory and the
-patch grid. Images keep their size; those of similar size go through a Luna ViT together, padded and masked. The command
-can be stopped at any time: what is done is kept in `OUT.partial/`, and the same command goes on from there.
+patch grid. Images keep their size; those of similar size go through a Luna ViT together, padded and masked. Writing can
+be stopped at any time: what is done is kept in `OUT.partial/`, and the same call, or command, goes on from there.
 
 The columns of a parquet file are `path`, `embedding` (C), `memory` (L, C), `grid` (flat) and `grid_shape` (H', W', C).
 A .npz file has arrays of these names over all images; `grid` is (patches of all images, C) there, and that of image i
@@ -10,14 +10,11 @@ is `grid[grid_offset[i]:grid_offset[i + 1]].reshape(grid_shape[i])`. Both hold w
 parquet schema's metadata under "luna_vision", in the .npz as `about`.
 """
 
-import argparse
 import hashlib
 import importlib.util
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +23,18 @@ from torch import nn
 from tqdm import tqdm
 
 import luna_vision
-from luna_vision._commands import Parser, add_model_arguments, at_least, load_model, random_weights, run_command
 from luna_vision.data.images import one_line
 from luna_vision.images import find_images
+from luna_vision.utils.files import check_output
 from luna_vision.utils.text import printable
 
 from ._features import Extractor
-from ._files import check_output
 from ._parts import WRITERS, PartFolder, describe
 from ._windows import Settings, crop, normalisation, read_windows
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
-__all__ = ["Embeddings", "Settings", "embed_images", "embed_to_file", "main"]
+__all__ = ["Embeddings", "Settings", "check_target", "embed_images", "embed_to_file", "find_files", "write_embeddings"]
 
 
 @dataclass
@@ -74,7 +70,7 @@ def embed_images(model: nn.Module, paths: Paths, settings: Settings | None = Non
         OSError: Not one of the files and folders is there.
     """
     settings = settings or Settings()
-    files, failures = _find(paths)
+    files, failures = find_files(paths)
     extractor = Extractor(model, settings.memory, settings.grid)
     found = []
     with _bar(len(files), 0, progress) as bar:
@@ -122,12 +118,12 @@ def embed_to_file(
         OSError: `out` cannot be written, or exists.
     """
     out = Path(out)
-    _check(out, overwrite)
-    files, missing = _find(paths)
-    return missing + _write(model, files, out, settings or Settings(), random_weights, progress)
+    check_target(out, overwrite)
+    files, missing = find_files(paths)
+    return missing + write_embeddings(model, files, out, settings or Settings(), random_weights, progress)
 
 
-def _write(
+def write_embeddings(
     model: nn.Module, files: list[str], out: Path, settings: Settings, random_weights: bool, progress: bool = True
 ) -> list[tuple[str, str]]:
     """`embed_to_file`, of files that have been found; returns those that could not be used."""
@@ -140,13 +136,16 @@ def _write(
     return [(files[i], reason) for i, reason in parts.failures]
 
 
-def _check(out: Path, overwrite: bool) -> None:
+def check_target(out: Path, overwrite: bool) -> None:
+    """Find out, before any work, whether `embed_to_file` may and can write there; it raises what that raises."""
     check_output(out, list(WRITERS), overwrite)
     if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ValueError("a .parquet file takes pyarrow (pip install 'luna-vision[downstream]'); .npz does not")
 
 
-def _find(paths: Paths, say: Callable[[str], object] = lambda line: None) -> tuple[list[str], list[tuple[str, str]]]:
+def find_files(
+    paths: Paths, say: Callable[[str], object] = lambda line: None
+) -> tuple[list[str], list[tuple[str, str]]]:
     """All image files, each once, and (path, reason) of what is not there, has no images or cannot be searched.
 
     `say` is told, in a line for each folder, what was skipped.
@@ -192,74 +191,3 @@ def _about(extractor: Extractor, files: list[str], settings: Settings) -> dict[s
         "grid": settings.grid,
         "max_pixels": settings.max_pixels,
     }
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m luna_vision.downstream.embed",
-        usage="%(prog)s IMAGE [IMAGE ...] --out FILE [options]",
-        description="Embeddings of images, a row for each. A run that was stopped goes on with the same command.",
-    )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, and folders that are searched for images")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".parquet or .npz")
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE, which is refused otherwise")
-    add_model_arguments(parser)
-    group = parser.add_argument_group("what is written")
-    group.add_argument("--memory", action="store_true", help="the memory slots (L, C), too; takes a Luna ViT")
-    group.add_argument("--grid", action="store_true", help="the patch grid (H', W', C), too")
-    group = parser.add_argument_group("images", "They keep their size, unless one of the first two is given.")
-    group.add_argument("--max-size", type=at_least(1), metavar="N", help="longer side at most, in pixels; shrinks only")
-    group.add_argument(
-        "--img-size",
-        type=at_least(1),
-        metavar="N",
-        help="squares of this side, by the evaluation transform with the model's crop_pct and crop_mode",
-    )
-    group.add_argument(
-        "--mean", type=float, nargs="+", help="of pixels in [0, 1], 1 or 3 numbers (default: the model's)"
-    )
-    group.add_argument("--std", type=float, nargs="+", help="likewise")
-    group.add_argument(
-        "--max-pixels",
-        type=at_least(1),
-        default=Settings.max_pixels,
-        metavar="N",
-        help="images with more pixels are refused, as decompression bombs may be (default: %(default)s, Pillow's)",
-    )
-    group.add_argument("--batch-size", type=at_least(1), default=32, metavar="N", help="at most (default: %(default)s)")
-    group.add_argument(
-        "--workers",
-        type=at_least(0),
-        default=0,
-        metavar="N",
-        help="processes that decode (default: 0, this one does)",
-    )
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Do what the command line says; returns the exit code: 1 if an image could not be used, 130 after Ctrl-C."""
-    args = _parser().parse_args(argv)
-    names = ("max_size", "img_size", "mean", "std", "memory", "grid", "batch_size", "max_pixels", "workers")
-    settings = Settings(**{name: getattr(args, name) for name in names})
-    _check(args.out, args.overwrite)
-    files, missing = _find(args.images, partial(print, file=sys.stderr))
-    model = load_model(args, num_classes=0)
-    try:
-        failures = missing + _write(model, files, args.out, settings, random_weights(args))
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    total = len(files) + len(missing)
-    used = total - len(failures)
-    print(f"{args.out}: {used} of {total} images" if used else f"{args.out} is not written: it would be empty")
-    if failures:
-        print(f"{len(failures)} of {total} images could not be used:", file=sys.stderr)
-    for path, reason in failures:
-        name = printable(path)
-        print(f"  {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
-    return int(bool(failures))
-
-
-if __name__ == "__main__":
-    run_command(main)

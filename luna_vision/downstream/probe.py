@@ -1,7 +1,6 @@
 """How good frozen features are, by nearest neighbours and a linear classifier.
 
-`python -m luna_vision.downstream.probe --help` shows the command. The features are the embeddings of a model that is
-not trained any further, of images that are not augmented.
+The features are the embeddings of a model that is not trained any further, of images that are not augmented.
 
 - **kNN**, as in DINO (Caron et al. 2021, arXiv 2104.14294, section 3.2; Wu et al. 2018, arXiv 1805.01978, section 3.4):
   the k nearest training images by cosine similarity s vote for their class, with weight exp(s / T); k is 20, T 0.07.
@@ -9,12 +8,8 @@ not trained any further, of images that are not augmented.
   `C_GRID` that does best on a fifth of the training images when fitted to the others; then it is fitted to all of them.
 """
 
-import argparse
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,16 +21,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from luna_vision._checksums import describe
-from luna_vision._commands import Parser, add_model_arguments, at_least, load_model, random_weights, run_command
-from luna_vision._record import machine
 from luna_vision.data.base import hold_out
-from luna_vision.utils.files import write_json
-from luna_vision.utils.text import printable
 
 from ._features import Extractor
-from ._files import check_output
-from ._probe_data import DATA, ProbeData, add_data_arguments, check_classes, data_arguments, open_data
+from ._probe_data import DATA, ProbeData, check_classes, open_data
 
 __all__ = [
     "DATA",
@@ -45,7 +34,6 @@ __all__ = [
     "extract_features",
     "knn_accuracy",
     "linear_probe_accuracy",
-    "main",
     "open_data",
     "probe_model",
 ]
@@ -212,6 +200,8 @@ def linear_probe_accuracy(
             class of their own.
     """
     _check(train_features, train_labels, test_features, test_labels)
+    if len(np.unique(train_labels)) < 2:
+        raise ValueError("a linear classifier needs two classes, and all training images are of one")
     kept, held = hold_out(train_labels, HELD_OUT)
     held_out = {}
     for c in tqdm(c_grid, desc="linear", unit="fit", disable=None if progress else True):
@@ -245,57 +235,3 @@ def check_vote(k: int, temperature: float, images: int) -> None:
         raise ValueError(f"k (--knn-k) must be from 1 to the number of training images, {images}, got {k}")
     if not temperature > 0:
         raise ValueError(f"temperature (--knn-t) must be above 0, got {temperature}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m luna_vision.downstream.probe",
-        description="Top-1 accuracy of frozen features: k nearest neighbours, and a linear classifier.",
-    )
-    add_model_arguments(parser)
-    add_data_arguments(parser)
-    group = parser.add_argument_group("probes")
-    group.add_argument("--knn-k", type=at_least(1), default=K, metavar="K", help="neighbours (default: %(default)s)")
-    group.add_argument("--knn-t", type=float, default=TEMPERATURE, metavar="T", help="(default: %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON of the results; replaced if it exists")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Do what the command line says; returns the exit code."""
-    args = _parser().parse_args(argv)
-    if args.out:
-        check_output(args.out, [".json"], overwrite=True)
-    if args.folders and args.data != "imagefolder":
-        raise ValueError(f"--folders are those of --data imagefolder, got {args.data}")
-    model = load_model(args, num_classes=0)
-    extractor = Extractor(model)
-    sizes = (args.num_train, args.num_test, args.batch_size)
-    data = open_data(args.data, data_arguments(args, extractor), *sizes, lambda line: print(printable(line)))
-    counts = len(data.train.dataset), len(data.test.dataset)
-    height, width = data.module.img_size
-    print(f"{args.data}: {counts[0]} training and {counts[1]} test images of {height} x {width} pixels")
-    knn, linear, features = probe_model(model, data, None, args.knn_k, args.knn_t, say=partial(print, flush=True))
-    if not linear.converged:
-        print(f"the linear classifier had not converged after {MAX_ITER} iterations", file=sys.stderr)
-    if args.out:
-        name = getattr(model, "pretrained_cfg", {}).get("architecture", args.model)
-        result: dict[str, Any] = {
-            "model": {"name": name, "args": args.model_args, "class": extractor.name, **describe(model)},
-            "checkpoint": str(args.checkpoint) if args.checkpoint else None,
-            "random_weights": random_weights(args),
-            "features": features,
-            "data": {"name": args.data, "root": args.root, "folders": args.folders, "args": args.data_args},
-            "images": {"train": counts[0], "test": counts[1], "height": height, "width": width},
-            "normalisation": {"mean": data.module.mean, "std": data.module.std},
-            "knn": {"top1": knn, "k": args.knn_k, "temperature": args.knn_t},
-            "linear": {**linear._asdict(), "held_out": {f"{c:g}": a for c, a in linear.held_out.items()}},
-            "machine": machine(extractor.device.type),
-        }
-        result["linear"]["top1"] = result["linear"].pop("accuracy")
-        write_json(args.out, result)
-    return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

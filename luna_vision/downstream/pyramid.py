@@ -13,8 +13,8 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from luna_vision._commands import build_model
 from luna_vision.models import LunaVit, prune_memory_update
+from luna_vision.models.factory import build_model
 
 __all__ = ["PyramidBackbone", "SimpleFeaturePyramid", "patches_of_images"]
 

@@ -1,7 +1,7 @@
 """Training, evaluation and prediction with Lightning."""
 
 from .callbacks import EMA, ImagesPerSecond
-from .checkpoints import LastCheckpoint
+from .checkpoints import BestCheckpoint, LastCheckpoint
 from .classification import ClassificationTask
 from .dense import DetectionTask, SegmentationTask
 from .distillation import DistillationTask
@@ -15,6 +15,7 @@ from .sharding import FSDP2Strategy
 
 __all__ = [
     "EMA",
+    "BestCheckpoint",
     "ClassificationTask",
     "DetectionTask",
     "DistillationTask",

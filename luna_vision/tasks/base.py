@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
-from luna_vision._commands import training_checkpoint
 from luna_vision.data.sampling import next_batch
 from luna_vision.images.find import listed
 from luna_vision.models import init_from_vit, load_weights  # with which the luna_vit models are registered, too
+from luna_vision.models.factory import training_checkpoint
 
 from .checkpoints import check_deletions
 from .optimization import build_optimizer, build_scheduler, check_rates
@@ -288,7 +288,7 @@ def check_sizes(model: nn.Module, in_chans: int, sizes: Iterable[tuple[int, int]
             images = torch.zeros(1, in_chans, height, width, dtype=own.dtype, device=own.device)
             with torch.no_grad():
                 model.eval().forward(images)  # not what a compiled model would do when it is called
-    except (AssertionError, RuntimeError) as error:
+    except (AssertionError, RuntimeError) as error:  # how timm's models say so
         raise ValueError(f"the model does not take images of {height} x {width} pixels: {error}") from error
     finally:
         for module, training in modes:

@@ -141,6 +141,30 @@ def is_exact(trainer: Trainer) -> bool:
     return not at_batch_end or not (loop._num_ready_batches_reached() or loop._should_check_val_fx(fit._data_fetcher))
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """Keep the best checkpoint in ``checkpoints/best.ckpt``: Lightning's ModelCheckpoint with other defaults.
+
+    Args:
+        monitor: the metric that is to be large; by default that of the validation that sums up the task (``headline``).
+        mode: "min" where it is to be small.
+        filename: without its ending.
+        **kwargs: the other arguments of ModelCheckpoint.
+    """
+
+    def __init__(self, monitor: str | None = None, mode: str = "max", filename: str = "best", **kwargs) -> None:
+        super().__init__(monitor=monitor, mode=mode, filename=filename, **kwargs)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.monitor is None:
+            self.monitor = pl_module.headline[0].replace("test_", "val_")
+        super().setup(trainer, pl_module, stage)
+
+    @property
+    def state_key(self) -> str:
+        """By which a state is found in a checkpoint: that of its base, whose state it is."""
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+
 class LastCheckpoint(Checkpoint):
     """Keep the newest state of training in ``checkpoints/last.ckpt``, for resuming.
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from luna_vision._commands import build_model
 from luna_vision.execution import set_band_checkpointing
 from luna_vision.models import LunaVit
+from luna_vision.models.factory import build_model, sized
 
 from .base import TimmTask, check_sizes
 from .mixing import StepMixup
@@ -36,8 +36,9 @@ class ClassificationTask(TimmTask):
 
     Args:
         model_name: name for ``timm.create_model``; the ``luna_vit`` models are registered.
-        num_classes: number of classes; must be that of the data.
-        in_chans: number of image channels; must be that of the data.
+        num_classes: number of classes; in a run that of the data, else the model's, by default.
+        in_chans: number of image channels; likewise.
+        img_size: side of the images in pixels, or [height, width], for a model that is built for one size; likewise.
         model_kwargs: further arguments of the model, such as ``patch_size`` or ``drop_path_rate``.
         checkpoint: file to start from (timm, Lightning or safetensors). Not read when a run is resumed.
         init_from_vit: start from a plain ViT: a timm model name or a file, see ``luna_vision.models.init_from_vit``.
@@ -80,8 +81,9 @@ class ClassificationTask(TimmTask):
     def __init__(
         self,
         model_name: str = "luna_vit_tiny",
-        num_classes: int = 1000,
-        in_chans: int = 3,
+        num_classes: int | None = None,
+        in_chans: int | None = None,
+        img_size: int | list[int] | None = None,
         model_kwargs: dict[str, Any] | None = None,
         checkpoint: str | None = None,
         init_from_vit: str | None = None,
@@ -112,13 +114,17 @@ class ClassificationTask(TimmTask):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()  # plain data, so that checkpoints load with weights_only=True
-        if num_classes < 2:
+        if num_classes is not None and num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {num_classes}")
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
         if checkpoint and init_from_vit:
             raise ValueError("checkpoint and init_from_vit both name the starting weights: give one of them")
-        self.model = build_model(model_name, num_classes, in_chans, **model_kwargs or {})
+        hp = self.hparams  # which say what was built
+        hp.model_kwargs = sized(model_name, model_kwargs, img_size)
+        self.model = build_model(model_name, num_classes, in_chans, **hp.model_kwargs)
+        hp.num_classes = num_classes = self.model.num_classes
+        hp.in_chans = in_chans or 3
         if grad_checkpointing:
             self.model.set_grad_checkpointing(True)
         if band_rows:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 from torchmetrics.detection import MeanAveragePrecision
 
-from luna_vision._commands import build_model
 from luna_vision.downstream.detection import build_detector
 from luna_vision.downstream.pyramid import PyramidBackbone
 from luna_vision.downstream.segmentation import FCN
+from luna_vision.models.factory import build_model, sized
 
 from .base import TimmTask
 
@@ -27,6 +27,12 @@ class _PyramidTask(TimmTask):
     """What both have in common: a pyramid of a timm model, and starting weights for that."""
 
     pyramid: ClassVar[str]  # where it is in self.model
+
+    def _settle(self, num_classes: int | None, in_chans: int | None) -> tuple[int, int]:
+        """Both, which the hyperparameters say from now on."""
+        found = 10 if num_classes is None else num_classes, 3 if in_chans is None else in_chans
+        self.hparams.num_classes, self.hparams.in_chans = found
+        return found
 
     def load_starting_weights(self, load: Callable[[nn.Module], None]) -> None:
         backbone = self.model.get_submodule(self.pyramid)
@@ -58,8 +64,8 @@ class DetectionTask(_PyramidTask):
 
     Args:
         model_name: name for ``timm.create_model``; the ``luna_vit`` models are registered.
-        num_classes: number of classes, the background not counted; must be that of the data.
-        in_chans: number of image channels; must be that of the data.
+        num_classes: number of classes, the background not counted; in a run that of the data, else 10, by default.
+        in_chans: number of image channels; in a run that of the data, else 3, by default.
         model_kwargs: further arguments of the model, such as ``mixer`` or ``drop_path_rate``.
         checkpoint: file to start the backbone from (timm, Lightning or safetensors). Not read when a run is resumed.
         init_from_vit: start the backbone from a plain ViT, see ``luna_vision.models.init_from_vit``.
@@ -91,8 +97,8 @@ class DetectionTask(_PyramidTask):
     def __init__(
         self,
         model_name: str = "luna_vit_tiny",
-        num_classes: int = 10,
-        in_chans: int = 3,
+        num_classes: int | None = None,
+        in_chans: int | None = None,
         model_kwargs: dict[str, Any] | None = None,
         checkpoint: str | None = None,
         init_from_vit: str | None = None,
@@ -116,6 +122,7 @@ class DetectionTask(_PyramidTask):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        num_classes, in_chans = self._settle(num_classes, in_chans)
         strides = strides or [4, 8, 16, 32]
         backbone = PyramidBackbone(
             model_name, strides, pyramid_channels, in_chans=in_chans, **{"img_size": min_size} | (model_kwargs or {})
@@ -191,8 +198,10 @@ class SegmentationTask(_PyramidTask):
 
     Args:
         model_name: name for ``timm.create_model``; the ``luna_vit`` models are registered.
-        num_classes: number of classes, the background not counted; must be that of the data.
-        in_chans: number of image channels; must be that of the data.
+        num_classes: number of classes, the background not counted; in a run that of the data, else 10, by default.
+        in_chans: number of image channels; in a run that of the data, else 3, by default.
+        img_size: side of the images in pixels, or [height, width], for a model that is built for one size; in a run
+            that of the data by default.
         model_kwargs: further arguments of the model, such as ``mixer`` or ``drop_path_rate``.
         checkpoint: file to start the backbone from (timm, Lightning or safetensors). Not read when a run is resumed.
         init_from_vit: start the backbone from a plain ViT, see ``luna_vision.models.init_from_vit``.
@@ -221,8 +230,9 @@ class SegmentationTask(_PyramidTask):
     def __init__(
         self,
         model_name: str = "luna_vit_tiny",
-        num_classes: int = 10,
-        in_chans: int = 3,
+        num_classes: int | None = None,
+        in_chans: int | None = None,
+        img_size: int | list[int] | None = None,
         model_kwargs: dict[str, Any] | None = None,
         checkpoint: str | None = None,
         init_from_vit: str | None = None,
@@ -242,9 +252,11 @@ class SegmentationTask(_PyramidTask):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        num_classes, in_chans = self._settle(num_classes, in_chans)
         if background_weight <= 0:
             raise ValueError(f"background_weight must be above 0, got {background_weight}")
-        backbone = PyramidBackbone(model_name, [stride], pyramid_channels, in_chans=in_chans, **model_kwargs or {})
+        self.hparams.model_kwargs = model_kwargs = sized(model_name, model_kwargs, img_size)
+        backbone = PyramidBackbone(model_name, [stride], pyramid_channels, in_chans=in_chans, **model_kwargs)
         self.model = FCN(backbone, num_classes + 1)
         weight = torch.ones(num_classes + 1)
         weight[0] = background_weight

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from timm.task.distillation import FeatureDistillationTrainableModule
 from torch import Tensor, nn
 
-from luna_vision._commands import build_model, training_checkpoint
+from luna_vision.models.factory import build_model, training_checkpoint
 
 from .classification import ClassificationTask
 from .teacher import Teacher, build_teacher_model, check_teacher, layer_widths, logits_and_layers_of

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from luna_vision.data.images import sample_name
 from luna_vision.data.sampling import batch_indices
+from luna_vision.utils.errors import UserError
 
 from .checkpoints import last_checkpoint
 
@@ -24,7 +25,7 @@ _logger = logging.getLogger(__name__)
 _NAMED_IN_ERROR = 16
 
 
-class NonFiniteLossError(ArithmeticError):
+class NonFiniteLossError(UserError, ArithmeticError):
     """The training loss, its gradient, the validation loss or the weights are NaN or infinite."""
 
 

@@ -13,6 +13,8 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
+from luna_vision.utils.errors import arguments_of
+
 
 def build_optimizer(
     model: nn.Module,
@@ -49,14 +51,11 @@ def build_optimizer(
         groups["param_group_fn"] = partial(
             param_groups_weight_decay, weight_decay=weight_decay, no_weight_decay_list=spared
         )
-    try:
+    # an IndexError: of a list that is too short
+    with arguments_of(f"optimizer {name}, optimizer_kwargs {arguments}", ArithmeticError, AssertionError, IndexError):
         return create_optimizer_v2(
             model, opt=name, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, **groups, **arguments
         )
-    except ValueError:
-        raise
-    except Exception as error:  # nearly anything, such as an IndexError of a list that is too short
-        raise ValueError(f"optimizer_kwargs {arguments} do not fit {name}: {error}") from error
 
 
 def check_rates(**values: float) -> None:
@@ -99,7 +98,7 @@ def build_scheduler(
     updates_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
     if not math.isfinite(updates) or updates < 0:
         raise ValueError("a schedule needs an end: set trainer.max_epochs or trainer.max_steps")
-    try:
+    with arguments_of(f"scheduler_kwargs {arguments} do not fit {name}", ArithmeticError, AssertionError):
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=name,
@@ -111,9 +110,6 @@ def build_scheduler(
             updates_per_epoch=updates_per_epoch,
             **arguments,
         )
-    except (ArithmeticError, AssertionError, TypeError) as error:
-        why = error or f"timm refuses them with warmup_lr={warmup_lr}, min_lr={min_lr}"
-        raise ValueError(f"scheduler_kwargs {arguments} do not fit {name}: {why}") from error
     if scheduler is None:
         raise ValueError(f"scheduler {name!r} is none of timm's; 'constant' keeps the learning rate as it is")
     return scheduler

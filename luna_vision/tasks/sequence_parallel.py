@@ -78,7 +78,7 @@ class SequenceParallelStrategy(DDPStrategy):
         if task.trainer.state.fn == TrainerFn.PREDICTING:
             raise ValueError(
                 "prediction is for single processes: give --trainer.strategy=auto --trainer.devices=1, or encode very "
-                "large images by python -m luna_vision.streaming"
+                "large images by luna-vision encode"
             )
 
     def setup(self, trainer: Trainer) -> None:

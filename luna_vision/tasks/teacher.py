@@ -13,8 +13,8 @@ from timm.models._features import feature_take_indices
 from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 
-from luna_vision._commands import build_model, check_model_name, image_cfg, training_checkpoint
 from luna_vision.models import load_weights
+from luna_vision.models.factory import build_model, check_model_name, image_cfg, training_checkpoint
 
 LogitsAndLayers = tuple[Tensor, list[Tensor]]
 
@@ -79,7 +79,7 @@ class Teacher(DistillationTeacher):
         """Raise ``ValueError`` unless a student's images of so many channels and pixels can be shown to the teacher."""
         try:
             self(torch.zeros(1, channels, *size, device=self.mean_kd.device))
-        except (AssertionError, RuntimeError) as error:
+        except (AssertionError, RuntimeError) as error:  # how timm's models say so
             height, width = self.img_size or size
             raise ValueError(
                 f"the teacher does not take images of {height} x {width} pixels (teacher_img_size is "

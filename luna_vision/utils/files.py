@@ -11,7 +11,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 __all__ = [
     "beside",
     "check_folder",
+    "check_output",
     "check_own",
     "new_file",
     "new_folder",
@@ -178,6 +179,22 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(".*.partial*"):
         if re.fullmatch(r"\..*\.[0-9a-f]{8}\.partial(\..*)?", path.name):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def check_output(path: Path, suffixes: Sequence[str], overwrite: bool) -> None:
+    """Make the folder of an output file and see that files can be written there.
+
+    Raises:
+        ValueError: The suffix is none of `suffixes`.
+        OSError: The file cannot be written, or exists and is not to be overwritten.
+    """
+    if path.suffix not in suffixes:
+        raise ValueError(f"the output must end in {' or '.join(suffixes)}, got {path}")
+    if path.is_dir():
+        raise IsADirectoryError(f"the output {path} is a folder")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists: give --overwrite (overwrite=True) to replace it")
+    check_folder(path.parent)
 
 
 def check_folder(folder: Path) -> None:

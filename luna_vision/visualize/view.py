@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from luna_vision.data import eval_transform, read_image
 from luna_vision.data.base import per_channel
-from luna_vision.data.images import one_line, to_channels
+from luna_vision.data.images import SampleError, to_channels
 from luna_vision.models.luna_vit import LunaVit
 from luna_vision.utils.text import printable
 
@@ -96,7 +96,8 @@ def view(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is not an image that can be read, or an argument is out of its range.
+        SampleError: It is not an image that can be read.
+        ValueError: An argument is out of its range.
     """
     if isinstance(image, View):
         return image
@@ -111,10 +112,10 @@ def view(
         image = read_image(image)
     try:
         original, own = to_channels(image, 3), to_channels(image, in_chans)
-    except Exception as error:  # a mode, such as LAB, that Pillow reads but does not convert
-        raise ValueError(f"cannot use {name}: {one_line(error)}") from error
+    except SampleError as error:
+        raise SampleError(f"cannot use {name}: {error}") from error
     if min(original.size) < 1:
-        raise ValueError(f"{name} has no pixels: {original.width} x {original.height}")
+        raise SampleError(f"{name} has no pixels: {original.width} x {original.height}")
 
     height, width = _input_size(model, original.height, original.width, max_size)
     mean = per_channel("mean", cfg["mean"] if mean is None else mean, in_chans)

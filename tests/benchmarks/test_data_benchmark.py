@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from luna_vision._commands import run_command
 from luna_vision.benchmarks.data import main, make_photographs
+from luna_vision.cli.common import run_command
 
 
 def test_every_source_and_augmentation(tmp_path: Path, capsys: pytest.CaptureFixture):

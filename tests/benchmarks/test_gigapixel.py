@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from luna_vision.benchmarks.gigapixel import Mosaic, main
-from luna_vision.streaming import open_image
+from luna_vision.images import open_image
 
 
 def test_the_image_is_a_function_of_position():

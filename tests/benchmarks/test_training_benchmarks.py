@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from luna_vision.benchmarks import distillation, progressive
-from luna_vision.tasks.cli import build
+from luna_vision.cli.train import build
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

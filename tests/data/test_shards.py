@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
 import sys
 from collections import Counter
@@ -17,7 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from luna_vision._commands import run_command
+from luna_vision.cli.common import run_command
+from luna_vision.cli.convert import MODULES as FORMATS
+from luna_vision.cli.convert import main
 from luna_vision.data import ImageFolderDataModule, LitDataDataModule, SampleError, TimmDataModule, WebDatasetDataModule
 from luna_vision.data import convert as conversion
 from luna_vision.data.convert import convert
@@ -274,7 +275,7 @@ def test_skip_in_shards(source: str, faulty: Path, error_of: Callable):
 def test_webdataset_mistakes(shards: dict[str, Path], tmp_path: Path, error_of: Callable):
     root = tmp_path / "wds"
     root.mkdir()
-    with pytest.raises(FileNotFoundError, match="no file .*_info.json, the list of the shards: python -m"):
+    with pytest.raises(FileNotFoundError, match="no file .*_info.json, the list of the shards: luna-vision convert"):
         module("webdataset", root).dataset("train")
     info = json.loads((shards["webdataset"] / "_info.json").read_text())
     for path in shards["webdataset"].glob("*.tar"):
@@ -284,7 +285,7 @@ def test_webdataset_mistakes(shards: dict[str, Path], tmp_path: Path, error_of: 
         (root / "_info.json").write_text(json.dumps(info))
         return module("webdataset", root, **PLAIN | kwargs)
 
-    with pytest.raises(FileNotFoundError, match="no file .*classes.txt, the names of the classes: python -m"):
+    with pytest.raises(FileNotFoundError, match="no file .*classes.txt, the names of the classes: luna-vision convert"):
         data().setup("fit")
     (root / "classes.txt").write_text("cat\ndog\neel\n")
     with pytest.raises(ValueError, match="there is no indexed test set to predict: give predict_path"):
@@ -337,7 +338,9 @@ def test_lists_of_shards_that_make_no_sense(source: str, content: str, what: str
 
 
 def test_litdata_mistakes(shards: dict[str, Path], tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="no file .*train/index.json, LitData's index of its chunks: python -m"):
+    with pytest.raises(
+        FileNotFoundError, match="no file .*train/index.json, LitData's index of its chunks: luna-vision convert"
+    ):
         module("litdata", tmp_path).dataset("train")
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "index.json").write_bytes((shards["litdata"] / "train" / "index.json").read_bytes())
@@ -392,16 +395,12 @@ def test_a_conversion_that_fails_leaves_nothing(
     assert os.listdir(tmp_path) == []
 
 
-def test_conversion_command(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(sys, "argv", ["convert", str(photos), str(tmp_path / "out"), "--format", "litdata"])
-    monkeypatch.delitem(sys.modules, "luna_vision.data.convert")  # as `python -m` finds it
-    with pytest.raises(SystemExit) as exit_:
-        runpy.run_module("luna_vision.data.convert", run_name="__main__")
+def test_conversion_command(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    main([str(photos), str(tmp_path / "out"), "--format", "litdata"])
     output = capsys.readouterr().out
-    assert exit_.value.code in (0, None) and "train: 42 images in 1 shards\nval: 9 images in 1 shards\n" in output
+    assert "train: 42 images in 1 shards\nval: 9 images in 1 shards\n" in output
     assert "luna_vision.data.LitDataDataModule" in output
+    assert FORMATS == {form: MODULES[form].__name__ for form in conversion.FORMATS}
     assert os.listdir(tmp_path) == ["out"]
     for words, message in (
         ([photos, tmp_path / "out"], f"error: {tmp_path}/out exists already: give a folder to make\n"),
@@ -409,7 +408,7 @@ def test_conversion_command(
         ([photos, tmp_path, "--shard-megabytes", "0"], "error: argument --shard-megabytes: must be a whole"),
     ):
         with pytest.raises(SystemExit) as exit_:
-            run_command(lambda words=words: conversion.main([str(word) for word in words]))
+            run_command(lambda words=words: main([str(word) for word in words]))
         error = capsys.readouterr().err
         assert exit_.value.code == 2 and error.startswith(message) and error.count("\n") == 1
 
@@ -425,7 +424,7 @@ def test_conversion_of_a_folder_as_it_is(source: str, photos: Path, tmp_path: Pa
     for path in (folder / "train" / "dog" / "._photo.png", folder / "train" / "dog" / "notes.txt"):
         path.write_bytes(b"x")
     os.mkfifo(folder / "train" / "dog" / "pipe.png")
-    conversion.main([str(folder), str(tmp_path / "out"), "--format", source])
+    main([str(folder), str(tmp_path / "out"), "--format", source])
     assert capsys.readouterr().out.splitlines()[:5] == [
         f"train: 42 images in {folder}/train, 3 classes; skipped 2 hidden and 2 other names",
         f"val: 9 images in {folder}/valid, 3 classes",

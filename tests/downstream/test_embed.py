@@ -11,13 +11,14 @@ import pytest
 import timm
 import torch
 
-from luna_vision._commands import run_command
+from luna_vision.cli.common import run_command
+from luna_vision.cli.embed import main
 from luna_vision.data import eval_transform, find_images, read_image
 from luna_vision.data.images import to_channels
 from luna_vision.data.transforms import to_tensor
 from luna_vision.downstream import _parts, _windows
 from luna_vision.downstream._windows import group
-from luna_vision.downstream.embed import Settings, embed_images, embed_to_file, main
+from luna_vision.downstream.embed import Settings, embed_images, embed_to_file
 from luna_vision.mixers import MIXERS
 
 HALF = {"mean": (0.5,), "std": (0.5,)}
@@ -449,18 +450,34 @@ def test_a_model_that_refuses_some_sizes(photos, tmp_path):
     assert len(embed_images(fixed, photos, Settings(img_size=224)).paths) == 11
 
 
-def test_only_the_image_to_blame_is_left_out_of_a_batch(photos, tiny):
-    model = tiny()
+@pytest.mark.parametrize("name", ["luna", "convnext"])
+@pytest.mark.parametrize(
+    "raised", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("a bug"), KeyError("a bug")]
+)
+def test_what_is_not_about_an_image_stops_and_leaves_no_hole(raised, name, photos, tiny, tmp_path):
+    """The same call then goes on where it was stopped."""
+    model = tiny() if name == "luna" else timm.create_model("test_convnext", num_classes=0)
     forward = model.forward_features
 
-    def short_of_memory(x, patch_valid=None):
-        if len(x) > 1 or x.shape[2] == 100:
-            raise RuntimeError("out of memory")
-        return forward(x, patch_valid)
+    def fail(x, *args, **kwargs):
+        raise raised
 
-    model.forward_features = short_of_memory
-    result = embed_images(model, photos)
-    assert [Path(path).name for path, _ in result.failures] == ["09.png"] and len(result.embedding) == 10
+    model.forward_features = fail
+    with pytest.raises(type(raised), match=r"memory|a bug"):
+        embed_to_file(model, photos, tmp_path / "out.npz")
+    assert not (tmp_path / "out.npz").exists()
+    model.forward_features = forward
+    embed_to_file(model, photos, tmp_path / "out.npz")
+    assert (tmp_path / "out.npz").exists()
+
+
+def test_a_bug_in_reading_is_no_image_that_cannot_be_used(photos, tiny, monkeypatch):
+    def fail(image, seed, max_size):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(_windows, "_shrink", fail)
+    with pytest.raises(ValueError, match="a bug"):
+        embed_images(tiny(), photos)
 
 
 @pytest.mark.parametrize(
@@ -489,7 +506,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(out, messag
         (["empty"], "no images (.jpg, "),
         (["empty", "gone.png"], "no images (.jpg, "),
         (["gone.png"], "there is no image file or folder gone.png"),
-        ([], "required: IMAGE"),
+        ([], "required, here or in a --config: images"),
         (["photos", "--max-size", "0"], "--max-size: must be a whole number of at least 1"),
         (["photos", "--max-size", "9", "--img-size", "9"], "give one of them"),
         (["photos", "--mean", "0.5", "0.5"], "mean must be 1 or 3 finite numbers, got (0.5, 0.5)"),

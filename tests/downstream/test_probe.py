@@ -15,7 +15,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch.utils.data import DataLoader
 
-from luna_vision._commands import run_command
+from luna_vision.cli.common import run_command
+from luna_vision.cli.probe import DATA as NAMES
+from luna_vision.cli.probe import main
 from luna_vision.data import DigitsDataModule
 from luna_vision.downstream import probe
 from luna_vision.downstream._probe_data import DATA, choose, open_data
@@ -23,7 +25,6 @@ from luna_vision.downstream.probe import (
     extract_features,
     knn_accuracy,
     linear_probe_accuracy,
-    main,
     probe_model,
 )
 from luna_vision.tasks import ClassificationTask
@@ -162,6 +163,7 @@ def test_modules_without_labels_at_hand_or_with_a_validation_split_only(folder):
 
 
 def test_every_module_can_be_named():
+    assert tuple(DATA) == NAMES
     for name in DATA:
         with pytest.raises(ValueError, match="nonsense"):
             open_data(name, {"nonsense": 1})

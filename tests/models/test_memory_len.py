@@ -6,8 +6,8 @@ import timm
 import torch
 
 from luna_vision import LunaVit
+from luna_vision.execution import encode
 from luna_vision.export import export_program, save_for_hf
-from luna_vision.streaming import encode
 
 
 def tiny(**kwargs) -> LunaVit:

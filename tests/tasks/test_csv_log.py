@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from luna_vision.tasks.cli import build
+from luna_vision.cli.train import build
 from luna_vision.tasks.csv_log import DurableCSVLogger, make_durable, read_rows
 
 from .conftest import tiny_trainer

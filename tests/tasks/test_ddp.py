@@ -48,7 +48,7 @@ class Seen(Callback):
 
 def train(*arguments: str) -> None:
     """Train by a command line and leave what came of it in rank0.pt and so on."""
-    from luna_vision.tasks import cli
+    from luna_vision.cli import train as cli
 
     seen, plain = Seen(), cli.LunaCLI.instantiate_trainer
 

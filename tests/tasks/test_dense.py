@@ -11,7 +11,6 @@ from lightning.pytorch import Trainer, seed_everything
 
 from luna_vision.data import CanvasDetectionDataModule, CanvasSegmentationDataModule
 from luna_vision.tasks import DetectionTask, SegmentationTask
-from luna_vision.tasks.cli import names_its_task
 from luna_vision.tasks.optimization import build_optimizer
 
 ROOT = Path(__file__).parents[2]
@@ -135,22 +134,13 @@ def test_mistakes(name, arguments, message):
         make(name, **arguments)
 
 
-def test_which_words_name_a_task(tmp_path):
-    named, plain = tmp_path / "a.yaml", tmp_path / "b.yaml"
-    named.write_text("model:\n  class_path: luna_vision.tasks.DetectionTask\n")
-    plain.write_text("model:\n  model_name: luna_vit_tiny\n")
-    assert names_its_task(["fit", "--config", str(named)]) and names_its_task([f"--config={named}"])
-    assert not names_its_task(["fit", "--config", str(plain), "--model.lr", "1e-3"])
-    assert names_its_task(["fit", "--model=DetectionTask"]) and not names_its_task(["fit", "--config", "gone.yaml"])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_the_config_runs(name: str, tmp_path):
     """The committed YAML, shortened, through train.py: trains, tests, and says how to load the result."""
     short = ["data.source=digits", "data.num_train=4", "data.num_val=2", "data.num_test=2", "data.side=192"]
     short += ["data.num_items=3", "data.item_size=28"]
-    short += ["model.model_kwargs={img_size: 192, embed_dim: 32, depth: 1, num_heads: 1}", "model.pyramid_channels=8"]
+    short += ["model.model_kwargs={embed_dim: 32, depth: 1, num_heads: 1}", "model.pyramid_channels=8"]
     short += ["model.min_size=192"] if name == "detection" else []
     words = [f"--{s.replace('.', '.init_args.', 1)}" for s in short] + ["--trainer.max_epochs=1"]
     command = [sys.executable, ROOT / "train.py", "fit", "--config", ROOT / f"configs/canvas_{name}.yaml", *words]

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from timm.task import LogitDistillationTask
 from torchvision.transforms import v2
 
+from luna_vision.cli.train import main
 from luna_vision.data import DigitsDataModule
 from luna_vision.tasks import EMA, ClassificationTask, DistillationTask, ExportBest
-from luna_vision.tasks.cli import main
 from luna_vision.tasks.distillation import feature_loss, logit_loss
 from luna_vision.tasks.resume import ExactResume, Unfinished, go_on
 from luna_vision.tasks.teacher import Teacher, logits_and_layers

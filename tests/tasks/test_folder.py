@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.device_mesh import init_device_mesh
 
+from luna_vision.cli.train import main
 from luna_vision.tasks.checkpoints import read_checkpoint
-from luna_vision.tasks.cli import main
 from luna_vision.tasks.reporting import export_weights
 from luna_vision.tasks.sharding import FSDP2Strategy, read_weights, shard
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
+from luna_vision.cli.train import main
 from luna_vision.tasks import (
     ClassificationTask,
     DistillationTask,
@@ -17,7 +18,6 @@ from luna_vision.tasks import (
     SequenceTask,
     sequence_parallel,
 )
-from luna_vision.tasks.cli import main
 from luna_vision.tasks.dense import SegmentationTask
 
 from .conftest import tiny_task

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from luna_vision import export
-from luna_vision._commands import run_command
-from luna_vision.tasks.cli import main
+from luna_vision.cli import export
+from luna_vision.cli.common import run_command
+from luna_vision.cli.train import main
 from luna_vision.tasks.teacher import build_teacher_model
 
 DEBUG = str(Path(__file__).parents[2] / "configs" / "debug.yaml")

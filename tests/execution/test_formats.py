@@ -14,8 +14,9 @@ from PIL import Image, ImageFile
 
 from luna_vision.data.images import read_image, to_channels
 from luna_vision.data.transforms import SeededTransform
+from luna_vision.execution import encode
+from luna_vision.images import open_image
 from luna_vision.images.pixels import Pixels
-from luna_vision.streaming import encode, open_image
 
 
 @pytest.fixture
@@ -230,7 +231,7 @@ def test_what_pillow_holds_counts(picture, tmp_path):
 PEAK = """
 import os, sys
 from PIL import Image
-from luna_vision.streaming import open_image
+from luna_vision.images import open_image
 def resident(name):
     return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) * 1024
 Image.init()

@@ -1,7 +1,7 @@
-"""What the commands share: a mistake is one line and exit code 2, and the model that is named is the one that runs."""
+"""The model that options or arguments name is the one that runs, and what is wrong with them is said."""
 
-import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -11,25 +11,30 @@ from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 
 from luna_vision import export
-from luna_vision._commands import (
-    Parser,
-    add_model_arguments,
-    at_least,
-    knows_its_images,
-    load_model,
-    random_weights,
-    run_command,
-)
+from luna_vision.cli.common import Parser, add_model_options, load, model_options, run_command
 from luna_vision.data import DigitsDataModule
+from luna_vision.models import factory
 from luna_vision.tasks import ClassificationTask, DetectionTask, SegmentationTask, export_weights
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 1}
 
 
-def parse(*words: str) -> argparse.Namespace:
-    parser = Parser()
-    add_model_arguments(parser, default="test_luna_vit")
-    return parser.parse_args(words)
+def parse(*words: str) -> Any:
+    parser = Parser("test")
+    add_model_options(parser)
+    return parser.parse_args(list(words))
+
+
+def load_model(options: Any, **overrides: Any) -> torch.nn.Module:
+    return load(options, default="test_luna_vit", **overrides)
+
+
+def random_weights(options: Any) -> bool:
+    return factory.random_weights(**model_options(options))
+
+
+def knows_its_images(options: Any) -> bool:
+    return factory.knows_its_images(**model_options(options))
 
 
 def test_model_arguments_reach_the_model(capsys):
@@ -98,9 +103,9 @@ def test_nothing_of_a_folder_is_left_as_initialised(classes, tmp_path):
     image = torch.randn(1, 3, 40, 50)
     torch.testing.assert_close(model(image), trained.eval().forward_head(trained.forward_features(image), True))
     for argument in ("depth=3", "memory_mlp=own"):
-        with pytest.raises(ValueError, match=f"^--model local-dir:{tmp_path}: .* Missing key"):
+        with pytest.raises(ValueError, match=f"^model local-dir:{tmp_path}: .* Missing key"):
             load_model(parse(*folder, argument), num_classes=0)
-    with pytest.raises(ValueError, match=f"--model local-dir:{tmp_path} has a head for 5 classes, and not for 7"):
+    with pytest.raises(ValueError, match=f"model local-dir:{tmp_path} has a head for 5 classes, and not for 7"):
         load_model(parse(*folder, "num_classes=7"))
 
 
@@ -125,7 +130,10 @@ def test_weights_that_are_not_pretrained_are_random():
         (["--model-args", "memory"], "--model-args are NAME=VALUE, got 'memory'"),
         (["--model-args", "slots=3"], "slots"),
         (["--model-args", "memory_len=0"], "memory_len must be at least 1, got 0"),
-        (["--model-args", "checkpoint_path=a.pt"], "--model-args checkpoint_path: give the file as --checkpoint"),
+        (
+            ["--model-args", "checkpoint_path=a.pt"],
+            "checkpoint_path is no argument of a model here: give the file as checkpoint",
+        ),
         (["--checkpoint", "gone.ckpt"], "checkpoint 'gone.ckpt' does not exist"),
         (["--model", "local-dir:gone"], "there is no gone/config.json"),
     ],
@@ -169,11 +177,11 @@ def _cut_off(file: Path) -> None:
 @pytest.mark.parametrize(
     "name, damage, message",
     [
-        ("model.safetensors", _cut_off, "--model local-dir:{}: Error while deserializing header"),
-        ("model.safetensors", lambda file: file.unlink(), "--model local-dir:{}: "),
-        ("config.json", _cut_off, "--model local-dir:{0}: {0}/config.json is broken: "),
-        ("config.json", lambda file: file.write_text("[1]"), "--model local-dir:{0}: {0}/config.json is broken: "),
-        ("config.json", lambda file: file.write_text("{}"), "--model local-dir:{}: "),
+        ("model.safetensors", _cut_off, "model local-dir:{}: Error while deserializing header"),
+        ("model.safetensors", lambda file: file.unlink(), "model local-dir:{}: "),
+        ("config.json", _cut_off, "model local-dir:{0}: {0}/config.json is broken: "),
+        ("config.json", lambda file: file.write_text("[1]"), "model local-dir:{0}: {0}/config.json is broken: "),
+        ("config.json", lambda file: file.write_text("{}"), "model local-dir:{}: "),
     ],
 )
 def test_a_broken_folder_is_named_in_one_line(name, damage, message, tmp_path, capsys):
@@ -202,29 +210,6 @@ def test_the_backbone_of_a_detector_or_segmenter(task, model_name, name, tmp_pat
     assert model(torch.zeros(1, 1, 64, 64)).shape == (1, body.num_features) and knows_its_images(words)
     with pytest.raises(ValueError, match=f"{name}' has a backbone and no head .*, the model one for 6"):
         load_model(words)
-
-
-def test_the_parser_and_its_numbers(capsys):
-    parser = Parser()
-    parser.add_argument("--slots", type=at_least(1))
-    assert parser.parse_args(["--slots", "3"]).slots == 3
-    for word in ("0", "x", "1.5"):
-        with pytest.raises(SystemExit) as end:
-            parser.parse_args(["--slots", word])
-        assert end.value.code == 2
-        assert (
-            capsys.readouterr().err == f"error: argument --slots: must be a whole number of at least 1, got {word!r}\n"
-        )
-
-
-@pytest.mark.parametrize("raised, code", [(KeyboardInterrupt(), 130), (PermissionError(13, "denied", "x.npz"), 2)])
-def test_exit_codes(raised, code):
-    def command():
-        raise raised
-
-    with pytest.raises(SystemExit) as end:
-        run_command(command)
-    assert end.value.code == code
 
 
 @pytest.mark.parametrize("name", ["last.ckpt", "best.safetensors"])

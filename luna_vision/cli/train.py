@@ -1,4 +1,4 @@
-"""The command line: ``python train.py {fit,validate,test,predict}``, LightningCLI with one-line errors.
+"""``luna-vision {fit,validate,test,predict}``, which are ``python train.py ...``, too: LightningCLI.
 
 Exit codes: 0 success, 2 a mistake of the user (one line on stderr), 130 Ctrl-C, 143 SIGTERM, 1 anything else (with its
 traceback).
@@ -8,41 +8,55 @@ traceback).
 from __future__ import annotations
 
 import logging
-import os
-import re
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from luna_vision._commands import training_checkpoint
-from luna_vision.utils.text import printable
-
-from .base import TimmTask
-from .checkpoints import AtomicCheckpointIO, best_checkpoint, check_checkpoint
-from .classification import ClassificationTask
-from .csv_log import make_durable
-from .guard import NonFiniteLossError
-from .reporting import ExportBest, ModelSize, relative
-from .resume import ExactResume, RunRecord, find_unfinished, fingerprint, go_on, log_dir
-from .sharding import FSDP2Strategy, is_sharded
-from .stopping import StopTogether
+from ..models.factory import training_checkpoint
+from ..tasks.base import TimmTask
+from ..tasks.checkpoints import AtomicCheckpointIO, best_checkpoint, check_checkpoint
+from ..tasks.csv_log import make_durable
+from ..tasks.reporting import ExportBest, ModelSize, PredictionWriter, relative
+from ..tasks.resume import ExactResume, RunRecord, find_unfinished, fingerprint, go_on, log_dir
+from ..tasks.sharding import FSDP2Strategy, is_sharded
+from ..tasks.stopping import StopTogether
+from ..utils.errors import UserError, arguments_of, is_check, one_line
+from ..utils.files import check_output
+from ..utils.text import printable
+from .common import OF_CLASS, UNION, run_command
+from .training_help import short_help
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
-USER_ERRORS = (ArgumentError, MisconfigurationException, NonFiniteLossError, OSError, ValueError)
+DIGITS = Path(__file__).with_name("digits.yaml")  # what a fit runs when no config is named
+# those of a run that names none; "trainer.callbacks+" adds to them
+CALLBACKS = [
+    "lightning.pytorch.callbacks.RichProgressBar",
+    "luna_vision.tasks.ImagesPerSecond",
+    "luna_vision.tasks.EpochLines",
+    "luna_vision.tasks.NonFiniteGuard",
+    "luna_vision.tasks.BestCheckpoint",
+    "luna_vision.tasks.LastCheckpoint",
+    "luna_vision.tasks.ExportBest",
+    "luna_vision.tasks.PredictionWriter",
+]
 
 
 class LunaCLI(LightningCLI):
     """LightningCLI for the tasks of this package and any of the data modules.
+
+    What the data knows (``num_classes``, ``in_chans``, ``img_size``) a task need not be told.
 
     A ``fit`` that was stopped goes on when the same command is given again: it resumes the newest unfinished run of the
     very same configuration (``--resume false`` begins a new one). After ``fit`` the best checkpoint is tested
@@ -56,20 +70,58 @@ class LunaCLI(LightningCLI):
         parser.add_argument(
             "--resume", type=bool, default=True, help="Let fit go on with an unfinished run of this very configuration."
         )
+        parser.add_argument("--name", type=str, default="run", help="Of the run, which writes into runs/NAME.")
+        parser.set_defaults(
+            {
+                "model": {"class_path": "luna_vision.tasks.ClassificationTask"},
+                "trainer.callbacks": [{"class_path": path} for path in CALLBACKS],
+            }
+        )
+        for name in ("num_classes", "in_chans", "img_size"):
+            value = partial(self._model_argument, name)
+            parser.link_arguments("data", f"model.init_args.{name}", compute_fn=value, apply_on="instantiate")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_argument(
+                "--out", type=str, help="The CSV file; by default predictions.csv in the run's own folder."
+            )
+        return parser
+
+    def _model_argument(self, name: str, data: LightningDataModule) -> Any:
+        """An argument of the task: what is given, else what the data says of itself."""
+        arguments = self._get(self.config, "model")["init_args"]
+        if arguments.get(name) is not None:
+            return arguments[name]
+        try:
+            value = getattr(data, name, None)
+        except FileNotFoundError:  # of the training folders, whose names are the classes; images are predicted without
+            path = self._get(self.config, "ckpt_path") or arguments.get("checkpoint")
+            value = training_checkpoint(path).get("hyper_parameters", {}).get(name) if path else None
+        if name == "img_size" and value is not None:
+            value = value[0] if value[0] == value[1] else list(value)
+        return value
 
     def instantiate_classes(self) -> None:
-        """What a constructor raises is about the arguments that it was given, whatever its type."""
+        """With what a constructor has raised: jsonargparse catches it, and lists all that the value might have been."""
         try:
             super().instantiate_classes()
-        except USER_ERRORS:
-            raise
-        except Exception as error:
-            raise ValueError(f"the configuration does not fit: {type(error).__name__}: {error}") from error
+        except ValueError as error:
+            raised: BaseException = error
+            while raised.__cause__ is not None and str(raised).startswith((UNION, OF_CLASS)):
+                raised = raised.__cause__
+            if isinstance(raised, ValueError) and not is_check(raised):  # of a library, about its arguments
+                raise UserError(f"the configuration does not fit: {one_line(raised)}") from raised
+            raise raised from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """With what exact resume needs: atomic checkpoints and logs, and what checkpoints lack of the state."""
-        summary = self._get(self.config_init, "trainer")["enable_model_summary"]
-        trainer = super().instantiate_trainer(enable_model_summary=False, **kwargs)
+        config = self._get(self.config_init, "trainer")
+        self._name_run(config)
+        summary = config["enable_model_summary"]
+        with arguments_of("trainer"):
+            trainer = super().instantiate_trainer(enable_model_summary=False, **kwargs)
         if summary is not False:
             trainer.callbacks.append(ModelSize())
         if type(trainer.strategy).load_checkpoint not in (Strategy.load_checkpoint, FSDP2Strategy.load_checkpoint):
@@ -84,6 +136,21 @@ class LunaCLI(LightningCLI):
             # after those that write checkpoints: a step whose checkpoint is due is not done again
             trainer.callbacks.append(StopTogether())
         return trainer
+
+    def _name_run(self, config: Any) -> None:
+        """Have a run write where its name says, unless the trainer's own options say otherwise."""
+        folder = f"runs/{self._get(self.config, 'name')}"
+        if config["default_root_dir"] is None:
+            config["default_root_dir"] = folder
+        if config["logger"] is None:
+            config["logger"] = [CSVLogger("runs", Path(folder).name), TensorBoardLogger(folder, "tensorboard")]
+        unwanted = [ProgressBar] if config["enable_progress_bar"] is False else []
+        unwanted += [Checkpoint, ExportBest] if config["enable_checkpointing"] is False else []
+        callbacks = [c for c in config["callbacks"] or [] if not isinstance(c, tuple(unwanted))]
+        if self.subcommand == "predict" and (out := self._get(self.config, "out")):
+            check_output(Path(out), [".csv"], overwrite=True)
+            callbacks = [c for c in callbacks if not isinstance(c, PredictionWriter)] + [PredictionWriter(out)]
+        config["callbacks"] = callbacks
 
     def _configuration(self) -> str:
         config = self.config[self.subcommand].clone()
@@ -155,53 +222,36 @@ def build(args: list[str] | None = None, run: bool = True) -> LunaCLI:
         args: the words of the command line; None takes those of this process.
         run: False knows no subcommands and only builds.
     """
-    named = names_its_task(sys.argv[1:] if args is None else args)
+    strict = {"exit_on_error": False, "allow_abbrev": False}
     return LunaCLI(
-        TimmTask if named else ClassificationTask,
+        TimmTask,
         LightningDataModule,
-        subclass_mode_model=named,
+        subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         # Errors reach main() as exceptions; jsonargparse would print its usage and leave.
-        parser_kwargs={"exit_on_error": False, **{name: {"exit_on_error": False} for name in SUBCOMMANDS if run}},
+        parser_kwargs={**strict, **{name: dict(strict) for name in SUBCOMMANDS if run}},
         args=args,
         run=run,
     )
 
 
-def names_its_task(args: list[str]) -> bool:
-    """Whether a config or an argument says by ``model.class_path`` what the task is; if not, it is classification."""
-    files = [value for name, value in zip(args, args[1:], strict=False) if name in ("-c", "--config")]
-    files += [arg.partition("=")[2] for arg in args if arg.startswith(("--config=", "-c="))]
-    for file in files:
-        try:
-            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            continue  # what is wrong with it is said when it is parsed
-        model = content.get("model") if isinstance(content, dict) else None
-        if isinstance(model, str) or (isinstance(model, dict) and "class_path" in model):
-            return True
-    return any(arg == "--model" or arg.startswith(("--model=", "--model.class_path")) for arg in args)
-
-
-def with_default_config(args: list[str], default_config: Path | None) -> list[str]:
-    """Insert ``--config default_config`` after ``fit`` unless a config is named."""
-    if "fit" not in args or default_config is None:
-        return args
-    if any(arg in ("-c", "--config", "-h", "--help") or arg.startswith(("--config=", "-c=")) for arg in args):
+def with_default_config(args: list[str]) -> list[str]:
+    """Insert the digits' config after ``fit`` unless a config is named; it is never mixed into another one."""
+    if "fit" not in args or any(arg in ("-c", "--config") or arg.startswith(("--config=", "-c=")) for arg in args):
         return args
     position = args.index("fit") + 1
-    return [*args[:position], "--config", str(default_config), *args[position:]]
+    return [*args[:position], "--config", str(DIGITS), *args[position:]]
 
 
-def main(default_config: Path | None = None) -> None:
-    """Run the command line and exit with its code; see the module's text.
-
-    Args:
-        default_config: what ``fit`` runs when no config is named. It is never mixed into another one.
-    """
+def main() -> NoReturn:
+    """Run the command line of this process and exit with its code; see the module's text."""
+    text = short_help(sys.argv[1:])
+    if text:
+        print(text)
+        sys.exit()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's use of PyTorch, nothing a user can change
     # of a callback that every fit has of itself, and of scores of checkpoints, which a test does not write
     warnings.filterwarnings("ignore", message=r".*add the following callbacks: \['ExactResume'\]")
@@ -210,16 +260,20 @@ def main(default_config: Path | None = None) -> None:
         lambda record: "Tip:" not in record.getMessage()
     )
     # In place: with several devices, Lightning starts the other processes with these arguments.
-    sys.argv[1:] = with_default_config(sys.argv[1:], default_config)
+    sys.argv[1:] = with_default_config(["--help" if word == "--help_all" else word for word in sys.argv[1:]])
+    run_command(_run)
+
+
+def _run() -> int | None:
     try:
         build()
-    except KeyboardInterrupt:
-        sys.exit(130)
     except SIGTERMException:
-        sys.exit(143)
+        return 143
+    except MisconfigurationException as error:  # of a trainer, about its options
+        raise UserError(one_line(error)) from error
     except SystemExit as error:
         # Lightning shuts down on Ctrl-C and then exits with 1.
-        sys.exit(130 if isinstance(error.__context__, KeyboardInterrupt) else error.code)
+        return 130 if isinstance(error.__context__, KeyboardInterrupt) else error.code
     except RuntimeError as error:
         # stopped between its set-up and its first batch, a run cannot be torn down by Lightning, which says so
         context = error.__context__
@@ -227,20 +281,4 @@ def main(default_config: Path | None = None) -> None:
             context = context.__context__
         if context is None:
             raise
-        sys.exit(130 if isinstance(context, KeyboardInterrupt) else 143)
-    except USER_ERRORS as error:
-        if os.environ.get("LUNA_VISION_TRACEBACK") == "1":
-            raise
-        print(f"error: {printable(one_line(error))}", file=sys.stderr)
-        sys.exit(2)
-
-
-def one_line(error: BaseException) -> str:
-    """What went wrong, in one line, out of messages that have many."""
-    text = str(error).strip()
-    if "Original Traceback" in text:  # raised in a data worker: the last line is the worker's own error
-        last = text.rsplit("\n", 1)[-1]
-        text = last.partition(": ")[2] or last
-    if "Problem with given class_path" in text:  # jsonargparse goes on to list all that the value might have been
-        text = re.split(r"\n\s*- |\n\s*Given value", text[text.index("Problem with given class_path") :])[0]
-    return " ".join(text.split()) or type(error).__name__
+        return 130 if isinstance(context, KeyboardInterrupt) else 143

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from luna_vision.tasks.cli import main
+from luna_vision.cli.train import main
 
 DEBUG = str(Path(__file__).parents[1] / "configs" / "debug.yaml")
 DATA = ["--data=ImageFolderDataModule", "--data.root=photos", "--data.img_size=16", "--data.in_chans=1"]

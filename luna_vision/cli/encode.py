@@ -1,51 +1,45 @@
-"""Encode an image that need not fit into memory: `python -m luna_vision.streaming encode --help`."""
+"""``luna-vision encode``: an image that need not fit into memory."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from safetensors.numpy import save
+from .common import Parser, add_model_options, at_least, load, model_options
 
-import luna_vision
+if TYPE_CHECKING:
+    from ..execution import Encoded
 
-from .._commands import Parser, add_model_arguments, at_least, check_output, load_model, random_weights, run_command
-from ..execution.encode import Encoded, encode
-from ..execution.grid import check_apart, check_grid
-from ..execution.plan import parse_bytes
-from ..images import open_image
-from ..utils.files import new_file
-
+MODEL = "luna_vit_tiny"  # where none is named
 SUFFIXES = (".npz", ".safetensors")
-STORE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STORE_TYPES = ("float32", "bfloat16")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m luna_vision.streaming", description="Images that do not fit into memory, exactly.")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    sub = commands.add_parser(
+def _parser() -> Parser:
+    parser = Parser(
         "encode",
         usage="%(prog)s IMAGE --out FILE [options]",
         description="Embedding, logits and memory of one image of any size, as the ordinary forward pass computes "
         "them. With --store, a run that was stopped goes on with the same command.",
     )
-    sub.add_argument(
+    parser.add_argument(
         "image", type=Path, metavar="IMAGE", help="TIFF (tiled, pyramid), .zarr, .npy; PNG, JPEG, ... are decoded whole"
     )
-    sub.add_argument("--out", type=Path, required=True, metavar="FILE", help=".npz or .safetensors")
-    sub.add_argument("--grid", type=Path, metavar="FILE", help="the patch features (H', W', C), .npy or .zarr")
-    sub.add_argument("--overwrite", action="store_true", help="replace what is at --out and --grid")
-    add_model_arguments(sub, default="luna_vit_tiny")
-    group = sub.add_argument_group("image")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".npz or .safetensors")
+    parser.add_argument("--grid", type=Path, metavar="FILE", help="the patch features (H', W', C), .npy or .zarr")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at --out and --grid")
+    add_model_options(parser, default=MODEL)
+    group = parser.add_argument_group("pixels")
     group.add_argument("--level", type=at_least(0), metavar="N", help="of a pyramid; 0, the default, is the largest")
     group.add_argument(
-        "--mean", type=float, nargs="+", help="of pixels in [0, 1], one number or one a channel (default: the model's)"
+        "--mean",
+        type=float,
+        nargs="+",
+        metavar="X",
+        help="of pixels in [0, 1], one number or one a channel (default: the model's)",
     )
-    group.add_argument("--std", type=float, nargs="+", help="likewise")
-    group = sub.add_argument_group("memory and disk")
+    group.add_argument("--std", type=float, nargs="+", metavar="X", help="likewise")
+    group = parser.add_argument_group("memory and disk")
     group.add_argument(
         "--memory-budget", default="4GB", metavar="SIZE", help="beyond model and libraries (default: %(default)s)"
     )
@@ -55,20 +49,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _save(path: Path, result: Encoded, about: dict[str, Any]) -> None:
-    named = {name: getattr(result, name) for name in ("embedding", "logits", "memory", "raw_memory")}
-    arrays = {name: value.float().numpy() for name, value in named.items() if value is not None}
-    about = {**about, "grid_size": list(result.grid_size)}
-    with new_file(path) as file:
-        if path.suffix == ".npz":
-            np.savez(file, **arrays, about=np.array(json.dumps(about)))
-        else:
-            file.write(save(arrays, {"about": json.dumps(about)}))
-
-
-def main(argv: list[str] | None = None) -> int:
+def main(words: list[str]) -> int:
     """Do what the command line says; returns the exit code, 130 after Ctrl-C."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_args(words)
+
+    import torch
+
+    from .. import __version__
+    from ..execution import encode
+    from ..execution.grid import check_apart, check_grid
+    from ..execution.plan import parse_bytes
+    from ..images import open_image
+    from ..models.factory import random_weights
+    from ..utils.files import check_output
+
     check_output(args.out, SUFFIXES, args.overwrite)
     check_apart(args.out, "the output", args.image)
     parse_bytes(args.memory_budget)
@@ -80,11 +74,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.store is not None and args.store.exists() and not args.store.is_dir():
         raise NotADirectoryError(f"--store {args.store} is a file: give a folder")
     image = open_image(args.image, args.level)
-    model = load_model(args)
+    model = load(args, default=MODEL)
     about = {
-        "luna_vision": luna_vision.__version__,
+        "luna_vision": __version__,
         "model": getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__),
-        "random_weights": random_weights(args),
+        "random_weights": random_weights(**model_options(args)),
         "image": str(args.image),
         "image_shape": list(image.shape),
         "store_dtype": args.store_dtype,
@@ -96,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
             mean=args.mean,
             std=args.std,
             store=args.store,
-            store_dtype=STORE_TYPES.get(args.store_dtype),
+            store_dtype=getattr(torch, args.store_dtype) if args.store_dtype else None,
             memory_budget=args.memory_budget,
             band_rows=args.band_rows,
             grid=args.grid,
@@ -111,5 +105,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    run_command(main)
+def _save(path: Path, result: "Encoded", about: dict[str, Any]) -> None:
+    import numpy as np
+    from safetensors.numpy import save
+
+    from ..utils.files import new_file
+
+    named = {name: getattr(result, name) for name in ("embedding", "logits", "memory", "raw_memory")}
+    arrays = {name: value.float().numpy() for name, value in named.items() if value is not None}
+    about = {**about, "grid_size": list(result.grid_size)}
+    with new_file(path) as file:
+        if path.suffix == ".npz":
+            np.savez(file, **arrays, about=np.array(json.dumps(about)))
+        else:
+            file.write(save(arrays, {"about": json.dumps(about)}))

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 
-from luna_vision.tasks.cli import main
+from luna_vision.cli.train import main
 
 DEBUG = Path(__file__).parents[1] / "configs" / "debug.yaml"
 

@@ -11,10 +11,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
-from luna_vision._commands import run_command
+from luna_vision.cli.common import run_command
+from luna_vision.cli.encode import main
+from luna_vision.execution import encode
 from luna_vision.execution.checkpoint import Checkpoint
-from luna_vision.streaming import encode
-from luna_vision.streaming.__main__ import main
 
 SMALL = {"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 4, "memory_len": 3, "num_classes": 5}
 
@@ -26,7 +26,7 @@ def words(make, photo, tmp_path) -> list[str]:
     save_file(make(dtype=torch.float32).state_dict(), tmp_path / "tiny.safetensors")
     arguments = ["--model", "test_luna_vit", "--model-args", *(f"{k}={v}" for k, v in SMALL.items())]
     weights = ["--checkpoint", str(tmp_path / "tiny.safetensors"), "--device", "cpu"]
-    return ["encode", str(tmp_path / "a.tif"), *arguments, *weights]
+    return [str(tmp_path / "a.tif"), *arguments, *weights]
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
@@ -70,9 +70,7 @@ def test_a_stopped_run_goes_on(words, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "store").exists()
 
 
-@pytest.mark.parametrize(
-    "name, writer", [("out.npz", "numpy.savez"), ("out.safetensors", "luna_vision.streaming.__main__.save")]
-)
+@pytest.mark.parametrize("name, writer", [("out.npz", "numpy.savez"), ("out.safetensors", "safetensors.numpy.save")])
 def test_an_output_that_cannot_be_written_costs_the_last_step_only(name, writer, words, tmp_path, monkeypatch):
     words += ["--store", str(tmp_path / "store"), "--out", str(tmp_path / name)]
 
@@ -91,7 +89,7 @@ def test_an_output_that_cannot_be_written_costs_the_last_step_only(name, writer,
 
 def test_random_weights_are_announced(photo, tmp_path, capsys):
     np.save(tmp_path / "a.npy", photo[:30, :30])
-    assert main(["encode", str(tmp_path / "a.npy"), "--model", "test_luna_vit", "--out", str(tmp_path / "o.npz")]) == 0
+    assert main([str(tmp_path / "a.npy"), "--model", "test_luna_vit", "--out", str(tmp_path / "o.npz")]) == 0
     assert "test_luna_vit has RANDOM WEIGHTS" in capsys.readouterr().err
     assert json.loads(str(np.load(tmp_path / "o.npz")["about"]))["random_weights"] is True
 
@@ -120,7 +118,7 @@ def test_mistakes(change, message, words, tmp_path, capsys):
     for name in ("old.npz", "old.npy"):
         (tmp_path / name).write_bytes(b"")
     words = ["--out", str(tmp_path / "o.npz"), *(w.format(tmp=tmp_path) for w in change)]
-    image = ["encode", str(tmp_path / "a.tif")]
+    image = [str(tmp_path / "a.tif")]
     model = [] if "--model" in change else ["--model", "test_luna_vit"]
     with pytest.raises(SystemExit) as stop:
         run_command(lambda: main([*image, *model, *words]))
@@ -136,14 +134,14 @@ def test_the_image_is_not_written_over(photo, tmp_path):
     with pytest.raises(
         ValueError, match="the patch grid .*a.npy would be written over the image .*a.npy: give another"
     ):
-        main(["encode", str(image), "--out", str(out), "--grid", str(image), "--overwrite"])
+        main([str(image), "--out", str(out), "--grid", str(image), "--overwrite"])
     with pytest.raises(ValueError, match="the output .*o.npz would be written over the image .*o.npz: give another"):
-        main(["encode", str(out), "--out", str(out), "--overwrite"])
+        main([str(out), "--out", str(out), "--overwrite"])
     assert image.read_bytes() == before
 
 
 def test_no_image(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        run_command(lambda: main(["encode", str(tmp_path / "no.tif"), "--out", str(tmp_path / "o.npz")]))
+        run_command(lambda: main([str(tmp_path / "no.tif"), "--out", str(tmp_path / "o.npz")]))
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"error: there is no image {tmp_path / 'no.tif'}\n"

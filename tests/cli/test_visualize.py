@@ -1,4 +1,4 @@
-"""`python -m luna_vision.visualize`: pictures for what can be drawn, one line for what cannot."""
+"""`luna-vision visualize`: pictures for what can be drawn, one line for what cannot."""
 
 import os
 
@@ -10,8 +10,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
 
-from luna_vision._commands import run_command
-from luna_vision.visualize import __main__ as command
+from luna_vision.cli.common import run_command
+from luna_vision.cli.visualize import main
+from luna_vision.models import LunaVit
+from luna_vision.visualize import pictures
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 57, 3), dtype=np.uint8)
 SMALL = ["--model", "test_luna_vit", "--layers", "-1", "--top", "1", "--device", "cpu"]
@@ -26,7 +28,7 @@ def folder(tmp_path, monkeypatch):
 
 def run(*words: str) -> int:
     with pytest.raises(SystemExit) as end:
-        run_command(lambda: command.main([*words]))
+        run_command(lambda: main([*words]))
     return end.value.code
 
 
@@ -35,8 +37,8 @@ def drawn(monkeypatch):
     """The figures that are made, as (function, arguments)."""
     calls = []
     for name in ("plot_memory", "plot_features"):
-        true = getattr(command, name)
-        monkeypatch.setattr(command, name, lambda *a, _n=name, _t=true, **k: calls.append((_n, a, k)) or _t(*a, **k))
+        true = getattr(pictures, name)
+        monkeypatch.setattr(pictures, name, lambda *a, _n=name, _t=true, **k: calls.append((_n, a, k)) or _t(*a, **k))
     return calls
 
 
@@ -82,8 +84,8 @@ def test_hidden_names_are_skipped_and_counted(folder, capsys):
 def test_names_differ_on_any_file_system():
     """Some take A.png for a.png; and of many images of one name none is compared with all others."""
     files = ["x/a.png", "y/A.jpg", "z/a-2.png", "z/a.png", "Ä.png", "x/ä.png"]
-    assert command._names(files) == ["a.png", "A-2.png", "a-2-2.png", "a-3.png", "Ä.png", "ä-2.png"]
-    assert command._names([f"{i}/1.jpg" for i in range(20_000)])[-1] == "1-20000.png"
+    assert pictures.picture_names(files) == ["a.png", "A-2.png", "a-2-2.png", "a-3.png", "Ä.png", "ä-2.png"]
+    assert pictures.picture_names([f"{i}/1.jpg" for i in range(20_000)])[-1] == "1-20000.png"
 
 
 def test_images_that_cannot_be_read_are_named_and_the_others_kept(folder, capsys):
@@ -100,34 +102,55 @@ def test_images_that_cannot_be_read_are_named_and_the_others_kept(folder, capsys
 
 
 @pytest.mark.parametrize("kind", ["memory", "features"])
-def test_whatever_goes_wrong_with_one_image_names_it_and_leaves_the_others(kind, monkeypatch, capsys):
-    for name in "bcd":
-        Image.fromarray(IMAGE).save(f"{name}.png")
-    see, save = command._see, Figure.savefig
-    failures = {"a.png": MemoryError(), "b.png": RuntimeError("cannot allocate\na trace"), "c.png": ValueError("odd")}
+def test_an_image_without_room_is_named_and_the_others_kept(kind, monkeypatch, capsys):
+    Image.fromarray(IMAGE).save("b.png")
+    see = pictures.view
 
-    def failing(model, image, args):
-        if isinstance(image, str) and image in failures:
-            raise failures[image]
-        return see(model, image, args)
+    def no_room(model, image, *args):
+        if isinstance(image, str) and image == "a.png":
+            raise MemoryError
+        return see(model, image, *args)
+
+    monkeypatch.setattr(pictures, "view", no_room)
+    assert run("a.png", "b.png", *SMALL, "--kind", kind, "--out", kind) == 1
+    out, err = capsys.readouterr()
+    assert out == f"{kind}/b.png\n"
+    assert [line for line in err.splitlines() if line.startswith("error: ")] == ["error: a.png: MemoryError"]
+
+
+@pytest.mark.parametrize("kind", ["memory", "features"])
+@pytest.mark.parametrize("raised", [torch.OutOfMemoryError("CUDA out of memory"), KeyError("a bug")])
+def test_what_is_not_about_an_image_stops_with_its_traceback(raised, kind, monkeypatch, capsys):
+    for name in "bc":
+        Image.fromarray(IMAGE).save(f"{name}.png")
+    method = {"memory": "get_attention_maps", "features": "forward_intermediates"}[kind]
+    work, left = getattr(LunaVit, method), iter(range(100))
+
+    def fail(self, x, *args, **kwargs):
+        if next(left) > 1:
+            raise raised
+        return work(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(LunaVit, method, fail)
+    with pytest.raises(type(raised)):
+        main(["a.png", "b.png", "c.png", *SMALL, "--kind", kind, "--out", kind])
+    assert "error: " not in capsys.readouterr().err
+
+
+def test_a_full_disk_stops_in_one_line(monkeypatch, capsys):
+    for name in "bc":
+        Image.fromarray(IMAGE).save(f"{name}.png")
+    save = Figure.savefig
 
     def full(self, target, **options):
-        if ".d." in target.name:
+        if ".b." in target.name:
             raise OSError(28, "No space left on device")
         save(self, target, **options)
 
-    monkeypatch.setattr(command, "_see", failing)
     monkeypatch.setattr(Figure, "savefig", full)
-    Image.fromarray(IMAGE).save("e.png")
-    assert run(*(f"{name}.png" for name in "abcde"), *SMALL, "--kind", kind, "--out", kind) == 1
+    assert run("a.png", "b.png", "c.png", *SMALL, "--out", "out") == 2
     out, err = capsys.readouterr()
-    assert out == f"{kind}/e.png\n"
-    assert [line for line in err.splitlines() if line.startswith("error: ")] == [
-        "error: a.png: MemoryError",
-        "error: b.png: cannot allocate a trace",
-        "error: c.png: odd",
-        f"error: cannot write {kind}/d.png: No space left on device",
-    ]
+    assert out == "out/a.png\n" and err.endswith("error: cannot write out/b.png: No space left on device\n")
 
 
 def test_names_that_are_no_utf8(folder, drawn, capsys):
@@ -201,6 +224,6 @@ def test_a_folder_that_cannot_be_written_is_refused_before_work(folder, monkeypa
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    monkeypatch.setattr(command, "load_model", lambda args, **_: pytest.fail("work was begun"))
+    monkeypatch.setattr("luna_vision.models.factory.load_model", lambda *_, **__: pytest.fail("work was begun"))
     assert run("a.png", *SMALL, "--out", "x.png") == 2
     assert capsys.readouterr().err == "error: cannot write into .: Permission denied\n"

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from luna_vision.execution import encode
 from luna_vision.mixers import MIXERS
-from luna_vision.streaming import encode
 
 from .conftest import close, normalised
 

@@ -7,7 +7,7 @@ import torch
 
 import luna_vision  # noqa: F401  registers the models
 from luna_vision.benchmarks.gigapixel import Mosaic
-from luna_vision.streaming import encode
+from luna_vision.execution import encode
 
 from .conftest import normalised
 

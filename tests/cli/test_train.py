@@ -17,22 +17,21 @@ import yaml
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 
+from luna_vision.cli import train as cli
+from luna_vision.cli.train import DIGITS, LunaCLI, build, main, with_default_config
 from luna_vision.data import AUGMENTATIONS
-from luna_vision.tasks import cli
-from luna_vision.tasks.cli import main, one_line, with_default_config
+from luna_vision.tasks import ClassificationTask
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DEBUG = str(ROOT / "configs" / "debug.yaml")
 
 
-def call(monkeypatch, *args: str, default_config: Path | None = None) -> int:
+def call(monkeypatch, *args: str) -> int:
     """Run the command line in this process and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["train.py", *args])
-    try:
-        main(default_config)
-    except SystemExit as error:
-        return int(error.code or 0)
-    return 0
+    with pytest.raises(SystemExit) as end:
+        main()
+    return int(end.value.code or 0)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +62,7 @@ def test_fit_writes_logs_and_checkpoints_and_says_how_to_go_on(run_dir):
 
 def test_fit_says_how_large_the_model_is_and_nothing_wrong_about_flops(run_dir):
     arguments = yaml.safe_load(Path(DEBUG).read_text())["model"]
-    sizes = {name: arguments[name] for name in ("num_classes", "in_chans")}
-    model = timm.create_model(arguments["model_name"], **sizes, **arguments["model_kwargs"])
+    model = timm.create_model(arguments["model_name"], num_classes=10, in_chans=1, **arguments["model_kwargs"])
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in run_dir[1]
     assert "FLOPs" not in run_dir[1]
 
@@ -94,14 +92,17 @@ def test_evaluation_of_a_checkpoint(run_dir, monkeypatch, tmp_path, capsys, recw
     ]  # which nobody can do anything about
 
 
-def test_predict_writes_csv(run_dir, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["predictions.csv", "mine.csv"])
+def test_predict_writes_csv(run_dir, monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     for index in range(3):
         Image.new("L", (20, 30), 80 * index).save(tmp_path / f"{index}.png")
     checkpoint = run_dir[0] / "runs/debug/version_0/checkpoints/best.ckpt"
     arguments = ["predict", "--config", DEBUG, "--ckpt_path", str(checkpoint), f"--data.predict_path={tmp_path}"]
-    assert call(monkeypatch, *arguments) == 0
-    (path,) = tmp_path.rglob("*predictions*")
+    out = [] if name == "predictions.csv" else ["--out", f"new/{name}"]
+    assert call(monkeypatch, *arguments, *out) == 0
+    (path,) = tmp_path.rglob("*.csv")
+    assert path.name == name and (not out or path.parent == tmp_path / "new")
     rows = list(csv.DictReader(path.open()))
     assert [Path(row["image"]).name for row in rows] == ["0.png", "1.png", "2.png"]
     assert list(rows[0]) == ["image", *(f"{name}{i}" for name in ("label", "probability") for i in range(1, 6))]
@@ -143,7 +144,7 @@ def test_an_unreadable_training_image_is_one_line_and_a_bug_of_an_augmentation_i
         (tmp_path / "photos/train" / name).mkdir(parents=True)
         for index in range(20):
             Image.new("L", (20, 30), 12 * index).save(tmp_path / f"photos/train/{name}/{index}.png")
-    options = ["--data=ImageFolderDataModule", "--data.root=photos", "--model.num_classes=2"]
+    options = ["--data=ImageFolderDataModule", "--data.root=photos"]
     command = ["fit", "--config", DEBUG, *options, f"--data.num_workers={workers}", "--data.augmentation=timm"]
 
     def backend(aug):
@@ -182,6 +183,19 @@ def error_line(capsys) -> str:
         (["fit", "--config", DEBUG, "--data=ImageFolderDataModule", "--data.root=nowhere"], "nowhere"),
         (["fit", "--config", DEBUG, "--ckpt_path=gone.ckpt"], "gone.ckpt"),
         (["test", "--config", DEBUG], "test needs weights"),
+        (["test"], "required, here or in a --config: data"),
+        (["fit", "--config", DEBUG, "--out=a.csv"], "unrecognized arguments: --out"),
+        (["fit", "--config", DEBUG, "--trainer.max_epoch=3"], "unrecognized arguments: --trainer.max_epoch"),
+        (["fit", "--config", DEBUG, "--model.lr=abc"], r"model.lr: Expected a float. Got value: abc$"),
+        (
+            ["fit", "--config", DEBUG, "--model.loss=abc"],
+            r"model.loss: Expected one of \['ce', 'bce'\]. Got value: abc$",
+        ),
+        (["fit", "--config", DEBUG, "--data.img_size=x"], r"data.img_size: Expected an int or list. Got value: x$"),
+        (["fit", "--config", DEBUG, "--trainer.max_epochs=x"], r"trainer.max_epochs: Expected an int. Got value: x$"),
+        (["fit", "--config", DEBUG, "--trainer.devices=[a]"], "devices"),
+        (["fit", "--config", DEBUG, "--data=Nope"], r"data: there is no class Nope$"),
+        (["fit", "--config", DEBUG, "--data.augmentation=x"], "error: unknown augmentation 'x'; choose from"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(monkeypatch, tmp_path, capsys, arguments, message):
@@ -212,25 +226,91 @@ def test_traceback_on_request(monkeypatch, tmp_path):
 
 
 def test_default_config_only_where_none_is_named():
-    default = Path("default.yaml")
-    expected = ["fit", "--config", "default.yaml", "--model.lr=1"]
-    assert with_default_config(["fit", "--model.lr=1"], default) == expected
-    for args in (
-        ["fit", "--config", "a.yaml"],
-        ["fit", "-c", "a.yaml"],
-        ["fit", "--config=a.yaml"],
-        ["test"],
-        ["fit", "-h"],
-    ):
-        assert with_default_config(args, default) == args
+    assert with_default_config(["fit", "--model.lr=1"]) == ["fit", "--config", str(DIGITS), "--model.lr=1"]
+    for args in (["fit", "--config", "a.yaml"], ["fit", "-c", "a.yaml"], ["fit", "--config=a.yaml"], ["test"]):
+        assert with_default_config(args) == args
 
 
-def test_error_of_a_data_worker_is_reduced_to_its_last_line():
-    error = ValueError(
-        "Caught SampleError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
-        '  File "x.py", line 1, in f\npackage.SampleError: cannot decode image file a.png: broken'
-    )
-    assert one_line(error) == "cannot decode image file a.png: broken"
+@pytest.mark.parametrize("words", [["--model.help", "DetectionTask"], ["--data.help", "CanvasDataModule"]])
+def test_help_of_a_class_needs_no_config(words, monkeypatch, capsys):
+    assert call(monkeypatch, "validate", *words) == 0
+    option = "--model.min_size" if words[0] == "--model.help" else "--data.item_size"
+    assert option in capsys.readouterr().out
+
+
+def test_a_bug_in_a_constructor_keeps_its_traceback(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def bug(self):
+        raise AttributeError("a bug")
+
+    monkeypatch.setattr(ClassificationTask, "_mixer", bug)
+    monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--config", DEBUG])
+    with pytest.raises(AttributeError, match="a bug") as raised:
+        main()
+    assert "in bug" in "".join(traceback.format_exception(raised.value)) and "error: " not in capsys.readouterr().err
+
+
+def test_an_error_of_a_library_while_training_keeps_its_traceback(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ClassificationTask, "training_loss", lambda *args: torch.distributions.Normal(0.0, -1.0))
+    monkeypatch.setattr(sys, "argv", ["train.py", "fit", "--config", DEBUG])
+    with pytest.raises(ValueError, match="scale"):
+        main()
+    assert "error: " not in capsys.readouterr().err
+
+
+def built(*words: str) -> LunaCLI:
+    return build(["--config", DEBUG, *words], run=False)
+
+
+def test_the_data_says_what_the_model_is_built_for(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    plain = ["--data.img_size=24", "--data.in_chans=3"]
+    segmentation = ["--model=SegmentationTask", "--data=CanvasSegmentationDataModule", "--data.side=64"]
+    segmentation += [
+        "--data.num_items=1",
+        "--data.item_size=16",
+        "--data.num_train=4",
+        "--data.num_val=2",
+        "--model.pyramid_channels=8",
+    ]
+    for words, size, chans in ((plain, 24, 3), (segmentation, 64, 1), ([*plain, "--model.in_chans=3"], 24, 3)):
+        hparams = built(*words).model.hparams
+        assert (hparams.num_classes, hparams.in_chans, hparams.model_kwargs["img_size"]) == (10, chans, size)
+    given = built(*plain, "--model.model_kwargs.img_size=48").model
+    assert given.hparams.model_kwargs["img_size"] == 48 and given.model.patch_embed.img_size == (48, 48)
+
+
+def test_a_name_is_all_that_a_run_needs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    trainer = built("--name=mine").trainer
+    assert trainer.default_root_dir == "runs/mine"
+    assert [(type(x).__name__, x.root_dir) for x in trainer.loggers] == [
+        ("DurableCSVLogger", "runs/mine"),
+        ("TensorBoardLogger", "runs/mine/tensorboard"),
+    ]
+    trainer = built("--trainer.logger=false", "--trainer.default_root_dir=x").trainer
+    assert not trainer.loggers and trainer.default_root_dir == "x"
+
+
+def test_callbacks_of_every_run_can_be_added_to_replaced_and_switched_off(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+    def names(*words: str) -> set[str]:
+        callbacks = built(*words).trainer.callbacks
+        return {type(c).__name__ for c in callbacks} - {"ModelSize", "SaveConfigCallback"}
+
+    standard = {path.rpartition(".")[2] for path in cli.CALLBACKS}
+    assert names() == standard | {"EMA"}
+    assert names("--trainer.callbacks+=NestedMemory") == standard | {"EMA", "NestedMemory"}
+    assert names("--trainer.callbacks=[{class_path: luna_vision.tasks.LastCheckpoint}]") >= {"LastCheckpoint"}
+    assert "NonFiniteGuard" not in names("--trainer.callbacks=[{class_path: luna_vision.tasks.LastCheckpoint}]")
+    off = names("--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false")
+    assert off == {"EMA", "EpochLines", "ImagesPerSecond", "NonFiniteGuard", "PredictionWriter"}
 
 
 @pytest.mark.parametrize("signal_, code", [(KeyboardInterrupt, 130), (SIGTERMException, 143), (ValueError, None)])
@@ -299,7 +379,7 @@ def test_sigterm_to_a_whole_group_of_processes_ends_cleanly(tmp_path):
         ("--model.mixup=-1", "mixup must be finite and not negative, got -1.0"),
         ("--model.mix_prob=1.5", "mix_prob is a probability, got 1.5"),
         ("--trainer.limit_train_batches=0", "limit_train_batches is 0: there is nothing to train"),
-        ("--model.optimizer_kwargs={betas: [0.9]}", "optimizer_kwargs {'betas': [0.9]} do not fit adamw"),
+        ("--model.optimizer_kwargs={betas: [0.9]}", "optimizer adamw, optimizer_kwargs {'betas': [0.9]}: "),
         ("--model.model_kwargs.pretrained=true", "no pretrained weights"),
         ("--model.model_kwargs.drop_path_rate=2.0", "drop_path_rate must be in [0, 1), got 2.0"),
     ],
@@ -312,13 +392,16 @@ def test_mistakes_are_found_before_a_run_folder_is_made(argument, message, tmp_p
     assert list(tmp_path.rglob("*")) == []
 
 
-def test_a_model_of_another_size(tmp_path, monkeypatch, capsys):
-    """Most of timm's transformers are built for images of one size."""
+def test_a_model_of_one_size_is_built_for_that_of_the_data(tmp_path, monkeypatch, capsys):
+    """Most of timm's transformers are."""
     monkeypatch.chdir(tmp_path)
-    model = ["--model.model_name=vit_tiny_patch16_224", "--model.model_kwargs=null"]
-    assert call(monkeypatch, "fit", "--config", DEBUG, *model) == 2
+    model = ["--model.model_name=vit_tiny_patch16_224", "--model.model_kwargs={depth: 1}"]
+    assert call(monkeypatch, "fit", "--config", DEBUG, *model, "--model.model_kwargs.img_size=224") == 2
     assert "the model does not take images of 16 x 16 pixels: " in error_line(capsys)
     assert list(tmp_path.iterdir()) == []
+    assert (
+        call(monkeypatch, "fit", "--config", DEBUG, *model, "--trainer.fast_dev_run=1", "--test_after_fit=false") == 0
+    )
 
 
 @pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])

@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from luna_vision.execution import encode
 from luna_vision.execution.plan import parse_bytes
-from luna_vision.streaming import encode
 
 
 class Allocations(TorchDispatchMode):

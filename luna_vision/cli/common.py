@@ -1,0 +1,217 @@
+"""What the commands share: their parser, and the options that name a model."""
+
+import argparse
+import ast
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
+
+from ..utils.errors import UserError, is_check
+from ..utils.text import printable
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = [
+    "OF_CLASS",
+    "UNION",
+    "Parser",
+    "add_model_options",
+    "at_least",
+    "load",
+    "model_options",
+    "pairs",
+    "run_command",
+]
+
+DEVICES = ("auto", "cpu", "cuda")
+# how jsonargparse begins
+UNION, OF_CLASS = "Does not validate against any of the Union subtypes", "Problem with given class_path"
+
+
+class _Help(DefaultHelpFormatter):
+    """Help as it is written, without the Python types that jsonargparse adds."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.dest == "print_config":
+            return "print the options as YAML, as --config takes them, and exit"
+        return action.help or ""
+
+
+class Parser(ArgumentParser):
+    """A parser of one command, whose options can stand in a YAML file, too; mistakes are ArgumentErrors."""
+
+    def __init__(self, command: str, **kwargs: Any) -> None:
+        prog = f"luna-vision {command}"
+        super().__init__(prog=prog, formatter_class=_Help, exit_on_error=False, allow_abbrev=False, **kwargs)
+        self.add_argument(
+            "--config",
+            action=ActionConfigFile,
+            metavar="FILE",
+            help="options from a YAML file, by their names with _ for -; what comes after it goes over them",
+        )
+
+
+class _NotWholeError(argparse.ArgumentTypeError, ValueError):
+    """On a command line argparse shows the message of the one, in a file jsonargparse that of the other."""
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option: a whole number of at least `least`."""
+
+    def whole_number(value: str | int) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise _NotWholeError(f"must be a whole number of at least {least}, got {value!r}")
+        return number
+
+    return whole_number
+
+
+def pairs(words: list[str] | dict[str, Any], option: str) -> dict[str, Any]:
+    """Arguments from the NAME=VALUE words of an option; values are Python literals, else strings.
+
+    Raises:
+        UserError: A word without an equals sign.
+    """
+    arguments: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise UserError(f"{option} are NAME=VALUE, got {word!r}")
+        try:
+            arguments[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[name] = value
+    return arguments
+
+
+def add_model_options(parser: Parser, default: str = "luna_vit_small", device: str = "auto") -> None:
+    """Add --model, --model-args, --checkpoint and --device, which `load` reads."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        help="timm name, or local-dir:FOLDER with what save_for_hf wrote; by default that of a training checkpoint, "
+        f"else {default}",
+    )
+    group.add_argument(
+        "--model-args",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="arguments of the model, such as memory_len=32",
+    )
+    group.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="weights: .safetensors, a timm or a Lightning checkpoint"
+    )
+    group.add_argument(
+        "--device", choices=DEVICES, default=device, help=f"auto takes a GPU if there is one (default: {device})"
+    )
+
+
+def model_options(args: Namespace) -> dict[str, Any]:
+    """What the options of `add_model_options` say, as arguments of the functions of `luna_vision.models.factory`."""
+    return {
+        "name": args.model,
+        "arguments": pairs(args.model_args, "--model-args"),
+        "checkpoint": args.checkpoint,
+    }
+
+
+def load(args: Namespace, **overrides: Any) -> "nn.Module":
+    """The model that the options of `add_model_options` name; all else is as in `luna_vision.models.factory`."""
+    from ..models.factory import load_model
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    return load_model(**model_options(args), device=args.device, say=say, **overrides)
+
+
+def run_command(command: Callable[[], int | None]) -> NoReturn:
+    """Exit with what `command` returns (None is 0); a user's mistake is one line on stderr and 2, Ctrl-C is 130.
+
+    `LUNA_VISION_TRACEBACK=1` in the environment shows the traceback of a mistake, too. What is none keeps it.
+    """
+    try:
+        sys.exit(command() or 0)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ArgumentError, ValueError, OSError) as error:
+        if os.environ.get("LUNA_VISION_TRACEBACK") == "1" or not is_mistake(error):
+            raise
+        print(f"error: {printable(message(error))}", file=sys.stderr)
+        sys.exit(2)
+
+
+def is_mistake(error: Exception) -> bool:
+    """Whether the user can mend it: an option, one of our checks, or what the system says of a file."""
+    told_by_system = isinstance(error, OSError) and (error.filename is not None or error.errno is not None)
+    return isinstance(error, ArgumentError) or told_by_system or is_check(error)
+
+
+def message(error: Exception) -> str:
+    """What went wrong, in one line, out of messages that have many."""
+    text = str(error).strip()
+    if "Original Traceback" in text:  # raised in a data worker: the last line is the worker's own error
+        last = text.rsplit("\n", 1)[-1]
+        text = last.partition(": ")[2] or last
+    if isinstance(error, ArgumentError):
+        text = useful(text)
+    return " ".join(text.split()) or type(error).__name__
+
+
+_KEY = re.compile(r'Parser key "([^"]*)"( element \d+)?:\s*')
+
+
+def useful(text: str) -> str:
+    """Of what jsonargparse says of a value, the clause about what it was meant to be, instead of all that it might be.
+
+    ``Parser key "model": ... Problem with given class_path ...: Parser key "lr": Expected ...`` becomes
+    ``model.lr: Expected ...``.
+    """
+    keys = []
+    while True:
+        found = _KEY.match(text)
+        if found:
+            keys.append(found[1])
+            text = text[found.end() :]
+        elif text.startswith(OF_CLASS):
+            text = text.partition(":")[2].strip()
+        elif UNION in text:
+            text = _meant(text.partition(UNION)[2])
+        else:
+            break
+    for pattern, words in (
+        (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
+        (r"\b(a )?typing.Literal", "one of "),
+        ("Expected a int", "Expected an int"),
+        ("Expected a dot import path string:", "there is no class"),
+        (r"arguments are required: (\w+\.)?", "arguments are required, here or in a --config: "),
+    ):
+        text = re.sub(pattern, words, text)
+    return f"{'.'.join(keys)}: {text}" if keys else text
+
+
+def _meant(text: str) -> str:
+    """One of the errors of a value that is none of several types; all of them if no class was meant."""
+    errors, _, value = text.partition("Errors:")[2].rpartition("Given value type:")
+    indent = re.match(r"\s*- ", errors)
+    clauses = dict.fromkeys(clause.strip() for clause in errors.split(indent[0]) if clause.strip()) if indent else {}
+    for start in (OF_CLASS, "Expected a dot import path string"):
+        if of_class := [clause for clause in clauses if clause.startswith(start)]:
+            return of_class[0]
+    expected = [clause for clause in clauses if clause != "Expected a <class 'NoneType'>"]
+    if len(expected) == 1 and not expected[0].startswith("Expected a"):
+        return expected[0]
+    words = " or ".join(clause.removeprefix("Expected a ").partition(". Got value")[0] for clause in expected)
+    return f"Expected a {words}. Got value: {value.partition('Given value: ')[2].strip()}"

@@ -1,0 +1,82 @@
+"""``luna-vision embed``: embeddings of image files."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+from ..utils.text import printable
+from .common import Parser, add_model_options, at_least, load, model_options
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "embed",
+        usage="%(prog)s IMAGE [IMAGE ...] --out FILE [options]",
+        description="Embeddings of images, a row for each. A run that was stopped goes on with the same command.",
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, and folders that are searched for images")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".parquet or .npz")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE, which is refused otherwise")
+    add_model_options(parser)
+    group = parser.add_argument_group("what is written")
+    group.add_argument("--memory", action="store_true", help="the memory slots (L, C), too; takes a Luna ViT")
+    group.add_argument("--grid", action="store_true", help="the patch grid (H', W', C), too")
+    group = parser.add_argument_group("reading", "Images keep their size, unless one of the first two is given.")
+    group.add_argument("--max-size", type=at_least(1), metavar="N", help="longer side at most, in pixels; shrinks only")
+    group.add_argument(
+        "--img-size",
+        type=at_least(1),
+        metavar="N",
+        help="squares of this side, by the evaluation transform with the model's crop_pct and crop_mode",
+    )
+    group.add_argument(
+        "--mean",
+        type=float,
+        nargs="+",
+        metavar="X",
+        help="of pixels in [0, 1], 1 or 3 numbers (default: the model's)",
+    )
+    group.add_argument("--std", type=float, nargs="+", metavar="X", help="likewise")
+    group.add_argument(
+        "--max-pixels",
+        type=at_least(1),
+        metavar="N",
+        help="images with more pixels are refused, as decompression bombs may be (default: 178956970, Pillow's)",
+    )
+    group.add_argument("--batch-size", type=at_least(1), default=32, metavar="N", help="at most (default: %(default)s)")
+    group.add_argument(
+        "--workers",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="processes that decode (default: 0, this one does)",
+    )
+    return parser
+
+
+def main(words: list[str]) -> int:
+    """Do what the command line says; returns the exit code: 1 if an image could not be used, 130 after Ctrl-C."""
+    args = _parser().parse_args(words)
+
+    from ..downstream.embed import Settings, check_target, find_files, write_embeddings
+    from ..models.factory import random_weights
+
+    names = ("max_size", "img_size", "mean", "std", "memory", "grid", "batch_size", "max_pixels", "workers")
+    settings = Settings(**{name: getattr(args, name) for name in names if getattr(args, name) is not None})
+    check_target(args.out, args.overwrite)
+    files, missing = find_files(args.images, partial(print, file=sys.stderr))
+    model = load(args, num_classes=0)
+    try:
+        failures = missing + write_embeddings(model, files, args.out, settings, random_weights(**model_options(args)))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    total = len(files) + len(missing)
+    used = total - len(failures)
+    print(f"{args.out}: {used} of {total} images" if used else f"{args.out} is not written: it would be empty")
+    if failures:
+        print(f"{len(failures)} of {total} images could not be used:", file=sys.stderr)
+    for path, reason in failures:
+        name = printable(path)
+        print(f"  {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
+    return int(bool(failures))

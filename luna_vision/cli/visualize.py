@@ -1,0 +1,99 @@
+"""``luna-vision visualize``: pictures of what the memory looks at, and of patch features."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+from ..utils.errors import UserError
+from ..utils.text import printable
+from .common import Parser, add_model_options, at_least, load, model_options
+
+KINDS = ("memory", "features", "both")
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "visualize",
+        usage="%(prog)s IMAGE [IMAGE ...] [--out PATH] [options]",
+        description="Draw, layer by layer, where each memory slot looks, which slot each patch reads, and patch "
+        "features as colours: one picture for each image.",
+        epilog="Exit code: 0, or 1 if some of the images could not be drawn, or 2 if none could.",
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("pictures"),
+        metavar="PATH",
+        help="the picture (its ending says the format), or a folder, which gets NAME.png for each image "
+        "(default: %(default)s/)",
+    )
+    parser.add_argument(
+        "--kind", choices=KINDS, help="what to draw; features work for any timm model (default: what the model has)"
+    )
+    parser.add_argument(
+        "--layers", nargs="+", type=int, metavar="N", help="from 0, or from the last if negative (default: up to four)"
+    )
+    slots = parser.add_mutually_exclusive_group()
+    slots.add_argument("--slots", nargs="+", type=at_least(0), metavar="N", help="slots that get a column, from 0")
+    slots.add_argument(
+        "--top", type=at_least(1), default=6, metavar="N", help="or the so many that tell most (default: 6)"
+    )
+    parser.add_argument("--head", type=at_least(0), metavar="N", help="one head (default: the mean over heads)")
+    parser.add_argument(
+        "--foreground", action="store_true", help="features of the foreground alone: the rarer side of the first axis"
+    )
+    add_model_options(parser)
+    group = parser.add_argument_group("what the model sees")
+    group.add_argument(
+        "--max-size",
+        type=at_least(1),
+        metavar="PIXELS",
+        help="larger images are reduced to this longer side (default: 1024)",
+    )
+    for name in ("mean", "std"):
+        group.add_argument(
+            f"--{name}",
+            nargs="+",
+            type=float,
+            metavar="X",
+            help=f"{name} of pixels in [0, 1] that the model was trained with, one or three (default: the model's cfg)",
+        )
+    return parser
+
+
+def main(words: list[str]) -> int:
+    """Do what the command line says; returns the exit code.
+
+    Raises:
+        ValueError, OSError: A mistake in the arguments, or not a single picture could be drawn.
+    """
+    args = _parser().parse_args(words)
+
+    from tqdm import tqdm
+
+    from ..models.factory import random_weights
+    from ..visualize.pictures import Drawing, draw_pictures, find_files, picture_files
+
+    errors: list[str] = []
+    files = find_files(args.images, errors, partial(print, file=sys.stderr))  # which tells what is skipped in a folder
+    targets = picture_files(args.out, files, single=len(files) + len(errors) == 1)
+    model = load(args, num_classes=0)  # nothing that is drawn comes from the head
+    names = ("kind", "layers", "head", "foreground", "max_size", "mean", "std")
+    drawing = Drawing(
+        **{name: getattr(args, name) for name in names if getattr(args, name) is not None},
+        slots=args.slots or args.top,
+        warning="RANDOM WEIGHTS: this picture says nothing about the image"
+        if random_weights(**model_options(args))
+        else "",
+    )
+    drawn = 0
+    for target in draw_pictures(model, files, targets, drawing, errors):
+        drawn += 1
+        tqdm.write(printable(str(target)))  # above the bar, if there is one
+        sys.stdout.flush()
+    if not drawn and len(errors) == 1:
+        raise UserError(errors[0])
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return 0 if not errors else 1 if drawn else 2
