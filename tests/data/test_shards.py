@@ -299,7 +299,9 @@ def test_webdataset_mistakes(shards: dict[str, Path], tmp_path: Path, error_of: 
     assert re.fullmatch(message, error_of(data().train_dataloader()))
     train["shard_lengths"][0] -= 1
     content = (root / "train-000001.tar").read_bytes()
-    (root / "train-000001.tar").write_bytes(content[:700])
+    (root / "train-000001.tar").write_bytes(content[: len(content) // 2 + 100])
+    assert f"shard {root}/train-000001.tar ends after " in error_of(data().train_dataloader())
+    (root / "train-000001.tar").write_bytes(b"no tar" * 2000)
     assert f"cannot read shard {root}/train-000001.tar: " in error_of(data().train_dataloader())
     train["filenames"].pop()
     with pytest.raises(ValueError, match=r"_info.json: \d+ filenames, but \d+ shard_lengths"):
