@@ -7,30 +7,25 @@ import luna_vision
 
 # from the top downwards; parts of one line may know each other
 PARTS = [
-    ("export",),
+    ("cli",),
     ("loading",),
-    (
-        "downstream",
-        "tasks",
-    ),  # tasks train the networks of downstream, whose commands read them
-    ("visualize",),  # draws image files, which data reads
+    ("export", "visualize"),
+    ("downstream", "tasks"),  # tasks train the networks of downstream, whose probes read data
     ("data",),
-    ("streaming",),
+    ("execution",),
     ("images",),
     ("models",),
     ("mixers",),
     ("layers",),
     ("functional",),
+    ("utils",),
 ]
 RANK = {part: rank for rank, parts in enumerate(PARTS) for part in parts}
-# private modules at the top of the package serve the part that their name begins with, or all of them
-RANK |= {f"_{part}": rank for part, rank in RANK.items()}
 
 
 def part_of(module: str) -> str | None:
-    """The part that `luna_vision.a.b` belongs to; None if it serves all."""
-    name = module.split(".")[1] if module.startswith("luna_vision.") else ""
-    return next((part for part in RANK if name == part or part.startswith("_") and name.startswith(f"{part}_")), None)
+    """The part that `luna_vision.a.b` belongs to; None for the package itself."""
+    return module.split(".")[1] if module.startswith("luna_vision.") else None
 
 
 def imports(path: Path, root: Path) -> list[str]:
@@ -55,6 +50,12 @@ def test_the_package_needs_no_experiment():
             assert not any(name.split(".")[0] == "experiments" for name in names), path
 
 
+def test_every_file_has_its_room():
+    root = Path(luna_vision.__file__).parent
+    rooms = {path.relative_to(root).parts[0].removesuffix(".py") for path in root.rglob("*.py")} - {"__init__"}
+    assert rooms == set(RANK)
+
+
 def test_imports_go_downwards():
     root = Path(luna_vision.__file__).parent
     upward = []
@@ -63,6 +64,6 @@ def test_imports_go_downwards():
         own = part_of(module)
         for name in imports(path, root):
             other = part_of(name)
-            if own and other and RANK[other] < RANK[own]:
+            if own in RANK and other in RANK and RANK[other] < RANK[own]:
                 upward.append(f"{module} imports {name}")
     assert not upward, "\n".join(upward)

@@ -68,10 +68,10 @@ def main(words: list[str]) -> None:
     if args.format == "hf" and (args.output or args.memory):
         raise UserError("--output and --memory choose what a graph computes, and --format hf has none: leave them out")
 
-    from .._export_files import check_target
-    from .._export_graph import check_model
-    from .._model_card import training_details
     from ..export import export_onnx, export_program, onnx_libraries, save_for_hf
+    from ..export.files import check_target
+    from ..export.graph import check_model
+    from ..export.model_card import training_details
     from ..models.factory import random_weights
 
     if args.format == "onnx":
@@ -110,8 +110,8 @@ def _normalise(model: "nn.Module", args: "Namespace") -> None:
 
 
 def _report(args: "Namespace", checks: "list[Check]") -> None:
-    from .._export_graph import TOLERANCE
     from ..export import HF_FILES
+    from ..export.graph import TOLERANCE
 
     files = [args.out] if args.out.is_file() else [args.out / name for name in HF_FILES]
     print(f"wrote {args.out}, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")

@@ -17,10 +17,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from safetensors.torch import save_file
 
-from luna_vision import _export_graph, export
+from luna_vision import export
 from luna_vision.cli.common import run_command
 from luna_vision.cli.export import main
 from luna_vision.data import DigitsDataModule
+from luna_vision.export import graph
 from luna_vision.tasks import ClassificationTask
 
 SMALL = {"img_size": 32, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 1, "memory_len": 3}
@@ -157,8 +158,8 @@ def test_a_program_is_loaded_by_pytorch_alone(tmp_path):
 @pytest.mark.slow
 def test_a_graph_that_differs_gets_no_name(tmp_path, capsys, monkeypatch):
     """The model that is compared with is made another one while the graph is as it was."""
-    original = _export_graph.reference
-    monkeypatch.setattr(_export_graph, "reference", lambda *args: [1.001 * y for y in original(*args)])
+    original = graph.reference
+    monkeypatch.setattr(graph, "reference", lambda *args: [1.001 * y for y in original(*args)])
     words = ("--model", "test_luna_vit", "--model-args", *WORDS, "--format", "torch-export")
     with pytest.raises(export.ExportError, match="the loaded program differs from PyTorch by"):
         run(*words, "--out", tmp_path / "model.pt2")
@@ -180,14 +181,14 @@ def test_a_graph_that_cannot_be_made_is_no_mistake_of_the_user(tmp_path, capsys,
 def test_what_is_compared():
     """Batches of 1 and 3, sides that are no multiples of the patch, not square, and larger than what is traced."""
     model = small(patch_size=(4, 8), img_size=(32, 64))
-    sizes = _export_graph.check_sizes(model)
+    sizes = graph.check_sizes(model)
     assert sizes[0] == (1, 3, 32, 64)
     assert {size[0] for size in sizes} >= {1, 3}
     assert any(h % 4 and w % 8 for _, _, h, w in sizes)
     assert any(h > 10 * 4 for _, _, h, _ in sizes) and any(w > 6 * 8 for *_, w in sizes)
     for wrong in ([torch.full((1, 5), torch.nan)], [torch.zeros(1, 4)]):
         with pytest.raises(export.ExportError, match="it differs from PyTorch by inf .* at 1 x 3 x 32 x 64; 1e-04 is"):
-            _export_graph.compare(lambda inputs, wrong=wrong: wrong, model, "logits", False, "it")
+            graph.compare(lambda inputs, wrong=wrong: wrong, model, "logits", False, "it")
 
 
 # ---------------------------------------------------------------- hf

@@ -9,11 +9,11 @@ from timm.data import resolve_input_data_config
 from timm.models._hub import generate_readme
 from timm.models._input import get_model_input_config
 
-from .images.decode import MODES
-from .models.factory import training_checkpoint
-from .models.luna_vit import LunaVit
-from .utils.cost import count_macs
-from .utils.text import printable
+from ..images.decode import MODES
+from ..models.factory import training_checkpoint
+from ..models.luna_vit import LunaVit
+from ..utils.cost import count_macs
+from ..utils.text import printable
 
 __all__ = ["model_card", "training_details"]
 

@@ -15,8 +15,8 @@ from timm.models._input import get_model_input_config
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from .images.decode import MODES
-from .models.luna_vit import LunaVit, join_tokens
+from ..images.decode import MODES
+from ..models.luna_vit import LunaVit, join_tokens
 
 OUTPUTS = ("logits", "embedding", "features")
 TOLERANCE = 1e-4  # float32 leaves about 1e-6

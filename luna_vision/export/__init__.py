@@ -22,8 +22,11 @@ import torch
 from timm.models._input import get_model_input_config
 from torch import Tensor
 
-from ._export_files import check_target
-from ._export_graph import (
+from ..models.factory import RANDOM_WEIGHTS
+from ..models.luna_vit import LunaVit
+from ..utils.files import new_file, new_folder, write_text
+from .files import check_target
+from .graph import (
     Check,
     ExportError,
     check_model,
@@ -34,10 +37,7 @@ from ._export_graph import (
     metadata,
     trace,
 )
-from ._model_card import model_card
-from .models.factory import RANDOM_WEIGHTS
-from .models.luna_vit import LunaVit
-from .utils.files import new_file, new_folder, write_text
+from .model_card import model_card
 
 __all__ = ["Check", "ExportError", "export_onnx", "export_program", "onnx_libraries", "save_for_hf"]
 

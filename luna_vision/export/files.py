@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .utils.files import check_folder
+from ..utils.files import check_folder
 
 __all__ = ["SUFFIXES", "check_target"]
 
