@@ -1,6 +1,6 @@
 """What one image that is split over processes puts on the wire: `python -m experiments.benchmarks.wire`.
 
-Counted on paper, from a model's architecture, beside ring attention; `tests/streaming/test_wire.py` counts what is
+Counted on paper, from a model's architecture, beside ring attention; `tests/execution/test_wire.py` counts what is
 really sent and finds the same.
 
 Shapes: N patches, H', W' patch grid, P processes, L memory slots, C width, H heads.

@@ -2,7 +2,7 @@
 
 The first run trains the model of experiments/configs/embeddings.yaml and keeps it in runs/embeddings: ten minutes on
 one thread. Later runs only embed, probe and draw. The embeddings of the neighbours are those of
-`python -m luna_vision.downstream.embed`, which reads image files, so the images are written to a folder first. The
+`luna-vision embed`, which reads image files, so the images are written to a folder first. The
 numbers of the probes go to docs/results/probe.json.
 """
 
