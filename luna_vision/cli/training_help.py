@@ -10,9 +10,9 @@ _WHAT = {
 }
 _OWN = {
     "fit": """\
-  --ckpt_path FILE            go on from a checkpoint, with its optimizer
+  --ckpt_path FILE            begin with a checkpoint, its optimizer included
   --test_after_fit false      leave out the test at the end
-  --resume false              begin anew where a run of this configuration was stopped""",
+  --resume                    take up the newest run of this configuration that was stopped""",
     "predict": """\
   --data.predict_path PATH    an image file or a folder of them; by default the test images
   --out FILE                  .csv; by default predictions.csv in the run's own folder""",
