@@ -76,7 +76,7 @@ class ExactResume(Callback):
     """
 
     def __init__(self, config: dict[str, Any] | None = None) -> None:
-        self.config = config or {}
+        self.config, self._code = config or {}, code_versions()
         self._trainer: Trainer | None = None
         self._random: dict[str, Any] | None = None
         self._folder: Path | None = None
@@ -118,7 +118,7 @@ class ExactResume(Callback):
     on_exception = teardown
 
     def _about(self) -> dict[str, Any]:
-        return {"config": self.config, "code": code_versions(), "processes": self._trainer.world_size}
+        return {"config": self.config, "code": self._code, "processes": self._trainer.world_size}
 
     def state_dict(self) -> dict[str, Any]:
         """Called on all ranks whenever a checkpoint is made."""
@@ -186,8 +186,8 @@ def resume(trainer: Trainer, config: dict[str, Any], asked: bool) -> str | None:
         The newest checkpoint that is complete; None where there is none, or the run is a new one.
 
     Raises:
-        ValueError: Another process is at work on the run; or it was asked for, and the newest unfinished run is of
-            another configuration, as are all others.
+        ValueError: Another process is at work on the run; or it was asked for, and all unfinished runs are of other
+            configurations.
     """
     runs = unfinished_runs(trainer)
     run = next((folder for folder, known in runs if not differences(known, config)), None)
@@ -207,9 +207,8 @@ def resume(trainer: Trainer, config: dict[str, Any], asked: bool) -> str | None:
     if trainer.is_global_zero:
         next(callback for callback in trainer.callbacks if isinstance(callback, ExactResume)).begin(run)
     checkpoint = latest_complete(trainer, run, config)
-    number = run.name.removeprefix("version_")
     for logger in versioned_loggers(trainer):
-        logger._version = int(number) if number.isdecimal() else run.name
+        logger._version = run.name
         if isinstance(logger, CSVLogger) and trainer.is_global_zero:
             keep_rows(logger)
     start = f"from {checkpoint}" if checkpoint else "from its beginning: it has no checkpoint"
