@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import luna_vision
 from luna_vision import export
+from luna_vision.cli.export import main as export_command
 from luna_vision.data import ImageFolderDataModule
 from luna_vision.tasks import ClassificationTask, export_weights
 
@@ -56,7 +57,7 @@ def trained(request, photos, tmp_path_factory) -> tuple[Path, list[dict]]:
     trainer.fit(task, module)
     trainer.save_checkpoint(folder / "best.ckpt")
     export_weights(folder / "best.ckpt", folder / "best.safetensors")
-    assert export.main([f"--checkpoint={folder / 'best.ckpt'}", "--format=hf", f"--out={folder / 'hf'}"]) == 0
+    export_command([f"--checkpoint={folder / 'best.ckpt'}", "--format=hf", f"--out={folder / 'hf'}"])
     module.predict_path = str(photos / "train")
     return folder, trainer.predict(task, module)
 
@@ -108,7 +109,7 @@ def lines_of_the_docs() -> str:
 def test_the_documented_lines_prepare_an_image_as_load_does(trained, tmp_path, monkeypatch, capsys):
     folder, predictions = trained
     monkeypatch.chdir(tmp_path)
-    assert export.main([f"--checkpoint={folder / 'best.ckpt'}", "--format=onnx", "--out=model.onnx"]) == 0
+    export_command([f"--checkpoint={folder / 'best.ckpt'}", "--format=onnx", "--out=model.onnx"])
     model, transform, class_names = luna_vision.load(folder / "best.safetensors")
     for prediction in predictions:
         Path("photo.jpg").unlink(missing_ok=True)

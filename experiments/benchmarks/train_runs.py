@@ -53,10 +53,10 @@ def fit_and_test(run: Run, root: str, work: Path, overlays: Sequence[Config] = (
     Returns:
         What was built, and the result.
     """
-    callbacks = [c for c in run.config["recipe"]["trainer"]["callbacks"] if not c["class_path"].endswith("ProgressBar")]
+    ledger = [{"class_path": "experiments.runs.Ledger"}]
     here = {
         "data": {"init_args": {"root": root}},
-        "trainer": {"logger": False, "callbacks": [{"class_path": "experiments.runs.Ledger"}, *callbacks]},
+        "trainer": {"logger": False, "enable_progress_bar": False, "callbacks+": ledger},
     }
     cli, ledger = fit([run.config["recipe"], *run.config["overlays"], here, *overlays], work)
     scores = {name: float(cli.trainer.callback_metrics[name]) for name in ("test_acc1", "test_loss")}

@@ -16,7 +16,6 @@ from torchmetrics.detection import MeanAveragePrecision
 from luna_vision.downstream.detection import detector_of
 from luna_vision.downstream.segmentation import segmenter_of
 from luna_vision.models.factory import build_model, sized
-from luna_vision.utils.errors import UserError
 
 from .base import TimmTask
 
@@ -30,9 +29,8 @@ class _PyramidTask(TimmTask):
 
     def _settle(self, num_classes: int | None, in_chans: int | None) -> None:
         """Have the hyperparameters say what is built."""
-        if num_classes is None:
-            raise UserError("num_classes must be given: the data does not say it")
-        self.hparams.num_classes, self.hparams.in_chans = num_classes, in_chans or 3
+        self.hparams.num_classes = 10 if num_classes is None else num_classes
+        self.hparams.in_chans = 3 if in_chans is None else in_chans
 
     def load_starting_weights(self, load: Callable[[nn.Module], None]) -> None:
         backbone = self.model.get_submodule(self.pyramid)
@@ -56,7 +54,7 @@ class DetectionTask(_PyramidTask):
 
     Args:
         model_name: name for ``timm.create_model``; the ``luna_vit`` models are registered.
-        num_classes: number of classes, the background not counted; in a run that of the data by default.
+        num_classes: number of classes, the background not counted; in a run that of the data, else 10, by default.
         in_chans: number of image channels; in a run that of the data, else 3, by default.
         model_kwargs: further arguments of the model, such as ``mixer`` or ``drop_path_rate``.
         checkpoint: file to start the backbone from (timm, Lightning or safetensors). Not read when a run is resumed.
@@ -183,7 +181,7 @@ class SegmentationTask(_PyramidTask):
 
     Args:
         model_name: name for ``timm.create_model``; the ``luna_vit`` models are registered.
-        num_classes: number of classes, the background not counted; in a run that of the data by default.
+        num_classes: number of classes, the background not counted; in a run that of the data, else 10, by default.
         in_chans: number of image channels; in a run that of the data, else 3, by default.
         img_size: side of the images in pixels, or [height, width], for a model that is built for one size; in a run
             that of the data by default.
@@ -242,10 +240,10 @@ class SegmentationTask(_PyramidTask):
             raise ValueError(f"background_weight must be above 0, got {background_weight}")
         self.hparams.model_kwargs = sized(model_name, model_kwargs, img_size)
         self.model = segmenter_of(self.hparams)
-        weight = torch.ones(num_classes + 1)
+        weight = torch.ones(self.hparams.num_classes + 1)
         weight[0] = background_weight
         self.register_buffer("class_weight", weight, persistent=False)
-        iou = {"num_classes": num_classes + 1, "average": "macro", "ignore_index": self.IGNORE}
+        iou = {"num_classes": self.hparams.num_classes + 1, "average": "macro", "ignore_index": self.IGNORE}
         self.metrics = nn.ModuleDict({f"{split}_miou": MulticlassJaccardIndex(**iou) for split in ("val", "test")})
 
     def forward(self, images: Tensor) -> Tensor:

@@ -155,6 +155,6 @@ def test_a_run_does_not_go_on_with_other_classes(run):
     record.write_text(json.dumps({**json.loads(record.read_text()), "finished": False}))
     (record.parent / ".run.lock").unlink()  # which this process holds
     rename("dog", "eel")
-    code, _, err = run("fit")
+    code, _, err = run("fit", "--resume")
     assert code == 2 and "the data lacks dog; the data alone has eel" in err[-1]
     assert run("fit")[0] == 0

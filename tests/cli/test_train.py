@@ -289,7 +289,7 @@ def test_a_name_is_all_that_a_run_needs(monkeypatch, tmp_path):
     trainer = built("--name=mine").trainer
     assert trainer.default_root_dir == "runs/mine"
     assert [(type(x).__name__, x.root_dir) for x in trainer.loggers] == [
-        ("DurableCSVLogger", "runs/mine"),
+        ("CSVLogger", "runs/mine"),
         ("TensorBoardLogger", "runs/mine/tensorboard"),
     ]
     trainer = built("--trainer.logger=false", "--trainer.default_root_dir=x").trainer

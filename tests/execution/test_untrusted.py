@@ -36,7 +36,7 @@ def picture(photo) -> np.ndarray:
 
 def refused(capsys, image: Path, *words: str) -> str:
     """What the command says of an image that it does not read, in one line."""
-    words = ["encode", str(image), "--out", str(image.parent / "o.npz"), "--model", "test_luna_vit", *words]
+    words = [str(image), "--out", str(image.parent / "o.npz"), "--model", "test_luna_vit", *words]
     with pytest.raises(SystemExit) as stop:
         run_command(lambda: main([*words, "--device", "cpu"]))
     assert stop.value.code == 2
@@ -342,7 +342,7 @@ def test_links_are_not_followed(name, photo, tmp_path):
     np.save(image, photo[:20, :20])
     (tmp_path / "store").mkdir()
     (tmp_path / name).symlink_to(victim)
-    words = ["encode", str(image), "--out", str(tmp_path / "o.npz"), "--grid", str(tmp_path / "grid.npy")]
+    words = [str(image), "--out", str(tmp_path / "o.npz"), "--grid", str(tmp_path / "grid.npy")]
     words += ["--store", str(tmp_path / "store"), "--model", "test_luna_vit", "--device", "cpu"]
     assert main(words) == 0
     assert victim.read_text() == "precious" and (tmp_path / "grid.npy").is_file()

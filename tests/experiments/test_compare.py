@@ -122,8 +122,9 @@ def test_interrupt_ends_workers_and_still_reports(tmp_path, capsys, monkeypatch)
 
     monkeypatch.setattr(runs, "wait", interrupt)
     monkeypatch.setattr(compare, "execute", sleep)
+    before = set(multiprocessing.active_children())  # loaders of other tests
     assert main([*TINY, *folders(tmp_path), "--only", "luna", "softmax"]) == 130
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
     captured = capsys.readouterr()
     assert "goes on" in captured.err and "| `luna` | 1 | 50.0 [43.1, 56.9] |" in captured.out
 

@@ -17,7 +17,7 @@ def shrink(config: dict, **data) -> dict:
     """The same run of a small model, for one epoch."""
     kept = ("ModelCheckpoint", "LastCheckpoint", "EMA", "ProgressBar")
     trainer, model = config["recipe"]["trainer"], config["recipe"]["model"]
-    trainer["callbacks"] = [c for c in trainer["callbacks"] if c["class_path"].endswith(kept)]
+    trainer["callbacks+"] = [c for c in trainer.get("callbacks+", []) if c["class_path"].endswith(kept)]
     trainer |= {"limit_test_batches": 2, "accelerator": "cpu", "max_epochs": 1}
     config["recipe"]["data"]["init_args"] |= data
     model.get("init_args", model)["model_kwargs"]["embed_dim"] = 16
