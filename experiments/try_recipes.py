@@ -35,9 +35,9 @@ import torchvision.datasets as tvd
 import yaml
 from PIL import Image
 
-from luna_vision import export
+from luna_vision.cli import export
+from luna_vision.cli import train as cli
 from luna_vision.data import convert
-from luna_vision.tasks import cli
 from luna_vision.utils.files import write_json
 from luna_vision.utils.record import machine, read_json
 
@@ -59,7 +59,6 @@ ALSO = {
         "data.init_args.side": 1024,
         "data.init_args.item_size": 56,
         "data.init_args.batch_size": 2,
-        "model.model_kwargs.img_size": 1024,
     },
 }
 FORK = multiprocessing.get_context("fork")  # each stage in a process of its own, without the time that imports take
@@ -148,7 +147,7 @@ def attempt(name: str, files: list[Path], work: Path, samples: int) -> dict[str,
     """What came of a config: seconds of each stage, and the error of the one that failed."""
     config = yaml.safe_load(files[0].read_text(encoding="utf-8"))
     changed = options_of(config, name)
-    run = Path("runs", Path(config["trainer"]["default_root_dir"]).name)
+    run = Path("runs", config["name"])
     shutil.rmtree(work / run, ignore_errors=True)
     words = [word for file in files for word in ("--config", str(file))]
     words += [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changed.items()]
@@ -189,7 +188,7 @@ def attempt(name: str, files: list[Path], work: Path, samples: int) -> dict[str,
             raise StageError("validate printed no score")
         if not config["model"].get("class_path", "").endswith(("DetectionTask", "SegmentationTask")):
             weights = ["--checkpoint", str(resumed / "best.ckpt"), "--out", str(run / "model.onnx")]
-            stage("export", export_model, ["--format", "onnx", *weights])
+            stage("export", export.main, ["--format", "onnx", *weights])
     except StageError as error:
         row["error"] = str(error)
     return row
@@ -225,10 +224,6 @@ def in_child(work: Path, log: Path, function: Callable, *arguments: Any) -> None
 def train(*words: str) -> None:
     sys.argv = [str(ROOT / "train.py"), *words]  # with which Lightning starts further processes
     cli.main()
-
-
-def export_model(words: list[str]) -> None:
-    sys.exit(export.main(words))
 
 
 def read_samples(count: int, words: list[str]) -> None:

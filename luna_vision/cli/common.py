@@ -25,6 +25,7 @@ __all__ = [
     "at_least",
     "load",
     "model_options",
+    "named",
     "pairs",
     "run_command",
 ]
@@ -135,6 +136,12 @@ def load(args: Namespace, **overrides: Any) -> "nn.Module":
         print(text, file=sys.stderr)
 
     return load_model(**model_options(args), device=args.device, say=say, **overrides)
+
+
+def named(path: str, reason: str) -> str:
+    """What to say of an image that cannot be used, which not every reason names."""
+    name = printable(path)
+    return reason if name in reason else f"{name}: {reason}"
 
 
 def run_command(command: Callable[[], int | None]) -> NoReturn:

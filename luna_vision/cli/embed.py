@@ -4,8 +4,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from ..utils.text import printable
-from .common import Parser, add_model_options, at_least, load, model_options
+from .common import Parser, add_model_options, at_least, load, model_options, named
 
 
 def _parser() -> Parser:
@@ -58,7 +57,8 @@ def main(words: list[str]) -> int:
     """Do what the command line says; returns the exit code: 1 if an image could not be used, 130 after Ctrl-C."""
     args = _parser().parse_args(words)
 
-    from ..downstream.embed import Settings, check_target, find_files, write_embeddings
+    from ..downstream.embed import Settings, check_target, write_embeddings
+    from ..images import find_files
     from ..models.factory import random_weights
 
     names = ("max_size", "img_size", "mean", "std", "memory", "grid", "batch_size", "max_pixels", "workers")
@@ -77,6 +77,5 @@ def main(words: list[str]) -> int:
     if failures:
         print(f"{len(failures)} of {total} images could not be used:", file=sys.stderr)
     for path, reason in failures:
-        name = printable(path)
-        print(f"  {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
+        print(f"  {named(path, reason)}", file=sys.stderr)
     return int(bool(failures))

@@ -43,6 +43,7 @@ def main() -> NoReturn:
     if text := short_help(words):
         print(text)
         sys.exit()
+    sys.path.append("")  # classes of a config may be the user's own, beside it
     from .train import main as train
 
     train()

@@ -52,6 +52,12 @@ CALLBACKS = [
 ]
 
 
+class _Parser(LightningArgumentParser):
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """With what was given although the data may say it, which a saved configuration has to hold."""
+        return super().dump(*args, **{"skip_link_targets": False} | kwargs)
+
+
 class LunaCLI(LightningCLI):
     """LightningCLI for the tasks of this package and any of the data modules.
 
@@ -111,7 +117,8 @@ class LunaCLI(LightningCLI):
                 raised = raised.__cause__
             if isinstance(raised, ValueError) and not is_check(raised):  # of a library, about its arguments
                 raise UserError(f"the configuration does not fit: {one_line(raised)}") from raised
-            raise raised from None
+            raised.__suppress_context__ = True
+            raise raised  # noqa: B904 (it has a cause of its own, or none)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """With what exact resume needs: atomic checkpoints, and what checkpoints lack of the state."""
@@ -135,14 +142,15 @@ class LunaCLI(LightningCLI):
 
     def _name_run(self, config: Any) -> None:
         """Have a run write where its name says, unless the trainer's own options say otherwise."""
-        folder = f"runs/{self._get(self.config, 'name')}"
+        name = self._get(self.config, "name")
         if config["default_root_dir"] is None:
-            config["default_root_dir"] = folder
+            config["default_root_dir"] = f"runs/{name}"
         if config["logger"] is None:
-            config["logger"] = [CSVLogger("runs", Path(folder).name), TensorBoardLogger(folder, "tensorboard")]
+            config["logger"] = [CSVLogger("runs", name), TensorBoardLogger(f"runs/{name}", "tensorboard")]
         unwanted = [ProgressBar] if config["enable_progress_bar"] is False else []
         unwanted += [Checkpoint, ExportBest] if config["enable_checkpointing"] is False else []
-        callbacks = [c for c in config["callbacks"] or [] if not isinstance(c, tuple(unwanted))]
+        given = config["callbacks"] or []
+        callbacks = [c for c in (given if isinstance(given, list) else [given]) if not isinstance(c, tuple(unwanted))]
         if self.subcommand == "predict" and (out := self._get(self.config, "out")):
             check_output(Path(out), [".csv"], overwrite=True)
             callbacks = [c for c in callbacks if not isinstance(c, PredictionWriter)] + [PredictionWriter(out)]
@@ -217,6 +225,7 @@ def build(args: list[str] | None = None, run: bool = True) -> LunaCLI:
     return LunaCLI(
         TimmTask,
         LightningDataModule,
+        parser_class=_Parser,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,

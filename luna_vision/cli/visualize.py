@@ -4,9 +4,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from ..utils.errors import UserError
 from ..utils.text import printable
-from .common import Parser, add_model_options, at_least, load, model_options
+from .common import Parser, add_model_options, at_least, load, model_options, named
 
 KINDS = ("memory", "features", "both")
 
@@ -66,18 +65,18 @@ def main(words: list[str]) -> int:
     """Do what the command line says; returns the exit code.
 
     Raises:
-        ValueError, OSError: A mistake in the arguments, or not a single picture could be drawn.
+        ValueError, OSError: A mistake in the arguments, or there is not a single image.
     """
     args = _parser().parse_args(words)
 
     from tqdm import tqdm
 
+    from ..images import find_files
     from ..models.factory import random_weights
-    from ..visualize.pictures import Drawing, draw_pictures, find_files, picture_files
+    from ..visualize.pictures import Drawing, draw_pictures, picture_files
 
-    errors: list[str] = []
-    files = find_files(args.images, errors, partial(print, file=sys.stderr))  # which tells what is skipped in a folder
-    targets = picture_files(args.out, files, single=len(files) + len(errors) == 1)
+    files, failures = find_files(args.images, partial(print, file=sys.stderr))  # which tells what is skipped
+    targets = picture_files(args.out, files, single=len(files) + len(failures) == 1)
     model = load(args, num_classes=0)  # nothing that is drawn comes from the head
     names = ("kind", "layers", "head", "foreground", "max_size", "mean", "std")
     drawing = Drawing(
@@ -88,12 +87,10 @@ def main(words: list[str]) -> int:
         else "",
     )
     drawn = 0
-    for target in draw_pictures(model, files, targets, drawing, errors):
+    for target in draw_pictures(model, files, targets, drawing, failures):
         drawn += 1
         tqdm.write(printable(str(target)))  # above the bar, if there is one
         sys.stdout.flush()
-    if not drawn and len(errors) == 1:
-        raise UserError(errors[0])
-    for error in errors:
-        print(f"error: {error}", file=sys.stderr)
-    return 0 if not errors else 1 if drawn else 2
+    for path, reason in failures:
+        print(f"error: {named(path, reason)}", file=sys.stderr)
+    return 0 if not failures else 1 if drawn else 2

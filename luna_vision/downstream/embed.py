@@ -13,7 +13,7 @@ parquet schema's metadata under "luna_vision", in the .npz as `about`.
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,8 @@ from torch import nn
 from tqdm import tqdm
 
 import luna_vision
-from luna_vision.images import find_images
-from luna_vision.utils.errors import one_line
+from luna_vision.images import find_files
 from luna_vision.utils.files import check_output
-from luna_vision.utils.text import printable
 
 from ._features import Extractor
 from ._parts import WRITERS, PartFolder, describe
@@ -34,7 +32,7 @@ from ._windows import Settings, crop, normalisation, read_windows
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
-__all__ = ["Embeddings", "Settings", "check_target", "embed_images", "embed_to_file", "find_files", "write_embeddings"]
+__all__ = ["Embeddings", "Settings", "check_target", "embed_images", "embed_to_file", "write_embeddings"]
 
 
 @dataclass
@@ -141,29 +139,6 @@ def check_target(out: Path, overwrite: bool) -> None:
     check_output(out, list(WRITERS), overwrite)
     if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ValueError("a .parquet file takes pyarrow (pip install 'luna-vision[downstream]'); .npz does not")
-
-
-def find_files(
-    paths: Paths, say: Callable[[str], object] = lambda line: None
-) -> tuple[list[str], list[tuple[str, str]]]:
-    """All image files, each once, and (path, reason) of what is not there, has no images or cannot be searched.
-
-    `say` is told, in a line for each folder, what was skipped.
-
-    Raises:
-        ValueError, OSError: There is not a single image.
-    """
-    files: dict[str, str] = {}
-    errors: list[tuple[str, Exception]] = []
-    for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
-        try:
-            for file in find_images(path, lambda error: errors.append((error.filename, error)), say):
-                files.setdefault(os.path.abspath(file), file)
-        except (ValueError, OSError) as error:
-            errors.append((os.fspath(path), error))
-    if not files:
-        raise errors[0][1] if errors else ValueError("there are no images: the list of paths is empty")
-    return list(files.values()), [(path, printable(one_line(error))) for path, error in errors]
 
 
 def _bar(total: int, done: int, progress: bool) -> tqdm:

@@ -162,7 +162,7 @@ def compare(
             wanted = reference(model, output, image, state)
             try:
                 given = run([image] if state is None else [image, state])
-            except Exception as failure:
+            except Exception as failure:  # of the runtime, whatever it is
                 raise ExportError(
                     f"{where} does not run the exported model at {at}: {first_line(failure)}"
                 ) from failure
@@ -185,7 +185,7 @@ def compare_folder(model: LunaVit, folder: Path) -> list[Check]:
     example = next(model.parameters())
     try:
         loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(example.device, example.dtype)
-    except Exception as error:
+    except Exception as error:  # of timm and safetensors, whatever it is
         raise ExportError(f"timm cannot build the model from the folder: {first_line(error)}") from error
     checks = []
     for size in check_sizes(model):

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ..utils.errors import one_line
+from ..utils.text import printable
+
 # of an animation, the first frame is read
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 HIDDEN = ("__MACOSX", "@eaDir")  # what macOS adds to archives, and a NAS to folders, beside names that begin with a dot
@@ -179,3 +182,26 @@ def unused_folders(root: str | os.PathLike, used: Iterable[Path | None]) -> list
     """Names of the folders in ``root`` that are none of those, hidden ones not counted."""
     used = [path for path in used if path is not None]
     return [name for name in next(walk(root)).folders if Path(root, name) not in used]
+
+
+def find_files(
+    paths: str | os.PathLike | Sequence[str | os.PathLike], say: Callable[[str], object] = lambda line: None
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """All image files, each once, and (path, reason) of what is not there, has no images or cannot be searched.
+
+    `say` is told, in a line for each folder, what was skipped.
+
+    Raises:
+        ValueError, OSError: There is not a single image.
+    """
+    files: dict[str, str] = {}
+    errors: list[tuple[str, Exception]] = []
+    for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
+        try:
+            for file in find_images(path, lambda error: errors.append((error.filename, error)), say):
+                files.setdefault(os.path.abspath(file), file)
+        except (ValueError, OSError) as error:
+            errors.append((os.fspath(path), error))
+    if not files:
+        raise errors[0][1] if errors else ValueError("there are no images: the list of paths is empty")
+    return list(files.values()), [(path, printable(one_line(error))) for path, error in errors]

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +12,8 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-from luna_vision.images import find_images
 from luna_vision.images.decode import SampleError
-from luna_vision.utils.errors import UserError, one_line
+from luna_vision.utils.errors import one_line
 from luna_vision.utils.files import check_folder, save_figure
 from luna_vision.utils.text import printable
 
@@ -25,6 +24,7 @@ from .view import MAX_SIZE, View, view
 
 # what an image raises that cannot be read, or has no room; all else is about more than this image
 IMAGE_ERRORS = (SampleError, OSError, MemoryError)
+Failures = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -52,23 +52,6 @@ class Drawing:
     def see(self, model: nn.Module, image: str | np.ndarray) -> View:
         """The image as the model sees it."""
         return view(model, image, self.max_size, self.mean, self.std)
-
-
-def find_files(paths: list[str], errors: list[str], say: Callable[[str], object]) -> list[str]:
-    """The image files, each once; what is wrong with the other paths goes to `errors`.
-
-    Raises:
-        UserError: There is one path, and nothing there.
-    """
-    files: list[str] = []
-    for path in paths:
-        try:
-            files += find_images(path, lambda error: errors.append(printable(one_line(error))), say)
-        except (ValueError, OSError) as error:
-            errors.append(printable(one_line(error)))
-    if not files and len(errors) == 1:
-        raise UserError(errors[0])
-    return list(dict.fromkeys(files))
 
 
 def picture_files(out: Path, files: Sequence[str], single: bool) -> list[Path]:
@@ -112,16 +95,16 @@ def picture_names(files: Sequence[str]) -> list[str]:
 
 
 def draw_pictures(
-    model: nn.Module, files: Sequence[str], targets: Sequence[Path], drawing: Drawing, errors: list[str]
+    model: nn.Module, files: Sequence[str], targets: Sequence[Path], drawing: Drawing, failures: Failures
 ) -> Iterator[Path]:
-    """Draw each image, and write its picture; the images that cannot be read go to `errors`, which names them.
+    """Draw each image, and write its picture; the images that cannot be read go to `failures`.
 
     Args:
         model: A timm model.
         files: Images.
         targets: Of the picture of each.
         drawing: What is drawn.
-        errors: To which is added.
+        failures: Images and reasons, to which is added.
 
     Yields:
         The picture that has just been written.
@@ -132,14 +115,14 @@ def draw_pictures(
     """
     kind = _kind(drawing, model)
     _try_out(model, drawing, kind)
-    fitted, readable = _fit_colors(model, files, drawing, errors) if kind != "memory" else (None, files)
+    fitted, readable = _fit_colors(model, files, drawing, failures) if kind != "memory" else (None, files)
     for file, target in zip(_bar(files, "drawing"), targets, strict=True):
         if file not in readable:
             continue
         try:
             seen = drawing.see(model, file)
         except IMAGE_ERRORS as error:
-            errors.append(_failure(file, error))
+            failures.append((file, printable(one_line(error))))
             continue
         figure = _draw(model, seen, kind, fitted, drawing)
         with warnings.catch_warnings():
@@ -174,7 +157,7 @@ def _try_out(model: nn.Module, drawing: Drawing, kind: str) -> None:
 
 
 def _fit_colors(
-    model: nn.Module, files: Sequence[str], drawing: Drawing, errors: list[str]
+    model: nn.Module, files: Sequence[str], drawing: Drawing, failures: Failures
 ) -> tuple[dict[int, FeatureColors], set[str]]:
     """Colours that mean the same in all pictures, and the images that can be read."""
     patches: dict[int, list[np.ndarray]] = {}
@@ -183,7 +166,7 @@ def _fit_colors(
         try:
             seen = drawing.see(model, file)
         except IMAGE_ERRORS as error:
-            errors.append(_failure(file, error))
+            failures.append((file, printable(one_line(error))))
             continue
         readable.add(file)
         for layer, features in feature_maps(model, seen, drawing.layers).items():
@@ -201,9 +184,3 @@ def _draw(model: nn.Module, seen: View, kind: str, fitted: dict[int, FeatureColo
 def _bar(files: Sequence[str], name: str) -> tqdm:
     # None: only on a terminal
     return tqdm(files, desc=name, unit="image", disable=None if len(files) > 1 else True)
-
-
-def _failure(file: str, error: Exception) -> str:
-    """What to say of an image, which not every error names."""
-    name, reason = printable(file), printable(one_line(error))
-    return reason if name in reason else f"{name}: {reason}"

@@ -443,3 +443,17 @@ def test_run_without_validation_ends_with_its_last_checkpoint(tmp_path, monkeypa
     lines = capsys.readouterr().out.splitlines()
     assert any("checkpoints/last.ckpt (the last one: val_acc1 was never measured" in line for line in lines)
     assert lines[-1].startswith("load it with:") and list(tmp_path.rglob("best.safetensors"))
+
+
+def test_what_is_given_although_the_data_says_it_is_kept_with_the_run(monkeypatch, tmp_path):
+    """Else a run that is started from its own config would be another one."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--model.img_size=32", "--name=a/b", "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
+    assert call(monkeypatch, "fit", "--config", DEBUG, *words, "--test_after_fit=false") == 0
+    config = Path("runs/a/b/version_0/config.yaml")
+    saved = yaml.safe_load(config.read_text())
+    assert (saved["name"], saved["model"]["init_args"]["img_size"]) == ("a/b", 32)
+    best = config.parent / "checkpoints" / "best.ckpt"
+    assert call(monkeypatch, "validate", "--config", str(config), "--ckpt_path", str(best)) == 0
+    hparams = torch.load(best, weights_only=True)["hyper_parameters"]
+    assert (hparams["num_classes"], hparams["in_chans"], hparams["model_kwargs"]["img_size"]) == (10, 1, 32)
