@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
-from ..utils.errors import UserError, is_check
+from ..utils.errors import UserError, arguments_of, is_check
 from ..utils.text import printable
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
-    "OF_CLASS",
-    "UNION",
+    "WRAPPERS",
     "Parser",
     "add_model_options",
     "at_least",
@@ -31,8 +30,9 @@ __all__ = [
 ]
 
 DEVICES = ("auto", "cpu", "cuda")
-# how jsonargparse begins
+# how jsonargparse begins where it wraps an error in one of its own
 UNION, OF_CLASS = "Does not validate against any of the Union subtypes", "Problem with given class_path"
+WRAPPERS = (UNION, OF_CLASS, "Call to compute_fn of link")
 
 
 class _Help(DefaultHelpFormatter):
@@ -56,6 +56,10 @@ class Parser(ArgumentParser):
             metavar="FILE",
             help="options from a YAML file, by their names with _ for -; what comes after it goes over them",
         )
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:
+        with arguments_of("the options cannot be read"):  # of a file that is no text, for instance
+            return super().parse_args(*args, **kwargs)
 
 
 class _NotWholeError(argparse.ArgumentTypeError, ValueError):
@@ -192,8 +196,8 @@ def useful(text: str) -> str:
         if found:
             keys.append(found[1])
             text = text[found.end() :]
-        elif text.startswith(OF_CLASS):
-            text = text.partition(":")[2].strip()
+        elif (inner := re.match(rf"{OF_CLASS} [^:]*:\s*(?=Parser key|Option|{UNION})", text)) is not None:
+            text = text[inner.end() :]
         elif UNION in text:
             text = _meant(text.partition(UNION)[2])
         else:
@@ -219,6 +223,7 @@ def _meant(text: str) -> str:
             return of_class[0]
     expected = [clause for clause in clauses if clause != "Expected a <class 'NoneType'>"]
     if len(expected) == 1 and not expected[0].startswith("Expected a"):
-        return expected[0]
+        part = re.search(r"NestedArg\(key='([^']*)'", value)
+        return f"{part[1]}: {expected[0]}" if part else expected[0]
     words = " or ".join(clause.removeprefix("Expected a ").partition(". Got value")[0] for clause in expected)
     return f"Expected a {words}. Got value: {value.partition('Given value: ')[2].strip()}"

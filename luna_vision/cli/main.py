@@ -27,6 +27,15 @@ COMMANDS = {
     "export": "ONNX, torch.export, or a folder for the Hugging Face hub",
     "convert": "an image folder as WebDataset or LitData shards",
 }
+# the extra of the package that brings what a command takes
+EXTRAS = dict.fromkeys(TRAINING, "train") | {
+    "embed": "downstream",
+    "probe": "downstream",
+    "visualize": "visualize",
+    "encode": "streaming",
+    "export": "export",
+    "convert": "shards",
+}
 
 
 def main() -> NoReturn:
@@ -38,23 +47,24 @@ def main() -> NoReturn:
     if words[0] == "--version":
         print(__version__)
         sys.exit()
-    if words[0] not in TRAINING:
-        run_command(lambda: _command(words[0])(words[1:]))
-    if text := short_help(words):
-        print(text)
-        sys.exit()
-    sys.path.append("")  # classes of a config may be the user's own, beside it
-    from .train import main as train
-
-    train()
+    run_command(lambda: _run(*words))
 
 
-def _command(name: str):
-    if name not in COMMANDS:
-        close = difflib.get_close_matches(name, [*TRAINING, *COMMANDS], n=1)
+def _run(name: str, *words: str) -> int | None:
+    if name not in EXTRAS:
+        close = difflib.get_close_matches(name, EXTRAS, n=1)
         hint = f"did you mean {close[0]}?" if close else "luna-vision --help lists them"
         raise UserError(f"there is no command {name!r}; {hint}")
-    return import_module(f"{__package__}.{name}").main
+    if text := short_help([name, *words]):
+        print(text)
+        return 0
+    try:
+        if name in COMMANDS:
+            return import_module(f"{__package__}.{name}").main([*words])
+        sys.path.append("")  # classes of a config may be the user's own, beside it
+        return import_module(f"{__package__}.train").main()
+    except ModuleNotFoundError as error:
+        raise UserError(f"{name} needs {error.name}: pip install 'luna-vision[{EXTRAS[name]}]'") from error
 
 
 def _overview() -> str:

@@ -12,11 +12,12 @@ import logging
 import sys
 import warnings
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -34,12 +35,12 @@ from ..tasks.stopping import StopTogether
 from ..utils.errors import UserError, arguments_of, is_check, one_line
 from ..utils.files import check_output
 from ..utils.text import printable
-from .common import OF_CLASS, UNION, run_command
+from .common import WRAPPERS, run_command
 from .training_help import short_help
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 DIGITS = Path(__file__).with_name("digits.yaml")  # what a fit runs when no config is named
-# those of a run that names none; "trainer.callbacks+" adds to them
+# those of a run that names none; "trainer.callbacks+" adds to them, or puts one of the same class in its place
 CALLBACKS = [
     "lightning.pytorch.callbacks.RichProgressBar",
     "luna_vision.tasks.ImagesPerSecond",
@@ -95,7 +96,7 @@ class LunaCLI(LightningCLI):
 
     def _model_argument(self, name: str, data: LightningDataModule) -> Any:
         """An argument of the task: what is given, else what the data says of itself."""
-        arguments = self._get(self.config, "model")["init_args"]
+        arguments = self._get(self.config, "model").get("init_args", {})
         if arguments.get(name) is not None:
             return arguments[name]
         try:
@@ -107,13 +108,35 @@ class LunaCLI(LightningCLI):
             value = value[0] if value[0] == value[1] else list(value)
         return value
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        with arguments_of("the configuration cannot be read"):
+            super().parse_arguments(parser, args)
+
+    def _set_seed(self) -> None:
+        with arguments_of("seed_everything"):
+            super()._set_seed()
+
+    def before_instantiate_classes(self) -> None:
+        """Jsonargparse lets null pass as a value of any type."""
+        for section in ("model", "data", "trainer"):
+            if self._get(self.config, section) is None:
+                raise UserError(f"{section} must not be null")
+        for section in ("model", "data"):
+            spec = self._get(self.config, section)
+            given = spec.get("init_args", {})
+            module, _, name = spec["class_path"].rpartition(".")
+            for cls in getattr(import_module(module), name).__mro__:
+                for name, kind in get_type_hints(cls.__init__).items() if "__init__" in vars(cls) else ():
+                    if given.get(name, kind) is None and kind is not Any and type(None) not in get_args(kind):
+                        raise UserError(f"{section}.{name} must not be null")
+
     def instantiate_classes(self) -> None:
-        """With what a constructor has raised: jsonargparse catches it, and lists all that the value might have been."""
+        """With what a constructor has raised: jsonargparse wraps it in a list of all that the value might have been."""
         try:
             super().instantiate_classes()
         except ValueError as error:
             raised: BaseException = error
-            while raised.__cause__ is not None and str(raised).startswith((UNION, OF_CLASS)):
+            while raised.__cause__ is not None and str(raised).startswith(WRAPPERS):
                 raised = raised.__cause__
             if isinstance(raised, ValueError) and not is_check(raised):  # of a library, about its arguments
                 raise UserError(f"the configuration does not fit: {one_line(raised)}") from raised
@@ -124,6 +147,7 @@ class LunaCLI(LightningCLI):
         """With what exact resume needs: atomic checkpoints, and what checkpoints lack of the state."""
         config = self._get(self.config_init, "trainer")
         self._name_run(config)
+        config["callbacks"] = self._callbacks(config)
         summary = config["enable_model_summary"]
         with arguments_of("trainer"):
             trainer = super().instantiate_trainer(enable_model_summary=False, **kwargs)
@@ -147,14 +171,19 @@ class LunaCLI(LightningCLI):
             config["default_root_dir"] = f"runs/{name}"
         if config["logger"] is None:
             config["logger"] = [CSVLogger("runs", name), TensorBoardLogger(f"runs/{name}", "tensorboard")]
+
+    def _callbacks(self, config: Any) -> list[Callback]:
+        """Those of the configuration, of a standard one the last alone, without what the trainer is to do without."""
         unwanted = [ProgressBar] if config["enable_progress_bar"] is False else []
         unwanted += [Checkpoint, ExportBest] if config["enable_checkpointing"] is False else []
         given = config["callbacks"] or []
         callbacks = [c for c in (given if isinstance(given, list) else [given]) if not isinstance(c, tuple(unwanted))]
         if self.subcommand == "predict" and (out := self._get(self.config, "out")):
             check_output(Path(out), [".csv"], overwrite=True)
-            callbacks = [c for c in callbacks if not isinstance(c, PredictionWriter)] + [PredictionWriter(out)]
-        config["callbacks"] = callbacks
+            callbacks.append(PredictionWriter(out))
+        last = {type(c).__name__: c for c in callbacks}
+        standard = {path.rpartition(".")[2] for path in CALLBACKS}
+        return [c for c in callbacks if type(c).__name__ not in standard or c is last[type(c).__name__]]
 
     def _configuration(self) -> dict[str, Any]:
         config = self.config[self.subcommand].clone()

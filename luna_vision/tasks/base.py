@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, ClassVar, get_args, get_type_hints
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -125,27 +125,20 @@ class TimmTask(LightningModule):
             optimizer: whether there will be one.
 
         Raises:
-            ValueError: an unknown optimizer, a learning rate that is none, null where there must be a value, or
-                ``init_from_vit`` is neither a file nor a timm model.
+            ValueError: an unknown optimizer, a learning rate that is none, or ``init_from_vit`` is neither a file nor a
+                timm model.
             FileNotFoundError: there is no such ``checkpoint``.
         """
         hp = self.hparams
-        self._check_nulls()
         if hp.checkpoint and not Path(hp.checkpoint).is_file():
             raise FileNotFoundError(f"checkpoint {hp.checkpoint!r} does not exist")
         vit = hp.get("init_from_vit")
         if vit and not Path(vit).is_file() and not timm.is_model(get_arch_name(vit)):
             raise ValueError(f"init_from_vit {vit!r} is neither a file nor the name of a timm model")
         if optimizer:
-            check_rates(**{name: hp[name] for name in ("lr", "warmup_epochs", "warmup_lr", "min_lr")})
+            rates = {name: hp[name] for name in ("lr", "warmup_epochs", "warmup_lr", "min_lr")}
+            check_rates(**rates, layer_decay=hp.get("layer_decay") or 0.0)
             self._build_optimizer()
-
-    def _check_nulls(self) -> None:
-        """In a file, jsonargparse lets null pass as a value of any type."""
-        for cls in type(self).__mro__:
-            for name, kind in get_type_hints(cls.__init__).items() if "__init__" in vars(cls) else ():
-                if self.hparams.get(name, kind) is None and kind is not Any and type(None) not in get_args(kind):
-                    raise ValueError(f"{name} must not be null")
 
     def load_starting_weights(self, load: Callable[[nn.Module], None]) -> None:
         """Apply ``load``, which puts weights into a timm model, to the part of ``self.model`` that is one."""

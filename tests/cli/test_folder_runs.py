@@ -82,11 +82,12 @@ def test_training_images_alone(run):
         ),  # not after days of training
         ("photos/train/empty", "no images in class folders of photos/train: empty"),
         ("photos/val", "no class folders in photos/val"),
+        ("bare/train", "error: no class folders in bare/train"),
     ],
 )
 def test_mistakes_are_found_before_a_run_begins(path: str, message: str, run):
-    Path(path).mkdir()
-    code, _, err = run("fit")
+    Path(path).mkdir(parents=True)
+    code, _, err = run("fit", *["--data.root=bare"] * path.startswith("bare"))
     assert code == 2 and message in err[-1]
     assert not Path("runs").exists()
 

@@ -193,6 +193,18 @@ def test_error_of_a_data_worker_is_reduced_to_its_last_line():
     assert message(error) == "cannot decode image file a.png: broken"
 
 
+@pytest.mark.parametrize("name, missing", [("fit", "lightning.pytorch"), ("embed", "luna_vision.downstream.embed")])
+def test_what_is_not_installed_is_said_with_the_extra_that_brings_it(name, missing, monkeypatch, capsys):
+    extra = {"fit": "train", "embed": "downstream"}[name]
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, "luna_vision.cli.train", raising=False)
+    monkeypatch.setattr(sys, "argv", ["luna-vision", name, "a.png", "--out", "a.npz"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith(f"error: {name} needs ") and f"luna-vision[{extra}]" in error
+
+
 def test_nothing_asked_for_is_an_overview(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["luna-vision"])
     with pytest.raises(SystemExit) as end:

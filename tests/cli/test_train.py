@@ -20,7 +20,7 @@ from PIL import Image
 from luna_vision.cli import train as cli
 from luna_vision.cli.train import DIGITS, LunaCLI, build, main, with_default_config
 from luna_vision.data import AUGMENTATIONS
-from luna_vision.tasks import ClassificationTask
+from luna_vision.tasks import ClassificationTask, LastCheckpoint
 
 ROOT = Path(__file__).parents[2]
 DEBUG = str(ROOT / "configs" / "debug.yaml")
@@ -307,6 +307,9 @@ def test_callbacks_of_every_run_can_be_added_to_replaced_and_switched_off(monkey
     standard = {path.rpartition(".")[2] for path in cli.CALLBACKS}
     assert names() == standard | {"EMA"}
     assert names("--trainer.callbacks+=NestedMemory") == standard | {"EMA", "NestedMemory"}
+    often = ["--trainer.callbacks+=LastCheckpoint", "--trainer.callbacks.every_n_steps=3"]
+    (last,) = [c for c in built(*often).trainer.callbacks if isinstance(c, LastCheckpoint)]
+    assert last.every_n_steps == 3
     assert names("--trainer.callbacks=[{class_path: luna_vision.tasks.LastCheckpoint}]") >= {"LastCheckpoint"}
     assert "NonFiniteGuard" not in names("--trainer.callbacks=[{class_path: luna_vision.tasks.LastCheckpoint}]")
     off = names("--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false")
@@ -422,7 +425,7 @@ def test_null_in_a_file_is_no_value(name, tmp_path, monkeypatch, capsys):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, "fit", "--config", "config.yaml") == 2
-    assert error_line(capsys) == f"error: {name} must not be null"
+    assert error_line(capsys) == f"error: model.{name} must not be null"
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 

@@ -68,9 +68,8 @@ def write_config(path: Path, images: Path, epochs: int, **data: Any) -> None:
     trainer["max_epochs"] = epochs
     for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"):
         del trainer[name]
-    for callback in trainer["callbacks"]:
-        if callback["class_path"].endswith("LastCheckpoint"):
-            callback["init_args"] = {"every_n_steps": 3}
+    often = {"class_path": "luna_vision.tasks.LastCheckpoint", "init_args": {"every_n_steps": 3}}
+    trainer["callbacks+"].append(often)
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
