@@ -69,7 +69,7 @@ def test_wrong_values(key, value, misspelt, monkeypatch, capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert code == (2 if misspelt else 2 if lines else 0) and len(lines) == (code == 2)
     if lines:
-        words = name.split(".")[-1].replace("_", ".")  # "model_name", "model name"
+        words = name.split(".")[-1].removesuffix("_path").replace("_", ".")  # "model_name", "model name", "class"
         assert re.search(words, lines[0], re.IGNORECASE), (name, value, lines[0])
     assert not list(Path().iterdir())
 
