@@ -2,6 +2,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from luna_vision.tasks import EMA, EpochLines, ImagesPerSecond
 
@@ -55,6 +56,13 @@ def test_ema_decay_warms_up():
     assert [ema.decay_at(step) for step in (0, 1, 10_000)] == [0.0, pytest.approx(2 / 11), 0.99]
     assert EMA(decay=0.99, start_step=5, warmup=False).decay_at(5) == 0.0
     assert EMA(decay=0.99, warmup=False).decay_at(1) == 0.99
+
+
+def test_the_average_is_made_where_the_task_is_going_to_be(tmp_path):
+    """Lightning copies the task before it is on its device, and would send all weights to the copy in every step."""
+    ema = EMA()
+    ema.setup(tiny_trainer(tmp_path, strategy=SingleDeviceStrategy("meta")), tiny_task(), "fit")
+    assert {value.device.type for value in ema._average_model.state_dict().values()} == {"meta"}
 
 
 def test_ema_refuses_what_it_cannot_do(tmp_path, data):
