@@ -24,7 +24,7 @@ def leaves(config: dict, prefix: str = "") -> list[str]:
     return found
 
 
-KEYS = [key for key in leaves(yaml.safe_load(DEBUG.read_text())) if not key.startswith("trainer.logger")]
+KEYS = [key.rstrip("+") for key in leaves(yaml.safe_load(DEBUG.read_text()))]
 KEYS += [f"model.{name}" for name in ("checkpoint", "init_from_vit", "optimizer_kwargs", "scheduler_kwargs")]
 KEYS += [f"data.init_args.{name}" for name in ("mean", "std", "crop", "auto_augment", "on_error", "max_error_share")]
 KEYS += ["model.mix_mode", "trainer.max_steps", "trainer.strategy", "trainer.detect_anomaly"]
