@@ -21,6 +21,7 @@ __all__ = [
     "WRAPPERS",
     "Parser",
     "add_model_options",
+    "add_statistics_options",
     "at_least",
     "load",
     "model_options",
@@ -121,6 +122,12 @@ def add_model_options(parser: Parser, default: str = "luna_vit_small", device: s
     group.add_argument(
         "--device", choices=DEVICES, default=device, help=f"auto takes a GPU if there is one (default: {device})"
     )
+
+
+def add_statistics_options(group: Any, help: str) -> None:
+    """--mean and --std of pixels in [0, 1]; `help` says how many numbers, and what is taken without."""
+    group.add_argument("--mean", type=float, nargs="+", metavar="X", help=f"of pixels in [0, 1], {help}")
+    group.add_argument("--std", type=float, nargs="+", metavar="X", help="likewise")
 
 
 def model_options(args: Namespace) -> dict[str, Any]:

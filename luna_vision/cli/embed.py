@@ -4,7 +4,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from .common import Parser, add_model_options, at_least, load, model_options, named
+from .common import Parser, add_model_options, add_statistics_options, at_least, load, model_options, named
 
 
 def _parser() -> Parser:
@@ -28,14 +28,7 @@ def _parser() -> Parser:
         metavar="N",
         help="squares of this side, by the evaluation transform with the model's crop_pct and crop_mode",
     )
-    group.add_argument(
-        "--mean",
-        type=float,
-        nargs="+",
-        metavar="X",
-        help="of pixels in [0, 1], 1 or 3 numbers (default: the model's)",
-    )
-    group.add_argument("--std", type=float, nargs="+", metavar="X", help="likewise")
+    add_statistics_options(group, "1 or 3 numbers (default: the model's)")
     group.add_argument(
         "--max-pixels",
         type=at_least(1),

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import Parser, add_model_options, at_least, load, model_options
+from .common import Parser, add_model_options, add_statistics_options, at_least, load, model_options
 
 if TYPE_CHECKING:
     from ..execution import Encoded
@@ -31,14 +31,7 @@ def _parser() -> Parser:
     add_model_options(parser, default=MODEL)
     group = parser.add_argument_group("pixels")
     group.add_argument("--level", type=at_least(0), metavar="N", help="of a pyramid; 0, the default, is the largest")
-    group.add_argument(
-        "--mean",
-        type=float,
-        nargs="+",
-        metavar="X",
-        help="of pixels in [0, 1], one number or one a channel (default: the model's)",
-    )
-    group.add_argument("--std", type=float, nargs="+", metavar="X", help="likewise")
+    add_statistics_options(group, "one number or one a channel (default: the model's)")
     group = parser.add_argument_group("memory and disk")
     group.add_argument(
         "--memory-budget", default="4GB", metavar="SIZE", help="beyond model and libraries (default: %(default)s)"

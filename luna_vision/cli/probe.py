@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..utils.errors import UserError
 from ..utils.text import printable
-from .common import Parser, add_model_options, at_least, load, model_options, pairs
+from .common import Parser, add_model_options, add_statistics_options, at_least, load, model_options, pairs
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -32,15 +32,11 @@ def _parser() -> Parser:
     )
     group.add_argument("--data-args", nargs="+", default=[], metavar="NAME=VALUE", help="others of the data module's")
     group.add_argument("--img-size", type=at_least(1), metavar="N", help="side in pixels (default: the data module's)")
-    group.add_argument(
-        "--mean",
-        type=float,
-        nargs="+",
-        metavar="X",
-        help="1 or 3 numbers, of pixels in [0, 1] (default: what a training checkpoint or a local-dir says, or timm of "
-        "its pretrained weights; else those of the data, with which train.py trains)",
+    add_statistics_options(
+        group,
+        "1 or 3 numbers (default: what a training checkpoint or a local-dir says, or timm of its pretrained weights; "
+        "else those of the data, with which train.py trains)",
     )
-    group.add_argument("--std", type=float, nargs="+", metavar="X", help="likewise")
     group.add_argument("--num-train", type=at_least(1), metavar="N", help="training images at most, of all classes")
     group.add_argument("--num-test", type=at_least(1), metavar="N", help="test images at most")
     group.add_argument("--batch-size", type=at_least(1), default=128, metavar="N", help="(default: %(default)s)")

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from ..functional import PackState, autocasts
 from ..layers import LunaBlock
 from ..models import LunaVit
+from .check import check_model
 
 __all__ = ["block_by_bands", "set_band_checkpointing"]
 
@@ -50,8 +51,8 @@ def set_band_checkpointing(model: LunaVit, rows: int, store_dtype: torch.dtype |
         raise ValueError(f"rows must be at least 0, got {rows}")
     if store_dtype is not None and not store_dtype.is_floating_point:
         raise ValueError(f"store_dtype must be a floating-point type, got {store_dtype}")
-    if rows and model.memory is None:
-        raise ValueError("bands meet in the memory, and this model's mixer has none")
+    if rows:
+        check_model(model, "band checkpointing")
     if rows and any(block.drops_values for block in model.blocks):
         raise ValueError("bands need attn_drop_rate=0 and proj_drop_rate=0 (drop_path_rate may be above)")
     model.block_runner = partial(block_by_bands, rows=rows, store_dtype=store_dtype) if rows else None

@@ -20,6 +20,7 @@ from ..images.pixels import Pixels, pixel_statistics
 from ..models import LunaVit
 from ..models.luna_vit import initial_memory
 from ..utils.fingerprint import describe
+from .check import check_model
 from .checkpoint import Checkpoint
 from .grid import Grid, check_apart, check_grid
 from .out_of_core import Engine, State
@@ -100,7 +101,7 @@ def encode(
             (the message says what it takes), or a `store` with a run of another model, image or arguments.
         OSError: Pixels cannot be read or files cannot be written; what is in the store is kept.
     """
-    _check_model(model)
+    check_model(model, "streaming")
     model.eval()
     parameter = next(model.parameters())
     store_dtype = parameter.dtype if store_dtype is None else store_dtype
@@ -166,16 +167,6 @@ def encode(
     if checkpoint is not None:
         checkpoint.remove()
     return result
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, LunaVit):
-        raise ValueError(f"streaming takes a Luna ViT, got {type(model).__name__}")
-    if model.memory is None:
-        raise ValueError(
-            "streaming takes a model with a memory, which collects the image band by band: with mixer='luna', not "
-            "another one"
-        )
 
 
 def _finish(

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ..functional import PackState
 from ..layers import LunaBlock
 from ..layers.patches import pad_to_patches
-from ..models import LunaVit
 from ..models.luna_vit import initial_memory, join_tokens
 from ..models.pooling import Pool
+from .check import check_model
 from .collectives import from_all, largest, mean_gradient, own_gradient, shared_max, shared_sum, with_neighbours
 from .strips import Group, process_group, row_ranges, split_rows
 
@@ -97,13 +97,7 @@ class SequenceParallel(nn.Module):
             ValueError: A model that cannot be split, or no processes.
         """
         super().__init__()
-        if not isinstance(model, LunaVit):
-            raise ValueError(f"sequence parallelism takes a Luna ViT, got {type(model).__name__}")
-        if model.memory is None:
-            raise ValueError(
-                "sequence parallelism takes a model with a memory, through which the strips learn of each other: with "
-                "mixer='luna', not another one"
-            )
+        check_model(model, "sequence parallelism")
         self.model, self.group = model, process_group(group)
 
     def forward(self, strip: Tensor, memory: Tensor | None = None) -> Tensor:

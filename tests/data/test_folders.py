@@ -206,15 +206,8 @@ def test_classes_that_differ_by_case_are_two(folder_root: Path):
         module.setup("fit")
 
 
-def test_a_class_folder_that_cannot_be_read(folder_root: Path, monkeypatch: pytest.MonkeyPatch):
-    scandir = os.scandir
-
-    def denied(path):  # the superuser may read everywhere
-        if str(path).endswith("dog"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", denied)
+def test_a_class_folder_that_cannot_be_read(folder_root: Path, deny):
+    deny("dog")
     with pytest.raises(PermissionError, match="train/dog"):
         folder_module(folder_root).setup("fit")
 

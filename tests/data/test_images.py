@@ -170,19 +170,12 @@ def test_find_images(folder_root: Path, tmp_path: Path):
         find_images([])
 
 
-def test_links_to_nothing_are_found_and_folders_that_cannot_be_read_are_told(tmp_path, monkeypatch):
+def test_links_to_nothing_are_found_and_folders_that_cannot_be_read_are_told(tmp_path, deny):
     for name in ("here", "locked"):
         (tmp_path / name).mkdir()
     (tmp_path / "here" / "link.png").symlink_to("nothing.png")
     os.mkfifo(tmp_path / "here" / "pipe.png")  # which would be read for ever
-    scandir = os.scandir
-
-    def denied(path):  # the superuser may read everywhere
-        if str(path).endswith("locked"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", denied)
+    deny("locked")
     told = []
     assert find_images(tmp_path, told.append) == [str(tmp_path / "here" / "link.png")]
     assert [error.filename for error in told] == [str(tmp_path / "locked")]

@@ -393,18 +393,11 @@ def test_files_that_cannot_be_used_are_listed_and_the_others_kept(photos, weight
     assert len(paths) == 7 and str(photos / "06\\xff.png") in paths
 
 
-def test_what_is_not_there_is_listed_and_the_others_kept(photos, weights, tmp_path, capsys, monkeypatch):
+def test_what_is_not_there_is_listed_and_the_others_kept(photos, weights, tmp_path, capsys, deny):
     (photos / "link.png").symlink_to("nothing.png")
     (photos / "locked").mkdir()
     (tmp_path / "empty").mkdir()
-    scandir = os.scandir
-
-    def denied(path):  # the superuser may read everywhere
-        if str(path).endswith("locked"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", denied)
+    deny("locked")
     missing = {
         str(photos / "locked"): "Permission denied",
         str(tmp_path / "gone.png"): "there is no image file or folder",

@@ -17,26 +17,14 @@ from luna_vision.execution.collectives import shared_max
 from luna_vision.execution.sequence_parallel import SequenceParallel, row_ranges, split_rows
 from luna_vision.mixers import MIXERS
 
+from .conftest import OPTIONS
 from .ranks import Ranks
 
 SMALL = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4, "memory_len": 3, "num_classes": 5}
 HEIGHT, WIDTH = 27, 18  # 7 x 5 patches, none of the last ones whole
-OPTIONS = [
-    *({"local_mixing": m, "norm_first": n} for m in ("none", "before", "attn", "mlp") for n in (True, False)),
-    *({"memory_mlp": m, "norm_first": n} for m in ("own", "shared") for n in (True, False)),
-    *({"global_pool": g} for g in ("avg", "max", "avgmax", "map", "token", "both")),
+EVERY_OPTION = [
+    *OPTIONS,
     *({"last_block": b, "global_pool": "token", "local_mixing": "attn"} for b in ("patches", "memory", "both")),
-    *({"pos_embed": p, "stem": s} for p in ("none", "learn", "fourier") for s in ("patch", "conv")),
-    *({"pack_form": f, "unpack_form": f} for f in ("projected", "absorbed")),
-    {"tie_kv": False},
-    {"tie_kv": False, "qkv_bias": False, "proj_bias": False},
-    {"pack_heads": 1},
-    {"init_values": 0.5, "final_norm": False},
-    {"patch_size": (4, 6)},
-    {"patch_size": 5},
-    {"in_chans": 1},
-    {"num_classes": 0},
-    {"depth": 1},
 ]
 
 
@@ -293,7 +281,7 @@ def check_refusals(group: dist.ProcessGroup) -> None:
 # ---------------------------------------------------------------- tests
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", EVERY_OPTION, ids=str)
 def test_every_option(options, ranks):
     ranks.run(check, 3, options=options)
 
