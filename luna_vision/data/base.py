@@ -1,7 +1,7 @@
 """The base of all data modules: common arguments, loaders, and the order of events."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -96,6 +96,7 @@ class ImageDataModule(LightningDataModule):
     class_names: list[str]
     MEAN: tuple[float, ...] = (0.5,)
     STD: tuple[float, ...] = (0.5,)
+    collate_fn: Callable | None = None  # None for that of torch
 
     def __init__(
         self,
@@ -294,6 +295,7 @@ class ImageDataModule(LightningDataModule):
         arguments = {
             "dataset": dataset,
             "batch_size": batch_size,
+            "collate_fn": self.collate_fn,
             "drop_last": drop_last,
             "num_workers": self.num_workers,
             "worker_init_fn": init_worker,

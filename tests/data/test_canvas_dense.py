@@ -14,7 +14,7 @@ def test_boxes_labels_and_masks():
     images, targets = next(iter(data.val_dataloader()))
     assert len(images) == len(targets) == 4
     for i, (image, target) in enumerate(zip(images, targets, strict=True)):
-        canvas = data.dataset("val").canvases.canvas(i)
+        canvas = data.dataset("val").source.canvas(i)
         assert image.shape == (3, 96, 96) and 0 <= image.min() and image.max() <= 1
         torch.testing.assert_close(image[1] * 255, torch.from_numpy(canvas.image).float())
         assert target["labels"].tolist() == (canvas.classes + 1).tolist()
@@ -28,7 +28,7 @@ def test_semantic_masks():
     images, masks = next(iter(data.test_dataloader()))
     assert images.shape == (4, 1, 96, 96) and masks.shape == (4, 96, 96) and masks.dtype == torch.int64
     for i in range(4):
-        canvas = data.dataset("test").canvases.canvas(i)
+        canvas = data.dataset("test").source.canvas(i)
         for number, mask in zip(canvas.classes, canvas.masks, strict=True):
             assert (masks[i][torch.from_numpy(mask)] == number + 1).all()
         assert (masks[i] > 0).sum() == canvas.masks.sum()
@@ -43,6 +43,11 @@ def test_each_epoch_has_an_order_of_its_own():
         loader.sampler.set_epoch(epoch)
         orders.append(torch.cat([masks for _, masks in loader]))
     assert torch.equal(orders[0], orders[2]) and not torch.equal(orders[0], orders[1])
+
+
+def test_there_is_nothing_to_predict():
+    with pytest.raises(ValueError, match="CanvasDetectionDataModule has no images to predict"):
+        CanvasDetectionDataModule(**SMALL).predict_dataloader()
 
 
 @pytest.mark.parametrize("source", ["digits", "fashion_mnist"])
