@@ -6,7 +6,7 @@ Shapes: B batch, K tokens.
 import torch
 from torch import Tensor
 
-__all__ = ["check_valid", "readable"]
+__all__ = ["check_valid", "readable", "zero_invalid"]
 
 
 def check_valid(valid: Tensor, batch: int, length: int, name: str, values: bool = True) -> None:
@@ -42,3 +42,15 @@ def readable(valid: Tensor) -> Tensor:
     compiled and exported code needs.
     """
     return valid | ~valid.any(dim=1, keepdim=True)
+
+
+def zero_invalid(x: Tensor, patch_valid: Tensor | None) -> Tensor:
+    """Patches (B, N, C) with the invalid ones at zero. Their weight is zero, but zero times NaN would be NaN.
+
+    Raises:
+        ValueError: The mask (B, N) has another shape or type.
+    """
+    if patch_valid is None:
+        return x
+    check_valid(patch_valid, x.shape[0], x.shape[1], "patch_valid", values=False)
+    return x.masked_fill(~patch_valid[:, :, None], 0.0)

@@ -7,7 +7,7 @@ from timm.layers import trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..functional import check_valid, clamp_fp16
+from ..functional import clamp_fp16, zero_invalid
 
 __all__ = ["LocalMixing"]
 
@@ -40,9 +40,6 @@ class LocalMixing(nn.Module):
         H, W = grid_size
         if H * W != N:
             raise ValueError(f"grid_size {H} x {W} does not have the {N} patches of x")
-        if patch_valid is not None:
-            check_valid(patch_valid, B, N, "patch_valid", values=False)
-            x = x.masked_fill(~patch_valid[:, :, None], 0.0)
         # a channels-last view, not a copy
-        x = self.conv(x.reshape(B, H, W, C).permute(0, 3, 1, 2))
+        x = self.conv(zero_invalid(x, patch_valid).reshape(B, H, W, C).permute(0, 3, 1, 2))
         return clamp_fp16(x.permute(0, 2, 3, 1).reshape(B, N, C))
