@@ -12,8 +12,6 @@ from luna_vision.data.canvas_module import CanvasDataModule
 from luna_vision.images.decode import to_channels
 from luna_vision.images.transforms import to_tensor
 
-__all__ = ["CanvasDetectionDataModule", "CanvasSegmentationDataModule"]
-
 
 class DenseDataset(Dataset):
     """(image (C, S, S) with pixels in [0, 1], target) of canvases; keys are indices or (epoch, index)."""

@@ -15,8 +15,6 @@ from torch.utils.data import Dataset
 from luna_vision.data.canvas import Canvas, CanvasDataset, CanvasSpec, make_canvas
 from luna_vision.data.canvas_module import CanvasDataModule
 
-__all__ = ["CanvasSequenceDataModule", "CropSequence", "crop_sequence"]
-
 TRIES = 100  # canvases to draw until one has a place for each crop; hardly ever more than a few
 
 
@@ -28,7 +26,7 @@ class CropSequence:
         canvas: What they are taken from.
         corners: int64 (T, 2), the (top, left) corner of each crop, in pixels.
         side: Side of a crop in pixels.
-        known: The first crop (from 0) after which both the cue and the cued item have been in view as a whole.
+        known: The first crop (from 0) after which the whole cue and the whole cued item have been in view.
     """
 
     canvas: Canvas
@@ -52,11 +50,10 @@ def crop_sequence(
     length: int,
     cue_first: bool = False,
 ) -> CropSequence:
-    """Draw a canvas and a way of the camera over it, a function of the state of ``rng``.
+    """Draw a canvas and a path of the camera over it, a function of the state of ``rng``.
 
-    At random moments and in random order the camera stands where it has one thing, the cue or an item, in view as a
-    whole. In between it moves on a straight line, and stays where it is while that would have both cue and an item in
-    view.
+    At random moments and in random order the camera shows the whole cue or a whole item. In between it moves on a
+    straight line, and stops while the next crop would show both the cue and an item.
 
     Args:
         rng: Source of all randomness.
@@ -65,7 +62,7 @@ def crop_sequence(
         spec: What to draw; cued.
         side: Side of a crop in pixels.
         length: T, crops in a sequence, at least one for each item and one for the cue.
-        cue_first: The camera stands at the cue before it stands at any item.
+        cue_first: The camera shows the cue before any item.
 
     Raises:
         ValueError: The crops are too large for the canvas: 100 canvases had no place for them.
@@ -98,8 +95,7 @@ def crop_sequence(
 
 
 def _place(rng: np.random.Generator, things: np.ndarray, i: int, spec: CanvasSpec, side: int) -> tuple[int, int] | None:
-    """A corner of a crop with thing i in view as a whole, and not with the cue and an item in it; None if there is
-    none, or none found."""
+    """The corner of a crop that shows the whole of thing i, but not the cue with an item; None if none was found."""
     left, top, right, bottom = things[i]
     ranges = [
         np.arange(-(-max(0, end - side) // spec.grid), min(start, spec.side - side) // spec.grid + 1) * spec.grid
@@ -115,7 +111,7 @@ def _place(rng: np.random.Generator, things: np.ndarray, i: int, spec: CanvasSpe
 
 
 def _in_view(corner: np.ndarray, boxes: np.ndarray, side: int) -> np.ndarray:
-    """Which boxes a crop has a pixel of."""
+    """Which boxes have a pixel in a crop."""
     top, left = corner
     return (boxes[:, 0] < left + side) & (boxes[:, 2] > left) & (boxes[:, 1] < top + side) & (boxes[:, 3] > top)
 
@@ -127,7 +123,7 @@ def _mixed(corner: np.ndarray, things: np.ndarray, side: int) -> bool:
 
 
 def _whole(corner: np.ndarray, box: np.ndarray, side: int) -> bool:
-    """Whether a crop has a box in it as a whole."""
+    """Whether a crop contains the whole of a box."""
     top, left = corner
     return bool(left <= box[0] and top <= box[1] and box[2] <= left + side and box[3] <= top + side)
 

@@ -9,12 +9,10 @@ from torch import Tensor, nn
 
 from ..functional import clamp_fp16, zero_invalid
 
-__all__ = ["LocalMixing"]
-
 
 @register_notrace_module
 class LocalMixing(nn.Module):
-    """Depthwise 3x3 convolution over the patch grid, the local mixing that Luna itself lacks.
+    """Depthwise 3x3 convolution over the patch grid; Luna itself has no local mixing.
 
     Source: conditional position encoding, Chu et al. 2021 (arXiv 2102.10882), section 3.
     """
@@ -29,7 +27,7 @@ class LocalMixing(nn.Module):
         nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None = None) -> Tensor:
-        """Map (B, N, C) to (B, N, C). Invalid patches count as zeros, as the border of the image does.
+        """Map (B, N, C) to (B, N, C). Invalid patches count as zeros, like the border of the image.
 
         Raises:
             ValueError: There is no grid, or it does not have N patches.

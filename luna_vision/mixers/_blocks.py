@@ -12,8 +12,6 @@ from torch import Tensor
 
 from ..functional import Projections, pack_absorbed, split_heads
 
-__all__ = ["at_least_two", "attend_blocks", "band", "check_grid", "keys_values", "read_patches"]
-
 
 def check_grid(grid_size: tuple[int, int], length: int) -> None:
     """Raise a ValueError unless a patch grid has `length` patches."""

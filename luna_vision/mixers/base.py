@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from ..functional import autocasts, clamp_fp16, readable, split_heads, upcast, zero_invalid
 
-__all__ = ["SelfAttention", "WideAttention", "readable_patches"]
-
 
 def readable_patches(x: Tensor, patch_valid: Tensor | None) -> Tensor:
     """Which patches of x (B, ..., N, C or E) may be read, (B, N): all without a mask, else `readable` of the mask."""

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from ..functional import readable, slot_scores, upcast, weighted_slots, zero_invalid
 
-__all__ = ["ExternalMixer", "double_normalise"]
-
 
 def double_normalise(scores: Tensor, valid: Tensor | None = None) -> Tensor:
     """External Attention's normalisation: softmax over the patches, then L1 over the slots, of scores (B, N, S).

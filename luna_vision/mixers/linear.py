@@ -13,8 +13,6 @@ from torch import Tensor
 from ..functional import readable
 from .base import WideAttention
 
-__all__ = ["LinearMixer", "kernel_attend"]
-
 
 def kernel_attend(q: Tensor, k: Tensor, v: Tensor, floor: float) -> Tensor:
     """Attention in which the weight of a key is the product of its features with the query's. Cost O(N F E) a head.

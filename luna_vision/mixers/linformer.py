@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from ..functional import readable, upcast
 from .base import WideAttention
 
-__all__ = ["LinformerMixer"]
-
 
 def _used(used: Tensor) -> tuple[Tensor, Tensor]:
     """Place of each row (or column) among those in use, (B, length), and their number, (B), of a mask (B, length)."""

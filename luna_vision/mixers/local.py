@@ -13,8 +13,6 @@ from torch import Tensor
 from ._blocks import attend_blocks, check_grid
 from .base import SelfAttention, readable_patches
 
-__all__ = ["LocalMixer"]
-
 
 @register_notrace_module
 class LocalMixer(SelfAttention):

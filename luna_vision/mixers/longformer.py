@@ -15,8 +15,6 @@ from ..functional import Projections, split_heads
 from ._blocks import attend_blocks, band, keys_values, read_patches
 from .base import SelfAttention, readable_patches
 
-__all__ = ["LongformerMixer"]
-
 
 @register_notrace_module
 class LongformerMixer(SelfAttention):

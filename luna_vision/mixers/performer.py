@@ -22,8 +22,6 @@ from ..functional import readable
 from .base import WideAttention
 from .random_features import RandomProjection
 
-__all__ = ["PerformerMixer"]
-
 
 @register_notrace_module
 class PerformerMixer(WideAttention):

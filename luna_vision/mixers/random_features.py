@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from ..functional import upcast
 
-__all__ = ["RandomProjection"]
-
 
 class RandomProjection(nn.Module):
     """Gaussian vectors (H, F, E), a buffer of the state dict, now and then redrawn in training and fixed in evaluation.

@@ -22,8 +22,6 @@ from .base import WideAttention
 from .linear import kernel_attend
 from .random_features import RandomProjection
 
-__all__ = ["RfaMixer"]
-
 
 @register_notrace_module
 class RfaMixer(WideAttention):

@@ -17,8 +17,6 @@ from ..functional import upcast
 from ._blocks import at_least_two
 from .base import WideAttention, readable_patches
 
-__all__ = ["RoutingMixer"]
-
 
 def _recomputing() -> bool:
     """Whether this forward pass is part of a backward pass, as gradient checkpointing runs it a second time."""

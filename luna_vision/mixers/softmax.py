@@ -15,8 +15,6 @@ from torch import Tensor
 from ..functional import readable
 from .base import SelfAttention
 
-__all__ = ["SoftmaxMixer"]
-
 
 @register_notrace_module
 class SoftmaxMixer(SelfAttention):

@@ -15,8 +15,6 @@ from ..functional import Projections, split_heads, upcast
 from ._blocks import attend_blocks, band, check_grid, keys_values, read_patches
 from .base import SelfAttention, readable_patches
 
-__all__ = ["StarMixer"]
-
 
 @register_notrace_module
 class StarMixer(SelfAttention):

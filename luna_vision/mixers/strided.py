@@ -17,8 +17,6 @@ from ..functional import readable
 from ._blocks import check_grid
 from .base import SelfAttention
 
-__all__ = ["StridedMixer"]
-
 
 def attend_rows(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, dropout_p: float) -> Tensor:
     """Every patch of a grid (B, H, R, S, E) attends to the valid ones, (B, R, S) bool, of its row."""
