@@ -20,6 +20,7 @@ from luna_vision.data.transforms import Augmentation, train_transform
 from luna_vision.data.workers import init_worker
 from luna_vision.images.find import find_images, listed
 from luna_vision.images.transforms import SeededTransform, eval_transform, per_channel
+from luna_vision.utils.checks import check_at_least
 from luna_vision.utils.errors import one_line
 
 SPLIT_SEED = 0  # not the run's seed, see `hold_out`
@@ -134,9 +135,8 @@ class ImageDataModule(LightningDataModule):
             raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
         if not 0 <= random_erasing <= 1:
             raise ValueError(f"random_erasing is a probability, got {random_erasing}")
-        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("seed", seed, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_at_least(1, batch_size=batch_size)
+        check_at_least(0, num_workers=num_workers, seed=seed)
         check_fault_policy(on_error, max_error_share)
         self.max_error_share = max_error_share if on_error == "skip" else None
         self.root = os.path.expanduser(root)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
+from luna_vision.utils.checks import check_at_least
+
 FRAME_COLORS = np.array(
     [
         (255, 0, 0),
@@ -86,18 +88,14 @@ class CanvasSpec:
         most = len(FRAME_COLORS) if self.cued else 254
         if not 1 <= self.num_items <= most:
             raise ValueError(f"num_items must be 1 to {most}{' on a cued canvas' * self.cued}, got {self.num_items}")
-        if self.item_size < 4:
-            raise ValueError(f"item_size must be at least 4 pixels, got {self.item_size}")
-        if self.noise < 0:
-            raise ValueError(f"noise must not be negative, got {self.noise}")
-        if self.grid < 1:
-            raise ValueError(f"grid must be at least 1 pixel, got {self.grid}")
+        check_at_least(4, item_size=self.item_size)
+        check_at_least(0, noise=self.noise)
+        check_at_least(1, grid=self.grid)
         for name in ("frame", "cue_size"):
-            value = getattr(self, name)
-            if value is not None and not self.cued:
-                raise ValueError(f"{name} is for cued canvases alone, got {value}")
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1 pixel, got {value}")
+            if (value := getattr(self, name)) is not None:
+                check_at_least(1, **{name: value})
+                if not self.cued:
+                    raise ValueError(f"{name} is for cued canvases alone, got {value}")
         if self.cued and self.cue > self.outer:
             raise ValueError(f"cue_size must be at most {self.outer}, an item with its frame, got {self.cue_size}")
         # each placed square blocks a bounded number of positions: with some left, drawing until one is free ends soon

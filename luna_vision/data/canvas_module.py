@@ -9,6 +9,7 @@ from luna_vision.data.base import ImageDataModule, hold_out
 from luna_vision.data.canvas import CanvasDataset, CanvasSpec
 from luna_vision.data.datasets import Arrays, digits_splits, download_torchvision, open_torchvision
 from luna_vision.data.images import Source
+from luna_vision.utils.checks import check_at_least, check_option
 
 
 def _digits(root: str) -> dict[str, Arrays]:
@@ -97,14 +98,11 @@ class CanvasDataModule(ImageDataModule):
             color_jitter=color_jitter,
             **kwargs,
         )
-        if source not in ITEM_SOURCES:
-            raise ValueError(f"unknown source {source!r}; choose from {', '.join(ITEM_SOURCES)}")
+        check_option("source", source, ITEM_SOURCES)
         if cued and in_chans != 3:
             raise ValueError("cued canvases are told apart by colour: in_chans must be 3")
         self.lengths = {"train": num_train, "val": num_val, "test": num_test}
-        for split, length in self.lengths.items():
-            if length < 1:
-                raise ValueError(f"num_{split} must be at least 1, got {length}")
+        check_at_least(1, num_train=num_train, num_val=num_val, num_test=num_test)
         self.spec = CanvasSpec(side, num_items, item_size, cued, noise, frame, cue_size, grid)
         for height, width in self.train_sizes:
             if height != width:

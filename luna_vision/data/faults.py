@@ -8,9 +8,8 @@ import torch
 import torch.distributed as dist
 
 from luna_vision.images.decode import SampleError
+from luna_vision.utils.checks import check_option
 from luna_vision.utils.text import printable
-
-ON_ERROR = ("raise", "skip")
 
 _logger = logging.getLogger(__name__)
 Sample = TypeVar("Sample")
@@ -92,7 +91,6 @@ class SkipFaults:
 
 def check_fault_policy(on_error: str, max_error_share: float) -> None:
     """Raise a ValueError unless the policy is known and the share is in [0, 1)."""
-    if on_error not in ON_ERROR:
-        raise ValueError(f"on_error must be one of {', '.join(ON_ERROR)}, got {on_error!r}")
+    check_option("on_error", on_error, ("raise", "skip"))
     if not 0 <= max_error_share < 1:
         raise ValueError(f"max_error_share must be in [0, 1), got {max_error_share}")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, default_collate
 
 from luna_vision.data.sampling import EpochSampler
+from luna_vision.utils.checks import check_at_least
 
 Size = tuple[int, int]
 Key = tuple[int, int, Size]
@@ -23,8 +24,7 @@ def parse_sizes(sizes: Sequence[int | Sequence[int]], patch_size: int) -> list[S
         ValueError: There is no size, one is given twice, or one does not consist of whole patches.
     """
     out = [(size, size) if isinstance(size, int) else tuple(size) for size in sizes]
-    if patch_size < 1:
-        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+    check_at_least(1, patch_size=patch_size)
     if not out:
         raise ValueError("train_sizes must have at least one size; leave it out to train at img_size")
     for given, size in zip(sizes, out, strict=True):

@@ -27,8 +27,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from luna_vision.data.sampling import seeded_rng
 from luna_vision.images.transforms import ImageTransform, SeededTransform, resize
-
-CROPS = ("resized", "pad", "none")
+from luna_vision.utils.checks import check_option
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,7 @@ class Augmentation:
     mean: tuple[float, ...] = (0.5,)
 
     def __post_init__(self) -> None:
-        if self.crop not in CROPS:
-            raise ValueError(f"crop must be one of {', '.join(CROPS)}, got {self.crop!r}")
+        check_option("crop", self.crop, ("resized", "pad", "none"))
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale must be 0 < smallest <= largest <= 1, got {self.crop_scale}")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
@@ -156,9 +154,7 @@ def torchvision_backend(aug: Augmentation) -> ImageTransform:
     """Augment with torchvision.transforms.v2; ``auto_augment`` names one of its policies."""
     steps = _torchvision_crop(aug) + [v2.RandomHorizontalFlip(aug.hflip)]
     if aug.auto_augment:
-        if aug.auto_augment not in TORCHVISION_POLICIES:
-            options = ", ".join(TORCHVISION_POLICIES)
-            raise ValueError(f"unknown auto_augment {aug.auto_augment!r} for torchvision; choose from {options}")
+        check_option("auto_augment of torchvision", aug.auto_augment, TORCHVISION_POLICIES)
         steps.append(TORCHVISION_POLICIES[aug.auto_augment]())
     elif aug.color_jitter:
         steps.append(v2.ColorJitter(aug.color_jitter, aug.color_jitter, aug.color_jitter))
@@ -243,8 +239,7 @@ def train_transform(
 
     When called, it raises an :class:`AugmentationError` where the backend raises a ValueError or an OSError.
     """
-    if backend not in AUGMENTATIONS:
-        raise ValueError(f"unknown augmentation {backend!r}; choose from {', '.join(AUGMENTATIONS)}")
+    check_option("augmentation", backend, AUGMENTATIONS)
     if aug.auto_augment and backend not in ("timm", "torchvision"):
         raise ValueError(f"auto_augment needs augmentation 'timm' or 'torchvision': {backend!r} has no such policies")
     augment = partial(_augment, transform=AUGMENTATIONS[backend](aug))

@@ -24,6 +24,7 @@ from luna_vision.data.sampling import sample_seed
 from luna_vision.data.shards import CONVERT, MAX_BYTES, ShardDataModule, listing, need
 from luna_vision.images.decode import SampleError, decode_image, to_channels
 from luna_vision.images.find import IMG_EXTENSIONS
+from luna_vision.utils.checks import check_at_least
 from luna_vision.utils.errors import one_line
 
 INFO = "_info.json"  # the list of shards, as in timm's own, for instance timm/imagenet-1k-wds
@@ -213,8 +214,7 @@ class WebDatasetDataModule(ShardDataModule):
 
     def __init__(self, root: str = "data/imagenet_webdataset", shuffle_buffer: int = 1000, **kwargs) -> None:
         super().__init__(root=root, **kwargs)
-        if shuffle_buffer < 1:
-            raise ValueError(f"shuffle_buffer must be at least 1, got {shuffle_buffer}")
+        check_at_least(1, shuffle_buffer=shuffle_buffer)
         self.shuffle_buffer = shuffle_buffer
 
     def make_source(self, split: str) -> TarShards | None:

@@ -17,6 +17,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..functional import readable, slot_scores, upcast, weighted_slots, zero_invalid
+from ..utils.checks import check_at_least
 
 
 def double_normalise(scores: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -68,8 +69,7 @@ class ExternalMixer(nn.Module):
         """
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        if num_slots < 1:
-            raise ValueError(f"num_slots must be at least 1, got {num_slots}")
+        check_at_least(1, num_slots=num_slots)
         self.query = nn.Linear(dim, dim, bias=qkv_bias, **dd)
         self.m_key = nn.Parameter(torch.empty(num_slots, dim, **dd))
         self.m_value = nn.Parameter(torch.empty(num_slots, dim, **dd))

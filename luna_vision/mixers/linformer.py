@@ -14,6 +14,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..functional import readable, upcast
+from ..utils.checks import check_at_least
 from .base import WideAttention
 
 
@@ -68,9 +69,7 @@ class LinformerMixer(WideAttention):
             ValueError: As `SelfAttention` does, or a size below 1.
         """
         super().__init__(*args, **common)
-        for name, value in (("proj_len", proj_len), ("ref_size", ref_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_at_least(1, proj_len=proj_len, ref_size=ref_size)
         self.ref_size = ref_size
         self.proj_k = nn.Parameter(torch.empty(proj_len, ref_size**2, **self.dd))
         self.proj_v = nn.Parameter(torch.empty(proj_len, ref_size**2, **self.dd))

@@ -10,6 +10,7 @@ from typing import Any
 from timm.models import register_notrace_module
 from torch import Tensor
 
+from ..utils.checks import check_at_least
 from ._blocks import attend_blocks, check_grid
 from .base import SelfAttention, readable_patches
 
@@ -36,10 +37,8 @@ class LocalMixer(SelfAttention):
             ValueError: As in `SelfAttention`, or `block_size` is below 1 or `margin` below 0.
         """
         super().__init__(*args, **common)
-        if block_size < 1:
-            raise ValueError(f"block_size must be at least 1, got {block_size}")
-        if margin < 0:
-            raise ValueError(f"margin must be at least 0, got {margin}")
+        check_at_least(1, block_size=block_size)
+        check_at_least(0, margin=margin)
         self.block_size = block_size
         self.margin = margin
 

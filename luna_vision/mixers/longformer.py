@@ -12,6 +12,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..functional import Projections, split_heads
+from ..utils.checks import check_at_least
 from ._blocks import attend_blocks, band, keys_values, read_patches
 from .base import SelfAttention, readable_patches
 
@@ -43,8 +44,7 @@ class LongformerMixer(SelfAttention):
         super().__init__(*args, **common)
         if window_size < 2 or window_size % 2:
             raise ValueError(f"window_size must be an even number of at least 2, got {window_size}")
-        if num_global_tokens < 1:
-            raise ValueError(f"num_global_tokens must be at least 1, got {num_global_tokens}")
+        check_at_least(1, num_global_tokens=num_global_tokens)
         self.reach = window_size // 2
         self.global_tokens = nn.Parameter(torch.empty(1, num_global_tokens, self.dim, **self.dd))
         bias = self.qkv.bias is not None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import upcast
+from ..utils.checks import check_at_least
 
 
 class RandomProjection(nn.Module):
@@ -39,8 +40,7 @@ class RandomProjection(nn.Module):
             ValueError: No features, or an interval below 1.
         """
         super().__init__()
-        if num_features < 1:
-            raise ValueError(f"num_features must be at least 1, got {num_features}")
+        check_at_least(1, num_features=num_features)
         if redraw_interval is not None and redraw_interval < 1:
             raise ValueError(f"redraw_interval must be at least 1, or None for never, got {redraw_interval}")
         self.orthogonal = orthogonal

@@ -14,6 +14,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..functional import upcast
+from ..utils.checks import check_at_least
 from ._blocks import at_least_two
 from .base import WideAttention, readable_patches
 
@@ -61,8 +62,7 @@ class RoutingMixer(WideAttention):
             ValueError: As in `SelfAttention`, `num_clusters` is below 1 or `decay` not in [0, 1].
         """
         super().__init__(*args, **common)
-        if num_clusters < 1:
-            raise ValueError(f"num_clusters must be at least 1, got {num_clusters}")
+        check_at_least(1, num_clusters=num_clusters)
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decay must be in [0, 1], got {decay}")
         self.num_clusters = num_clusters

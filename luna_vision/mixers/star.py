@@ -12,6 +12,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..functional import Projections, split_heads, upcast
+from ..utils.checks import check_at_least
 from ._blocks import attend_blocks, band, check_grid, keys_values, read_patches
 from .base import SelfAttention, readable_patches
 
@@ -40,8 +41,7 @@ class StarMixer(SelfAttention):
             ValueError: As in `SelfAttention`, or `radius` is below 1.
         """
         super().__init__(*args, **common)
-        if radius < 1:
-            raise ValueError(f"radius must be at least 1, got {radius}")
+        check_at_least(1, radius=radius)
         self.radius = radius
         self.block_size = 8  # blocks gather their neighbours together: the side changes the time, not the result
         bias = self.qkv.bias is not None

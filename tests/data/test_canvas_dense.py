@@ -60,7 +60,7 @@ def test_sources(source: str, fashion_root: str):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"source": "mnist"}, "unknown source 'mnist'; choose from digits, fashion_mnist"),
+        ({"source": "mnist"}, "source must be one of 'digits', 'fashion_mnist', got 'mnist'"),
         ({"in_chans": 2}, "in_chans must be 1 or 3, got 2"),
         ({"num_val": 0}, "num_val must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),

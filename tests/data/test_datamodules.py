@@ -182,7 +182,7 @@ def test_statistics_by_channel():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"augmentation": "imgaug"}, "unknown augmentation 'imgaug'; choose from"),
+        ({"augmentation": "imgaug"}, "augmentation must be one of .*, got 'imgaug'"),
         ({"in_chans": 2}, "in_chans must be 1 or 3, got 2"),
         ({"img_size": 0}, "img_size must be a positive side or"),
         ({"img_size": [8, 8, 8]}, "img_size must be a positive side or"),
