@@ -23,7 +23,7 @@ class CropSequence:
     """Crops of one canvas, in the order in which the camera sees them.
 
     Attributes:
-        canvas: What they are taken from.
+        canvas: The canvas of the crops.
         corners: int64 (T, 2), the (top, left) corner of each crop, in pixels.
         side: Side of a crop in pixels.
         known: The first crop (from 0) after which the whole cue and the whole cued item have been in view.

@@ -175,7 +175,7 @@ class StreamDataset(TensorDataset, IterableDataset):
         return len(self.source.reader)  # TypeError where timm's reader does not know; Lightning can do without
 
     def share(self, num_workers: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        """Say who reads the stream, and in batches of what size. To be called before it is iterated."""
+        """Set who reads the stream, and the size of the batches. To be called before it is iterated."""
         self.source.set_loader_cfg(num_workers)  # timm's readers find out the rest themselves
 
     def set_epoch(self, epoch: int) -> None:

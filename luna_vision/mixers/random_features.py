@@ -1,4 +1,4 @@
-"""Random projections for kernels that are estimated, redrawn in training.
+"""Random projections for estimated kernels, redrawn in training.
 
 Shapes: H heads, F random vectors, E width of a head.
 """
@@ -11,10 +11,10 @@ from ..utils.checks import check_at_least
 
 
 class RandomProjection(nn.Module):
-    """Gaussian vectors (H, F, E), a buffer of the state dict, now and then redrawn in training and fixed in evaluation.
+    """Gaussian vectors (H, F, E), a buffer of the state dict, redrawn now and then in training, fixed in evaluation.
 
-    NOTE: whether to redraw is left to chance, at the rate that is asked for, and not to a counter. Gradient
-        checkpointing runs a block twice from one random state, and both runs must see the same vectors.
+    NOTE: chance decides when to redraw, not a counter. Gradient checkpointing runs a block twice from one random state,
+        and both runs must see the same vectors.
     """
 
     def __init__(
@@ -29,12 +29,12 @@ class RandomProjection(nn.Module):
     ) -> None:
         """
         Args:
-            num_heads: H, each with vectors of its own.
+            num_heads: H; each head has its own vectors.
             num_features: F.
             head_dim: E.
             redraw_interval: Mean number of training passes from one redraw to the next; None for never.
-            orthogonal: Vectors orthogonal to each other, in groups of E (arXiv 2009.14794, section 2.4), each as long
-                as a Gaussian vector of its own.
+            orthogonal: Make the vectors of each group of E orthogonal to each other, with the lengths of independent
+                Gaussian vectors (arXiv 2009.14794, section 2.4).
 
         Raises:
             ValueError: No features, or an interval below 1.
