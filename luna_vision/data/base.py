@@ -1,7 +1,7 @@
 """The base of all data modules: common arguments, loaders, and the order of events."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,9 +20,10 @@ from luna_vision.data.transforms import Augmentation, train_transform
 from luna_vision.data.workers import init_worker
 from luna_vision.images.find import find_images, listed
 from luna_vision.images.transforms import SeededTransform, eval_transform, per_channel
+from luna_vision.utils.checks import check_at_least
 from luna_vision.utils.errors import one_line
 
-SPLIT_SEED = 0  # of held-out splits; deliberately not the run's seed, see `hold_out`
+SPLIT_SEED = 0  # not the run's seed, see `hold_out`
 STAGE_SPLITS = {
     "fit": ("train", "val"),
     "validate": ("val",),
@@ -39,32 +40,31 @@ class ImageDataModule(LightningDataModule):
     batches are ``(images, ids)`` with B strings: file paths if ``predict_path`` is given, else test set positions.
 
     A subclass defines :meth:`make_source` and the class attributes, and passes its own defaults on to this constructor.
-    What an augmentation does is a function of (seed, epoch, sample index) alone, see :mod:`luna_vision.data.sampling`.
+    Augmentation depends on (seed, epoch, sample index) alone, see :mod:`luna_vision.data.sampling`.
 
     Attributes:
         num_classes: Number of classes; labels are in [0, num_classes).
         class_names: A name for each class.
         in_chans: Channels C of the images.
-        img_size: (H, W) of the images, in pixels; those of training may have others.
-        train_sizes: (H, W) of the images of training batches; empty where all are of img_size.
+        img_size: (H, W) of the images, in pixels; training images may have others.
+        train_sizes: (H, W) of the images of training batches; empty where all have img_size.
         MEAN, STD: Default normalisation, of pixels in [0, 1], for one channel or three.
 
     Args:
         root: Folder of the data.
         img_size: Side of the images in pixels, or [height, width].
         in_chans: 1 (grey) or 3 (RGB); images are converted.
-        batch_size: Images in a batch, on each device: an optimizer step sees as many times the number of devices and
+        batch_size: Images in a batch on each device. An optimizer step sees this number times the number of devices and
             ``accumulate_grad_batches``.
         eval_batch_size: The same for validation, test and prediction; ``batch_size`` if None.
         num_workers: Processes that load images; 0 loads in the main process. The batches do not depend on it.
         seed: Seed of the shuffle and of all augmentation.
-        val_fraction: Share of the training set that is held out for validation where the dataset has no validation
-            split of its own, so that the test set is touched by testing only. Stratified by class; the same images
-            whatever ``seed`` is. 0 trains on everything and validates on nothing.
-        mean: Mean by channel, of pixels in [0, 1], that is subtracted; one number counts for all channels.
+        val_fraction: Share of the training set to hold out for validation where the dataset has no validation split.
+            Stratified by class, and the same images for any ``seed``. 0 trains on everything and validates on nothing.
+        mean: Mean of each channel, of pixels in [0, 1], to subtract; one number counts for all channels.
         std: Standard deviation to divide by, likewise.
-        crop_pct: How evaluation keeps the aspect ratio, see :func:`luna_vision.data.transforms.eval_transform`.
-        augmentation: What augments training images: a key of :data:`luna_vision.data.transforms.AUGMENTATIONS`.
+        crop_pct: How evaluation keeps the aspect ratio, see :func:`luna_vision.images.transforms.eval_transform`.
+        augmentation: Library of the augmentation, a key of :data:`luna_vision.data.transforms.AUGMENTATIONS`.
         crop: Random crop, see :class:`luna_vision.data.transforms.Augmentation`; likewise down to auto_augment.
         crop_scale: [smallest, largest] share of the area that a "resized" crop keeps.
         crop_padding: Padding of a "pad" crop in pixels.
@@ -73,19 +73,18 @@ class ImageDataModule(LightningDataModule):
         color_jitter: Largest relative change of brightness, contrast, saturation.
         auto_augment: Policy of the timm or torchvision backend, for instance "rand-m9-mstd0.5-inc1".
         random_erasing: Probability of random erasing.
-        drop_last: Skip the last, incomplete training batch, unless it is the only one (timm's Mixup needs even ones).
+        drop_last: Skip the last training batch if it is incomplete and not the only one (timm's Mixup needs even ones).
         pin_memory: Page-lock batches; by default where there is a GPU.
         persistent_workers: Keep the workers from one epoch to the next.
-        on_error: What happens to an image that cannot be read: "raise" stops and names it, "skip" logs it once and puts
-            the next readable one in its place, see :class:`~luna_vision.data.faults.SkipFaults`. Prediction stops.
-        max_error_share: Share of a split that "skip" replaces; beyond it, it stops.
-        train_sizes: Sides in pixels, or [height, width], to train at, each batch at one of them, in an order drawn for
-            each epoch; evaluation is at ``img_size``, for which ``batch_size`` is meant. Other sizes have as many
-            images in a batch as make as many patches. The loss of a batch is its mean as ever, so that an image counts
-            for less in a batch of many.
-        patch_size: Side of the model's patches in pixels, of which ``train_sizes`` must be multiples; of no other use.
-        predict_path: What to predict: an image file, a folder (searched recursively) or a list of files; the test set
-            if None.
+        on_error: For an image that cannot be read: "raise" stops and names it, "skip" logs it once and puts the next
+            readable one in its place, see :class:`~luna_vision.data.faults.SkipFaults`. Prediction always stops.
+        max_error_share: Largest share of a split that "skip" replaces; it stops beyond.
+        train_sizes: Sides in pixels, or [height, width], to train at. Each batch has one of them, in an order drawn for
+            each epoch, and as many patches as ``batch_size`` images of ``img_size``. Evaluation is at ``img_size``. The
+            loss is the mean of a batch, so an image counts for less in a batch with more images.
+        patch_size: Side of the model's patches in pixels. ``train_sizes`` must be multiples of it; it has no other use.
+        predict_path: Images to predict: a file, a folder (searched recursively) or a list of files; the test set if
+            None.
 
     Raises:
         ValueError: An argument is out of range.
@@ -96,6 +95,7 @@ class ImageDataModule(LightningDataModule):
     class_names: list[str]
     MEAN: tuple[float, ...] = (0.5,)
     STD: tuple[float, ...] = (0.5,)
+    collate_fn: Callable | None = None  # None for that of torch
 
     def __init__(
         self,
@@ -135,9 +135,8 @@ class ImageDataModule(LightningDataModule):
             raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
         if not 0 <= random_erasing <= 1:
             raise ValueError(f"random_erasing is a probability, got {random_erasing}")
-        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("seed", seed, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_at_least(1, batch_size=batch_size)
+        check_at_least(0, num_workers=num_workers, seed=seed)
         check_fault_policy(on_error, max_error_share)
         self.max_error_share = max_error_share if on_error == "skip" else None
         self.root = os.path.expanduser(root)
@@ -181,7 +180,7 @@ class ImageDataModule(LightningDataModule):
         raise NotImplementedError
 
     def timm_cfg(self) -> dict[str, Any]:
-        """What a model that was trained on this data expects of its input, in the words of timm's `pretrained_cfg`."""
+        """The input that a model trained on this data expects, in the words of timm's `pretrained_cfg`."""
         return {
             "input_size": (self.in_chans, *self.img_size),
             "mean": self.mean,
@@ -195,21 +194,21 @@ class ImageDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         if stage == "predict" and self.predict_path is not None:
-            self._to_predict = find_images(self.predict_path, say=self._say)  # now, and not when a run has its folder
+            self._to_predict = find_images(self.predict_path, say=self._say)  # an error comes before a run has a folder
             self._say(f"predict: {len(self._to_predict)} images")
             return
         for split in STAGE_SPLITS[stage]:
             dataset = self.dataset(split)
-            self._say(describe(split, getattr(dataset, "source", dataset), self.num_classes))
+            self._say(describe(split, dataset, self.num_classes))
         if unused := self.unused():
             self._say(f"not used of {self.root}: {listed(unused)}")
 
     def unused(self) -> list[str]:
-        """Names of the folders in ``root`` that are no split, where splits are folders."""
+        """Names of the folders in ``root`` that are not used, where splits are folders."""
         return []
 
     def _say(self, line: str) -> None:
-        """Once, though a run sets up several times, and by the first process."""
+        """Log a line once, by the first process. A run sets up several times."""
         if line not in self._said:
             self._said.add(line)
             rank_zero_info(line)
@@ -220,22 +219,24 @@ class ImageDataModule(LightningDataModule):
             source = self.make_source(split)
             self._datasets[split] = None if source is None else self._tensors(source, split)
             if split == "train" and self.train_sizes and isinstance(self._datasets[split], StreamDataset):
-                raise ValueError("train_sizes need samples with indices, which a stream has not")
+                raise ValueError("train_sizes need samples with indices, which a stream does not have")
         return self._datasets[split]
 
     def _tensors(self, source: Source | IterableDataset, split: str) -> TransformedDataset | StreamDataset:
-        transform = self.train_transform if split == "train" else self.eval_transform
-        name = f"{type(self).__name__} {split}"
-        arguments = (source, transform, self.in_chans, self.num_classes, self.seed, name)
         if not isinstance(source, IterableDataset):
             sized = self.sized_transforms if split == "train" else None
-            return TransformedDataset(*arguments, self.max_error_share, sized)
+            return TransformedDataset(source, *self._arguments(split), self.max_error_share, sized=sized)
         if self.max_error_share is not None:
             raise ValueError("on_error='skip' needs samples with indices, which a stream of timm has not: give 'raise'")
-        return StreamDataset(*arguments)
+        return StreamDataset(source, *self._arguments(split))
+
+    def _arguments(self, split: str) -> tuple:
+        """Arguments of a `TensorDataset` after the source, down to its name."""
+        transform = self.train_transform if split == "train" else self.eval_transform
+        return transform, self.in_chans, self.num_classes, self.seed, f"{type(self).__name__} {split}"
 
     def state_dict(self) -> dict[str, Any]:
-        """The samples that are known to be broken, for a run that goes on; called by all processes at once."""
+        """The known broken samples, for a resumed run. All processes call this at once."""
         found = {split: getattr(dataset, "faults", None) for split, dataset in self._datasets.items()}
         broken = {split: faults.known() for split, faults in found.items() if faults is not None}
         return {"root": self.root, "broken": broken} if broken else {}
@@ -243,7 +244,7 @@ class ImageDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for split, known in state_dict["broken"].items():
             faults = getattr(self._datasets.get(split), "faults", None)
-            if faults is not None and self.root == state_dict["root"]:  # a run may go on with other data
+            if faults is not None and self.root == state_dict["root"]:  # a run may resume with other data
                 faults.broken[[index for index in known if index < faults.length]] = True
 
     def train_dataloader(self) -> DataLoader:
@@ -294,6 +295,7 @@ class ImageDataModule(LightningDataModule):
         arguments = {
             "dataset": dataset,
             "batch_size": batch_size,
+            "collate_fn": self.collate_fn,
             "drop_last": drop_last,
             "num_workers": self.num_workers,
             "worker_init_fn": init_worker,
@@ -309,7 +311,7 @@ class ImageDataModule(LightningDataModule):
         return EpochLoader(next_batch=self._next_batch, **arguments)
 
     def _rank(self) -> tuple[int, int]:
-        """This process's part of the data, and how many parts there are; processes that share an image share it."""
+        """Number of this process's part of the data, and of all parts. Processes that share an image share a part."""
         shares = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return (0, 1) if shares is None else (shares["rank"], shares["num_replicas"])
 
@@ -320,8 +322,8 @@ class ImageDataModule(LightningDataModule):
 def hold_out(labels: Sequence[int] | np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Split positions into (kept, held out), stratified by label, both sorted.
 
-    The split is always the same: if it came from the run's seed, a second stage of training with another seed would
-    validate on images that the first has trained on.
+    The split does not depend on the run's seed: a second stage of training with another seed would otherwise validate
+    on training images of the first.
     """
     indices = np.arange(len(labels))
     if fraction == 0:
@@ -334,9 +336,9 @@ def hold_out(labels: Sequence[int] | np.ndarray, fraction: float) -> tuple[np.nd
 
 
 def train_or_val(source: Source, split: str, val_fraction: float) -> Subset | None:
-    """The "train" or "val" part of a training set that has no validation split of its own.
+    """The "train" or "val" part of a training set without a validation split.
 
-    It is stratified where the labels are known without reading the images.
+    Stratified where the labels are known without reading the images.
     """
     labels = known_labels(source)
     kept, held = hold_out(np.zeros(len(source)) if labels is None else labels, val_fraction)

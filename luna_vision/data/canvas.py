@@ -1,9 +1,9 @@
 """Megapixel canvases: a few small items on a large empty canvas, with labels, boxes and masks known exactly.
 
 The plain canvas is the "megapixel MNIST" of Katharopoulos and Fleuret 2019 (arXiv 1905.03711), without its noise
-patterns: the label is the class that most items have. A bag of local features can count that. In the *cued* canvas,
-items stand in frames of different colours, one small square of one of these colours lies far off, and the label is the
-class of the item in the frame of that colour: information from two distant places has to meet.
+patterns. The label is the class of most items, which a bag of local features can count. On a *cued* canvas, each item
+stands in a frame of its own colour, and a small square, the cue, has one of these colours, far from its item. The label
+is the class of the item in the frame of that colour: information from two distant places has to meet.
 """
 
 import copy
@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
+
+from luna_vision.utils.checks import check_at_least
 
 FRAME_COLORS = np.array(
     [
@@ -36,7 +38,7 @@ class Canvas:
         image: uint8 (S, S), or (S, S, 3) if cued.
         label: The class to predict.
         classes: int64 (n,), the class of each item.
-        boxes: int64 (n, 4), the tight box of each item's mask; frames are outside of it.
+        boxes: int64 (n, 4), the tight box of each item's mask, without the frame.
         instances: uint8 (S, S): 0 is background, i + 1 the pixels that item i lights. Items do not overlap.
         cued_item: Position of the item whose class is the label, None if not cued.
         cue_box: int64 (4,), the square that names the colour, None if not cued.
@@ -70,7 +72,7 @@ class CanvasSpec:
         noise: Standard deviation of Gaussian noise over the whole canvas, in grey levels of 0 to 255.
         frame: Thickness of a frame, and of the gap between frame and item, in pixels; by default a 14th of the item.
         cue_size: Side of the cue in pixels, at most that of an item with its frame; by default a quarter of the item.
-        grid: Items with their frames, and the cue, stand at multiples of so many pixels.
+        grid: Items with their frames, and the cue, stand at multiples of this number of pixels.
     """
 
     side: int = 512
@@ -86,22 +88,17 @@ class CanvasSpec:
         most = len(FRAME_COLORS) if self.cued else 254
         if not 1 <= self.num_items <= most:
             raise ValueError(f"num_items must be 1 to {most}{' on a cued canvas' * self.cued}, got {self.num_items}")
-        if self.item_size < 4:
-            raise ValueError(f"item_size must be at least 4 pixels, got {self.item_size}")
-        if self.noise < 0:
-            raise ValueError(f"noise must not be negative, got {self.noise}")
-        if self.grid < 1:
-            raise ValueError(f"grid must be at least 1 pixel, got {self.grid}")
+        check_at_least(4, item_size=self.item_size)
+        check_at_least(0, noise=self.noise)
+        check_at_least(1, grid=self.grid)
         for name in ("frame", "cue_size"):
-            value = getattr(self, name)
-            if value is not None and not self.cued:
-                raise ValueError(f"{name} is for cued canvases alone, got {value}")
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1 pixel, got {value}")
+            if (value := getattr(self, name)) is not None:
+                check_at_least(1, **{name: value})
+                if not self.cued:
+                    raise ValueError(f"{name} is for cued canvases alone, got {value}")
         if self.cued and self.cue > self.outer:
             raise ValueError(f"cue_size must be at most {self.outer}, an item with its frame, got {self.cue_size}")
-        # Each placed square keeps at most taken positions from the next one: below the bound there is always room left,
-        # and drawing places until one is free ends quickly.
+        # each placed square blocks a bounded number of positions: with some left, drawing until one is free ends soon
         taken = (self.num_items + self.cued) * (2 * ((self.outer - 1) // self.grid) + 1) ** 2
         free = ((self.side - self.outer) // self.grid + 1) ** 2
         # the worst place for an item is the middle, which leaves the corners for the cue
@@ -125,15 +122,15 @@ class CanvasSpec:
 
     @property
     def cue(self) -> int:
-        """Side of the cue, at least ``side / 3`` away from the item it stands for (between centres, along one axis)."""
+        """Side of the cue, which is at least ``side / 3`` away from its item (between centres, along one axis)."""
         return self.cue_size or max(3, self.item_size // 4)
 
 
 def make_canvas(rng: np.random.Generator, images: np.ndarray, labels: np.ndarray, spec: CanvasSpec) -> Canvas:
     """Draw one canvas, a function of the state of ``rng``.
 
-    On a cued canvas all items have different classes (as far as there are enough), so that no count of items tells the
-    label. On a plain one the majority has more than half of the items.
+    On a cued canvas all items have different classes (if there are enough), so counting items does not tell the label.
+    On a plain one more than half of the items are of one class.
 
     Args:
         rng: Source of all randomness.
@@ -212,7 +209,7 @@ def _fill(image: np.ndarray, top: int, left: int, size: int, color: np.ndarray |
 
 
 def _resized(item: np.ndarray, size: int) -> np.ndarray:
-    # bilinear, as cubic interpolation would light pixels around the item, and so widen its mask
+    # bilinear: cubic interpolation would light pixels around the item, and so widen its mask
     return np.asarray(Image.fromarray(item).resize((size, size), Image.Resampling.BILINEAR))
 
 

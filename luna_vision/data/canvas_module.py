@@ -9,6 +9,7 @@ from luna_vision.data.base import ImageDataModule, hold_out
 from luna_vision.data.canvas import CanvasDataset, CanvasSpec
 from luna_vision.data.datasets import Arrays, digits_splits, download_torchvision, open_torchvision
 from luna_vision.data.images import Source
+from luna_vision.utils.checks import check_at_least, check_option
 
 
 def _digits(root: str) -> dict[str, Arrays]:
@@ -36,26 +37,26 @@ class CanvasDataModule(ImageDataModule):
 
     The items of training, validation and test canvases are disjoint. Canvases are drawn when asked for, each a function
     of ``canvas_seed``, its split and its index; the dataset's ``source.canvas(index)`` also gives boxes and masks.
-    There is no augmentation unless asked for: colour jitter would change the cue, a flip turns digits into others.
+    By default there is no augmentation: colour jitter would change the cue, and a flip changes digits.
 
     Args:
         source: Where items come from, a key of :data:`ITEM_SOURCES`: "digits" or "fashion_mnist".
-        root: Folder that contains FashionMNIST/raw; of no use to digits.
+        root: Folder that contains FashionMNIST/raw; digits need none.
         download: Fetch Fashion-MNIST if it is missing.
         side: Side of the canvas, and of the images, in pixels.
         num_items: Items on a canvas.
         item_size: Side of an item in pixels.
-        cued: The harder twin, which needs ``in_chans=3``.
+        cued: Cued canvases, the harder task; needs ``in_chans=3``.
         noise: Standard deviation of Gaussian noise in grey levels of 0 to 255.
         frame: Thickness of frames, and of the gap between frame and item, in pixels; by default a 14th of the item.
         cue_size: Side of the cue in pixels; by default a quarter of the item.
-        grid: What stands on a canvas does so at multiples of so many pixels.
+        grid: Everything on a canvas stands at multiples of this number of pixels.
         num_train: Canvases for training.
         num_val: Canvases for validation.
         num_test: Canvases for testing.
         canvas_seed: Seed of the canvases; ``seed`` is that of the shuffle and of augmentation.
-        **kwargs: The other arguments of :class:`ImageDataModule`; ``img_size`` is ``side``. For ``train_sizes``, which
-            are sides, canvases are drawn at that side, with as many items of the same size.
+        **kwargs: The other arguments of :class:`ImageDataModule`; ``img_size`` is ``side``. With ``train_sizes``, which
+            are sides, canvases are drawn at each side, with the same number of items of the same size.
     """
 
     num_classes = 10
@@ -97,14 +98,11 @@ class CanvasDataModule(ImageDataModule):
             color_jitter=color_jitter,
             **kwargs,
         )
-        if source not in ITEM_SOURCES:
-            raise ValueError(f"unknown source {source!r}; choose from {', '.join(ITEM_SOURCES)}")
+        check_option("source", source, ITEM_SOURCES)
         if cued and in_chans != 3:
             raise ValueError("cued canvases are told apart by colour: in_chans must be 3")
         self.lengths = {"train": num_train, "val": num_val, "test": num_test}
-        for split, length in self.lengths.items():
-            if length < 1:
-                raise ValueError(f"num_{split} must be at least 1, got {length}")
+        check_at_least(1, num_train=num_train, num_val=num_val, num_test=num_test)
         self.spec = CanvasSpec(side, num_items, item_size, cued, noise, frame, cue_size, grid)
         for height, width in self.train_sizes:
             if height != width:

@@ -17,22 +17,20 @@ from luna_vision.images.find import class_folders, listed, split_folder, unused_
 from luna_vision.utils.files import new_folder, write_json, write_text
 from luna_vision.utils.text import printable
 
-__all__ = ["convert"]
-
 SPLITS = ("train", "val", "test")
 ORDER_SEED = 0  # of the order of training images; the same folder gives the same shards
 Samples = Iterator[tuple[str, str, int]]  # name within the folder, path, label
 
 
 def write_webdataset(samples: Samples, split: str, out: Path, shard_bytes: int) -> tuple[int, dict[str, Any]]:
-    """Write tars of a split; returns the number of shards and what is to stand in _info.json."""
+    """Write tars of a split; returns the number of shards and the split's entry in _info.json."""
     lengths: list[int] = []
     pattern = str(out.absolute()).replace("%", "%%") + f"/{split}-%06d.tar"
     with need("webdataset").ShardWriter(
         pattern, maxsize=shard_bytes, verbose=0, encoder=False, mtime=0, post=lambda _: lengths.append(writer.count)
     ) as writer:
         for index, (name, path, label) in enumerate(samples):
-            # WebDataset takes what follows the first dot as the suffix, and a tar holds names of up to 100 characters
+            # the suffix begins at the first dot for WebDataset, and a tar holds names of up to 100 characters
             key = re.sub(r"[^\w-]", "_", Path(name).stem, flags=re.ASCII)[:60]
             suffix = Path(path).suffix.lstrip(".").lower()
             writer.write({"__key__": f"{index:08d}_{key}", suffix: Path(path).read_bytes(), "cls": str(label).encode()})
@@ -45,10 +43,10 @@ def write_litdata(samples: Samples, split: str, out: Path, shard_bytes: int) -> 
     """Write LitData's chunks and index of a split; returns the number of chunks."""
     need("litdata")
     from litdata.streaming.serializers import StringSerializer
-    from litdata.streaming.writer import BinaryWriter  # what litdata.optimize runs, in processes of its own
+    from litdata.streaming.writer import BinaryWriter  # litdata.optimize runs it in processes of its own
 
     class Text(StringSerializer):
-        """Which takes the name of a file for a text, too, and not for the file."""
+        """Takes a text that is the name of a file for a text, not for the file."""
 
         def can_serialize(self, data: Any) -> bool:
             return isinstance(data, str)
@@ -73,16 +71,16 @@ def convert(
 ) -> dict[str, tuple[int, int]]:
     """Write an image folder as shards; image files are copied as they are, not decoded.
 
-    Training images are written in a random order, always the same, as shards are read one after the other; the other
-    splits in the order of the folder. Everything goes to a folder beside ``out``, which gets its name when complete.
+    Training images are written in a random but fixed order, since shards are read one after the other. The other splits
+    keep the order of the folder. The output is written beside ``out`` and gets this name when it is complete.
 
     Args:
-        folder: Images as folder/{train,val,test}/<class>/<image>, of which train must be there, and val may be called
-            validation or valid.
+        folder: Images as folder/{train,val,test}/<class>/<image>. train must be there; val may be called validation or
+            valid.
         out: Folder to write, which must not exist.
         form: A key of :data:`FORMATS`.
         shard_megabytes: Size at which a new shard begins.
-        say: Is told at the start, line by line, what there is and what is left out.
+        say: Gets lines about the images found and left out, at the start.
 
     Returns:
         Images and shards of each split.

@@ -28,7 +28,7 @@ class ArraySource:
 def digits_splits(val_fraction: float = 0.2, test_fraction: float = 0.2) -> dict[str, Arrays]:
     """scikit-learn's 1,797 digits as uint8 (n, 8, 8) and labels, in fixed stratified splits.
 
-    ``val_fraction`` is a share of what ``test_fraction`` leaves.
+    ``val_fraction`` is a share of the images that are not for testing.
     """
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # given as 0..16
@@ -85,7 +85,7 @@ class DigitsDataModule(ImageDataModule):
 
 
 class _TorchvisionDataModule(ImageDataModule):
-    """A torchvision dataset with a training and a test part; validation is held out of the former."""
+    """A torchvision dataset with a training and a test part; validation is held out of the training part."""
 
     dataset_class: type[tvd.VisionDataset]
     folder: str  # below root
@@ -105,7 +105,7 @@ class _TorchvisionDataModule(ImageDataModule):
 
 
 def download_torchvision(dataset_class: type[tvd.VisionDataset], root: str, train: bool = True) -> None:
-    """Fetch a torchvision dataset unless it is there; OSError says what could not be fetched, and where to."""
+    """Fetch a torchvision dataset unless it is there; an OSError names the dataset and the folder."""
     try:
         dataset_class(root, train=train, download=True)
     except (RuntimeError, OSError) as error:
@@ -114,7 +114,7 @@ def download_torchvision(dataset_class: type[tvd.VisionDataset], root: str, trai
 
 
 def open_torchvision(dataset_class: type[tvd.VisionDataset], root: str, train: bool, folder: str) -> tvd.VisionDataset:
-    """Open a torchvision dataset that is on disk; FileNotFoundError says where it was looked for."""
+    """Open a torchvision dataset that is on disk; a FileNotFoundError names the folder."""
     try:
         return dataset_class(root, train=train)
     except RuntimeError as error:  # "Dataset not found" or "... or corrupted"

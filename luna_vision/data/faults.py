@@ -1,4 +1,4 @@
-"""What becomes of samples that cannot be read: an error, or the next readable sample in their place."""
+"""Samples that cannot be read: an error, or the next readable sample in their place."""
 
 import logging
 from collections.abc import Callable
@@ -8,9 +8,8 @@ import torch
 import torch.distributed as dist
 
 from luna_vision.images.decode import SampleError
+from luna_vision.utils.checks import check_option
 from luna_vision.utils.text import printable
-
-ON_ERROR = ("raise", "skip")
 
 _logger = logging.getLogger(__name__)
 Sample = TypeVar("Sample")
@@ -19,10 +18,10 @@ Sample = TypeVar("Sample")
 class SkipFaults:
     """Puts the next readable sample in the place of one that cannot be read.
 
-    Sample i is replaced by the first readable one of i + 1, i + 2, ... (the first sample follows the last). That is a
-    function of i and the data alone, so batches keep their shape, and neither workers nor a resume change them. Each
-    fault is logged once: what is broken is marked in shared memory, for all workers and epochs of a process. Others
-    learn of it by :meth:`known`.
+    Sample i is replaced by the first readable one of i + 1, i + 2, ... (the first sample follows the last). This
+    depends on i and the data alone, so batches keep their shape, and neither workers nor a resume change them. Each
+    fault is logged once: broken samples are marked in memory that all workers of a process share. Other processes learn
+    of them by :meth:`known`.
 
     Args:
         length: Number of samples.
@@ -49,13 +48,13 @@ class SkipFaults:
         raise SampleError(f"{self.name}: not one of {self.length} samples can be read")
 
     def replacement(self, index: int) -> int:
-        """The index that is read in the place of ``index``, as far as faults have been found."""
+        """The index that is read in the place of ``index``, by the faults found so far."""
         while self.broken[index] and not self.broken.all():
             index = (index + 1) % self.length
         return index
 
     def known(self) -> list[int]:
-        """The broken samples that any process has found. To be called by all of them at once, which then all know.
+        """The broken samples that any process has found. All processes call this at once, and then know the same.
 
         Raises:
             SampleError: Together they have found too many.
@@ -82,7 +81,7 @@ class SkipFaults:
             _logger.warning(f"{printable(str(error))}; {so_far}")
             return
         reasons = []
-        for first in self.broken.nonzero()[:3].flatten().tolist():  # of all workers, so they are read once more
+        for first in self.broken.nonzero()[:3].flatten().tolist():  # other workers may have found them: read them again
             try:
                 read(first)
             except SampleError as known:
@@ -91,8 +90,7 @@ class SkipFaults:
 
 
 def check_fault_policy(on_error: str, max_error_share: float) -> None:
-    """Raise a ValueError unless both make sense."""
-    if on_error not in ON_ERROR:
-        raise ValueError(f"on_error must be one of {', '.join(ON_ERROR)}, got {on_error!r}")
+    """Raise a ValueError unless the policy is known and the share is in [0, 1)."""
+    check_option("on_error", on_error, ("raise", "skip"))
     if not 0 <= max_error_share < 1:
         raise ValueError(f"max_error_share must be in [0, 1), got {max_error_share}")

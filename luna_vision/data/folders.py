@@ -9,7 +9,7 @@ from PIL import Image
 from luna_vision.data.base import ImageDataModule, train_or_val
 from luna_vision.data.images import Source
 from luna_vision.images.decode import read_image
-from luna_vision.images.find import Folder, class_folders, listed, skipped, split_folder, unused_folders, walk
+from luna_vision.images.find import class_folders, listed, skipped, split_folder, unused_folders, walk
 
 
 class ClassFolder:
@@ -17,22 +17,20 @@ class ClassFolder:
 
     Args:
         folder: The folder.
-        labels: The label of each class: those of the training folder, as a validation folder may lack some.
-        found: What was found of each class in the folder; by default it is searched.
+        labels: The label of each class of the training folder; a validation folder may lack some classes.
 
     Attributes:
         samples: File and label of each image, class by class, sorted.
         targets: The labels.
-        where, skipped: In words, where the images are, and what is not among them.
+        where, skipped: In words, where the images are, and what was left out.
 
     Raises:
         ValueError: A class has no images, or no label.
         OSError: A folder cannot be read.
     """
 
-    def __init__(self, folder: Path, labels: dict[str, int], found: dict[str, list[Folder]] | None = None) -> None:
-        if found is None:
-            found = {name: sorted(walk(folder / name)) for name in class_folders(folder)}
+    def __init__(self, folder: Path, labels: dict[str, int]) -> None:
+        found = {name: sorted(walk(folder / name)) for name in class_folders(folder)}
         if unknown := [name for name in found if name not in labels]:
             raise ValueError(f"{folder} has classes that the training folder has not: {listed(unknown)}")
         if empty := [name for name, at in found.items() if not any(one.images for one in at)]:
@@ -58,7 +56,7 @@ def numbered(names: list[str]) -> dict[str, int]:
 
 
 class SplitFolders:
-    """Part of a data module whose splits are folders in ``root``."""
+    """Mixin of the data modules whose splits are folders in ``root``."""
 
     root: str
     val_fraction: float
@@ -68,9 +66,9 @@ class SplitFolders:
         return split_folder(self.root, split)
 
     def open_split(self, split: str, open_: Callable[[Path], Source]) -> Source | None:
-        """What ``open_`` makes of the folder of a split. Without one, "val" is a share of "train", and "test" is "val".
+        """Open the folder of a split with ``open_``.
 
-        But "test" is not that share: it is for validation, and testing must not pass for something else.
+        Without a folder, "val" is a share of "train", and "test" is "val", or None where "val" is only such a share.
         """
         val = self.folder("val")
         if split == "test":
@@ -86,14 +84,19 @@ class SplitFolders:
 
 
 class PhotoDataModule(ImageDataModule):
-    """Base of the data modules of photos on disk: ImageNet's statistics and sizes, and classes that the disk names."""
+    """Base of the data modules of photos: ImageNet's statistics and sizes, and names of classes from the disk."""
 
     MEAN, STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 
     def __init__(
-        self, img_size: int | list[int] = 224, num_workers: int = 8, crop_pct: float | None = 0.875, **kwargs
+        self,
+        root: str = "data/imagenet",
+        img_size: int | list[int] = 224,
+        num_workers: int = 8,
+        crop_pct: float | None = 0.875,
+        **kwargs,
     ) -> None:
-        super().__init__(img_size=img_size, num_workers=num_workers, crop_pct=crop_pct, **kwargs)
+        super().__init__(root=root, img_size=img_size, num_workers=num_workers, crop_pct=crop_pct, **kwargs)
         self._class_names: list[str] | None = None
 
     def find_class_names(self) -> list[str]:
@@ -115,21 +118,18 @@ class ImageFolderDataModule(SplitFolders, PhotoDataModule):
     """Photos in the layout of ImageNet: root/train/<class>/<image>, root/val/<class>/<image>, perhaps root/test.
 
     The classes are the folders of root/train, in alphabetical order. The validation folder may also be called
-    ``validation`` or ``valid``. Without it, ``val_fraction`` of the training images is held out; without root/test,
-    testing and prediction use the validation folder. Names that are hidden, such as ``.ipynb_checkpoints``, and what is
-    no image file are skipped; what was found, and what is not used, is said at the start of a run. Images of any mode
-    are read (palette, 16-bit, CMYK, ...) and turned upright by their EXIF orientation.
+    ``validation`` or ``valid``. Without it, ``val_fraction`` of the training images is held out. Without root/test,
+    testing and prediction use the validation folder. Hidden names, such as ``.ipynb_checkpoints``, and files that are
+    no images are skipped. A run starts with a list of what was found and what is not used. Images of any mode are read
+    (palette, 16-bit, CMYK, ...) and turned upright by their EXIF orientation.
 
     Arguments not listed here are those of :class:`ImageDataModule`.
 
     Raises:
         FileNotFoundError: On setup: there is no root/train.
-        ValueError: On setup: a class has no images, evaluation has classes that training has not, or two folders are
-            for validation.
+        ValueError: On setup: a class has no images, validation has a class that training lacks, or two folders are for
+            validation.
     """
-
-    def __init__(self, root: str = "data/imagenet", **kwargs) -> None:
-        super().__init__(root=root, **kwargs)
 
     def find_class_names(self) -> list[str]:
         train = self.folder("train")

@@ -1,4 +1,4 @@
-"""Datasets of images, which turn them into tensors with clear errors."""
+"""Datasets that turn images into tensors, with clear errors."""
 
 import zlib
 from collections.abc import Iterator
@@ -21,50 +21,71 @@ from luna_vision.utils.text import printable
 
 
 class Source(Protocol):
-    """What a data module draws from: a map-style dataset of (image, label); an image is PIL or uint8 (H, W[, 3])."""
+    """Images and labels by index: (image, label), where an image is PIL or uint8 (H, W[, 3])."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Image.Image | np.ndarray, int]: ...
 
 
-class TransformedDataset(Dataset):
-    """(image tensor, label) from a source, each sample augmented by its own seed.
-
-    Indices may be plain (epoch 0), the ``(epoch, index)`` pairs of :class:`~luna_vision.data.EpochSampler`, or with a
-    size as the third, as :class:`~luna_vision.data.sizes.SizeSampler` has them. A source that can *make* its images at
-    a size, and has a method ``at(size)`` that gives a source of these, is asked to.
+class TensorDataset:
+    """Base of the datasets that make tensors of the images of a source, each augmented by its own seed.
 
     Args:
         source: Where images and labels come from.
         transform: Makes the float tensor (C, H, W) from a PIL image and a seed.
-        in_chans: Channels that images are converted to before the transform, 1 or 3.
+        in_chans: Channels of the image that the transform gets, 1 or 3.
         num_classes: Labels must be in [0, num_classes).
         seed: The run's seed, mixed with epoch and index.
         name: Names the source in errors, for instance "train".
         max_error_share: Share of the samples that may be unreadable: others take their place, see
-            :class:`~luna_vision.data.faults.SkipFaults`. None allows not a single one.
-        sized: Transforms to other sizes (height, width), for keys that have one.
-
-    Raises:
-        SampleError: On access, if the source cannot deliver the sample or its label is out of range.
+            :class:`~luna_vision.data.faults.SkipFaults`. With None, one unreadable sample is an error.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: Source | IterableDataset,
         transform: SeededTransform,
         in_chans: int,
         num_classes: int,
         seed: int = 0,
         name: str = "data",
         max_error_share: float | None = None,
-        sized: dict[tuple[int, int], SeededTransform] | None = None,
     ) -> None:
-        self.sized = sized or {}
         self.source, self.transform, self.in_chans = source, transform, in_chans
         self.num_classes, self.seed, self.name = num_classes, seed, name
         self.faults = None if max_error_share is None else SkipFaults(len(source), max_error_share, name)
+
+    def prepare(
+        self, image: Any, label: int, epoch: int, index: int, what: str, transform: SeededTransform | None = None
+    ) -> tuple[Tensor, int]:
+        """The tensor of an image, and its label. A label out of range is a SampleError about ``what``."""
+        if not 0 <= label < self.num_classes:
+            raise SampleError(
+                f"{self.name} {what} has label {label}, outside the {self.num_classes} declared classes "
+                f"(0 to {self.num_classes - 1})"
+            )
+        return (transform or self.transform)(image, sample_seed(self.seed, epoch, index)), int(label)
+
+
+class TransformedDataset(TensorDataset, Dataset):
+    """(image tensor, label) by index.
+
+    An index may be plain (epoch 0), an ``(epoch, index)`` pair of :class:`~luna_vision.data.EpochSampler`, or an
+    ``(epoch, index, size)`` triple of :class:`~luna_vision.data.sizes.SizeSampler`. A source with a method ``at(size)``
+    makes its images at that size.
+
+    Args:
+        *args, **kwargs: As in :class:`TensorDataset`.
+        sized: Transforms to other sizes (height, width), for keys that have one.
+
+    Raises:
+        SampleError: On access, if the source cannot deliver the sample or its label is out of range.
+    """
+
+    def __init__(self, *args: Any, sized: dict[tuple[int, int], SeededTransform] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sized = sized or {}
 
     def __len__(self) -> int:
         return len(self.source)
@@ -77,8 +98,7 @@ class TransformedDataset(Dataset):
             source = source.at(size[0]) if hasattr(source, "at") else source
         read = partial(self._read, source)
         image, label = read(index) if self.faults is None else self.faults.read(read, index)
-        check_label(label, self.num_classes, f"{self.name} sample {index}")
-        return transform(image, sample_seed(self.seed, epoch, index)), int(label)
+        return self.prepare(image, label, epoch, index, f"sample {index}", transform)
 
     def _read(self, source: Source, index: int) -> tuple[Image.Image, int]:
         try:
@@ -86,15 +106,14 @@ class TransformedDataset(Dataset):
             return to_channels(image, self.in_chans), label
         except IndexError:
             raise  # ends iteration over a map-style dataset
-        except Exception as error:  # sources of others, and their decoders, raise nearly anything of a broken file
+        except Exception as error:  # sources of others, and their decoders, raise nearly anything for a broken file
             raise SampleError(f"{self.name} sample {index}: {one_line(error)}") from error
 
 
 def sample_name(dataset: Dataset, index: int) -> str:
-    """The file that a sample is read from; its index in ``dataset`` where samples are no files of their own.
+    """The file of a sample, or its index in ``dataset`` where samples have no files.
 
-    Files are known of sources that have ``sample_file(index)``, or ``samples`` of (file, label) as folders have, and of
-    parts of them.
+    A source knows its files if it has a method ``sample_file(index)``, or ``samples`` of (file, label) as folders have.
     """
     source, at = dataset.dataset if isinstance(dataset, BatchDataset) else dataset, index
     if isinstance(source, TransformedDataset):
@@ -110,7 +129,7 @@ def sample_name(dataset: Dataset, index: int) -> str:
 
 
 def known_labels(source: Any) -> np.ndarray | None:
-    """The labels of a source that has them as ``targets``, or of a part of one: without reading its images."""
+    """The labels of a source, or of a part of one, if it has them as ``targets``; no image is read."""
     if isinstance(source, Subset):
         labels = known_labels(source.dataset)
         return None if labels is None else labels[source.indices]
@@ -119,12 +138,15 @@ def known_labels(source: Any) -> np.ndarray | None:
 
 
 def describe(split: str, source: Any, num_classes: int) -> str:
-    """How many images and classes a split has, and which: a source, a part of one that is held out, a stream or None.
+    """One line about a split: its images and classes, where they are, and what was left out.
 
-    A source says where its images are, and what is not among them, in its attributes ``where`` and ``skipped``.
+    ``source`` is a source or a dataset of one, a part of either, a stream, or None. A source may have the attributes
+    ``where`` and ``skipped``, which are in words.
     """
     if source is None:
         return f"{split}: no images"
+    if isinstance(source, TransformedDataset):
+        source = source.source
     try:
         count = f"{len(source)} images"
     except TypeError:
@@ -138,56 +160,37 @@ def describe(split: str, source: Any, num_classes: int) -> str:
     return printable(f"{split}: {count}{where and f' in {where}'}, {classes} classes{skipped}")
 
 
-class StreamDataset(IterableDataset):
-    """As :class:`TransformedDataset`, from a stream of (image, label): an IterableDataset of timm.
+class StreamDataset(TensorDataset, IterableDataset):
+    """(image tensor, label) from a stream of (image, label): an IterableDataset of timm.
 
-    A stream has no indices, so the checksum of the image stands in for one: the augmentation of an image is still the
-    same in whatever worker it turns up, and another one in each epoch.
+    A stream has no indices, so the checksum of the image takes the place of one: an image has the same augmentation in
+    any worker, and another one in each epoch. Arguments as in :class:`TensorDataset`.
     """
 
-    def __init__(
-        self,
-        stream: IterableDataset,
-        transform: SeededTransform,
-        in_chans: int,
-        num_classes: int,
-        seed: int = 0,
-        name: str = "data",
-    ) -> None:
-        self.stream, self.transform, self.in_chans = stream, transform, in_chans
-        self.num_classes, self.seed, self.name = num_classes, seed, name
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.epoch = SharedCount()  # in shared memory, to reach workers that live on
 
     def __len__(self) -> int:
-        return len(self.stream.reader)  # TypeError where timm's reader does not know; Lightning can do without
+        return len(self.source.reader)  # TypeError where timm's reader does not know; Lightning can do without
 
     def share(self, num_workers: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        """To be called before the stream is iterated: who reads it, in batches of what size."""
-        self.stream.set_loader_cfg(num_workers)  # timm's readers find out the rest themselves
+        """Set who reads the stream, and the size of the batches. To be called before it is iterated."""
+        self.source.set_loader_cfg(num_workers)  # timm's readers find out the rest themselves
 
     def set_epoch(self, epoch: int) -> None:
         """To be called before the stream is iterated."""
         self.epoch.value = epoch
-        self.stream.set_epoch(epoch)
+        self.source.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
-        for image, label in self.stream:
+        for image, label in self.source:
             image = to_channels(image, self.in_chans)
-            check_label(label, self.num_classes, f"{self.name} stream: an image")
-            seed = sample_seed(self.seed, self.epoch.value, zlib.crc32(image.tobytes()))
-            yield self.transform(image, seed), int(label)
-
-
-def check_label(label: int, num_classes: int, what: str) -> None:
-    """Raise a SampleError that names ``what`` unless the label is in [0, num_classes)."""
-    if not 0 <= label < num_classes:
-        raise SampleError(
-            f"{what} has label {label}, outside the {num_classes} declared classes (0 to {num_classes - 1})"
-        )
+            yield self.prepare(image, label, self.epoch.value, zlib.crc32(image.tobytes()), "stream: an image")
 
 
 class PredictDataset(Dataset):
-    """(image tensor, id) for prediction: ids are the file paths, or the position in the source as a string."""
+    """(image tensor, id) for prediction. An id is the path of the file, or the position in the source as a string."""
 
     def __init__(self, source: Source | list[str], transform: SeededTransform, in_chans: int) -> None:
         self.source, self.transform, self.in_chans = source, transform, in_chans

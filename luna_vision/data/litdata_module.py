@@ -16,7 +16,7 @@ from luna_vision.images.decode import SampleError, decode_image
 
 INDEX = "index.json"
 CHUNK = re.compile(r"chunk-\d+-\d+\.bin")
-# What the index says of the items that `convert` writes. Other formats unpickle, and LitData imports what a tree names.
+# The index of the items that `convert` writes. LitData unpickles other items, and imports the names in their index.
 LEAF = {"type": None, "context": None, "children_spec": []}
 TREE = {"type": "builtins.dict", "context": '["image", "label", "name"]', "children_spec": [LEAF] * 3}
 ITEMS = {"data_format": ["bytes", "int", "str"], "item_loader": "PyTreeLoader"}
@@ -24,14 +24,12 @@ FREE = ("chunk_bytes", "chunk_size", "data_spec", "types")  # the first two of t
 
 
 class LitDataSource:
-    """(image, label) from a folder that LitData wrote, whose items are ``{"image": bytes, "label": int, "name": str}``.
-
-    Reads items by index and not as a stream: what order they come in and who reads which is the sampler's business.
+    """(image, label) by index from a folder of LitData's, of items ``{"image": bytes, "label": int, "name": str}``.
 
     Raises:
         FileNotFoundError: There is no index, or a chunk is missing (LitData would wait for its download).
-        ValueError: The index is none that `convert` could have written, of chunks in this folder: nothing that it names
-            is imported, and nothing is unpickled.
+        ValueError: The index is not one that `convert` could have written for this folder. It is refused before
+            anything is imported or unpickled.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -89,10 +87,10 @@ class LitDataSource:
 class LitDataDataModule(SplitFolders, ShardDataModule):
     """Images in chunks of LitData, as :mod:`luna_vision.data.convert` writes them: root/train, root/val, root/test.
 
-    Chunks are read by index, so everything is as with :class:`~luna_vision.data.ImageFolderDataModule`: the order, the
-    shares of ranks and workers, and resuming. Without root/val (or validation, valid), ``val_fraction`` of the training
-    images is held out (not stratified, as labels are only known by reading); without root/test, testing and prediction
-    use root/val.
+    Chunks are read by index, so order, ranks, workers and resuming are as with
+    :class:`~luna_vision.data.ImageFolderDataModule`. Without root/val (or validation, valid), ``val_fraction`` of the
+    training images is held out (not stratified: labels are known by reading only). Without root/test, testing and
+    prediction use root/val.
 
     Arguments not listed here are those of :class:`ImageDataModule`.
     """

@@ -1,9 +1,9 @@
 """Randomness of the input pipeline as a pure function of (seed, epoch, sample index).
 
-Random generators that live in the loader's worker processes make a run depend on how many workers there are, repeat
-themselves between workers or epochs, and cannot be restored on resume. Here nothing random lives in a worker:
-:class:`EpochSampler` sends the epoch along with every index, and :func:`sample_seed` turns the two into the seed of
-that sample. Whatever worker, rank or machine draws it, it comes out the same, and it comes out new in every epoch.
+Random generators in the loader's worker processes make a run depend on the number of workers, repeat themselves
+between workers or epochs, and cannot be restored on resume. Here no worker has a random state: :class:`EpochSampler`
+sends the epoch along with every index, and :func:`sample_seed` turns the two into the seed of that sample. So a sample
+is the same in any worker, rank or machine, and new in every epoch.
 """
 
 import copy
@@ -38,7 +38,7 @@ def seeded_rng(seed: int) -> Iterator[None]:
 class EpochSampler(DistributedSampler):
     """Shuffles like ``DistributedSampler`` and yields ``(epoch, index)`` pairs instead of indices.
 
-    As a ``DistributedSampler`` it is left in place by Lightning, which replaces any other training sampler under DDP.
+    Lightning leaves a ``DistributedSampler`` in place; under DDP it replaces any other training sampler.
 
     Args:
         dataset: The dataset to draw from; only its length is used.
@@ -46,8 +46,7 @@ class EpochSampler(DistributedSampler):
         num_replicas: Number of processes that share the epoch.
         rank: The rank of this process among them.
         shuffle: Draw a new order each epoch.
-        drop_last: Where the samples cannot be shared out evenly, leave the last few of the epoch's order out; else the
-            first few come twice.
+        drop_last: Where the samples cannot be shared out evenly, leave out the last few; else the first few come twice.
     """
 
     def __init__(
@@ -63,9 +62,9 @@ class EpochSampler(DistributedSampler):
         self.start = 0
 
     def begin(self, epoch: int, start: int = 0) -> None:
-        """Say what the next iteration, and only that, covers: ``epoch`` without its first ``start`` samples.
+        """Set the next iteration, and only that, to ``epoch`` without its first ``start`` samples.
 
-        A sampler of whole batches counts those.
+        A sampler of whole batches counts batches.
         """
         self.set_epoch(epoch)
         self.start = start
@@ -79,7 +78,7 @@ def batch_indices(loader: DataLoader, epoch: int, batch: int) -> list[int] | Non
     """Dataset indices of a batch of this process in an epoch; None where no :class:`EpochSampler` draws them."""
     if not isinstance(sampler := getattr(loader, "sampler", None), EpochSampler):
         return None
-    order = copy.copy(sampler)  # what the sampler itself is about to do stays as it is
+    order = copy.copy(sampler)  # the state of the sampler itself stays as it is
     if loader.batch_size is None:  # it yields whole batches
         order.begin(epoch, batch)
         return [index for _, index, _ in next(iter(order), [])]
@@ -88,11 +87,10 @@ def batch_indices(loader: DataLoader, epoch: int, batch: int) -> list[int] | Non
 
 
 class EvalSampler(DistributedSampler):
-    """Every sample once, on one of the processes; ``DistributedSampler`` would have some count twice in a score.
+    """Every sample once, on one of the processes; with ``DistributedSampler`` some would count twice in a score.
 
-    As a ``DistributedSampler`` it is left in place by Lightning. Processes of which some have a batch more than others
-    would wait for each other for ever where the model itself communicates, so batches are to be made of
-    :attr:`batch_size`.
+    Lightning leaves a ``DistributedSampler`` in place. All processes must have equally many batches, since a process
+    that communicates within the model would wait for ever for one without a batch. So take :attr:`batch_size`.
 
     Args:
         dataset: The dataset; only its length is used.
@@ -101,16 +99,16 @@ class EvalSampler(DistributedSampler):
         rank: The rank of this process among them.
 
     Attributes:
-        batch_size: The largest up to the given one with which all processes have equally many batches. Where there is
-            none (it is 1, or there are fewer samples than processes) it is the given one, and the first few samples
-            come twice after all.
+        batch_size: The largest size, up to the given one, with which all processes have equally many batches. Where
+            there is none (it is 1, or there are fewer samples than processes), the given one; then the first few
+            samples come twice.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, num_replicas: int = 1, rank: int = 0) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
         least, rest = divmod(len(dataset), num_replicas)
         self.repeats, self.batch_size = False, batch_size
-        if rest:  # some have one more than the others: it must not begin a batch
+        if rest:  # some processes have one sample more than others: it must not begin a batch
             fitting = (size for size in range(batch_size, 1, -1) if least % size)
             self.batch_size = next(fitting, batch_size)
             self.repeats = least % self.batch_size == 0
@@ -123,31 +121,29 @@ class EvalSampler(DistributedSampler):
 
 
 class EpochLoader(DataLoader):
-    """A training loader that goes on in the middle of an epoch, with the very batches that were still to come.
+    """A training loader that continues in the middle of an epoch, with exactly the batches that are left.
 
-    Lightning's own ``set_epoch`` does not do: a loader with workers asks for its first indices when its iterator is
-    created, and after a resume that is before ``set_epoch`` (Lightning issue 21938).
-
-    A sampler skips what is done without loading it; a dataset that is a stream, which knows no indices, is read up to
-    there once more.
+    Lightning's own ``set_epoch`` is too late: a loader with workers asks for its first indices when its iterator is
+    created, and after a resume that is before ``set_epoch`` (Lightning issue 21938). A sampler skips the batches that
+    are done without loading them. A stream knows no indices, so it is read up to there once more.
 
     Args:
-        next_batch: Called whenever an iteration begins, returns the epoch and how many of its batches are done, as
-            :func:`next_batch` does; None leaves it to ``set_epoch`` of the sampler or the dataset.
-        **kwargs: The arguments of ``DataLoader``. The sampler is an :class:`EpochSampler`, or the dataset a stream with
-            ``set_epoch``.
+        next_batch: Is called when an iteration begins, and returns the epoch and the number of its batches that are
+            done, as :func:`next_batch` does. With None, ``set_epoch`` of the sampler or the dataset decides.
+        **kwargs: The arguments of ``DataLoader``. Either the sampler is an :class:`EpochSampler`, or the dataset is a
+            stream with ``set_epoch``.
     """
 
     def __init__(self, *, next_batch: Callable[[], tuple[int, int] | None], **kwargs) -> None:
-        # a generator of its own, as the seeds of the workers would be drawn from the global one at every epoch, and
-        # what the model draws would depend on how often that was
+        # Without its own generator, a loader draws the seeds of its workers from the global one at every epoch, and
+        # the random numbers of the model would depend on that.
         kwargs.setdefault("generator", torch.Generator())
         super().__init__(**kwargs)
         self.next_batch = next_batch
 
     def __iter__(self) -> Iterator:
-        # A generator, so that it asks at the first batch: Lightning makes its iterator before it reads a checkpoint
-        # where the length of a schedule is asked for.
+        # A generator asks at the first batch. Lightning makes its iterator earlier, sometimes before it reads a
+        # checkpoint, to learn the length of a schedule.
         at, done = self.next_batch(), 0
         if at is not None:
             epoch, done = at
@@ -158,7 +154,7 @@ class EpochLoader(DataLoader):
                 self.dataset.set_epoch(epoch)
         yield from islice(super().__iter__(), done, None)
 
-    # By having these a loader tells Lightning that it can go on within an epoch. Where, the trainer knows itself.
+    # These tell Lightning that the loader can continue within an epoch. The trainer itself knows where.
 
     def state_dict(self) -> dict[str, int]:
         epoch, done = self.next_batch() or (0, 0)
@@ -169,14 +165,14 @@ class EpochLoader(DataLoader):
 
 
 def next_batch(trainer: Trainer | None) -> tuple[int, int] | None:
-    """The epoch that the next training batch belongs to, and how many of its batches come before that one.
+    """The epoch of the next training batch, and the number of batches before it in that epoch. None without a trainer.
 
-    Right at any time: in training, when a checkpoint is written, and when one has been loaded. None without a trainer.
+    It is right in training, when a checkpoint is written, and after one was loaded.
     """
     if trainer is None:
         return None
     epochs, batches = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress
-    # after the last batch it is the next epoch, whether or not this one has been counted as processed yet; and so it is
-    # once one has been counted that max_steps has cut short
+    # after the last batch it is the next epoch, even if this one does not count as processed yet; and likewise after an
+    # epoch that max_steps has cut short
     ended = batches.is_last_batch or epochs.processed == epochs.ready
     return (epochs.ready, 0) if ended else (epochs.processed, batches.current.ready)

@@ -1,4 +1,4 @@
-"""What data modules of shards share: the layout of a folder of shards, and what is said where it is not one."""
+"""The common parts of the data modules of shards."""
 
 import importlib
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from types import ModuleType
 from luna_vision.data.folders import PhotoDataModule
 
 CLASSES = "classes.txt"
-MAX_BYTES = 2**29  # of an image file: three for each of the 179 megapixels at most that are decoded
+MAX_BYTES = 2**29  # of an image file: three bytes for each of the 179 megapixels that are decoded at most
 CONVERT = "luna-vision convert FOLDER OUT makes them from an image folder"
 
 
@@ -23,7 +23,7 @@ def need(library: str) -> ModuleType:
 
 @contextmanager
 def listing(path: Path) -> Iterator[None]:
-    """For the reading of a file of JSON: whatever is missing in it, or of another kind, is a ValueError about it."""
+    """While a JSON file is read: a ValueError about the file where something is missing in it or of a wrong type."""
     try:
         yield
     except Exception as error:  # JSON of strangers may hold anything in any place
@@ -31,13 +31,7 @@ def listing(path: Path) -> Iterator[None]:
 
 
 class ShardDataModule(PhotoDataModule):
-    """Base of the data modules of shards: root/classes.txt has the name of a class in each line, in order of labels.
-
-    Arguments not listed here are those of :class:`ImageDataModule`.
-    """
-
-    def __init__(self, root: str = "data/imagenet_shards", **kwargs) -> None:
-        super().__init__(root=root, **kwargs)
+    """Base of the data modules of shards: root/classes.txt has the name of a class in each line, in order of labels."""
 
     def find_class_names(self) -> list[str]:
         path = Path(self.root, CLASSES)

@@ -1,7 +1,7 @@
-"""Training at several sizes: each batch is of one of them, with about as many patches as any other batch.
+"""Training at several sizes: each batch has one of them, and about as many patches as any other batch.
 
-Which batch has which size is, as all else here, a function of (seed, epoch, position): see
-:mod:`luna_vision.data.sampling`. All ranks have the same size at the same step, so that none waits for another.
+The size of a batch is a function of (seed, epoch, position), see :mod:`luna_vision.data.sampling`. All ranks have the
+same size at the same step, so none waits for another.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, default_collate
 
 from luna_vision.data.sampling import EpochSampler
+from luna_vision.utils.checks import check_at_least
 
 Size = tuple[int, int]
 Key = tuple[int, int, Size]
@@ -20,11 +21,10 @@ def parse_sizes(sizes: Sequence[int | Sequence[int]], patch_size: int) -> list[S
     """Sides, or [height, width], in pixels to (height, width).
 
     Raises:
-        ValueError: There is none, one is given twice, or one does not consist of whole patches.
+        ValueError: There is no size, one is given twice, or one does not consist of whole patches.
     """
     out = [(size, size) if isinstance(size, int) else tuple(size) for size in sizes]
-    if patch_size < 1:
-        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+    check_at_least(1, patch_size=patch_size)
     if not out:
         raise ValueError("train_sizes must have at least one size; leave it out to train at img_size")
     for given, size in zip(sizes, out, strict=True):
@@ -39,19 +39,19 @@ def parse_sizes(sizes: Sequence[int | Sequence[int]], patch_size: int) -> list[S
 
 
 class SizeSampler(EpochSampler):
-    """Yields whole batches, lists of ``(epoch, index, size)`` with one size in each, for a loader without batch size.
+    """Yields whole batches, lists of ``(epoch, index, size)`` with one size each, for a loader without batch size.
 
-    Within an epoch all sizes have the same number of batches (up to one), in an order that is drawn anew for each
-    epoch. Batches of small images have more of them: as many as make ``patches`` patches, rounded, and at least one.
-    Only the last batch is what is left, or is left out. Every epoch has the same number of batches.
+    In an epoch all sizes have the same number of batches (up to one), in an order that is drawn anew for each epoch. A
+    batch has as many images as make ``patches`` patches, rounded, and at least one. Only the last batch may have fewer.
+    Every epoch has the same number of batches.
 
     Args:
         dataset: The dataset to draw from; only its length is used.
         sizes: (height, width) of images, in pixels.
         patch_size: Side of a patch in pixels.
         patches: Patches in a batch, on each device.
-        drop_last: Leave out what cannot be shared out evenly, and the last, incomplete batch, unless it is the only
-            one.
+        drop_last: Leave out samples that cannot be shared out evenly, and an incomplete last batch unless it is the
+            only one.
         seed: Seed of the shuffle and of the sizes, the same on all ranks.
         num_replicas: Number of processes that share the epoch.
         rank: The rank of this process among them.
@@ -68,11 +68,11 @@ class SizeSampler(EpochSampler):
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
-        # what cannot be shared out evenly is left out, unless some process would have nothing at all
+        # samples that cannot be shared out evenly are left out, unless a process would then have none
         uneven = drop_last and len(dataset) >= num_replicas
         super().__init__(dataset, seed=seed, num_replicas=num_replicas, rank=rank, drop_last=uneven)
         self.batches: list[tuple[Size, int]] = []
-        left = self.num_samples  # of this rank, and any other
+        left = self.num_samples  # the same on every rank
         while left:
             size = sizes[len(self.batches) % len(sizes)]
             count = min(left, images_in_batch(size, patch_size, patches))
@@ -89,7 +89,7 @@ class SizeSampler(EpochSampler):
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, start, self.start = self.epoch, self.start, 0
         indices = list(DistributedSampler.__iter__(self))
-        # three numbers, unlike the seeds of anything else that is drawn for an epoch
+        # three numbers, which no other seed for an epoch has
         order = np.random.default_rng((self.seed, epoch, 1)).permutation(self.complete).tolist()
         position = 0
         for step, batch in enumerate([*order, *range(self.complete, len(self.batches))]):
@@ -100,17 +100,17 @@ class SizeSampler(EpochSampler):
 
 
 def images_in_batch(size: Size, patch_size: int, patches: int) -> int:
-    """How many images of a size have so many patches together, rounded, and at least one."""
+    """Images of a size that have `patches` patches together, rounded, and at least one."""
     return max(1, round(patches / patches_of(size, patch_size)))
 
 
 def patches_of(size: Size, patch_size: int) -> int:
-    """Patches of an image, those that it fills in part counted."""
+    """Patches of an image, with the ones that it fills in part."""
     return -(-size[0] // patch_size) * -(-size[1] // patch_size)
 
 
 class BatchDataset(Dataset):
-    """What a :class:`SizeSampler` asks for: a dataset whose keys are lists of another one's, and items its batches."""
+    """A dataset by batches, for a :class:`SizeSampler`: a key is a list of keys, an item the batch of their samples."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset

@@ -1,7 +1,7 @@
 """Training augmentation by a choice of libraries.
 
 An augmentation backend is a function from :class:`Augmentation` to a callable ``(PIL image, seed) -> image``;
-:data:`AUGMENTATIONS` lists them. What follows is the same for all: to float, random erasing, normalisation.
+:data:`AUGMENTATIONS` lists them. The rest is the same for all: conversion to float, normalisation, random erasing.
 """
 
 import math
@@ -27,13 +27,12 @@ from torchvision.transforms import InterpolationMode, v2
 
 from luna_vision.data.sampling import seeded_rng
 from luna_vision.images.transforms import ImageTransform, SeededTransform, resize
-
-CROPS = ("resized", "pad", "none")
+from luna_vision.utils.checks import check_option
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What training images go through; how, is up to the backend. Amounts of 0 switch a part off.
+    """The augmentation of training images, for any backend. An amount of 0 switches a part off.
 
     Attributes:
         size: Height and width of the result in pixels.
@@ -62,8 +61,7 @@ class Augmentation:
     mean: tuple[float, ...] = (0.5,)
 
     def __post_init__(self) -> None:
-        if self.crop not in CROPS:
-            raise ValueError(f"crop must be one of {', '.join(CROPS)}, got {self.crop!r}")
+        check_option("crop", self.crop, ("resized", "pad", "none"))
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale must be 0 < smallest <= largest <= 1, got {self.crop_scale}")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
@@ -78,8 +76,8 @@ class Augmentation:
 class _Albumentations:
     """Seeds the pipeline's own generators for each image.
 
-    NOTE Left alone, albumentations 2.0.8 draws the same augmentations in all workers and in all epochs, whatever
-    seed_everything(workers=True) does.
+    NOTE Without this, albumentations 2.0.8 draws the same augmentations in all workers and all epochs, also after
+    seed_everything(workers=True).
     """
 
     def __init__(self, steps: list[A.BasicTransform], size: tuple[int, int] | None, padding: int) -> None:
@@ -87,7 +85,7 @@ class _Albumentations:
         self.size, self.padding = size, padding
 
     def __call__(self, image: Image.Image, seed: int) -> np.ndarray:
-        # What is not random stays outside of the pipeline, where each step costs more than the work on a small image.
+        # Steps that are not random stay outside of the pipeline, whose steps cost more than the work on a small image.
         if self.size is not None and (image.height, image.width) != self.size:
             image = image.resize(self.size[::-1], Image.Resampling.BICUBIC)
         if self.padding:
@@ -118,7 +116,7 @@ def albumentations_backend(aug: Augmentation) -> ImageTransform:
 
 
 class _GlobalRNG:
-    """For libraries that draw from the global generators: seeds them for one image, then puts them back."""
+    """For libraries that draw from the global generators: seeds them for one image, then restores them."""
 
     def __init__(self, transform: Callable[[Image.Image], Image.Image | Tensor]) -> None:
         self.transform = transform
@@ -156,9 +154,7 @@ def torchvision_backend(aug: Augmentation) -> ImageTransform:
     """Augment with torchvision.transforms.v2; ``auto_augment`` names one of its policies."""
     steps = _torchvision_crop(aug) + [v2.RandomHorizontalFlip(aug.hflip)]
     if aug.auto_augment:
-        if aug.auto_augment not in TORCHVISION_POLICIES:
-            options = ", ".join(TORCHVISION_POLICIES)
-            raise ValueError(f"unknown auto_augment {aug.auto_augment!r} for torchvision; choose from {options}")
+        check_option("auto_augment of torchvision", aug.auto_augment, TORCHVISION_POLICIES)
         steps.append(TORCHVISION_POLICIES[aug.auto_augment]())
     elif aug.color_jitter:
         steps.append(v2.ColorJitter(aug.color_jitter, aug.color_jitter, aug.color_jitter))
@@ -184,14 +180,14 @@ def timm_backend(aug: Augmentation) -> ImageTransform:
         raise ValueError(f"timm does not know auto_augment {aug.auto_augment!r} ({error})") from error
     for operation in chain.from_iterable(map(_operations, transform.transforms)):
         if operation.aug_fn is posterize:
-            operation.aug_fn = _posterize  # of this transform alone: what timm does elsewhere is not ours to change
+            operation.aug_fn = _posterize  # of this transform alone; timm itself stays as it is
     # Without a resized crop, the first transform is replaced, as DeiT's build_transform does for small images.
     first = [] if aug.crop == "resized" and not aug.rotate else _torchvision_crop(aug)
     return _GlobalRNG(v2.Compose(first + transform.transforms[bool(first) :]))
 
 
 def _operations(step: object) -> list[AugmentOp]:
-    """The operations that a policy of timm draws from; of a step that is no policy, none."""
+    """The operations of a policy of timm; none if the step is no policy."""
     if isinstance(step, AutoAugment):
         return list(chain.from_iterable(step.policy))
     return step.ops if isinstance(step, (RandAugment, AugMixAugment)) else []
@@ -200,7 +196,7 @@ def _operations(step: object) -> list[AugmentOp]:
 def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
     """timm's posterize, whose policies ask for 0 bits at their strongest: black.
 
-    NOTE Pillow up to 12 makes 0 bits black by itself, Pillow 13 refuses them; see docs/data.md.
+    NOTE Pillow up to 12 makes an image of 0 bits black; Pillow 13 refuses them. See docs/data.md.
     """
     return posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)
 
@@ -211,9 +207,9 @@ def no_augmentation(aug: Augmentation) -> ImageTransform:
 
 
 class AugmentationError(RuntimeError):
-    """An augmentation failed on an image that it should take: a bug of it or of its library, not a broken image.
+    """An augmentation failed on a sound image: a bug of the augmentation, not a broken image.
 
-    No ValueError, which the commands would report as a mistake of the user.
+    Not a ValueError, since commands report those as mistakes of the user.
     """
 
 
@@ -243,8 +239,7 @@ def train_transform(
 
     When called, it raises an :class:`AugmentationError` where the backend raises a ValueError or an OSError.
     """
-    if backend not in AUGMENTATIONS:
-        raise ValueError(f"unknown augmentation {backend!r}; choose from {', '.join(AUGMENTATIONS)}")
+    check_option("augmentation", backend, AUGMENTATIONS)
     if aug.auto_augment and backend not in ("timm", "torchvision"):
         raise ValueError(f"auto_augment needs augmentation 'timm' or 'torchvision': {backend!r} has no such policies")
     augment = partial(_augment, transform=AUGMENTATIONS[backend](aug))

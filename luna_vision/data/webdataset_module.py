@@ -1,8 +1,7 @@
 """Images in the tar shards of WebDataset, read one after the other.
 
-Which samples a worker reads follows from the number of samples in each shard alone: the shards of an epoch, in the
-order of that epoch, are one long sequence, of which every rank takes an equal stretch, and of that every worker a
-stretch of whole batches. So all ranks have the same number of batches, however many shards there are.
+The shards of an epoch, in the order of that epoch, are one long sequence. Every rank takes an equal stretch of it, and
+every worker of a rank a stretch of whole batches. So all ranks have the same number of batches.
 """
 
 import io
@@ -13,24 +12,24 @@ import tarfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from luna_vision.data.faults import SkipFaults
-from luna_vision.data.images import StreamDataset, check_label
+from luna_vision.data.images import StreamDataset
 from luna_vision.data.sampling import sample_seed
 from luna_vision.data.shards import CONVERT, MAX_BYTES, ShardDataModule, listing, need
 from luna_vision.images.decode import SampleError, decode_image, to_channels
 from luna_vision.images.find import IMG_EXTENSIONS
-from luna_vision.images.transforms import SeededTransform
+from luna_vision.utils.checks import check_at_least
 from luna_vision.utils.errors import one_line
 
-INFO = "_info.json"  # of timm's own shards, for instance timm/imagenet-1k-wds
+INFO = "_info.json"  # the list of shards, as in timm's own, for instance timm/imagenet-1k-wds
 LABEL = "cls"
-META = re.compile("__[^/]*__($|/)")  # what WebDataset leaves out
+META = re.compile("__[^/]*__($|/)")  # names that WebDataset leaves out
 IMAGE_KEYS = tuple(suffix.lstrip(".") for suffix in IMG_EXTENSIONS)
 
 
@@ -38,7 +37,7 @@ class TarShards(IterableDataset):
     """The shards of one split, as root/_info.json lists them: ``{"splits": {split: {"filenames", "shard_lengths"}}}``.
 
     Raises:
-        ValueError: The list does not make sense.
+        ValueError: The list is broken, does not fit the shards or names a file outside of the folder.
         FileNotFoundError: A shard is missing.
     """
 
@@ -97,15 +96,15 @@ class TarShards(IterableDataset):
 
 
 def tar_files(path: str) -> Iterator[dict]:
-    """The files in a tar as WebDataset has them: images and labels, and None for the content of all others.
+    """The files in a tar in the form of WebDataset: the content of images and labels, None for that of all others.
 
-    So nothing is read that is larger than the tar: it must not be compressed, where headers may be of any size, and of
-    sparse files, which may be of any size too, nothing is read, nor of those that are too large for an image.
+    Never reads more than the size of the tar: compressed tars are refused, and sparse files and files too large for an
+    image are not read.
     """
     split = need("webdataset").tariterators.base_plus_ext
     with tarfile.open(path, "r:") as tar:
         while (member := tar.next()) is not None:
-            tar.members = []  # which it would keep
+            tar.members = []  # else it keeps them all
             if member.isreg() and not META.match(member.name):
                 suffix = str(split(member.name)[1]).lower()
                 wanted = suffix in (*IMAGE_KEYS, LABEL) and not member.issparse() and member.size <= MAX_BYTES
@@ -117,26 +116,13 @@ class ShardDataset(StreamDataset):
     """(image tensor, label) from tar shards, each sample augmented by its own seed.
 
     Args:
-        stream: The shards.
-        transform: As in :class:`~luna_vision.data.images.StreamDataset`; likewise down to name.
-        max_error_share: As in :class:`~luna_vision.data.images.TransformedDataset`.
-        shuffle_buffer: Samples to choose from at random, in each worker, and the shards are drawn in a new order each
-            epoch; 0 keeps everything in order.
+        *args, **kwargs: As in :class:`~luna_vision.data.images.TensorDataset`; the source is :class:`TarShards`.
+        shuffle_buffer: Samples to choose from at random, in each worker; the shards are in a new order each epoch. 0
+            keeps everything in order.
     """
 
-    def __init__(
-        self,
-        stream: TarShards,
-        transform: SeededTransform,
-        in_chans: int,
-        num_classes: int,
-        seed: int = 0,
-        name: str = "data",
-        max_error_share: float | None = None,
-        shuffle_buffer: int = 0,
-    ) -> None:
-        super().__init__(stream, transform, in_chans, num_classes, seed, name)
-        self.faults = None if max_error_share is None else SkipFaults(len(stream), max_error_share, name)
+    def __init__(self, *args: Any, shuffle_buffer: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.shuffle_buffer = shuffle_buffer
         self.share(0, 1)
 
@@ -144,8 +130,8 @@ class ShardDataset(StreamDataset):
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
 
     def __len__(self) -> int:
-        """Of this rank: some samples come twice where they cannot be shared out evenly, as with DistributedSampler."""
-        return -(-len(self.stream) // self.world_size)
+        """Samples of this rank. Where they cannot be shared out evenly, some come twice, as with DistributedSampler."""
+        return -(-len(self.source) // self.world_size)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch.value = epoch
@@ -153,13 +139,11 @@ class ShardDataset(StreamDataset):
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         epoch = self.epoch.value
         for index, sample in self._raw(epoch):
-            image, label = self._decode(index, sample)
-            check_label(label, self.num_classes, f"{self.name} sample {index}")
-            yield self.transform(image, sample_seed(self.seed, epoch, index)), label
+            yield self.prepare(*self._decode(index, sample), epoch, index, f"sample {index}")
 
     def _raw(self, epoch: int) -> Iterator[tuple[int, dict]]:
         """The samples of this worker, in order."""
-        order = np.arange(len(self.stream.paths))
+        order = np.arange(len(self.source.paths))
         if self.shuffle_buffer:
             order = np.random.default_rng((self.seed, epoch)).permutation(order)
         worker = get_worker_info()
@@ -177,15 +161,15 @@ class ShardDataset(StreamDataset):
 
     def _wrapped(self, order: np.ndarray, first: int, last: int) -> Iterator[tuple[int, dict]]:
         while first < last:  # the first samples follow the last ones
-            start = first % len(self.stream)
-            stop = min(start + last - first, len(self.stream))
-            yield from self.stream.stretch(order, start, stop)
+            start = first % len(self.source)
+            stop = min(start + last - first, len(self.source))
+            yield from self.source.stretch(order, start, stop)
             first += stop - start
 
     def _decode(self, index: int, sample: dict) -> tuple[Image.Image, int]:
         def read(at: int) -> tuple[Image.Image, int]:
             try:
-                image, label = decode_sample(sample if at == index else self.stream.sample(at))
+                image, label = decode_sample(sample if at == index else self.source.sample(at))
                 return to_channels(image, self.in_chans), label
             except Exception as error:  # of a tar that is damaged, and of decoders
                 raise SampleError(f"{self.name} sample {at}: {one_line(error)}") from error
@@ -194,7 +178,7 @@ class ShardDataset(StreamDataset):
 
 
 def decode_sample(sample: dict) -> tuple[Image.Image, int]:
-    """(image, label) of a raw sample of WebDataset: the file of an image and "cls", a number in digits.
+    """(image, label) of a raw sample of WebDataset, which has an image file and "cls", a number in digits.
 
     Raises:
         SampleError: It has no such files, or they cannot be read.
@@ -216,12 +200,12 @@ def decode_sample(sample: dict) -> tuple[Image.Image, int]:
 class WebDatasetDataModule(ShardDataModule):
     """Images in WebDataset's tar shards, as :mod:`luna_vision.data.convert` and timm write them.
 
-    root/_info.json lists the shards of the splits "train", "val" (or "validation") and perhaps "test"; a sample is an
+    root/_info.json lists the shards of the splits "train", "val" (or "validation") and perhaps "test". A sample is an
     image file and a ``.cls`` file with its label. Nothing can be held out of a stream: without a validation split,
-    give ``val_fraction`` 0. Without "test", testing uses the validation split; prediction needs ``predict_path``.
+    give ``val_fraction`` 0. Without "test", testing uses the validation split. Prediction needs ``predict_path``.
 
-    Each epoch reads the shards in a new order and shuffles within ``shuffle_buffer``: a function of seed and epoch and,
-    unlike augmentation, of the number of ranks and workers, each of which reads a stretch of its own.
+    Each epoch reads the shards in a new order and shuffles within ``shuffle_buffer``. The order depends on seed, epoch
+    and the number of ranks and workers; the augmentation of a sample on seed and epoch only.
 
     Args:
         shuffle_buffer: Samples of the training split that each worker holds in memory, encoded, to choose from.
@@ -230,8 +214,7 @@ class WebDatasetDataModule(ShardDataModule):
 
     def __init__(self, root: str = "data/imagenet_webdataset", shuffle_buffer: int = 1000, **kwargs) -> None:
         super().__init__(root=root, **kwargs)
-        if shuffle_buffer < 1:
-            raise ValueError(f"shuffle_buffer must be at least 1, got {shuffle_buffer}")
+        check_at_least(1, shuffle_buffer=shuffle_buffer)
         self.shuffle_buffer = shuffle_buffer
 
     def make_source(self, split: str) -> TarShards | None:
@@ -255,13 +238,5 @@ class WebDatasetDataModule(ShardDataModule):
         return super()._loader(dataset, batch_size, **kwargs)
 
     def _tensors(self, source: TarShards, split: str) -> ShardDataset:
-        return ShardDataset(
-            source,
-            self.train_transform if split == "train" else self.eval_transform,
-            self.in_chans,
-            self.num_classes,
-            self.seed,
-            f"{type(self).__name__} {split}",
-            self.max_error_share,
-            self.shuffle_buffer if split == "train" else 0,
-        )
+        buffer = self.shuffle_buffer if split == "train" else 0
+        return ShardDataset(source, *self._arguments(split), self.max_error_share, shuffle_buffer=buffer)

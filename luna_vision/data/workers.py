@@ -9,10 +9,10 @@ import cv2
 
 
 def init_worker(worker_id: int) -> None:
-    """To be called at the start of a loader's worker: no threads of its own, and SIGTERM by its parent only.
+    """Start a loader's worker: without threads of OpenCV, and deaf to SIGTERM unless its parent sends it.
 
-    Launchers (torchrun, SLURM, systemd, ``timeout``) send the signal to all processes of a run. The main process then
-    ends the step that it is at, for which it may still want a batch, and takes a worker that has gone for an error.
+    Launchers (torchrun, SLURM, systemd, ``timeout``) send the signal to all processes of a run. The main process still
+    finishes its step, may need a batch for that, and reports an error if a worker has gone.
     """
     cv2.setNumThreads(0)  # each worker would start a thread for every core
     if hasattr(signal, "sigwaitinfo"):  # macOS has none
@@ -25,4 +25,4 @@ def _end_with_parent() -> None:
     while True:
         sent = signal.sigwaitinfo({signal.SIGTERM})
         if sent.si_pid == parent.pid or not parent.is_alive():
-            os._exit(0)  # as torch's own handler does: any other code would be an error to the parent
+            os._exit(0)  # as torch's own handler does: the parent takes any other code for an error

@@ -20,7 +20,7 @@ from .absorbed import (
     unpack_absorbed,
     weighted_slots,
 )
-from .masks import check_valid, readable
+from .masks import check_valid, readable, zero_invalid
 from .naive import attention_weights, naive_attend
 from .pack_state import PackState, tile_absorbed, tile_projected
 from .precision import add_residual, autocast_input, autocasts, clamp_fp16, no_autocast, upcast
@@ -53,4 +53,5 @@ __all__ = [
     "unpack_absorbed",
     "upcast",
     "weighted_slots",
+    "zero_invalid",
 ]

@@ -8,11 +8,11 @@ For each head h, with queries Wq, keys Wk, values Wv and output projection Wo:
             Y_X = sum over h of softmax over L of ((X Wq_h + bq_h) K_h^T / sqrt(E)), times (V_h Wo_h), plus bo
                   with Wq_h K_h^T and V_h Wo_h folded: two products with X and a softmax between them
 
-The pack's key bias drops out of its softmax; its value bias passes through, since attention's rows sum to 1. Small
-matrices are folded in float32, under autocast too.
+The pack's key bias drops out of its softmax. Its value bias passes through, since attention's rows sum to 1. Small
+matrices are folded in float32, also under autocast.
 
 This unpack is the read of External Attention, `normalise(X M_k^T) M_v` (Guo et al. 2021, arXiv 2105.02358, section
-3.2), with a memory that is written anew for each image: `slot_scores` and `weighted_slots` are that read.
+3.2), by `slot_scores` and `weighted_slots`, with a memory that is written anew for each image.
 
 Sources: Ma et al., "Luna: Linear Unified Nested Attention", NeurIPS 2021 (arXiv 2106.01540), section 3; absorbed
 projections: DeepSeek-V2 (arXiv 2405.04434), section 2.1.
@@ -31,31 +31,16 @@ from ..utils.checks import check_option
 from .masks import readable
 from .precision import autocast_input, autocasts, clamp_fp16, upcast
 
-__all__ = [
-    "FORMS",
-    "FormCost",
-    "PACK_COST",
-    "Projections",
-    "UNPACK_COST",
-    "absorbs",
-    "fold_queries",
-    "pack_absorbed",
-    "project_values",
-    "slot_scores",
-    "unpack_absorbed",
-    "weighted_slots",
-]
-
 FORMS = ("auto", "projected", "absorbed")
 
 
 class FormCost(NamedTuple):
-    """What a multiply-add of a form's parts costs, in multiply-adds of the projection of the patches."""
+    """Cost of a multiply-add, relative to one in the projection of the patches."""
 
     absorbed: float
-    """Of the products of the patches with the folded matrices."""
+    """In the products of the patches with the folded matrices."""
     attention: float
-    """Of the projected form's attention."""
+    """In the attention of the projected form."""
 
 
 # fitted to images of 1,024 patches and more in docs/results/benchmark/forms.json, by
@@ -65,16 +50,16 @@ UNPACK_COST = FormCost(0.5, 0.0)
 
 
 def absorbs(form: str, memory_len: int, heads: int, dim: int, projections: int, cost: FormCost) -> bool:
-    """Whether a layer runs in the absorbed form. It does not depend on the image.
+    """Whether a layer runs in the absorbed form. This does not depend on the image.
 
     Multiply-adds of a patch: projected p C^2 + 2 L C, absorbed 2 H L C.
 
     Args:
-        form: "projected" or "absorbed" forces it, "auto" takes the one that is faster for many patches.
+        form: "projected" or "absorbed" forces that form; "auto" takes the faster one for many patches.
         memory_len: L.
         heads: H.
         dim: C.
-        projections: p, the projections of the patches that absorbing saves: 1 for a tied pack, else 2.
+        projections: p, the projections of the patches that the absorbed form saves: 1 for a tied pack, else 2.
         cost: `PACK_COST` or `UNPACK_COST`.
 
     Raises:
@@ -104,10 +89,9 @@ class Projections(NamedTuple):
 
 
 def _project_heads(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
-    """A linear map of (B, L, C) to (H, B * L, E), in float32 or wider.
+    """A linear map of (B, L, C) to (H, B * L, E), the input of `_fold_heads`, in float32 or wider.
 
-    One batched product over heads serves the whole batch, is faster than a linear layer for so few rows, and gives
-    what `_fold_heads` takes.
+    One batched product over heads serves the whole batch. For so few rows it is faster than a linear layer.
     """
     B, L, C = x.shape
     x = upcast(x).reshape(1, B * L, C).expand(heads, -1, -1)
@@ -118,27 +102,31 @@ def _project_heads(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -
 
 
 def _fold_heads(x: Tensor, weight: Tensor, batch: int) -> Tensor:
-    """Multiply each head's part of x, (H, B * L, E), by that head's part of a weight, (H, E, C): to (B, S, C), in which
-    head h and slot l have the row x[h, l] @ weight[h]."""
+    """Multiply each head's part of x, (H, B * L, E), by its part of a weight, (H, E, C): (B, S, C).
+
+    The row of head h and slot l is x[h, l] @ weight[h].
+    """
     heads, rows, _ = x.shape
     y = torch.bmm(x, weight).view(heads, batch, rows // batch, -1)
     return y.transpose(0, 1).reshape(batch, heads * (rows // batch), -1)
 
 
 def fold_queries(memory: Tensor, w: Projections) -> Tensor:
-    """The queries of a memory (B, L, C) with the keys' projection and the scale folded in: (B, S, C), in float32 or
-    wider."""
+    """The queries of a memory (B, L, C), with the keys' projection and the scale folded in: (B, S, C).
+
+    In float32 or wider.
+    """
     B, _, C = memory.shape
     q = _project_heads(memory, w.w_query, w.b_query, w.heads) * math.sqrt(w.heads / C)
     return _fold_heads(q, upcast(w.w_key).view(w.heads, C // w.heads, C), B)
 
 
 def project_values(z: Tensor, total: Tensor | None, w: Projections) -> Tensor:
-    """Weighted sums of patches as weighted sums of their values: (B, S, C) to (B, H, L, E), in float32 or wider.
+    """Weighted sums of patches to weighted sums of their values: (B, S, C) to (B, H, L, E), in float32 or wider.
 
     Args:
         z: The sums.
-        total: What the weights sum to, (B, S); 1 if None. The bias of the values is multiplied by it.
+        total: Sums of the weights, (B, S); 1 if None. The bias of the values is multiplied by it.
         w: The projections.
     """
     B, S, C = z.shape
@@ -160,7 +148,8 @@ def pack_absorbed(
     """Pack patches (B, N, C) into the memory (B, L, C): 4 H L C FLOPs a patch.
 
     Args:
-        memory, x: What asks and what is read.
+        memory: Queries.
+        x: Keys and values.
         w: The projections.
         valid: Which patches count, (B, N) bool.
         dropout_p: Probability of dropping an attention weight.
@@ -183,7 +172,7 @@ def pack_absorbed(
     row_sum: Tensor | None = None
     total: Tensor | None = None
     if axis == 1 and weights.dtype == torch.float32:
-        # along this axis, softmax adds up one after the other: over 262,144 patches its rows sum to 1 within 2e-5 only
+        # along this axis, softmax adds one by one: over 262,144 patches its rows sum to 1 only within 2e-5
         total = weights.detach().sum(dim=1)
     if dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)
@@ -212,10 +201,11 @@ def weighted_slots(weights: Tensor, m_value: Tensor, bias: Tensor | None = None)
 def unpack_absorbed(
     x: Tensor, packed: Tensor, w: Projections, valid: Tensor | None = None, dropout_p: float = 0.0
 ) -> Tensor:
-    """Let every patch (B, N, C) read the packed memory (B, L, C), and project what it read: 4 H L C FLOPs a patch.
+    """Let every patch (B, N, C) read the packed memory (B, L, C), and project the result: 4 H L C FLOPs a patch.
 
     Args:
-        x, packed: What asks and what is read.
+        x: Queries.
+        packed: Keys and values.
         w: The projections, with that of the output.
         valid: Which slots may be read, (B, L) bool.
         dropout_p: Probability of dropping an attention weight.
@@ -230,7 +220,7 @@ def unpack_absorbed(
                 return unpack_absorbed(x, packed, w, valid, dropout_p)
     B, L, C = packed.shape
     H, E = w.heads, C // w.heads
-    b_query, w_value, w_out, b_out = w.b_query, w.w_value, w.w_out, w.b_out  # TorchScript refines locals alone
+    b_query, w_value, w_out, b_out = w.b_query, w.w_value, w.w_out, w.b_out  # TorchScript refines only locals
     assert w_out is not None
     k = _project_heads(packed, w.w_key, w.b_value if w_value is None else None, H)
     v = k if w_value is None else _project_heads(packed, w_value, w.b_value, H)
@@ -238,7 +228,7 @@ def unpack_absorbed(
     m_key = clamp_fp16(_fold_heads(k, upcast(w.w_query).view(H, E, C), B).to(x.dtype))
     m_value = _fold_heads(v, upcast(w_out).view(C, H, E).permute(1, 2, 0), B)
     if b_out is not None and dropout_p == 0.0:
-        # each head's weights sum to 1, so a share of the bias in every slot is the bias, and costs no pass over N x C
+        # each head's weights sum to 1: 1 / H of the bias in every slot adds up to the bias, without a pass over N x C
         m_value = m_value + upcast(b_out) / H
         b_out = None
     m_value = clamp_fp16(m_value.to(x.dtype))

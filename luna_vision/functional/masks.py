@@ -6,8 +6,6 @@ Shapes: B batch, K tokens.
 import torch
 from torch import Tensor
 
-__all__ = ["check_valid", "readable"]
-
 
 def check_valid(valid: Tensor, batch: int, length: int, name: str, values: bool = True) -> None:
     """Check a validity mask (True = valid) against the tokens that it describes.
@@ -16,9 +14,8 @@ def check_valid(valid: Tensor, batch: int, length: int, name: str, values: bool 
         valid: Mask of shape (batch, length), bool.
         batch: Batch size of the tokens.
         length: Number of tokens.
-        name: How the caller knows the mask, for the message.
-        values: Look for rows without a valid token. A model does so once, where the mask comes in: on a GPU it waits
-            for the device.
+        name: Name of the mask in messages.
+        values: Also look for rows without a valid token. On a GPU this waits for the device, so a model does it once.
 
     Raises:
         ValueError: The mask is not bool, has another shape, or (in eager mode only, where values can be looked at)
@@ -36,9 +33,21 @@ def check_valid(valid: Tensor, batch: int, length: int, name: str, values: bool 
 
 
 def readable(valid: Tensor) -> Tensor:
-    """A mask (B, K) in which a row without any valid key is valid throughout.
+    """A mask (B, K) in which a row without any valid key is all valid.
 
-    Such a row would be a softmax over nothing, which is NaN. Its output means nothing, but stays finite, which is what
-    compiled and exported code needs.
+    The softmax of an empty row would be NaN. Its output has no meaning, but must be finite in compiled and exported
+    code.
     """
     return valid | ~valid.any(dim=1, keepdim=True)
+
+
+def zero_invalid(x: Tensor, patch_valid: Tensor | None) -> Tensor:
+    """Patches (B, N, C) with the invalid ones at zero. Their weight is zero, but zero times NaN would be NaN.
+
+    Raises:
+        ValueError: The mask (B, N) has another shape or type.
+    """
+    if patch_valid is None:
+        return x
+    check_valid(patch_valid, x.shape[0], x.shape[1], "patch_valid", values=False)
+    return x.masked_fill(~patch_valid[:, :, None], 0.0)

@@ -1,4 +1,4 @@
-"""Attention as the formula says it: the reference for every faster form. Every matrix is built.
+"""Attention by the formula, with every matrix built: the reference for the faster forms.
 
 Shapes: B batch, H heads, Q queries, K keys, E head width, C = H E.
 """
@@ -6,8 +6,6 @@ Shapes: B batch, H heads, Q queries, K keys, E head width, C = H E.
 from torch import Tensor
 
 from .masks import readable
-
-__all__ = ["attention_weights", "naive_attend"]
 
 
 def attention_weights(q: Tensor, k: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -30,7 +28,7 @@ def naive_attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, k
     Args:
         q, k, valid: As in `attention_weights`.
         v: Values (B, H, K, E).
-        keep: What dropout multiplies the weights with, (B, H, Q, K): 0 or 1 / (1 - p).
+        keep: Factors of dropout on the weights, (B, H, Q, K): 0 or 1 / (1 - p).
     """
     weights = attention_weights(q, k, valid)
     if keep is not None:

@@ -13,37 +13,35 @@ from torch import Tensor
 from .absorbed import Projections, project_values
 from .precision import autocast_input, clamp_fp16, no_autocast, upcast
 
-__all__ = ["PackState", "tile_absorbed", "tile_projected"]
-
 
 class PackState(NamedTuple):
-    """What a pack has read of some of the patches: L x (C + 2 H) numbers an image, whatever was read.
+    """The result of a pack over some of the patches: L x (C + 2 H) numbers an image, for any number of patches.
 
-    The parts of an image, in any order and any tree of `merge`, give what `finish` gives of the whole. Tiles of an
-    image that fits in no memory, or strips of it on several machines, are packed so. Gradients pass through all of it.
+    Parts of an image merge, in any order and any tree of `merge`, to the state of the whole. So tiles of an image that
+    does not fit in memory, or strips of it on several machines, combine exactly. Gradients pass through all of it.
     """
 
     maximum: Tensor
-    """(B, H, L), the largest score so far; -inf where nothing valid was read. Carries no gradient."""
+    """(B, H, L), the largest score so far; -inf if no valid patch was read. Carries no gradient."""
     total: Tensor
     """(B, H, L), the sum of exp(score - maximum)."""
     weighted: Tensor
     """(B, H, L, E), the sum of exp(score - maximum) times the value of the patch."""
 
     def rebased(self, maximum: Tensor) -> "PackState":
-        """The same state, measured against another maximum, which may lie below its own by a little."""
-        # a slot that has read nothing stays so: exp(-inf - 0) is 0, where exp(-inf + inf) is NaN
+        """The same state relative to another maximum, which may be a little below its own."""
+        # a slot that has read nothing stays empty: exp(-inf - 0) is 0, but exp(-inf + inf) is NaN
         scale = (self.maximum - maximum.masked_fill(maximum == float("-inf"), 0.0)).exp()
         return PackState(maximum, self.total * scale, self.weighted * scale[..., None])
 
     def merge(self, other: "PackState") -> "PackState":
-        """Both states' patches in one state. Associative and commutative, up to rounding."""
+        """The state of the patches of both. Associative and commutative, up to rounding."""
         maximum = torch.maximum(self.maximum, other.maximum)
         mine, theirs = self.rebased(maximum), other.rebased(maximum)
         return PackState(maximum, mine.total + theirs.total, mine.weighted + theirs.weighted)
 
     def finish(self) -> Tensor:
-        """The packed memory (B, L, C), in float32 or wider; zero for an image without any valid patch."""
+        """The packed memory (B, L, C), in float32 or wider; zero for an image without a valid patch."""
         y = self.weighted / self.total.clamp(min=torch.finfo(self.total.dtype).tiny)[..., None]
         return y.transpose(1, 2).flatten(2)
 

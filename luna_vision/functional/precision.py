@@ -1,4 +1,4 @@
-"""Number types: what is summed in float32, what autocast would do, and the finite range of float16."""
+"""Number types: sums in float32, autocast, and the finite range of float16."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -6,15 +6,12 @@ import torch
 from timm.models import register_notrace_function
 from torch import Tensor
 
-__all__ = ["add_residual", "autocast_input", "autocasts", "clamp_fp16", "no_autocast", "upcast"]
-
 
 @register_notrace_function  # a branch on the type, which fx cannot trace
 def clamp_fp16(x: Tensor) -> Tensor:
-    """Clamp float16 to its finite range; every other type passes through.
+    """Clamp float16 to its finite range, up to 65,504; other types pass through.
 
-    float16 ends at 65,504, so a projection of large but finite inputs can reach infinity, and the next softmax or norm
-    would turn that into NaN. The other types have the range of float32 or more.
+    A projection of large inputs can reach infinity in float16, and the next softmax or norm would make it NaN.
     """
     if x.dtype == torch.float16:
         x = x.clamp(-65504.0, 65504.0)
@@ -23,13 +20,13 @@ def clamp_fp16(x: Tensor) -> Tensor:
 
 @register_notrace_function
 def add_residual(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, written into y's memory where the types allow: one N x C tensor less to allocate.
+    """x + y, written into y's memory if the types allow, which saves an N x C tensor.
 
-    y must be the caller's own, as the result of a layer is: no view of x, and nothing that anyone reads later.
+    y must be a new tensor, such as the result of a layer: no view of x, and not read by anyone later.
     """
     if y.dtype == x.dtype:
         return clamp_fp16(y.add_(x))
-    return clamp_fp16(x + y)  # under autocast the residual stream is wider than what a layer gives
+    return clamp_fp16(x + y)  # under autocast the residual stream is wider than the output of a layer
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -38,14 +35,14 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for x; never on the meta device, which does not know it."""
+    """Whether autocast is on for x; never on the meta device, which does not support it."""
     if x.is_meta:
         return False
     return torch.is_autocast_enabled(x.device.type)
 
 
 def autocast_input(x: Tensor) -> Tensor:
-    """x in the type that autocast would give to a product with it; unchanged without autocast."""
+    """x in the type of a product under autocast; unchanged without autocast."""
     if not torch.jit.is_scripting():
         if autocasts(x) and x.dtype != torch.float64:
             return x.to(torch.get_autocast_dtype(x.device.type))
@@ -53,5 +50,5 @@ def autocast_input(x: Tensor) -> Tensor:
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
-    """Work on x in the types that are given, autocast or not."""
+    """A context without autocast for the device of x."""
     return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from .masks import readable
 
-__all__ = ["attend", "split_heads"]
-
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """Cut the width into heads: (B, K, C) to (B, H, K, E)."""

@@ -1,7 +1,6 @@
 """The layers of Luna, the blocks, and positions for any grid."""
 
 from .block import LOCAL_MIXING, MEMORY_MLP, READ, LunaBlock, MixerBlock
-from .causal import CausalLunaAttention, CausalState
 from .conv_stem import ConvPatchEmbed
 from .local_mixing import LocalMixing
 from .luna import LunaAttention
@@ -13,8 +12,6 @@ __all__ = [
     "MEMORY_MLP",
     "POS_EMBEDS",
     "READ",
-    "CausalLunaAttention",
-    "CausalState",
     "ConvPatchEmbed",
     "FourierPosEmbed",
     "LearnedPosEmbed",

@@ -11,8 +11,6 @@ from timm.models import register_notrace_module
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 
-__all__ = ["ConvPatchEmbed"]
-
 
 @register_notrace_module
 class ConvPatchEmbed(nn.Module):
@@ -33,13 +31,13 @@ class ConvPatchEmbed(nn.Module):
     ) -> None:
         """
         Args:
-            img_size: Image size that the model is meant for, pixels; any runs.
+            img_size: Image size that the model is meant for, in pixels; any size runs.
             patch_size: Side of a patch, pixels: a power of two.
             in_chans: Image channels.
             embed_dim: Width C.
 
         Raises:
-            ValueError: The patch is not a square with a power of two as its side.
+            ValueError: The patch is not a square whose side is a power of two.
         """
         super().__init__()
         self.patch_size = to_2tuple(patch_size)
@@ -64,11 +62,7 @@ class ConvPatchEmbed(nn.Module):
         return max(self.patch_size) if as_scalar else self.patch_size
 
     def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: int | None = None) -> None:
-        """Change the image size that the model is meant for.
-
-        Raises:
-            ValueError: Another patch size: the convolutions are made for theirs.
-        """
+        """Change the image size that the model is meant for; another patch size is a ValueError."""
         if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
             raise ValueError(f"a conv stem cannot change its patch size, {self.patch_size}, to {patch_size}")
         if img_size is not None:
@@ -77,7 +71,7 @@ class ConvPatchEmbed(nn.Module):
     def forward(self, x: Tensor, patch_valid: Tensor | None = None) -> Tensor:
         """Map images (B, channels, height, width) to (B, H', W', C).
 
-        Pixels of invalid patches (B, N) are zero before every convolution, as what lies beyond the border is.
+        Pixels of invalid patches (B, N) are zero before every convolution, like those beyond the border.
         """
         B, _, height, width = x.shape
         rows, columns = height // self.patch_size[0], width // self.patch_size[1]

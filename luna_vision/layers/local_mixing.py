@@ -7,14 +7,12 @@ from timm.layers import trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..functional import check_valid, clamp_fp16
-
-__all__ = ["LocalMixing"]
+from ..functional import clamp_fp16, zero_invalid
 
 
 @register_notrace_module
 class LocalMixing(nn.Module):
-    """Depthwise 3x3 convolution over the patch grid, the local mixing that Luna itself lacks.
+    """Depthwise 3x3 convolution over the patch grid; Luna itself has no local mixing.
 
     Source: conditional position encoding, Chu et al. 2021 (arXiv 2102.10882), section 3.
     """
@@ -29,7 +27,7 @@ class LocalMixing(nn.Module):
         nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None = None) -> Tensor:
-        """Map (B, N, C) to (B, N, C). Invalid patches count as zeros, as the border of the image does.
+        """Map (B, N, C) to (B, N, C). Invalid patches count as zeros, like the border of the image.
 
         Raises:
             ValueError: There is no grid, or it does not have N patches.
@@ -40,9 +38,6 @@ class LocalMixing(nn.Module):
         H, W = grid_size
         if H * W != N:
             raise ValueError(f"grid_size {H} x {W} does not have the {N} patches of x")
-        if patch_valid is not None:
-            check_valid(patch_valid, B, N, "patch_valid", values=False)
-            x = x.masked_fill(~patch_valid[:, :, None], 0.0)
         # a channels-last view, not a copy
-        x = self.conv(x.reshape(B, H, W, C).permute(0, 3, 1, 2))
+        x = self.conv(zero_invalid(x, patch_valid).reshape(B, H, W, C).permute(0, 3, 1, 2))
         return clamp_fp16(x.permute(0, 2, 3, 1).reshape(B, N, C))

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from .local_mixing import LocalMixing
 
-__all__ = ["Mlp"]
-
 
 class Mlp(timm.layers.Mlp):
     """timm's MLP on patches of a grid."""
@@ -22,7 +20,7 @@ class Mlp(timm.layers.Mlp):
             in_features: Width C.
             hidden_features: Width of the hidden layer.
             local_mixing: Local mixing of the hidden layer, with a residual, after the activation.
-            kwargs: Others of timm's `Mlp`.
+            kwargs: Other arguments of timm's `Mlp`.
         """
         super().__init__(in_features, hidden_features, **kwargs)
         dd = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}

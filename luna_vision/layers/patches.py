@@ -10,16 +10,10 @@ from torch import Tensor, nn
 
 from ..functional import autocasts, check_valid
 
-__all__ = ["PatchMaskDrop", "blank_invalid", "check_image", "pad_to_patches", "residual_stream"]
-
 
 @register_notrace_function
 def check_image(x: Tensor, in_chans: int) -> Tensor:
-    """Return `x`, a batch of images (B, in_chans, height, width) with sides of a pixel or more.
-
-    Raises:
-        ValueError: It is not that.
-    """
+    """Return `x`; a ValueError unless it is a batch of images (B, in_chans, height, width) with at least a pixel."""
     if x.dim() != 4 or x.shape[1] != in_chans:
         raise ValueError(f"images must have shape (batch, {in_chans}, height, width), got {list(x.shape)}")
     if x.shape[2] < 1 or x.shape[3] < 1:
@@ -31,8 +25,8 @@ def check_image(x: Tensor, in_chans: int) -> Tensor:
 def pad_to_patches(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """Pad images (B, C, height, width) with zeros, below and to the right, to whole patches.
 
-    NOTE: what timm's PatchEmbed does with `dynamic_img_pad`, but without a copy where nothing is to be padded, and in
-    an expression whose bounds torch.export can prove.
+    NOTE: like `dynamic_img_pad` of timm's PatchEmbed, but without a copy where there is nothing to pad, and with bounds
+    that torch.export can prove.
     """
     rows, columns = patch_size
     pad_h = (x.shape[2] + rows - 1) // rows * rows - x.shape[2]
@@ -44,8 +38,8 @@ def pad_to_patches(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
 def blank_invalid(x: Tensor, patch_valid: Tensor | None, patch_size: tuple[int, int]) -> Tensor:
     """Set the pixels of invalid patches to zero, in images (B, C, height, width) of whole patches.
 
-    Their weight in the attention is zero, but zero times what uninitialised memory may hold, NaN, is NaN; in the
-    gradient of the patch embedding, too. This is where a model looks at the values of a mask, once.
+    Their weight in the attention is zero, but zero times NaN, which uninitialised memory may hold, is NaN, also in the
+    gradient of the patch embedding. A model checks the values of a mask here, once.
 
     Raises:
         ValueError: `patch_valid` is not (B, N) bool, or (eager mode only) an image has no valid patch.
@@ -73,8 +67,8 @@ def residual_stream(x: Tensor) -> Tensor:
 class PatchMaskDrop(nn.Module):
     """Hide a random share of the patches in training: their content is zero, the pack and local mixing skip them.
 
-    NOTE: timm's PatchDropout shortens the sequence. A grid for local mixing has to stay whole, so this one saves no
-        work.
+    NOTE: timm's PatchDropout shortens the sequence. Here the grid has to stay whole for local mixing, so no work is
+        saved.
     """
 
     def __init__(self, prob: float) -> None:

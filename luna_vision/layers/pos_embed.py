@@ -1,7 +1,7 @@
 """Positions for a patch grid of any size, with nothing in the state dict that depends on the size.
 
-A position is the centre of a patch in the coordinates of its own image, -1 to 1 from edge to edge. In a batch of
-images of different sizes each image's coordinates are those of its own valid patches.
+A position is the centre of a patch in the coordinates of its image, -1 to 1 from edge to edge. In a batch of images of
+different sizes, these are the edges of each image's own valid patches.
 
 Shapes: B batch, H', W' patch grid, N = H' * W' patches, C width, K frequencies.
 """
@@ -15,8 +15,6 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..functional import check_valid
-
-__all__ = ["POS_EMBEDS", "FourierPosEmbed", "LearnedPosEmbed", "axis_centres", "grid_coords"]
 
 
 def _axis_coords(used: Tensor) -> Tensor:
@@ -35,7 +33,7 @@ def grid_coords(x: Tensor, patch_valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Row and column coordinates of the patches.
 
     Args:
-        x: Patches (B, H', W', C), of which only shape and device count.
+        x: Patches (B, H', W', C); only their shape and device count.
         patch_valid: (B, N) bool, or None if every patch is valid.
 
     Returns:
@@ -63,7 +61,7 @@ class FourierPosEmbed(nn.Module):
         Args:
             dim: Width C.
             num_frequencies: K, spaced geometrically from 1/2 to `max_frequency`.
-            max_frequency: The highest, in cycles an image side; 7 is the finest that a grid of 14 can show.
+            max_frequency: The highest, in cycles an image side; a grid of 14 can show 7.
         """
         super().__init__()
         self.num_frequencies = num_frequencies
@@ -77,7 +75,7 @@ class FourierPosEmbed(nn.Module):
             nn.init.normal_(module.weight, std=0.2 * module.in_features**-0.5)
 
     def _features(self, coords: Tensor) -> Tensor:
-        # computed here rather than kept in a buffer, which `model.half()` would round
+        # computed here: `model.half()` would round a buffer
         k = torch.arange(self.num_frequencies, device=coords.device, dtype=coords.dtype)
         frequencies = math.pi * torch.exp2(k * (self.octaves / (self.num_frequencies - 1)) - 1.0)
         angles = coords.unsqueeze(-1) * frequencies
@@ -98,7 +96,7 @@ class FourierPosEmbed(nn.Module):
 
 @register_notrace_module
 class LearnedPosEmbed(nn.Module):
-    """A learned embedding on a reference grid of constant size, sampled where the patches lie and added to them."""
+    """A learned embedding on a reference grid of constant size, sampled at the patches and added to them."""
 
     def __init__(self, dim: int, ref_size: int = 14, device=None, dtype=None) -> None:
         """
@@ -130,5 +128,5 @@ class LearnedPosEmbed(nn.Module):
         return x + y.permute(0, 2, 3, 1).to(x.dtype)
 
 
-# what `pos_embed=` may name; "none" adds nothing
+# the values of `pos_embed`; "none" adds nothing
 POS_EMBEDS = {"fourier": FourierPosEmbed, "learn": LearnedPosEmbed, "none": None}

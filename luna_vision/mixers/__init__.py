@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from .base import SelfAttention
 from .external import ExternalMixer
 from .linear import LinearMixer
 from .linformer import LinformerMixer
@@ -31,7 +30,6 @@ __all__ = [
     "PerformerMixer",
     "RfaMixer",
     "RoutingMixer",
-    "SelfAttention",
     "SoftmaxMixer",
     "StarMixer",
     "StridedMixer",
@@ -39,9 +37,8 @@ __all__ = [
     "mixer_defaults",
 ]
 
-# name: class, or None for what needs no class here. "luna" is `luna_vision.layers.LunaAttention` in a block of its own
-# (Ma et al. 2021; cost O(N L C), or O(N C^2) where its projections are not absorbed; parameters: 5 C^2, or 7 C^2 with
-# tie_kv=False). "identity" is no mixing at all: cost and parameters 0, the limit for all others.
+# Two names need no class here. "luna" is `luna_vision.layers.LunaAttention` in a block of its own (cost O(N L C), or
+# O(N C^2) in the projected form; 5 C^2 parameters, 7 C^2 with tie_kv=False). "identity" mixes nothing.
 MIXERS: dict[str, type[nn.Module] | None] = {
     "luna": None,
     "softmax": SoftmaxMixer,
@@ -58,15 +55,12 @@ MIXERS: dict[str, type[nn.Module] | None] = {
     "identity": None,
 }
 
-# what the shell sets for every mixer
-_COMMON = ("self", "dim", "num_heads", "qkv_bias", "proj_bias", "attn_drop", "proj_drop", "device", "dtype")
-
 
 def mixer_defaults(name: str) -> dict[str, Any]:
-    """What a mixer of `MIXERS` takes in `mixer_args`, with the defaults."""
+    """The arguments that a mixer of `MIXERS` takes in `mixer_args`, with their defaults."""
     cls = MIXERS[name]
-    parameters = inspect.signature(cls.__init__).parameters if cls is not None else {}
-    return {argument: p.default for argument, p in parameters.items() if argument not in _COMMON}
+    parameters = inspect.signature(cls.__init__).parameters.values() if cls is not None else ()
+    return {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
 
 
 def create_mixer(name: str, mixer_args: dict[str, Any] | None = None, **common: Any) -> nn.Module | None:
@@ -85,9 +79,7 @@ def create_mixer(name: str, mixer_args: dict[str, Any] | None = None, **common: 
     """
     if name not in MIXERS:
         raise ValueError(f"mixer must be one of {', '.join(map(repr, MIXERS))}, got {name!r}")
-    mixer_args = mixer_args or {}
-    cls = MIXERS[name]
-    allowed = mixer_defaults(name)
+    allowed, mixer_args, cls = mixer_defaults(name), mixer_args or {}, MIXERS[name]
     for argument in mixer_args:
         if argument not in allowed:
             options = ", ".join(map(repr, allowed)) or "no arguments"

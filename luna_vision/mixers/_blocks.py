@@ -1,42 +1,51 @@
-"""Attention of the blocks of a grid to what lies around them: what the sparse mixers with a neighbourhood share.
+"""The common parts of the sparse mixers: attention of blocks of the grid to their surroundings, and further tokens.
 
 Every block, gathered with its surroundings, is a row of the batch of one `F.scaled_dot_product_attention`.
 
-Shapes: B batch, H heads, N patches, E head width, R, S rows and columns of the grid, X = B * blocks, Q, K patches of a
-block and of its surroundings, G further keys.
+Shapes: B batch, H heads, N patches, C width, E = C / H head width, R, S rows and columns of the grid, X = B * blocks,
+Q, K patches of a block and of its surroundings, G further tokens.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["attend_blocks", "band", "check_grid"]
+from ..functional import Projections, pack_absorbed, split_heads
 
 
 def check_grid(grid_size: tuple[int, int], length: int) -> None:
-    """Check the patch grid against the number of patches.
-
-    Raises:
-        ValueError: They do not fit.
-    """
+    """Raise a ValueError unless a patch grid has `length` patches."""
     if grid_size[0] * grid_size[1] != length:
         raise ValueError(f"grid_size {grid_size[0]} x {grid_size[1]} does not have the {length} patches of x")
 
 
+def read_patches(tokens: Tensor, x: Tensor, valid: Tensor, w: Projections, dropout_p: float) -> Tensor:
+    """Let tokens (B, G, C) read themselves and the valid (B, N) patches (B, N, C): (B, G, C)."""
+    valid = torch.cat([torch.ones_like(valid[:, :1]).expand(-1, tokens.shape[1]), valid], dim=1)
+    return pack_absorbed(tokens, torch.cat([tokens, x], dim=1), w, valid, dropout_p)
+
+
+def keys_values(tokens: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, H, G, E) of tokens (B, G, C), by the joint projection of queries, keys and values."""
+    C = tokens.shape[2]
+    k, v = split_heads(F.linear(tokens, weight[C:], bias[C:] if bias is not None else None), 2 * num_heads).chunk(2, 1)
+    return k, v
+
+
 def band(length: int, reach: int, device: torch.device) -> Tensor:
-    """Which keys of a row of `length` patches and a margin of `reach` are at most `reach` away from each patch,
-    (length, length + 2 reach) bool."""
+    """Which keys are near: (length, length + 2 reach) bool, for `length` queries and as many keys with a margin.
+
+    True where a key is at most `reach` places from the query.
+    """
     i = torch.arange(length, device=device)[:, None]
     j = torch.arange(length + 2 * reach, device=device)
     return (j - reach - i).abs() <= reach
 
 
 def at_least_two(count: int) -> int:
-    """`count`, or 2 if that is more in compiled and exported code, for a number of blocks or patches of which all but
-    the first may be empty.
+    """A number of blocks or patches, at least 2 in compiled and exported code. The caller masks what is too much.
 
-    PyTorch compiles for one of a kind apart from many, so that what was exported with many would refuse the small image
-    that has one. Whoever calls this masks what is too much.
+    PyTorch specialises a size of 1, so a graph exported with many blocks would refuse the small image that has one.
     """
     if not torch.jit.is_scripting():
         if torch.compiler.is_compiling():
@@ -47,11 +56,9 @@ def at_least_two(count: int) -> int:
 def block_index(
     grid_size: tuple[int, int], block: tuple[int, int], margin: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """The patches of all blocks with their margins.
+    """The patches of all blocks with their margins: (blocks, K) int, and (blocks, K) bool, True inside the grid.
 
-    Returns:
-        (blocks, K) int, and bool whether there is such a patch. In the place of one outside the grid stands the nearest
-        one inside. A last block may lie outside altogether.
+    In the place of a patch outside the grid stands the nearest one inside. The last block may be all outside.
     """
     R, S = grid_size
     rows, columns = (R + block[0] - 1) // block[0], (S + block[1] - 1) // block[1]
@@ -102,13 +109,13 @@ def attend_blocks(
 
     Args:
         q, k, v: Queries, keys and values (B, H, N, E).
-        valid: Which keys may be attended to, (B, N) bool. A query without any attends to all that its block has: its
-            output means nothing, but is finite.
+        valid: Which keys may be read, (B, N) bool. A query without any reads all keys of its block; its output is
+            finite and has no meaning.
         grid_size: Rows and columns of the grid, row by row in N.
         block: Rows and columns of a block.
         margin: Rows and columns that its keys reach beyond it, on each side.
-        near: Which of the keys of its block a query may attend to, (Q, K) bool; all if None.
-        k_extra, v_extra: Keys and values (B, H, G, E) to which all queries attend.
+        near: Which of the keys of its block a query may read, (Q, K) bool; all if None.
+        k_extra, v_extra: Keys and values (B, H, G, E) that all queries read.
         dropout_p: Probability of dropping an attention weight.
 
     Returns:

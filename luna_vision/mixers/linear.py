@@ -11,14 +11,7 @@ from timm.models import register_notrace_module
 from torch import Tensor
 
 from ..functional import readable
-from .wide import WideAttention
-
-__all__ = ["LinearMixer", "elu_features", "kernel_attend"]
-
-
-def elu_features(x: Tensor) -> Tensor:
-    """elu(x) + 1, written so that nothing is lost where elu is close to -1."""
-    return x.relu() + x.clamp(max=0.0).exp()
+from .base import WideAttention
 
 
 def kernel_attend(q: Tensor, k: Tensor, v: Tensor, floor: float) -> Tensor:
@@ -38,18 +31,22 @@ def kernel_attend(q: Tensor, k: Tensor, v: Tensor, floor: float) -> Tensor:
     return read / total.clamp(min=floor)
 
 
+def _elu_features(x: Tensor) -> Tensor:
+    """elu(x) + 1, without the loss of precision where elu is close to -1."""
+    return x.relu() + x.clamp(max=0.0).exp()
+
+
 @register_notrace_module
 class LinearMixer(WideAttention):
     """Linear attention with elu + 1 features. Cost O(N C E).
 
-    Parameters: qkv and output projection, 4 C^2.
-    NOTE: there are no attention weights to drop: `attn_drop` does nothing.
+    Parameters: qkv and output projection, 4 C^2. NOTE: there are no attention weights to drop.
     """
 
     def mix_wide(
         self, q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], patch_valid: Tensor | None = None
     ) -> Tensor:
-        q, k = elu_features(q), elu_features(k)
+        q, k = _elu_features(q), _elu_features(k)
         if patch_valid is not None:
             invalid = ~readable(patch_valid)[:, None, :, None]
             k, v = k.masked_fill(invalid, 0.0), v.masked_fill(invalid, 0.0)

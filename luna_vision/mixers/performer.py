@@ -13,14 +13,14 @@ which is a pack into F slots and an unpack from them, as Luna's, but with slots 
 Shapes: B batch, H heads, N patches, C width, E = C / H head width, F random features.
 """
 
+from typing import Any
+
 from timm.models import register_notrace_module
 from torch import Tensor
 
 from ..functional import readable
+from .base import WideAttention
 from .random_features import RandomProjection
-from .wide import WideAttention
-
-__all__ = ["PerformerMixer"]
 
 
 @register_notrace_module
@@ -28,37 +28,24 @@ class PerformerMixer(WideAttention):
     """FAVOR+ attention. Cost O(N C F).
 
     Parameters: qkv and output projection, 4 C^2; the random vectors, F C numbers, are a buffer.
-    NOTE: the authors' code subtracts maxima before the exponentials and adds a small constant to the features; the
+    NOTE: the authors' code subtracts maxima before the exponentials and adds a small constant to the features. The
         softmaxes above need no constant, and never divide by less than 1.
-    NOTE: there are no attention weights to drop: `attn_drop` does nothing.
+    NOTE: there are no attention weights to drop.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        num_features: int = 256,
-        redraw_interval: int | None = 1000,
-        device=None,
-        dtype=None,
-    ) -> None:
+    def __init__(self, *args: Any, num_features: int = 256, redraw_interval: int | None = 1000, **common: Any) -> None:
         """
         Args:
-            dim, num_heads, qkv_bias, proj_bias, attn_drop, proj_drop: See `SelfAttention`.
+            args, common: See `SelfAttention`.
             num_features: F.
             redraw_interval: Mean number of training passes from one redraw to the next; None for never.
 
         Raises:
             ValueError: As `SelfAttention` and `RandomProjection` do.
         """
-        dd = {"device": device, "dtype": dtype}
-        super().__init__(dim, num_heads, qkv_bias, proj_bias, attn_drop, proj_drop, **dd)
-        head_dim = dim // num_heads
-        self.features = RandomProjection(num_heads, num_features, head_dim, redraw_interval, orthogonal=True, **dd)
+        super().__init__(*args, **common)
+        shape = (self.num_heads, num_features, self.dim // self.num_heads)
+        self.features = RandomProjection(*shape, redraw_interval, orthogonal=True, **self.dd)
 
     def mix_wide(
         self, q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], patch_valid: Tensor | None = None

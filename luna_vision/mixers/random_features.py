@@ -1,4 +1,4 @@
-"""Random projections for kernels that are estimated, redrawn in training.
+"""Random projections for estimated kernels, redrawn in training.
 
 Shapes: H heads, F random vectors, E width of a head.
 """
@@ -7,15 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import upcast
-
-__all__ = ["RandomProjection"]
+from ..utils.checks import check_at_least
 
 
 class RandomProjection(nn.Module):
-    """Gaussian vectors (H, F, E), a buffer of the state dict, now and then redrawn in training and fixed in evaluation.
+    """Gaussian vectors (H, F, E), a buffer of the state dict, redrawn now and then in training, fixed in evaluation.
 
-    NOTE: whether to redraw is left to chance, at the rate that is asked for, and not to a counter. Gradient
-        checkpointing runs a block twice from one random state, and both runs must see the same vectors.
+    NOTE: chance decides when to redraw, not a counter. Gradient checkpointing runs a block twice from one random state,
+        and both runs must see the same vectors.
     """
 
     def __init__(
@@ -30,19 +29,18 @@ class RandomProjection(nn.Module):
     ) -> None:
         """
         Args:
-            num_heads: H, each with vectors of its own.
+            num_heads: H; each head has its own vectors.
             num_features: F.
             head_dim: E.
             redraw_interval: Mean number of training passes from one redraw to the next; None for never.
-            orthogonal: Vectors orthogonal to each other, in groups of E (arXiv 2009.14794, section 2.4), each as long
-                as a Gaussian vector of its own.
+            orthogonal: Make the vectors of each group of E orthogonal to each other, with the lengths of independent
+                Gaussian vectors (arXiv 2009.14794, section 2.4).
 
         Raises:
             ValueError: No features, or an interval below 1.
         """
         super().__init__()
-        if num_features < 1:
-            raise ValueError(f"num_features must be at least 1, got {num_features}")
+        check_at_least(1, num_features=num_features)
         if redraw_interval is not None and redraw_interval < 1:
             raise ValueError(f"redraw_interval must be at least 1, or None for never, got {redraw_interval}")
         self.orthogonal = orthogonal

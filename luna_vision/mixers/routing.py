@@ -6,16 +6,17 @@ section 4 and algorithm 1, without its causal branch; the authors' code for what
 Shapes: B batch, H heads, N patches, E head width, K clusters, S = ceil(N / K) patches in a cluster.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..functional import autocasts, readable, upcast
+from ..functional import upcast
+from ..utils.checks import check_at_least
 from ._blocks import at_least_two
-from .base import SelfAttention
-
-__all__ = ["RoutingMixer"]
+from .base import WideAttention, readable_patches
 
 
 def _recomputing() -> bool:
@@ -24,66 +25,51 @@ def _recomputing() -> bool:
 
 
 @register_notrace_module
-class RoutingMixer(SelfAttention):
-    """Each of K centroids takes the S = ceil(N / K) queries and as many keys that lie nearest to it, and these queries
-    attend to these keys. Cost O((N^2 / K + N K) C).
+class RoutingMixer(WideAttention):
+    """Each of K centroids takes the S = ceil(N / K) queries nearest to it and as many keys; these queries attend to
+    these keys. Cost O((N^2 / K + N K) C).
 
-    That is O(N sqrt(N) C) for K near sqrt(N), the paper's choice; K is fixed when the layer is made, so that the
-    centroids, H x K x E, fit any image. Queries and keys are normalised (LayerNorm without weights) and lie on a
-    sphere, as the centroids do. A query in several clusters gets the mean of what it read there, and one in none gets
-    zeros: the residual is all that it has. With one cluster this is softmax attention with normalised queries
-    and keys. Parameters: qkv and output projection, 4 C^2.
+    That is O(N sqrt(N) C) for K near sqrt(N), the paper's choice. K is fixed when the layer is made, so the centroids,
+    H x K x E, fit any image. Queries and keys are normalised (LayerNorm without weights) and lie on a sphere, as the
+    centroids do. A query in several clusters gets the mean of its results there, a query in none gets zeros. With one
+    cluster this is softmax attention with normalised queries and keys. Parameters: qkv and output projection, 4 C^2.
 
     In training the centroids move, by a moving average, towards the mean of the queries and keys that are nearest to
-    each, over the valid patches of the batch (of each rank: DistributedDataParallel then spreads those of rank 0).
-    What a forward pass finds takes effect in the next one, so that gradient checkpointing, which runs it twice, sees
-    the same clusters twice. One step is lost in the rounding of a bfloat16 buffer: train in mixed precision.
+    each, over the valid patches of the batch (of each rank: DistributedDataParallel then spreads those of rank 0). A
+    forward pass moves them for the next one, so gradient checkpointing, which runs it twice, sees the same clusters
+    twice. The step is too small for a bfloat16 buffer: train in mixed precision.
 
     NOTE: queries and keys are two projections, and each cluster takes its own set of either, as in the paper without
     causality. With causality the paper makes them one.
-    NOTE: centroids move towards the mean, where algorithm 1 adds the sum, which would depend on the image's size, and
+    NOTE: centroids move towards the mean. Algorithm 1 adds the sum, which would depend on the image's size. Then they
     are put back onto the sphere, where a larger inner product is a smaller distance. A centroid that is nearest to
     nothing stays.
-    NOTE: all heads are routed; the paper leaves half of them to local attention, of which the block has its own kind.
-    The authors' code also has a loss that pulls queries and keys to their centroids, which is not in the paper.
+    NOTE: all heads are routed. The paper leaves half of them to local attention, and the block has local mixing. The
+    authors' code also has a loss that pulls queries and keys to their centroids, which is not in the paper.
     """
 
     centroids: Tensor
     next_centroids: Tensor
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        num_clusters: int = 16,
-        decay: float = 0.999,
-        device=None,
-        dtype=None,
-    ) -> None:
+    def __init__(self, *args: Any, num_clusters: int = 16, decay: float = 0.999, **common: Any) -> None:
         """
         Args:
-            dim, num_heads, qkv_bias, proj_bias, attn_drop, proj_drop: See `SelfAttention`.
+            args, common: See `SelfAttention`.
             num_clusters: K.
             decay: Share of a centroid that one training step leaves.
 
         Raises:
-            ValueError: `dim` is not a multiple of `num_heads`, `num_clusters` is below 1 or `decay` not in [0, 1].
+            ValueError: As in `SelfAttention`, `num_clusters` is below 1 or `decay` not in [0, 1].
         """
-        super().__init__(dim, num_heads, qkv_bias, proj_bias, attn_drop, proj_drop, device=device, dtype=dtype)
-        if num_clusters < 1:
-            raise ValueError(f"num_clusters must be at least 1, got {num_clusters}")
+        super().__init__(*args, **common)
+        check_at_least(1, num_clusters=num_clusters)
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decay must be in [0, 1], got {decay}")
         self.num_clusters = num_clusters
         self.decay = decay
+        shape = (self.num_heads, num_clusters, self.dim // self.num_heads)
         for name in ("centroids", "next_centroids"):
-            self.register_buffer(
-                name, torch.empty(num_heads, num_clusters, dim // num_heads, device=device, dtype=dtype)
-            )
+            self.register_buffer(name, torch.empty(shape, **self.dd))
         self.init_weights()
 
     @torch.no_grad()
@@ -95,7 +81,7 @@ class RoutingMixer(SelfAttention):
 
     def _scores(self, x: Tensor, valid: Tensor) -> Tensor:
         """Nearness of queries or keys (B, H, N, E) to the centroids, (B, H, K, N); -inf where invalid (B, N)."""
-        scores = upcast(self.centroids) @ upcast(x).transpose(2, 3)
+        scores = upcast(self.centroids) @ x.transpose(2, 3)
         return scores.masked_fill(~valid[:, None, None, :], float("-inf"))
 
     def _observe(self, q: Tensor, k: Tensor, q_scores: Tensor, k_scores: Tensor, valid: Tensor) -> None:
@@ -104,22 +90,21 @@ class RoutingMixer(SelfAttention):
         count = torch.zeros_like(total[:, :, :1])
         for x, scores in ((q, q_scores), (k, k_scores)):
             nearest = (scores == scores.amax(dim=2, keepdim=True)) & valid[:, None, None, :]
-            total += (nearest.to(total.dtype) @ upcast(x)).sum(dim=0)
+            total += (nearest.to(total.dtype) @ x).sum(dim=0)
             count += nearest.sum(dim=(0, 3))[:, :, None]
         centroids = upcast(self.centroids)
         moved = self.decay * centroids + (1.0 - self.decay) * total / count.clamp(min=1.0)
         moved = F.layer_norm(moved, moved.shape[-1:])
         self.next_centroids.copy_(torch.where(count > 0.0, moved, centroids))
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, patch_valid: Tensor | None) -> Tensor:
+    def mix_wide(
+        self, q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], patch_valid: Tensor | None = None
+    ) -> Tensor:
         B, H, N, E = q.shape
         K = self.num_clusters
         S = min(at_least_two((N + K - 1) // K), N)
         q, k = F.layer_norm(q, (E,)), F.layer_norm(k, (E,))
-        valid = torch.ones(B, N, dtype=torch.bool, device=q.device)
-        if patch_valid is not None:
-            valid = readable(patch_valid)
-
+        valid = readable_patches(q, patch_valid)
         with torch.no_grad():
             if self.training:
                 recomputing = False
@@ -142,20 +127,9 @@ class RoutingMixer(SelfAttention):
             k.gather(2, k_index).view(B, H * K, S, E),
             v.gather(2, k_index).view(B, H * K, S, E),
         )
-        drop = self.attn_drop if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=member[:, :, None, :], dropout_p=drop)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=member[:, :, None, :], dropout_p=self.dropout_p())
         y = y.masked_fill(~member[..., None], 0.0).reshape(B, H, K * S, E)
         y = torch.zeros(B, H, N, E, dtype=y.dtype, device=y.device).scatter_add(2, q_index, y)
         times = member[:, :, None, :].expand(-1, H, K, -1).flatten(2).to(y.dtype)
         times = torch.zeros(B, H, N, dtype=y.dtype, device=y.device).scatter_add(2, q_index[..., 0], times)
         return y / times.clamp(min=1.0)[..., None]
-
-    def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], patch_valid: Tensor | None = None
-    ) -> Tensor:
-        if not torch.jit.is_scripting():
-            if autocasts(q):
-                # near a border between clusters, rounding decides
-                with torch.autocast(q.device.type, enabled=False):
-                    return self._mix(q, k, v, patch_valid)
-        return self._mix(q, k, v, patch_valid)

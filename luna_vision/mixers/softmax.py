@@ -5,6 +5,8 @@ Source: Vaswani et al., "Attention Is All You Need", NeurIPS 2017 (arXiv 1706.03
 Shapes: B batch, H heads, N patches, E head width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_module
@@ -12,8 +14,6 @@ from torch import Tensor
 
 from ..functional import readable
 from .base import SelfAttention
-
-__all__ = ["SoftmaxMixer"]
 
 
 @register_notrace_module
@@ -23,27 +23,16 @@ class SoftmaxMixer(SelfAttention):
     Parameters: qkv and output projection, 4 C^2.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        query_gain: float = 1.0,
-        device=None,
-        dtype=None,
-    ) -> None:
+    def __init__(self, *args: Any, query_gain: float = 1.0, **common: Any) -> None:
         """
         Args:
-            dim, num_heads, qkv_bias, proj_bias, attn_drop, proj_drop: See `SelfAttention`.
-            query_gain: What the initial query projection is multiplied by.
+            args, common: See `SelfAttention`.
+            query_gain: Factor on the initial query projection.
 
         Raises:
             ValueError: As in `SelfAttention`, or a gain that is not positive.
         """
-        super().__init__(dim, num_heads, qkv_bias, proj_bias, attn_drop, proj_drop, device=device, dtype=dtype)
+        super().__init__(*args, **common)
         if not query_gain > 0.0:
             raise ValueError(f"query_gain must be above 0, got {query_gain}")
         self.query_gain = query_gain
@@ -59,5 +48,4 @@ class SoftmaxMixer(SelfAttention):
         self, q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], patch_valid: Tensor | None = None
     ) -> Tensor:
         mask = readable(patch_valid)[:, None, None, :] if patch_valid is not None else None
-        drop = self.attn_drop if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout_p())

@@ -1,4 +1,4 @@
-"""Weights from files: what a checkpoint may look like, how it is fitted to a model, and how it is loaded."""
+"""Weights from files: read a checkpoint, fit it to a model, load it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ BODIES = ("backbone.pyramid_backbone.body.", "backbone.body.")
 
 
 def unwrap_state_dict(state_dict: dict) -> dict[str, Tensor]:
-    """The model's own state dict in what a training script saved: under a key of its own (EMA first), with the prefix
-    that a Lightning task gives to the model that it holds, or bare.
+    """The state dict of the model in a checkpoint of a training.
+
+    It may be under a key of its own (EMA first), have the prefix "model." of a Lightning task, or be bare.
     """
     for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(state_dict.get(wrapper), dict):
@@ -29,14 +30,15 @@ def unwrap_state_dict(state_dict: dict) -> dict[str, Tensor]:
     return inner or state_dict
 
 
-# what a block has or has not, depending on who reads its memory and its patches
+# parts that a last block has only if something reads its memory or its patches
 _OPTIONAL = re.compile(r"(attn\.(unpack_|proj)|(norm|ls)[12](_memory)?\.|mlp(_memory)?\.)")
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
-    """Fit a checkpoint to `model`: unwrap it, resample a patch embedding of another patch size, and drop what the last
-    block of this model was built without (see `global_pool`). Anything else that does not fit is left for strict
-    loading.
+    """Fit a checkpoint to `model`, for strict loading.
+
+    Unwraps it, resamples a patch embedding of another patch size, and drops the parts that the last block of this model
+    was built without (see `global_pool`).
     """
     own = model.state_dict()
     last = f"blocks.{len(model.blocks) - 1}."
@@ -53,17 +55,17 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
 def load_weights(
     model: nn.Module, path: str | Path, say: Callable[[str], None] = print, fresh_head: bool = True
 ) -> None:
-    """Load a checkpoint into ``model``, adapting what may differ.
+    """Load a checkpoint into ``model``.
 
-    The model's ``checkpoint_filter_fn`` runs (so positions are resampled), the first convolution is adapted to another
-    number of channels, and a head for another number of classes is left as initialised, with a notice (a model without
-    a head takes none). EMA weights are preferred where the file has both. Of a detector or a segmenter, the backbone is
-    taken, which has no head.
+    The model's ``checkpoint_filter_fn`` runs (so positions are resampled), and the first convolution is adapted to
+    another number of channels. A head for another number of classes keeps its initial values, with a notice. EMA
+    weights are preferred where the file has both. From a detector or a segmenter, the backbone is taken, without a
+    head.
 
     Args:
         model: a timm model.
         path: a timm, Lightning or safetensors file.
-        say: what notices go to.
+        say: gets the notices.
         fresh_head: whether a head for another number of classes may start fresh; if not, it is an error.
 
     Raises:
@@ -78,10 +80,7 @@ def load_weights(
         )
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
-    try:
-        state_dict = unwrap_state_dict(read_state_dict(str(path)))
-    except Exception as error:  # reading a file that is no checkpoint raises nearly anything
-        raise ValueError(not_plain(path, error)) from error
+    state_dict = read_checkpoint(path)
     body = _body(state_dict)
     cfg = dict(model.pretrained_cfg, state_dict=body or state_dict, source="", num_classes=model.num_classes)
     _keep_own_head(model, cfg, str(path), say, fresh_head, headless=bool(body))
@@ -89,7 +88,7 @@ def load_weights(
     # timm keeps the filter beside the model class and hands it only to `create_model(pretrained=True)`.
     filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
-        if filter_fn is not None:  # here, so that what does not fit has the names that the model has
+        if filter_fn is not None:  # here, so that an error has the names of the model
             cfg["state_dict"] = filter_fn(cfg["state_dict"], model)
         load_pretrained(
             model,
@@ -97,14 +96,22 @@ def load_weights(
             num_classes=model.num_classes,
             in_chans=get_model_input_config(model)["input_size"][0],
         )
-    except Exception as error:  # timm's filters, too, raise nearly anything where the file is not one of timm's
+    except Exception as error:  # timm's filters raise nearly anything for a file that is not timm's
         differing = _differences(model.state_dict(), cfg["state_dict"]) or " ".join(str(error).split())
         raise ValueError(f"{str(path)!r} does not fit {type(model).__name__}: {differing}") from error
     say(f"weights loaded from {path}")
 
 
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file, unwrapped; a ValueError where the file is no checkpoint of tensors and plain data."""
+    try:
+        return unwrap_state_dict(read_state_dict(str(path)))
+    except Exception as error:  # reading a file that is no checkpoint raises nearly anything
+        raise ValueError(not_plain(path, error)) from error
+
+
 def _body(state_dict: dict) -> dict:
-    """The backbone of a detector or segmenter by itself; empty for any other model."""
+    """The backbone of a detector or segmenter; empty for any other model."""
     for prefix in BODIES:
         body = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
         if body:
@@ -113,7 +120,7 @@ def _body(state_dict: dict) -> dict:
 
 
 def _differences(own: dict, given: dict) -> str:
-    """How a state dict differs from a model's in names and shapes, in one line with three names of each kind."""
+    """The differences of two state dicts in names and shapes, in one line with up to three names of each kind."""
     kinds = {
         "missing": [name for name in own if name not in given],
         "of another shape": [n for n in own if n in given and getattr(given[n], "shape", None) != own[n].shape],
@@ -127,8 +134,8 @@ def _differences(own: dict, given: dict) -> str:
 
 
 def not_plain(path: str | Path, error: Exception) -> str:
-    """What to say, in one line, of a file that ``torch.load`` does not read with ``weights_only=True``."""
-    cause = error.__cause__ or error  # timm's own message leaves out what it is
+    """The message, in one line, for a file that ``torch.load`` does not read with ``weights_only=True``."""
+    cause = error.__cause__ or error  # timm's own message leaves out the type
     if isinstance(cause, pickle.UnpicklingError):
         found = re.search(r"GLOBAL ([\w.]+)", str(cause))
         what = f" ({found[1]})" if found else ", if there are any,"
@@ -143,7 +150,7 @@ def not_plain(path: str | Path, error: Exception) -> str:
 def _keep_own_head(
     model: nn.Module, cfg: dict, path: str, say: Callable[[str], None], fresh_head: bool, headless: bool
 ) -> None:
-    """Give a head of another size the model's own values, so that the rest can still be loaded strictly."""
+    """Put the model's own head in the place of one of another size, so that the rest can be loaded strictly."""
     own, given = model.state_dict(), cfg["state_dict"]
     classifiers = cfg.get("classifier") or ()
     for classifier in (classifiers,) if isinstance(classifiers, str) else classifiers:
@@ -169,7 +176,7 @@ def _keep_own_head(
 
 
 def _declare_channels(model: nn.Module, cfg: dict) -> None:
-    """Tell timm how many channels the file's first convolution reads; the cfg declares the model's, not the file's."""
+    """Tell timm the number of channels of the file's first convolution; the cfg has that of the model."""
     weight = cfg["state_dict"].get(f"{get_model_input_config(model)['first_conv']}.weight")
     if weight is not None and weight.ndim == 4:
         cfg["input_size"] = (weight.shape[1], *cfg["input_size"][1:])

@@ -1,4 +1,4 @@
-"""Models by name, with their weights: as timm builds them, and as a training or an exported folder has left them."""
+"""Models with their weights, by timm's name, from a checkpoint of a training, or from an exported folder."""
 
 import difflib
 import json
@@ -19,29 +19,14 @@ from ..utils.text import printable
 from .checkpoints import load_weights
 from .luna_vit import LunaVit
 
-__all__ = [
-    "LOCAL",
-    "RANDOM_WEIGHTS",
-    "build_model",
-    "check_arguments",
-    "check_model_name",
-    "image_cfg",
-    "knows_its_images",
-    "load_model",
-    "pick_device",
-    "random_weights",
-    "sized",
-    "training_checkpoint",
-]
-
-RANDOM_WEIGHTS = "random_weights"  # what config.json of an exported folder calls a model that was not trained
-LOCAL = "local-dir:"  # what the name of a folder begins with, for timm
-# what a checkpoint may say of its images, see `timm_cfg` of the data modules
+RANDOM_WEIGHTS = "random_weights"  # a key in config.json of an exported folder: the model was not trained
+LOCAL = "local-dir:"  # timm's prefix for the name of a folder
+# the keys about images that are taken from a checkpoint, see `timm_cfg` of the data modules
 IMAGE_CFG = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "num_classes", "label_names")
 
 
 def check_model_name(name: str) -> None:
-    """Raise a `UserError` that names similar models, or the tags that there are, unless timm knows this one."""
+    """Raise a `UserError` that names similar models, or the known tags, unless timm knows this name."""
     architecture, tag = split_model_name_tag(name)
     if tag and timm.is_model(architecture) and name not in get_arch_pretrained_cfgs(architecture):
         known = ", ".join(sorted(get_arch_pretrained_cfgs(architecture)))
@@ -53,10 +38,10 @@ def check_model_name(name: str) -> None:
 
 
 def check_arguments(num_classes: Any = None, **model_kwargs: Any) -> None:
-    """Raise a `UserError` unless `num_classes` is a number or None, and there is no checkpoint among the others."""
+    """Raise a `UserError` if `num_classes` is neither a whole number nor None, or for a `checkpoint_path`."""
     if num_classes is not None and (type(num_classes) is not int or num_classes < 0):
         raise UserError(f"num_classes must be a whole number of at least 0, got {num_classes!r}")
-    if "checkpoint_path" in model_kwargs:  # timm would load it past the filter, and nobody know that there are weights
+    if "checkpoint_path" in model_kwargs:  # timm would load it without the filter, and `random_weights` be wrong
         raise UserError("checkpoint_path is no argument of a model here: give the file as checkpoint")
 
 
@@ -82,7 +67,7 @@ def build_model(
     if model_kwargs.get("pretrained") and not (elsewhere or (cfg and cfg.has_weights)):
         raise UserError(f"model_kwargs pretrained: there are no pretrained weights of {name}")
     try:
-        # of numbers, heads that do not divide a width among them, timm says by assertions what it does not take
+        # timm checks numbers, such as heads that do not divide a width, by assertions
         with arguments_of(f"model_kwargs {model_kwargs} do not fit {name}", ArithmeticError, AssertionError):
             return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **model_kwargs)
     except OSError as error:
@@ -90,9 +75,9 @@ def build_model(
 
 
 def sized(name: str, model_kwargs: dict[str, Any] | None, img_size: int | list[int] | None) -> dict[str, Any]:
-    """The arguments of a model with the size of the images, side or [height, width] in pixels, where it takes one.
+    """The arguments of a model, with `img_size` (side or [height, width] in pixels) if the model takes one.
 
-    Those of timm's models do that are built for one size, and a Luna ViT, which only writes it down.
+    timm's models of a fixed size do, and so does a Luna ViT, for which it is only a note.
     """
     check_model_name(name)
     cfg = get_pretrained_cfg(name)
@@ -101,7 +86,7 @@ def sized(name: str, model_kwargs: dict[str, Any] | None, img_size: int | list[i
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that is called "cpu", "cuda" or "auto", which takes a GPU if there is one.
+    """The device for "cpu", "cuda" or "auto", which takes a GPU if there is one.
 
     Raises:
         UserError: "cuda" where there is none.
@@ -122,26 +107,26 @@ def load_model(
 ) -> nn.Module:
     """A model with its weights, in eval mode.
 
-    A checkpoint of a training, and the weights that it exported, say which model they hold and with which arguments;
-    `name` and `arguments` go over them. They also say what their images were like (size, normalisation, names of the
-    classes), which goes into the model's `pretrained_cfg`.
+    A checkpoint of a training, and the weights that it exported, record the name and the arguments of their model;
+    `name` and `arguments` override them. The record of their images (size, normalisation, names of the classes) goes
+    into the model's `pretrained_cfg`.
 
     Args:
-        name: Of timm, or `local-dir:FOLDER` with what `save_for_hf` wrote; by default what the checkpoint holds.
-        arguments: Of the model, such as `memory_len`.
+        name: A name of timm, or `local-dir:FOLDER` with a folder of `save_for_hf`; by default that of the checkpoint.
+        arguments: Arguments of the model, such as `memory_len`.
         checkpoint: Weights: .safetensors, a timm or a Lightning checkpoint.
         device: See `pick_device`.
         default: The name where neither `name` nor the checkpoint has one.
-        say: Is told what has been loaded, and warned of a model without weights.
-        **overrides: Arguments of the model that go over all others.
+        say: Gets a line about the weights, or a warning where there are none.
+        **overrides: Arguments of the model that override all others.
 
     Raises:
-        UserError: An unknown model or argument, or a checkpoint of another model or with another head: with
-            `num_classes=0` there is none.
+        UserError: An unknown model or argument, a checkpoint of another model, or one with another head (with
+            `num_classes=0` the head is left out).
         OSError: There is no such checkpoint.
     """
     given = arguments or {}
-    check_arguments(**given)  # where the head is left out, too
+    check_arguments(**given)  # also where an override replaces them
     run = training_checkpoint(checkpoint) if checkpoint else {}
     recorded = run.get("hyper_parameters", {})
     no_weights = random_weights(name, given, checkpoint)
@@ -161,10 +146,7 @@ def load_model(
 
 
 def _set_images(model: nn.Module, run: dict[str, Any]) -> None:
-    """Put what a checkpoint says of its images into a model's `pretrained_cfg`.
-
-    A Luna ViT, which takes any size, is meant for theirs from then on, whatever it was built for.
-    """
+    """Put a checkpoint's record of its images into a model's `pretrained_cfg`, and their size into a Luna ViT."""
     size = {"input_size": get_model_input_config(model)["input_size"]}
     model.pretrained_cfg = model.pretrained_cfg | size | image_cfg(run)
     if isinstance(model, LunaVit):
@@ -172,11 +154,11 @@ def _set_images(model: nn.Module, run: dict[str, Any]) -> None:
 
 
 def _recorded_arguments(recorded: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of the model that a task with these hyperparameters has built."""
-    # a detector's backbone is built for the size that images are brought to
+    """The arguments of the model of a task with these hyperparameters."""
+    # a detector resizes images to this size
     arguments = {"img_size": recorded["min_size"]} if "min_size" in recorded else {}
     arguments |= recorded.get("model_kwargs") or {}
-    for start in ("pretrained", "checkpoint_path"):  # weights that the training has begun with, and changed
+    for start in ("pretrained", "checkpoint_path"):  # weights before the training
         arguments.pop(start, None)
     return arguments | {key: recorded[key] for key in ("num_classes", "in_chans") if key in recorded}
 
@@ -184,7 +166,7 @@ def _recorded_arguments(recorded: dict[str, Any]) -> dict[str, Any]:
 def random_weights(
     name: str | None = None, arguments: dict[str, Any] | None = None, checkpoint: str | Path | None = None
 ) -> bool:
-    """Whether the model that `load_model` builds of these has no weights but its initial ones."""
+    """Whether `load_model` gives a model with its initial weights only for these arguments."""
     if checkpoint:
         return False
     if folder := _folder(name):
@@ -195,7 +177,7 @@ def random_weights(
 def knows_its_images(
     name: str | None = None, arguments: dict[str, Any] | None = None, checkpoint: str | Path | None = None
 ) -> bool:
-    """Whether the weights that `load_model` loads of these say how their images were normalised."""
+    """Whether the weights that `load_model` loads for these arguments record the normalisation of their images."""
     if checkpoint:
         run = training_checkpoint(checkpoint)
         # detectors and segmenters normalise images themselves, as the model's configuration says
@@ -204,7 +186,7 @@ def knows_its_images(
 
 
 def _folder(name: str | None) -> Path | None:
-    """The folder of `save_for_hf` that a model's name is, if it is one."""
+    """The folder in a name `local-dir:FOLDER`; None for any other name."""
     return Path(name.removeprefix(LOCAL)) if name and name.startswith(LOCAL) else None
 
 
@@ -220,11 +202,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _from_folder(name: str, arguments: dict[str, Any], weights: bool) -> nn.Module:
     _read_config(_folder(name))
-    # with its own head: for another one timm drops it, and then leaves all that the file has not as initialised, too
+    # with its own head: for another number of classes, timm would load loosely and ignore missing weights
     own = {key: value for key, value in arguments.items() if not weights or key != "num_classes"}
     try:
         model = timm.create_model(name, pretrained=weights, **own)
-    except Exception as error:  # a file that is cut off, and arguments that do not fit it, raise nearly anything
+    except Exception as error:  # a truncated file, and arguments that do not fit it, raise nearly anything
         reason = shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
         raise UserError(f"model {name}: {reason}") from error
     classes = arguments.get("num_classes", model.num_classes)
@@ -236,8 +218,7 @@ def _from_folder(name: str, arguments: dict[str, Any], weights: bool) -> nn.Modu
 
 
 def training_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
-    """What a Lightning checkpoint of a training holds, or the header of the weights that it exported; empty for any
-    other file."""
+    """The content of a Lightning checkpoint, or the header of weights that a training exported; else empty."""
     checkpoint = Path(checkpoint)
     if not checkpoint.is_file():
         return {}
@@ -253,13 +234,13 @@ def training_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def image_cfg(run: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of its images, and nothing else that it might have a `pretrained_cfg` say."""
+    """A checkpoint's record of its images, limited to the keys in `IMAGE_CFG`."""
     cfg = run.get("data", {}).get("cfg", {})
     return {name: cfg[name] for name in IMAGE_CFG if name in cfg}
 
 
 def _exported_training(weights: Path) -> dict[str, Any]:
-    """What `luna_vision.tasks.export_weights` has written into the header, with the tuples that JSON makes lists of."""
+    """The record of `luna_vision.tasks.export_weights` in the header, with tuples that JSON has made lists."""
     with safe_open(weights, "pt") as file:
         content = json.loads((file.metadata() or {}).get("training", "{}"))
     cfg = content.get("data", {}).get("cfg", {})

@@ -1,4 +1,4 @@
-"""What the head reads: the tokens of an image pooled to one, at once or from parts.
+"""Pooling: the tokens of an image become one for the head, at once or from parts.
 
 Shapes: B batch, N patches, n patches of a part, L memory slots, C width.
 """
@@ -8,25 +8,21 @@ from timm.layers import AttentionPoolLatent
 from timm.models import register_notrace_function
 from torch import Tensor
 
-from ..functional import PackState, Projections, fold_queries, no_autocast, tile_absorbed, upcast
+from ..functional import PackState, Projections, fold_queries, no_autocast, readable, tile_absorbed, upcast
 
-__all__ = ["POOL_TYPES", "Pool", "key_mask", "pool_tokens", "read_by"]
-
-# what `global_pool=` may name
+# the values of `global_pool`
 POOL_TYPES = ("", "avg", "max", "avgmax", "map", "token", "both")
 
 
 def read_by(global_pool: str) -> str:
-    """What of the last block's output a pooling reads, one of `luna_vision.layers.READ`."""
+    """The part of the last block's output that a pooling reads, one of `luna_vision.layers.READ`."""
     return {"token": "memory", "both": "both"}.get(global_pool, "patches")
 
 
 @register_notrace_function
 def key_mask(patch_valid: Tensor | None) -> Tensor | None:
     """Attention mask (B, 1, 1, N) of a validity mask (B, N); a row without any valid patch attends to all of them."""
-    if patch_valid is None:
-        return None
-    return (patch_valid | ~patch_valid.any(dim=1, keepdim=True))[:, None, None, :]
+    return readable(patch_valid)[:, None, None, :] if patch_valid is not None else None
 
 
 @register_notrace_function
@@ -53,7 +49,7 @@ def pool_tokens(x: Tensor, pool_type: str, num_prefix_tokens: int, patch_valid: 
 
 
 def _join(pool_type: str, slots: Tensor, avg: Tensor, largest: Tensor) -> Tensor:
-    """What a pooling makes of the mean slot, the mean patch and the maximum over patches, (B, C) each."""
+    """The pooled token of the mean slot, the mean patch and the maximum over patches, (B, C) each."""
     if pool_type == "token":
         return slots
     if pool_type == "avg":
@@ -69,7 +65,7 @@ class Pool:
     """`LunaVit.pool` over patches that come in parts.
 
     Attributes:
-        parts: By name, all that is known so far: the sum of the patches, their maximum, or a pack of them.
+        parts: The state so far, by name: the sum of the patches, their maximum, or a pack of them.
     """
 
     def __init__(
@@ -79,13 +75,13 @@ class Pool:
         Args:
             pool_type: One of `POOL_TYPES`.
             attn_pool: The attention pooling of "map".
-            parts: Where another pool was.
+            parts: The state of another pool, to continue from.
         """
         self.kind, self.attn_pool, self.parts = pool_type, attn_pool, dict(parts or {})
 
     @property
     def reads_patches(self) -> bool:
-        """Whether the pooling needs to be told the patches."""
+        """Whether the pooling needs the patches."""
         return self.kind not in ("", "token")
 
     def add(self, x: Tensor) -> None:
@@ -106,7 +102,7 @@ class Pool:
             return None
         if self.kind == "map":
             pool, y = self.attn_pool, PackState(**self.parts).finish().to(memory.dtype)
-            y = pool.proj_drop(pool.proj(y))  # timm's `AttentionPoolLatent.forward` from where it has read the patches
+            y = pool.proj_drop(pool.proj(y))  # timm's `AttentionPoolLatent.forward` after it has read the patches
             return (y + pool.mlp(pool.norm(y)))[:, 0]
         slots = memory.mean(dim=1)
         avg = (self.parts["sum"] / count).to(slots) if "sum" in self.parts else slots

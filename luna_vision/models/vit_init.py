@@ -1,6 +1,5 @@
 """Start a Luna ViT from the weights of a plain ViT of the same width and depth."""
 
-import logging
 import os
 import re
 from pathlib import Path
@@ -10,19 +9,15 @@ from typing import NamedTuple
 import timm
 import torch
 from timm.layers import resample_patch_embed
-from timm.models import adapt_input_conv, load_state_dict
+from timm.models import adapt_input_conv
 from torch import Tensor
 
-from .checkpoints import not_plain, unwrap_state_dict
+from .checkpoints import read_checkpoint, unwrap_state_dict
 from .luna_vit import LunaVit
-
-__all__ = ["VitInit", "init_from_vit"]
-
-_logger = logging.getLogger(__name__)
 
 
 class VitInit(NamedTuple):
-    """What `init_from_vit` did, as lists of parameter names."""
+    """The result of `init_from_vit`, as lists of parameter names."""
 
     loaded: list[str]
     """Parameters of the Luna ViT that now hold ViT weights."""
@@ -38,10 +33,7 @@ def _vit_state_dict(source: str | os.PathLike | dict) -> dict[str, Tensor]:
     if isinstance(source, dict):
         state = source
     elif Path(source).is_file():
-        try:
-            state = load_state_dict(str(source))
-        except Exception as error:  # reading a file that is no checkpoint raises nearly anything
-            raise ValueError(not_plain(source, error)) from error
+        return read_checkpoint(source)
     elif timm.is_model(str(source).split(".")[0]):
         try:
             state = timm.create_model(str(source), pretrained=True).state_dict()
@@ -56,11 +48,11 @@ def _vit_state_dict(source: str | os.PathLike | dict) -> dict[str, Tensor]:
 
 
 def _candidates(vit: dict[str, Tensor], tied: bool) -> dict[str, tuple[str, Tensor]]:
-    """ViT parameters under the names that they would have in a Luna ViT: {luna name: (ViT name, value)}.
+    """ViT parameters under their names in a Luna ViT: {luna name: (ViT name, value)}.
 
-    Query, key and value keep their part: queries of patches and memory, keys and values of patches. The output
-    projection follows the values. Nothing in a ViT projects a packed memory, so the unpack's keys and values stay new;
-    and a tied projection of the pack is its value, which is what the output projection expects.
+    Queries become those of patches and memory, keys and values those of the patches. Nothing in a ViT projects a packed
+    memory, so the unpack's keys and values stay new. A tied projection of the pack takes the ViT's values, which the
+    output projection expects.
     """
     qkv = {"q": ["unpack_q"], "k": [], "v": ["pack_kv"]} if tied else {"q": ["pack_q", "unpack_q"], "k": ["pack_k"]}
     qkv.setdefault("v", ["pack_v"])
@@ -87,10 +79,10 @@ def _fit_patch_embed(weight: Tensor, own: Tensor) -> Tensor:
 
 @torch.no_grad()
 def init_from_vit(model: LunaVit, source: str | os.PathLike | dict[str, Tensor], verbose: bool = True) -> VitInit:
-    """Load into `model` what a plain ViT has a counterpart for.
+    """Load the weights of a plain ViT into the parameters of `model` that have a counterpart in it.
 
-    That is the patch embedding (adapted to the model's patch size and channels), MLPs, norms, LayerScale, the head
-    if it has as many classes, and the attention projections whose part is the same in both.
+    These are the patch embedding (adapted to the model's patch size and channels), MLPs, norms, LayerScale, the head
+    if it has as many classes, and the attention projections that play the same part in both.
 
     Args:
         model: The Luna ViT, changed in place.
@@ -101,7 +93,8 @@ def init_from_vit(model: LunaVit, source: str | os.PathLike | dict[str, Tensor],
         The names of the parameters that were loaded, left new, and not used.
 
     Raises:
-        ValueError: `source` is not a ViT, or its width, depth or MLP width is not the model's; the model is unchanged.
+        ValueError: `model` is no Luna ViT, `source` is not a ViT, or its width, depth or MLP width is not the model's;
+            the model is unchanged.
     """
     if not isinstance(model, LunaVit):
         raise ValueError(f"model must be a Luna ViT, got {type(model).__name__}")

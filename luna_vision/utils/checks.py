@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-__all__ = ["check_option"]
+__all__ = ["check_at_least", "check_option"]
 
 
 def check_option(name: str, value: str, options: Iterable[str]) -> None:
@@ -13,3 +13,13 @@ def check_option(name: str, value: str, options: Iterable[str]) -> None:
     options = tuple(options)
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+
+
+def check_at_least(least: float, **values: float) -> None:
+    """
+    Raises:
+        ValueError: One of the arguments `values`, by name, is below `least`.
+    """
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -197,7 +197,7 @@ ARGUMENTS = [
     {"in_chans": 1, "img_size": (16, 48), "patch_size": (4, 8), "stem": "patch", "pos_embed": "learn"},
     {"memory_len": 5, "pack_heads": 2, "num_heads": 4, "tie_kv": False, "memory_mlp": "own", "mlp_ratio": 2.5},
     {"norm_first": False, "local_mixing": "none", "final_norm": True, "qkv_bias": False, "proj_bias": False},
-    {"mixer": "linformer", "mixer_args": {"proj_len": 7, "ref_size": 5, "share_kv": True}, "local_mixing": "mlp"},
+    {"mixer": "linformer", "mixer_args": {"proj_len": 7, "ref_size": 5}, "local_mixing": "mlp"},
     {"mixer": "performer", "mixer_args": {"num_features": 9}, "global_pool": "map", "num_classes": 0},
     {"mixer": "longformer", "mixer_args": {"window_size": 6}, "stem": "conv", "act_layer": "silu", "init_values": 0.1},
     {"global_pool": "token", "depth": 2, "num_classes": 3, "memory_mlp": "shared", "norm_layer": "rmsnorm"},

@@ -195,7 +195,7 @@ def error_line(capsys) -> str:
         (["fit", "--config", DEBUG, "--trainer.max_epochs=x"], r"trainer.max_epochs: Expected an int. Got value: x$"),
         (["fit", "--config", DEBUG, "--trainer.devices=[a]"], "devices"),
         (["fit", "--config", DEBUG, "--data=Nope"], r"data: there is no class Nope$"),
-        (["fit", "--config", DEBUG, "--data.augmentation=x"], "error: unknown augmentation 'x'; choose from"),
+        (["fit", "--config", DEBUG, "--data.augmentation=x"], "error: augmentation must be one of 'albumentations', "),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(monkeypatch, tmp_path, capsys, arguments, message):

@@ -132,13 +132,13 @@ def test_canvases_are_a_function_of_seed_split_and_index():
     [
         ({"num_items": 0}, "num_items must be 1 to 254, got 0"),
         ({"num_items": 9, "cued": True}, "num_items must be 1 to 8 on a cued canvas, got 9"),
-        ({"item_size": 3}, "item_size must be at least 4 pixels, got 3"),
-        ({"noise": -1.0}, "noise must not be negative, got -1.0"),
+        ({"item_size": 3}, "item_size must be at least 4, got 3"),
+        ({"noise": -1.0}, "noise must be at least 0, got -1.0"),
         ({"side": 64}, "5 items of 28 pixels do not fit loosely on a canvas of side 64"),
-        ({"grid": 0}, "grid must be at least 1 pixel, got 0"),
+        ({"grid": 0}, "grid must be at least 1, got 0"),
         ({"frame": 2}, "frame is for cued canvases alone, got 2"),
-        ({"frame": 0, "cued": True}, "frame must be at least 1 pixel, got 0"),
-        ({"cue_size": -1, "cued": True}, "cue_size must be at least 1 pixel, got -1"),
+        ({"frame": 0, "cued": True}, "frame must be at least 1, got 0"),
+        ({"cue_size": -1, "cued": True}, "cue_size must be at least 1, got -1"),
         ({"cue_size": 37, "cued": True}, "cue_size must be at most 36, an item with its frame, got 37"),
         ({"side": 200, "grid": 128}, "5 items of 28 pixels, on a grid of 128, do not fit loosely on a canvas"),
         ({"side": 10}, "do not fit loosely on a canvas of side 10"),
@@ -209,7 +209,7 @@ def test_the_run_seed_leaves_the_canvases_alone():
 
 
 def test_data_module_errors(tmp_path):
-    with pytest.raises(ValueError, match="unknown source 'letters'; choose from digits, fashion_mnist"):
+    with pytest.raises(ValueError, match="source must be one of 'digits', 'fashion_mnist', got 'letters'"):
         module(source="letters")
     with pytest.raises(ValueError, match="cued canvases are told apart by colour: in_chans must be 3"):
         module(cued=True, in_chans=1)

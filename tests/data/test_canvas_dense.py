@@ -14,7 +14,7 @@ def test_boxes_labels_and_masks():
     images, targets = next(iter(data.val_dataloader()))
     assert len(images) == len(targets) == 4
     for i, (image, target) in enumerate(zip(images, targets, strict=True)):
-        canvas = data.dataset("val").canvases.canvas(i)
+        canvas = data.dataset("val").source.canvas(i)
         assert image.shape == (3, 96, 96) and 0 <= image.min() and image.max() <= 1
         torch.testing.assert_close(image[1] * 255, torch.from_numpy(canvas.image).float())
         assert target["labels"].tolist() == (canvas.classes + 1).tolist()
@@ -28,7 +28,7 @@ def test_semantic_masks():
     images, masks = next(iter(data.test_dataloader()))
     assert images.shape == (4, 1, 96, 96) and masks.shape == (4, 96, 96) and masks.dtype == torch.int64
     for i in range(4):
-        canvas = data.dataset("test").canvases.canvas(i)
+        canvas = data.dataset("test").source.canvas(i)
         for number, mask in zip(canvas.classes, canvas.masks, strict=True):
             assert (masks[i][torch.from_numpy(mask)] == number + 1).all()
         assert (masks[i] > 0).sum() == canvas.masks.sum()
@@ -45,6 +45,11 @@ def test_each_epoch_has_an_order_of_its_own():
     assert torch.equal(orders[0], orders[2]) and not torch.equal(orders[0], orders[1])
 
 
+def test_there_is_nothing_to_predict():
+    with pytest.raises(ValueError, match="CanvasDetectionDataModule has no images to predict"):
+        CanvasDetectionDataModule(**SMALL).predict_dataloader()
+
+
 @pytest.mark.parametrize("source", ["digits", "fashion_mnist"])
 def test_sources(source: str, fashion_root: str):
     data = CanvasDetectionDataModule(source=source, root=fashion_root, **SMALL)
@@ -55,7 +60,7 @@ def test_sources(source: str, fashion_root: str):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"source": "mnist"}, "unknown source 'mnist'; choose from digits, fashion_mnist"),
+        ({"source": "mnist"}, "source must be one of 'digits', 'fashion_mnist', got 'mnist'"),
         ({"in_chans": 2}, "in_chans must be 1 or 3, got 2"),
         ({"num_val": 0}, "num_val must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),

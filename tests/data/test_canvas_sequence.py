@@ -79,7 +79,7 @@ def test_batches(workers):
         ({"steps": 2}, "steps must be at least 3, for each item and the cue one, got 2"),
         ({"crop_size": 31}, "crop_size must be 32, an item with its frame, to 192"),
         ({"crop_size": 200}, "crop_size must be 32, an item with its frame, to 192"),
-        ({"source": "faces"}, "unknown source 'faces'"),
+        ({"source": "faces"}, "source must be one of .*, got 'faces'"),
     ],
 )
 def test_wrong_arguments_are_said(arguments, message):

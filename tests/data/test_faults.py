@@ -206,7 +206,7 @@ def test_prediction_stops_always(root: Path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"on_error": "ignore"}, "on_error must be one of raise, skip, got 'ignore'"),
+        ({"on_error": "ignore"}, "on_error must be one of 'raise', 'skip', got 'ignore'"),
         ({"max_error_share": 1.0}, r"max_error_share must be in \[0, 1\), got 1.0"),
         ({"max_error_share": -0.1}, r"max_error_share must be in \[0, 1\), got -0.1"),
     ],

@@ -192,14 +192,12 @@ def test_to_tensor_accepts_what_backends_return():
 
 def test_unknown_names_list_the_options():
     aug = Augmentation((8, 8))
-    with pytest.raises(
-        ValueError, match="unknown augmentation 'imgaug'; choose from albumentations, torchvision, timm"
-    ):
+    with pytest.raises(ValueError, match="augmentation must be one of 'albumentations', .*, got 'imgaug'"):
         train_transform("imgaug", aug, (0.5,), (0.5,))
-    with pytest.raises(ValueError, match="crop must be one of resized, pad, none, got 'centre'"):
+    with pytest.raises(ValueError, match="crop must be one of 'resized', 'pad', 'none', got 'centre'"):
         Augmentation((8, 8), crop="centre")
     named = Augmentation((8, 8), auto_augment="handaugment", mean=(0.5,) * 3)
-    with pytest.raises(ValueError, match="unknown auto_augment 'handaugment' for torchvision; choose from randaugment"):
+    with pytest.raises(ValueError, match="auto_augment of torchvision must be one of 'randaugment', "):
         train_transform("torchvision", named, (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(ValueError, match="timm does not know auto_augment 'handaugment'"):
         train_transform("timm", named, (0.5,) * 3, (0.5,) * 3)

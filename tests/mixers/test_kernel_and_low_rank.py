@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from luna_vision.mixers.external import ExternalMixer, double_normalise, external_read
+from luna_vision.mixers.external import ExternalMixer, double_normalise
 from luna_vision.mixers.linear import LinearMixer
 from luna_vision.mixers.linformer import LinformerMixer
 from luna_vision.mixers.performer import PerformerMixer
@@ -19,11 +19,10 @@ CASES = [
     (LinearMixer, {}),
     (PerformerMixer, {"num_features": 11}),
     (RfaMixer, {"num_features": 5}),
-    (RfaMixer, {"num_features": 40, "gate": True}),
+    (RfaMixer, {"num_features": 40}),
     (LinformerMixer, {"proj_len": 6, "ref_size": 4}),
-    (LinformerMixer, {"proj_len": 3, "ref_size": 5, "share_kv": True}),
+    (LinformerMixer, {"proj_len": 3, "ref_size": 5}),
     (ExternalMixer, {"num_slots": 7}),
-    (ExternalMixer, {"num_slots": 7, "multi_head": True, "value_init": "free"}),
 ]
 IDS = [f"{cls.__name__}-{'-'.join(map(str, args.values()))}" for cls, args in CASES]
 every_case = pytest.mark.parametrize("cls, args", CASES, ids=IDS)
@@ -34,7 +33,7 @@ def build(cls, dim: int = DIM, num_heads: int = HEADS, **args) -> torch.nn.Modul
     torch.manual_seed(0)
     mixer = cls(dim, num_heads, dtype=torch.float64, **args).eval()
     for name, p in mixer.named_parameters():
-        if "bias" in name or "log_scale" in name or "gate" in name:
+        if "bias" in name or "log_scale" in name:
             torch.nn.init.normal_(p, std=0.3)
     return mixer
 
@@ -99,15 +98,12 @@ def naive_performer(mixer, x, grid, valid):
 
 def naive_rfa(mixer, x, grid, valid):
     q, k, v = qkv(mixer, x)
-    gate = valid[:, None, None, :].expand(-1, HEADS, -1, -1).double()
-    if mixer.gate_weight is not None:
-        score = torch.einsum("bhne,he->bhn", k, mixer.gate_weight) + mixer.gate_bias[:, None]
-        gate = gate * torch.sigmoid(score)[:, :, None, :]
+    counted = valid[:, None, None, :].expand(-1, HEADS, -1, -1).double()
     q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
     w = mixer.features.weight * mixer.log_scale.exp()[:, None, :]
     apart = q[:, :, :, None, :] - k[:, :, None, :, :]
-    weights = torch.einsum("bhnme,hfe->bhnmf", apart, w).cos().mean(dim=-1) * gate
-    least = gate.sum(dim=-1, keepdim=True) / (2 * w.shape[1]) ** 0.5
+    weights = torch.einsum("bhnme,hfe->bhnmf", apart, w).cos().mean(dim=-1) * counted
+    least = counted.sum(dim=-1, keepdim=True) / (2 * w.shape[1]) ** 0.5
     y = weights / torch.maximum(weights.sum(dim=-1, keepdim=True), least) @ v
     return mixer.proj(y.transpose(1, 2).flatten(2))
 
@@ -137,20 +133,18 @@ def naive_linformer(mixer, x, grid, valid):
     out = []
     for i in range(x.shape[0]):
         w_k = resampled(mixer.proj_k, mixer.ref_size, grid, valid[i])
-        w_v = w_k if mixer.proj_v is None else resampled(mixer.proj_v, mixer.ref_size, grid, valid[i])
+        w_v = resampled(mixer.proj_v, mixer.ref_size, grid, valid[i])
         weights = (q[i : i + 1] @ (w_k @ k[i]).transpose(-2, -1) * q.shape[-1] ** -0.5).exp()
         out.append(attend(mixer, weights, (w_v @ v[i])[None]))
     return torch.cat(out)
 
 
 def naive_external(mixer, x, grid, valid):
-    B, N, C = x.shape
-    q = mixer.query(x).view(B, N, mixer.num_heads, -1).transpose(1, 2)
-    weights = (q @ mixer.m_key.T).exp() * valid[:, None, :, None]
-    weights = weights / weights.sum(dim=2, keepdim=True)  # over the patches
+    weights = (mixer.query(x) @ mixer.m_key.T).exp() * valid[:, :, None]
+    weights = weights / weights.sum(dim=1, keepdim=True)  # over the patches
     # patches that are not valid have no weights at all; their output means nothing
-    weights = weights / weights.sum(dim=3, keepdim=True).where(valid[:, None, :, None], torch.tensor(1.0).double())
-    return mixer.proj((weights @ mixer.m_value).transpose(1, 2).flatten(2))
+    weights = weights / weights.sum(dim=2, keepdim=True).where(valid[:, :, None], torch.tensor(1.0).double())
+    return mixer.proj(weights @ mixer.m_value)
 
 
 NAIVE = {
@@ -229,14 +223,12 @@ def test_orthogonal_features_estimate_the_same_with_less_variance():
 
 
 @pytest.mark.parametrize("mask", ["none", "scattered"])
-@pytest.mark.parametrize("share_kv", [False, True])
-def test_linformer_with_the_identity_is_softmax(mask, share_kv):
+def test_linformer_with_the_identity_is_softmax(mask):
     grid = (5, 5)
-    mixer = build(LinformerMixer, proj_len=25, ref_size=5, share_kv=share_kv)
+    mixer = build(LinformerMixer, proj_len=25, ref_size=5)
     with torch.no_grad():
-        for p in (mixer.proj_k, mixer.proj_v):
-            if p is not None:
-                p.copy_(torch.eye(25))
+        mixer.proj_k.copy_(torch.eye(25))
+        mixer.proj_v.copy_(torch.eye(25))
     softmax = build(SoftmaxMixer)
     softmax.load_state_dict(mixer.state_dict(), strict=False)
     x, valid = randn(3, 25, DIM), masks(3, grid)[mask]
@@ -250,18 +242,14 @@ def test_linformer_approaches_softmax_as_its_projection_grows():
     """With the identity, each token that is attended to is the mean of a cell, of fewer patches each time."""
     grid, x, errors = (12, 12), randn(1, 144, DIM), []
     for ref_size in (1, 2, 4, 6, 12):
-        mixer = build(LinformerMixer, proj_len=ref_size**2, ref_size=ref_size, share_kv=True)
+        mixer = build(LinformerMixer, proj_len=ref_size**2, ref_size=ref_size)
         softmax = build(SoftmaxMixer)
         with torch.no_grad():
             mixer.proj_k.copy_(torch.eye(ref_size**2))
+            mixer.proj_v.copy_(torch.eye(ref_size**2))
             mixer.load_state_dict(softmax.state_dict(), strict=False)
         errors.append((mixer(x, grid) - softmax(x, grid)).abs().mean())
     assert errors == sorted(errors, reverse=True) and errors[0] > 0.01 and errors[-1] < 1e-10
-
-
-def test_linformer_shares_its_projection_if_asked():
-    assert "proj_v" not in LinformerMixer(24, 3, share_kv=True).state_dict()
-    assert LinformerMixer(24, 3).proj_v.shape == (64, 14 * 14)
 
 
 def test_linformer_on_the_reference_grid_is_the_papers_formula():
@@ -283,24 +271,10 @@ def test_linformer_reads_an_enlarged_image_as_the_image(factor):
         close(y[:, ::factor, ::factor].flatten(1, 2), mixer(x.flatten(1, 2), (h, w)))
 
 
-def test_external_is_the_read_that_luna_has():
-    mixer = build(ExternalMixer, num_slots=7)
-    x = randn(2, 15, DIM)
-    close(mixer(x, (5, 3)), mixer.proj(external_read(mixer.query(x), mixer.m_key, mixer.m_value)))
-
-
-def test_external_read_is_the_formula():
-    x, (m_key, m_value) = randn(2, 15, DIM), randn(2, 7, DIM)
-    weights = (x @ m_key.t()).softmax(dim=1)
-    close(external_read(x, m_key, m_value), weights / weights.sum(dim=2, keepdim=True) @ m_value)
-
-
 def test_external_memory():
-    single, many = ExternalMixer(24, 3), ExternalMixer(24, 3, multi_head=True)
-    assert single.m_key.shape == (64, 24) and many.m_key.shape == (64, 8)  # one memory for all heads
-    assert torch.equal(single.m_value, single.m_key) and single.m_value is not single.m_key
-    free = ExternalMixer(24, 3, value_init="free")
-    assert not torch.equal(free.m_value, free.m_key)
+    mixer = ExternalMixer(24)
+    assert mixer.m_key.shape == (64, 24)
+    assert torch.equal(mixer.m_value, mixer.m_key) and mixer.m_value is not mixer.m_key
 
 
 # ---------------------------------------------------------------- random features
@@ -411,16 +385,6 @@ def test_performer_is_exact_where_all_features_underflow():
     torch.testing.assert_close(mixer(x, (2, 3)), want, rtol=1e-8, atol=1e-8)
 
 
-def test_a_closed_gate_still_leaves_weights():
-    mixer = build(RfaMixer, gate=True).float()
-    x = randn(1, 6, DIM).float()
-    with torch.no_grad():
-        mixer.gate_bias.fill_(-200.0)
-        low = mixer(x, (2, 3))
-        mixer.gate_bias.fill_(-20.0)
-        torch.testing.assert_close(low, mixer(x, (2, 3)))
-
-
 def test_external_reads_with_weights_that_underflow():
     """One patch has so little of every slot that its share is zero in float32, and still reads the nearest one."""
     scores = torch.zeros(1, 5, 3)
@@ -457,8 +421,7 @@ def test_autocast_changes_nothing_in_how_patches_are_summed(cls, args):
     "cls, args, message",
     [
         (ExternalMixer, {"num_slots": 0}, "num_slots must be at least 1, got 0"),
-        (ExternalMixer, {"value_init": "tied"}, "value_init must be 'transposed' or 'free', got 'tied'"),
-        (ExternalMixer, {"num_heads": 5}, r"dim \(24\) must be a multiple of num_heads \(5\)"),
+        (LinearMixer, {"num_heads": 5}, r"dim \(24\) must be a multiple of num_heads \(5\)"),
         (LinformerMixer, {"proj_len": 0}, "proj_len must be at least 1, got 0"),
         (LinformerMixer, {"ref_size": 0}, "ref_size must be at least 1, got 0"),
         (PerformerMixer, {"num_features": 0}, "num_features must be at least 1, got 0"),

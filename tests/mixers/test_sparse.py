@@ -15,7 +15,7 @@ from luna_vision.mixers import create_mixer
 ARGS = {
     "local": {"block_size": 3, "margin": 2},
     "strided": {},
-    "longformer": {"window_size": 6, "dilation": 2, "num_global_tokens": 2},
+    "longformer": {"window_size": 6, "num_global_tokens": 2},
     "star": {"radius": 2},
     "routing": {"num_clusters": 4},
 }
@@ -107,9 +107,7 @@ def naive_longformer(m, x, row, column, grid):
     tokens = m.global_tokens[0]
     tokens = tokens + m.proj(read_by_extra(tokens, x, m.global_q, m.global_k, m.global_v))
     i = torch.arange(len(x))
-    apart = (i - i[:, None]).abs()
-    near = (apart % m.dilation == 0) & (apart <= m.dilation * m.reach)
-    return with_extra(m, x, tokens, near)
+    return with_extra(m, x, tokens, (i - i[:, None]).abs() <= m.reach)
 
 
 def naive_star(m, x, row, column, grid):
@@ -428,7 +426,6 @@ def test_centroids_come_from_the_generator_and_go_into_the_state_dict():
         ("local", {"margin": -1}, "margin must be at least 0, got -1"),
         ("longformer", {"window_size": 5}, "window_size must be an even number of at least 2, got 5"),
         ("longformer", {"window_size": 0}, "window_size must be an even number of at least 2, got 0"),
-        ("longformer", {"dilation": 0}, "dilation must be at least 1, got 0"),
         ("longformer", {"num_global_tokens": 0}, "num_global_tokens must be at least 1, got 0"),
         ("star", {"radius": 0}, "radius must be at least 1, got 0"),
         ("routing", {"num_clusters": 0}, "num_clusters must be at least 1, got 0"),

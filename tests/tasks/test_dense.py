@@ -48,7 +48,7 @@ def test_a_run_trains_everything_and_measures(name: str, tmp_path):
     checkpoint = tmp_path / "a.ckpt"
     run.save_checkpoint(checkpoint)
     export_weights(checkpoint, tmp_path / "best.safetensors")
-    canvas = data.dataset("test").canvases.canvas(0).image
+    canvas = data.dataset("test").source.canvas(0).image
     image, _ = data.dataset("test")[0]
     for path in (checkpoint, tmp_path / "best.safetensors"):
         model, transform, class_names = luna_vision.load(path)
