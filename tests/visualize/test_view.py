@@ -55,7 +55,7 @@ def test_the_model_sees_the_normalised_pixels(model):
     ]
     torch.testing.assert_close(seen.pixels[0], expected)
     np.testing.assert_array_equal(seen.picture, image)
-    assert seen.patch_size == (16, 16) and seen.original_size == (37, 51)
+    assert seen.patch_size == (16, 16)
 
 
 def test_normalisation_is_that_of_the_models_cfg(model):
@@ -75,7 +75,6 @@ def test_large_images_are_reduced_for_the_model_and_for_drawing(model):
     seen = view(model, np.zeros((1200, 2400, 3), np.uint8), max_size=300)
     assert seen.pixels.shape == (1, 3, 150, 300)
     assert seen.picture.shape == (512, 1024, 3)
-    assert seen.original_size == (1200, 2400)
 
 
 def test_a_picture_has_a_pixel_for_every_patch():
