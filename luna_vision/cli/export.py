@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..export import Check
 
 FORMATS = ("onnx", "torch-export", "hf")
+SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 OUTPUTS = ("logits", "embedding", "features")
 
 
@@ -69,14 +70,17 @@ def main(words: list[str]) -> None:
         raise UserError("--output and --memory choose what a graph computes, and --format hf has none: leave them out")
 
     from ..export import export_onnx, export_program, onnx_libraries, save_for_hf
-    from ..export.files import check_target
-    from ..export.graph import check_model
-    from ..export.model_card import training_details
+    from ..export.compare import check_model
+    from ..export.hub import check_hf_folder, training_details
     from ..models.factory import random_weights
+    from ..utils.files import check_output
 
     if args.format == "onnx":
         onnx_libraries()
-    check_target(args.out, args.format, args.overwrite)
+    if args.format == "hf":
+        check_hf_folder(args.out, args.overwrite)
+    else:
+        check_output(args.out, [SUFFIXES[args.format]], args.overwrite)
     model = load(args)
     check_model(model)
     _normalise(model, args)
@@ -111,7 +115,7 @@ def _normalise(model: "nn.Module", args: "Namespace") -> None:
 
 def _report(args: "Namespace", checks: "list[Check]") -> None:
     from ..export import HF_FILES
-    from ..export.graph import TOLERANCE
+    from ..export.compare import TOLERANCE
 
     files = [args.out] if args.out.is_file() else [args.out / name for name in HF_FILES]
     print(f"wrote {args.out}, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
