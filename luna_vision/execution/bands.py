@@ -1,16 +1,16 @@
-"""A Luna block in bands of rows, forward and backward: of a layer, autograd keeps its input, and that is all.
+"""A Luna block in bands of rows, forward and backward. Autograd keeps only the input of each block.
 
-Checkpointing a whole block still makes all of it at once when it is computed again: the hidden layer of the MLP alone
-is four times the patches. Here both passes take a few rows of the patch grid at a time. A patch learns of others only
-through the pack, whose softmax merges exactly (`PackState`), and from its neighbours by local mixing, which a band gets
-from a row more on each side. So gradients are those of the ordinary step, up to rounding.
+A checkpointed block still exists as a whole when it is computed again, and the hidden layer of its MLP alone is four
+times as large as the patches. Here both passes take a few rows of the patch grid at a time. Patches exchange
+information in two ways only: through the pack, whose softmax merges exactly (`PackState`), and by local mixing, for
+which a band is computed with one more row on each side. So gradients are those of the ordinary step, up to rounding.
 
 The backward pass of one block, in the order of the chain rule:
 
-    unpack  band by band: unpack and MLP again; gives the gradients of the mixed patches and of what they read
+    unpack  band by band: recompute unpack and MLP; gives the gradients of the mixed patches and of the packed memory
     close   once: the memory's part; gives the gradients of the pack's sums
-    pack    band by band: local mixing and the band's part of the pack again, measured against the final maximum; gives
-            the gradients of the input and of the memory's query
+    pack    band by band: recompute local mixing and the band's part of the pack, measured against the final maximum;
+            gives the gradients of the input and of the memory's query
 
 Shapes: B batch, H', W' patch grid, N = H' * W' patches, n patches of a band, L memory slots, C width.
 """
@@ -34,18 +34,18 @@ __all__ = ["block_by_bands", "set_band_checkpointing"]
 def set_band_checkpointing(model: LunaVit, rows: int, store_dtype: torch.dtype | None = None) -> None:
     """Run every block of a model a few rows of patches at a time, forward and backward.
 
-    Of a block its input is kept, as by `set_grad_checkpointing`, and what else it makes exists for one band only.
+    The inputs of all blocks are kept, as by `set_grad_checkpointing`; all other activations exist for one band only.
     Results and gradients are the same up to rounding. Compiled, traced and exported models run without bands.
 
     Args:
         model: A Luna ViT.
-        rows: Rows of the patch grid in a band; 0 for none. A band of about 4,096 patches is large enough.
-        store_dtype: Type in which inputs are kept. `torch.bfloat16` halves what they take, and gradients are then
-            those at inputs that are rounded to 8 bits.
+        rows: Rows of the patch grid in a band; 0 switches bands off. A band of about 4,096 patches is large enough.
+        store_dtype: Type in which inputs are kept. `torch.bfloat16` halves their memory; gradients are then computed
+            at inputs that are rounded to 8 bits.
 
     Raises:
         ValueError: Fewer than 0 rows, a type that is not floating-point, a mixer without memory, or dropout of
-            activations or attention weights, of which bands would have to remember what was dropped.
+            activations or attention weights, whose masks the bands do not keep.
     """
     if rows < 0:
         raise ValueError(f"rows must be at least 0, got {rows}")
@@ -82,7 +82,7 @@ def block_by_bands(
 
 
 class _Bands:
-    """How a block runs on bands of its patches."""
+    """A block and the division of its patches into bands."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class _Bands:
         self.x_dtype, self.device = x.dtype, x.device
         self.autocast = autocasts(x)
         self.autocast_dtype = torch.get_autocast_dtype(x.device.type) if self.autocast else None
-        # all bands of an image drop their path, or none does
+        # drop path: an image drops its path in all bands or in none
         self.draws = block.training and not isinstance(block.drop_path1, torch.nn.Identity)
         self.rng: list[Tensor] = []
 
@@ -108,8 +108,7 @@ class _Bands:
             yield start, min(start + self.rows, self.height)
 
     def context(self) -> torch.autocast:
-        """Autocast as it was in the forward pass; without its cache, in which weights that were cast without gradients
-        would be found when there should be some."""
+        """Autocast as in the forward pass, without its cache, whose copies of the weights have no gradients."""
         return torch.autocast(self.device.type, self.autocast_dtype, self.autocast, cache_enabled=False)
 
     def part(self, x: Tensor | None, start: int, stop: int) -> Tensor | None:
@@ -120,12 +119,12 @@ class _Bands:
         return max(start - halo, 0), min(stop + halo, self.height)
 
     def mix(self, x: Tensor, top: int, bottom: int, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) after `mix_tile`, from rows [top, bottom) of the block's input."""
+        """Rows [start, stop) after local mixing, from rows [top, bottom) of the block's input."""
         mixed = self.block.mix_tile(x, (bottom - top, self.columns), self.part(self.valid, top, bottom))
         return self.part(mixed, start - top, stop - top)
 
     def mixed(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """The same from all of the input, which may be stored in another type."""
+        """Rows [start, stop) after local mixing, from the whole input, which may be stored in another type."""
         top, bottom = self.around(start, stop, self.block.mix_halo)
         return self.mix(self.part(x, top, bottom).to(self.x_dtype), top, bottom, start, stop)
 
@@ -134,11 +133,11 @@ class _Bands:
         return self.block.pack_tile(self.block.norm_tile(mixed), query, self.part(self.valid, start, stop))
 
     def unpack(self, mixed: Tensor, read: Tensor, top: int, bottom: int) -> Tensor:
-        """Rows [top, bottom) after the block; the outer ones lack their neighbours."""
+        """Rows [top, bottom) after the block; its outer rows are not valid, as they lack their neighbours."""
         grid_size, valid = (bottom - top, self.columns), self.part(self.valid, top, bottom)
         return self.block.unpack_tile(mixed, self.block.norm_tile(mixed), read, grid_size, valid)
 
-    # ---- random numbers: the memory draws first, as in the ordinary step, then all bands the same
+    # ---- random numbers: the memory draws first, as in the ordinary step; then all bands draw the same
 
     def get_rng(self) -> Tensor:
         return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
@@ -159,7 +158,7 @@ class _Bands:
 
 
 class _ByBands(torch.autograd.Function):
-    """The parameters are arguments so that their gradients go the ordinary way, once each, as DDP demands."""
+    """The parameters are arguments, so that autograd gets one gradient for each, as DDP requires."""
 
     @staticmethod
     def forward(ctx: Any, bands: _Bands, x: Tensor, memory: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +176,7 @@ class _ByBands(torch.autograd.Function):
                 bands.rewind(1)
                 top, bottom = bands.around(start, stop, block.unpack_halo)
                 rows = bands.unpack(bands.mixed(x, top, bottom), read, top, bottom)
-                if out is None:  # only now is its type known
+                if out is None:  # its type depends on autocast
                     out = rows.new_empty(x.shape)
                 bands.part(out, start, stop).copy_(bands.part(rows, start - top, stop - top))
         stored = x if bands.store_dtype is None else x.to(bands.store_dtype)
@@ -209,7 +208,7 @@ class _Sum:
         for i, grad in enumerate(grads):
             if grad is None:
                 continue
-            if self.grads[i] is None:  # may be what autograd was handed, which others read
+            if self.grads[i] is None:  # not ours to change: autograd may use this tensor elsewhere
                 self.grads[i] = grad
             elif self.own[i]:
                 self.grads[i].add_(grad)
@@ -267,7 +266,7 @@ def _backward(
 def _unpack_backward(
     bands: _Bands, x: Tensor, read: Tensor, d_out: Tensor | None, d_params: _Sum
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the mixed patches (B, N, C), in a tensor of its own, and of what the patches read."""
+    """Gradients of the mixed patches (B, N, C), as a new tensor, and of the packed memory that they read."""
     if d_out is None:
         return None, None
     read, d_read = _leaf(read), _Sum(1)
@@ -295,20 +294,20 @@ def _pack_backward(
     d_weighted: Tensor | None,
     d_params: _Sum,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the block's input, which take the place of `d_mixed`, and of the pack's query.
+    """Gradients of the block's input, which overwrite `d_mixed`, and of the pack's query.
 
     Args:
         bands, x: The block and its input.
-        query: What the memory asks.
-        maximum: Of the scores of all patches.
+        query: The memory's query.
+        maximum: The maximum of the scores of all patches.
         d_mixed, d_total, d_weighted: Gradients of the mixed patches and of the pack's sums.
-        d_params: Where those of the parameters are added.
+        d_params: The gradients of the parameters are added here.
     """
     if d_mixed is None and d_total is None:
         return None, None
     d_query = _Sum(1)
     d_x = torch.zeros(x.shape, dtype=bands.x_dtype, device=x.device) if d_mixed is None else d_mixed
-    below: Tensor | None = None  # what the band above has found for the first row of this one
+    below: Tensor | None = None  # the gradient that the band above has for the first row of this band
     for start, stop in bands:
         top, bottom = bands.around(start, stop, bands.block.mix_halo)
         rows = _leaf(bands.part(x, top, bottom).to(bands.x_dtype))

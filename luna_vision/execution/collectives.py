@@ -1,11 +1,11 @@
-"""Exchanges between the processes of a group, through which gradients pass.
+"""Exchanges between the processes of a group, with gradients.
 
-The processes are taken as one computation, whose loss is the *mean* of theirs, as DistributedDataParallel takes it. The
-backward pass of an exchange is its exact transpose: that of a sum over processes is a sum over processes, that of
-a row sent to a neighbour is its gradient sent back. So a process holds the gradients of the *sum* of all losses, and
-what averages them over the processes, as DDP does, makes those of the mean.
+All processes are one computation, whose loss is the *mean* of their losses, as in DistributedDataParallel. The backward
+pass of an exchange is its exact transpose: for a sum over processes it is a sum over processes, for a row that was sent
+to a neighbour it sends the gradient back. So a process has gradients of the *sum* of all losses, and averaging them
+over the processes, as DDP does, gives those of the mean.
 
-`torch.distributed.nn.functional`, which had the sum, is deprecated since PyTorch 2.14, and what takes its place is not
+`torch.distributed.nn.functional`, which has the sum, is deprecated since PyTorch 2.14, and its successor does not exist
 in older versions.
 """
 
@@ -43,7 +43,7 @@ def shared_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def largest(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The maximum of all processes' x, through which no gradient passes."""
+    """The maximum of all processes' x, without a gradient."""
     return _reduce(x, dist.ReduceOp.MAX, group)
 
 
@@ -64,7 +64,7 @@ class _SharedMax(torch.autograd.Function):
 def shared_max(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The maximum (B, C) over the tokens of all processes' x (B, n, C).
 
-    Tokens that are equally large share the gradient, on whatever process they are, as `Tensor.amax` has it.
+    Equally large tokens share the gradient, also on different processes, as in `Tensor.amax`.
     """
     mine = x.amax(dim=1)
     maximum = largest(mine, group)
@@ -76,7 +76,7 @@ def shared_max(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def _swap(
     up: Tensor | None, down: Tensor | None, from_above: Tensor | None, from_below: Tensor | None, group: Any
 ) -> None:
-    """Send to the process before (`up`) and to the one after (`down`), and fill what is to come from them."""
+    """Send `up` to the process before and `down` to the one after, and receive from both."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     operations = []
     for peer, out, into in ((rank - 1, up, from_above), (rank + 1, down, from_below)):
@@ -123,7 +123,7 @@ class _WithNeighbours(torch.autograd.Function):
 
 
 def _at_ends(group: dist.ProcessGroup) -> tuple[bool, bool]:
-    """Whether there is no process before this one, and none after it."""
+    """Whether this process is the first of the group, and whether it is the last."""
     rank = dist.get_rank(group)
     return rank == 0, rank == dist.get_world_size(group) - 1
 
@@ -138,7 +138,7 @@ def with_neighbours(x: Tensor, dim: int, above: int, below: int, group: dist.Pro
     """x between the last rows of the process before and the first rows of the process after.
 
     Args:
-        x: Of which dimension `dim` is the rows; at least `above` and `below` of them on every process that has to give.
+        x: Its dimension `dim` is the rows. A process must have as many rows as its neighbours get.
         dim: The dimension.
         above: Rows to get from the process before.
         below: Rows to get from the process after.
@@ -168,17 +168,17 @@ class _OwnGradient(torch.autograd.Function):
 
 
 def own_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """x itself, what a process alone has: its gradient is made that of the mean loss, which nothing else averages."""
+    """x, which only this process has; its gradient becomes that of the mean loss, as nothing else averages it."""
     return _OwnGradient.apply(x, group, False)
 
 
 def mean_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """x itself, what every process has a copy of: the gradient of each is made that of the mean loss."""
+    """x, of which every process has a copy; the gradient of each copy becomes that of the mean loss."""
     return _OwnGradient.apply(x, group, True)
 
 
 def from_all(numbers: list[int], group: dist.ProcessGroup, device: torch.device) -> list[list[int]]:
-    """The whole numbers of every process, as many from each, in the order of the group."""
+    """The whole numbers of all processes, the same count from each, in the order of the group."""
     mine = torch.tensor(numbers, dtype=torch.int64, device=device)
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, mine, group=group)
