@@ -6,14 +6,13 @@ The file is called NAME.partial until it is complete.
 import importlib.util
 import io
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..utils.files import remove_own
+from ..utils.files import remove, remove_own
 from .store import FileRows, write_all
 
 __all__ = ["GRID_SUFFIXES", "Grid"]
@@ -47,9 +46,7 @@ class Grid:
             raise OSError(f"{path} is a folder, and not one of zarr: it is not replaced")
         if not resume and path.suffix == ".zarr":
             remove_own(self.partial, r"zarr\.json|c(/\d+){3}")
-        elif resume and (
-            not self.partial.exists() or self.partial.is_symlink()
-        ):  # a new file would lack the finished rows
+        elif resume and (not self.partial.exists() or self.partial.is_symlink()):
             raise FileNotFoundError(f"{self.partial} is gone, with the rows that were done: remove the store, too")
         self.array, self.rows = None, None
         name = str(self.dtype).removeprefix("torch.")
@@ -123,11 +120,3 @@ def check_apart(path: Path, what: str, image: Path | None) -> None:
     path, image = path.resolve(), image.resolve()
     if path == image or path in image.parents or image in path.parents:
         raise ValueError(f"{what} {path} would be written over the image {image}: give another name")
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -44,7 +44,7 @@ def row_ranges(height: int, patch_size: int, parts: int) -> list[tuple[int, int]
     rows = -(-height // patch_size)
     if rows < parts:
         raise ValueError(
-            f"an image of {height} pixel rows has {rows} row{'s' * (rows != 1)} of patches of {patch_size}, "
+            f"an image of {height} pixel rows has {rows} row{'s' * (rows != 1)} of patches of {patch_size}: "
             f"too few for {parts} processes: each needs at least one"
         )
     stops = [rows * i // parts * patch_size for i in range(parts + 1)]

@@ -24,6 +24,7 @@ __all__ = [
     "new_file",
     "new_folder",
     "open_own",
+    "remove",
     "remove_leftovers",
     "remove_own",
     "save_figure",
@@ -95,7 +96,7 @@ def _moved_in(path: Path, new: Path) -> Iterator[Path]:
         raise OSError(f"cannot write {path}: {error.strerror or error}{kept}") from error
     finally:
         with suppress(OSError):  # which would hide what went wrong
-            _remove(new)
+            remove(new)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -164,10 +165,11 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what processes that were killed have left in a folder, in which no other process may write."""
     for path in folder.glob(".*.partial*"):
         if re.fullmatch(r"\..*\.[0-9a-f]{8}\.partial(\..*)?", path.name):
-            _remove(path)
+            remove(path)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all that it has, if it exists; of a link, only the link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 import luna_vision
 from luna_vision.execution import encode, store
 from luna_vision.execution.checkpoint import Checkpoint
-from luna_vision.execution.grid import remove
 from luna_vision.images import open_image
+from luna_vision.utils.files import remove
 
 
 @pytest.fixture
@@ -341,7 +341,7 @@ def test_what_is_no_state(make, image, tmp_path):
     folder.mkdir()
     (folder / "patches.bin").write_bytes(b"x")
     (folder / "state.safetensors").write_bytes(b"not a state")
-    with pytest.raises(ValueError, match="is not the state of a run: remove .*store to begin anew"):
+    with pytest.raises(ValueError, match="is not the state of a run: remove .*store to start again"):
         run(make(), image, folder)
     (folder / "state.safetensors").unlink()  # patches alone are of no use, and are written over
     (folder / "mine.txt").write_text("mine")
