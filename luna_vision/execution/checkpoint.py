@@ -1,17 +1,16 @@
 """The folder of a run, from which the same call continues after it was stopped.
 
-`patches.bin` has the patches (see `luna_vision.execution.store`). `state.safetensors` has the rest of the state after
-the last complete band, and a record of everything that the result depends on. It is replaced in one move once the
-patches are on the disk, and the next band does not change the rows it is computed from, so both files always agree.
+`patches.bin` has the patches (see `luna_vision.execution.store`). `state.pt` has the rest of the state after the last
+complete band, and a record of everything that the result depends on. It is replaced in one move once the patches are on
+the disk, and the next band does not change the rows it is computed from, so both files always agree.
 """
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from ..utils.files import new_file, remove_leftovers
 from .out_of_core import State
@@ -26,7 +25,7 @@ class Checkpoint:
         band: Rows of a band in the run that was stopped; None if the folder has no such run.
     """
 
-    PATCHES, STATE = "patches.bin", "state.safetensors"
+    PATCHES, STATE = "patches.bin", "state.pt"
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         """
@@ -38,18 +37,17 @@ class Checkpoint:
             ValueError: The folder has another run, or a state that cannot be read.
             OSError: The folder cannot be made.
         """
-        self.folder, self.about, self._found = folder, {}, None
+        self.folder, self.about = folder, {}
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         self.patches, self.path = folder / self.PATCHES, folder / self.STATE
         self.band: int | None = None
+        self._found: dict[str, Any] | None = None
         if self.path.exists():
             try:
-                with safe_open(self.path, "pt") as file:
-                    found = file.metadata()
-                    self.band, self._place = int(found["band"]), (int(found["sweep"]), int(found["row"]))
-                    self._found = dict(json.loads(found["about"]))
-            except (SafetensorError, KeyError, TypeError, ValueError) as error:
+                found = torch.load(self.path, "cpu", weights_only=True)
+                self.band, self._found = int(found["band"]), dict(found["about"])
+            except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{self.path} is not the state of a run: remove {folder} to start again") from error
             if not self.patches.exists():  # the run was finished
                 self.path.unlink()
@@ -75,8 +73,7 @@ class Checkpoint:
 
     def load(self, device: torch.device) -> State:
         """The state of the run that was stopped."""
-        with safe_open(self.path, "pt", device=str(device)) as file:
-            return State.of(*self._place, {name: file.get_tensor(name) for name in file.keys()})
+        return State(**torch.load(self.path, device, weights_only=True)["state"])
 
     def save(self, state: State, band: int) -> None:
         """Keep a state.
@@ -84,9 +81,8 @@ class Checkpoint:
         Raises:
             OSError: It cannot be written; the last one stays.
         """
-        place = {"sweep": str(state.sweep), "row": str(state.row), "band": str(band)}
         with new_file(self.path) as file:
-            file.write(save(state.tensors(), {"about": json.dumps(self.about), **place}))
+            torch.save({"about": self.about, "band": band, "state": vars(state)}, file)
 
     def remove(self) -> None:
         """Remove both files, and the folder if it is empty then."""

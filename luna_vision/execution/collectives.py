@@ -47,18 +47,19 @@ def largest(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _reduce(x, dist.ReduceOp.MAX, group)
 
 
-class _SharedMax(torch.autograd.Function):
+class _Gradient(torch.autograd.Function):
+    """x itself; its gradient is summed over the processes if `shared`, and divided by `divisor`."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, share: Tensor, maximum: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        ctx.save_for_backward(share)
-        return maximum
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, shared: bool, divisor: int) -> Tensor:
+        ctx.group, ctx.shared, ctx.divisor = group, shared, divisor
+        return x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (share,) = ctx.saved_tensors
-        return _reduce(grad, dist.ReduceOp.SUM, ctx.group) * share, None, None, None
+        grad = _reduce(grad, dist.ReduceOp.SUM, ctx.group) if ctx.shared else grad
+        return grad / ctx.divisor, None, None, None
 
 
 def shared_max(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -70,7 +71,8 @@ def shared_max(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     maximum = largest(mine, group)
     ties = (x.detach() == maximum[:, None]).sum(dim=1).to(x.dtype)
     share = ties / _reduce(ties, dist.ReduceOp.SUM, group)
-    return _SharedMax.apply(mine, share, maximum, group)
+    read = _Gradient.apply(mine * share, group, True, 1)
+    return maximum + (read - read.detach())  # plus zero, which has the gradient
 
 
 def _swap(
@@ -153,28 +155,14 @@ def with_neighbours(x: Tensor, dim: int, above: int, below: int, group: dist.Pro
     return _WithNeighbours.apply(x, dim, above, below, group), 0 if first else above
 
 
-class _OwnGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, shared: bool) -> Tensor:
-        ctx.group, ctx.shared = group, shared
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.shared:
-            grad = _reduce(grad, dist.ReduceOp.SUM, ctx.group)
-        return grad / dist.get_world_size(ctx.group), None, None
-
-
 def own_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """x, which only this process has; its gradient becomes that of the mean loss, as nothing else averages it."""
-    return _OwnGradient.apply(x, group, False)
+    return _Gradient.apply(x, group, False, dist.get_world_size(group))
 
 
 def mean_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """x, of which every process has a copy; the gradient of each copy becomes that of the mean loss."""
-    return _OwnGradient.apply(x, group, True)
+    return _Gradient.apply(x, group, True, dist.get_world_size(group))
 
 
 def from_all(numbers: list[int], group: dist.ProcessGroup, device: torch.device) -> list[list[int]]:

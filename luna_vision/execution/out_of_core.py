@@ -42,23 +42,6 @@ class State:
     pool: dict[str, Tensor] = field(default_factory=dict)
     """The parts of the pooling so far."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, for a file."""
-        out = {"memory": self.memory, "read": self.read, "tail": self.tail}
-        for part in ("pack", "pool"):
-            out |= {f"{part}.{name}": value for name, value in getattr(self, part).items()}
-        return {name: value.contiguous() for name, value in out.items() if value is not None}
-
-    @classmethod
-    def of(cls, sweep: int, row: int, tensors: dict[str, Tensor]) -> "State":
-        """The state from its tensors by name."""
-        parts: dict[str, dict[str, Tensor]] = {"pack": {}, "pool": {}}
-        for name, value in tensors.items():
-            if "." in name:
-                part, key = name.split(".")
-                parts[part][key] = value
-        return cls(sweep, row, tensors["memory"], tensors.get("read"), tensors.get("tail"), **parts)
-
 
 class Engine:
     """Runs a model on an image, from a state on."""

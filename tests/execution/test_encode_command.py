@@ -82,7 +82,7 @@ def test_an_output_that_cannot_be_written_costs_the_last_step_only(name, writer,
     with monkeypatch.context() as patch, pytest.raises(OSError, match=f"cannot write .*{name}: No space left"):
         patch.setattr(writer, fail)
         main(words)
-    assert not list(tmp_path.glob(".*")) and (tmp_path / "store/state.safetensors").exists()
+    assert not list(tmp_path.glob(".*")) and (tmp_path / "store/state.pt").exists()
     assert main(words) == 0
     assert (tmp_path / name).exists() and not (tmp_path / "store").exists()
 
