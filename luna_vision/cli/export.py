@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..utils.errors import UserError
 from ..utils.text import printable
-from .common import Parser, add_model_options, load, model_options
+from .common import Parser, add_model_options, add_statistics_options, load, model_options
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -46,15 +46,9 @@ def _parser() -> Parser:
     group.add_argument(
         "--memory", action="store_true", help="carry the memory: a second input `memory` and output `new_memory`"
     )
-    for name in ("mean", "std"):
-        group.add_argument(
-            f"--{name}",
-            type=float,
-            nargs="+",
-            metavar="X",
-            help=f"{name} of pixels in [0, 1] that images are normalised with, one number or one for each channel "
-            "(default: what a training checkpoint says, else that of ImageNet)",
-        )
+    add_statistics_options(
+        group, "one number or one a channel (default: what a training checkpoint says, else ImageNet's)"
+    )
     return parser
 
 

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from ..utils.text import printable
-from .common import Parser, add_model_options, at_least, load, model_options, named
+from .common import Parser, add_model_options, add_statistics_options, at_least, load, model_options, named
 
 KINDS = ("memory", "features", "both")
 
@@ -47,14 +47,7 @@ def _parser() -> Parser:
         metavar="PIXELS",
         help="larger images are reduced to this longer side (default: 1024)",
     )
-    for name in ("mean", "std"):
-        group.add_argument(
-            f"--{name}",
-            nargs="+",
-            type=float,
-            metavar="X",
-            help=f"{name} of pixels in [0, 1] that the model was trained with, one or three (default: the model's cfg)",
-        )
+    add_statistics_options(group, "1 or 3 numbers (default: the model's)")
     return parser
 
 

@@ -197,27 +197,19 @@ class _ByBands(torch.autograd.Function):
         return None, *grads
 
 
-class _Sum:
-    """Gradients of some tensors, summed over bands."""
-
-    def __init__(self, count: int) -> None:
-        self.grads: list[Tensor | None] = [None] * count
-        self.own = [False] * count
-
-    def add(self, grads: tuple[Tensor | None, ...]) -> None:
-        for i, grad in enumerate(grads):
-            if grad is None:
-                continue
-            if self.grads[i] is None:  # not ours to change: autograd may use this tensor elsewhere
-                self.grads[i] = grad
-            elif self.own[i]:
-                self.grads[i].add_(grad)
-            else:
-                self.grads[i], self.own[i] = self.grads[i] + grad, True
+def _add(totals: list[Tensor | None], grads: tuple[Tensor | None, ...]) -> None:
+    """Add gradients to their totals; not in place, as autograd may use the first ones elsewhere."""
+    for i, grad in enumerate(grads):
+        if grad is not None:
+            totals[i] = grad if totals[i] is None else totals[i] + grad
 
 
-def _grad(outputs: list[Tensor], inputs: list[Tensor], d_outputs: list[Tensor]) -> tuple[Tensor | None, ...]:
-    return torch.autograd.grad(outputs, inputs, d_outputs, allow_unused=True)
+def _grad(outputs: list[tuple[Tensor, Tensor | None]], inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """Gradients of the inputs from pairs of an output and its gradient, which is None if there is none."""
+    given = [(y, d_y) for y, d_y in outputs if d_y is not None]
+    if not given:
+        return (None,) * len(inputs)
+    return torch.autograd.grad([y for y, _ in given], inputs, [d_y for _, d_y in given], allow_unused=True)
 
 
 def _leaf(x: Tensor) -> Tensor:
@@ -236,7 +228,8 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, of the memory and of the parameters."""
     block, params = bands.block, bands.params
-    d_params, d_memory = _Sum(len(params)), _Sum(1)
+    d_params: list[Tensor | None] = [None] * len(params)
+    d_memory: list[Tensor | None] = [None]
     memory, total, weighted = _leaf(memory), _leaf(total), _leaf(weighted)
     bands.rewind(0)
     with torch.enable_grad():
@@ -246,30 +239,26 @@ def _backward(
 
     d_mixed, d_read = _unpack_backward(bands, x, read, d_out, d_params)
 
-    ends = [(read, d_read), (new_memory, d_new_memory)]
-    ends = [(y, d_y) for y, d_y in ends if d_y is not None]
-    d_total = d_weighted = None
-    if ends:
-        found = _grad([y for y, _ in ends], [memory, total, weighted, *params], [d_y for _, d_y in ends])
-        d_memory.add(found[:1])
-        d_total, d_weighted = found[1:3]
-        d_params.add(found[3:])
+    found = _grad([(read, d_read), (new_memory, d_new_memory)], [memory, total, weighted, *params])
+    _add(d_memory, found[:1])
+    _add(d_params, found[3:])
+    d_total, d_weighted = found[1:3]
 
     d_x, d_query = _pack_backward(bands, x, query, maximum, d_mixed, d_total, d_weighted, d_params)
-    if d_query is not None:
-        found = _grad([first], [memory, *params], [d_query])
-        d_memory.add(found[:1])
-        d_params.add(found[1:])
-    return d_x, *d_memory.grads, *d_params.grads
+    found = _grad([(first, d_query)], [memory, *params])
+    _add(d_memory, found[:1])
+    _add(d_params, found[1:])
+    return d_x, *d_memory, *d_params
 
 
 def _unpack_backward(
-    bands: _Bands, x: Tensor, read: Tensor, d_out: Tensor | None, d_params: _Sum
+    bands: _Bands, x: Tensor, read: Tensor, d_out: Tensor | None, d_params: list[Tensor | None]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the mixed patches (B, N, C), as a new tensor, and of the packed memory that they read."""
     if d_out is None:
         return None, None
-    read, d_read = _leaf(read), _Sum(1)
+    read = _leaf(read)
+    d_read: list[Tensor | None] = [None]
     d_mixed = torch.zeros(x.shape, dtype=bands.x_dtype, device=x.device)
     for start, stop in bands:
         bands.rewind(1)
@@ -277,11 +266,11 @@ def _unpack_backward(
         mixed = _leaf(bands.mixed(x, top, bottom))
         with torch.enable_grad():
             out = bands.part(bands.unpack(mixed, read, top, bottom), start - top, stop - top)
-        found = _grad([out], [mixed, read, *bands.params], [bands.part(d_out, start, stop)])
+        found = _grad([(out, bands.part(d_out, start, stop))], [mixed, read, *bands.params])
         bands.part(d_mixed, top, bottom).add_(found[0])
-        d_read.add(found[1:2])
-        d_params.add(found[2:])
-    return d_mixed, d_read.grads[0]
+        _add(d_read, found[1:2])
+        _add(d_params, found[2:])
+    return d_mixed, d_read[0]
 
 
 def _pack_backward(
@@ -292,7 +281,7 @@ def _pack_backward(
     d_mixed: Tensor | None,
     d_total: Tensor | None,
     d_weighted: Tensor | None,
-    d_params: _Sum,
+    d_params: list[Tensor | None],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the block's input, which overwrite `d_mixed`, and of the pack's query.
 
@@ -305,7 +294,7 @@ def _pack_backward(
     """
     if d_mixed is None and d_total is None:
         return None, None
-    d_query = _Sum(1)
+    d_query: list[Tensor | None] = [None]
     d_x = torch.zeros(x.shape, dtype=bands.x_dtype, device=x.device) if d_mixed is None else d_mixed
     below: Tensor | None = None  # the gradient that the band above has for the first row of this band
     for start, stop in bands:
@@ -314,16 +303,14 @@ def _pack_backward(
         with torch.enable_grad():
             mixed = bands.mix(rows, top, bottom, start, stop)
             _, total, weighted = bands.pack(query, mixed, start, stop).rebased(maximum)
-        ends = [(total, d_total), (weighted, d_weighted)]
-        ends.append((mixed, None if d_mixed is None else bands.part(d_mixed, start, stop)))
-        ends = [(y, d_y) for y, d_y in ends if d_y is not None]
-        found = _grad([y for y, _ in ends], [rows, query, *bands.params], [d_y for _, d_y in ends])
+        outputs = [(total, d_total), (weighted, d_weighted), (mixed, bands.part(d_mixed, start, stop))]
+        found = _grad(outputs, [rows, query, *bands.params])
         bands.part(d_x, start, stop).copy_(bands.part(found[0], start - top, stop - top))
         if below is not None:
             bands.part(d_x, start, start + 1).add_(below)
         if top < start:
             bands.part(d_x, top, start).add_(bands.part(found[0], 0, start - top))
         below = bands.part(found[0], stop - top, bottom - top) if bottom > stop else None
-        d_query.add(found[1:2])
-        d_params.add(found[2:])
-    return d_x, d_query.grads[0]
+        _add(d_query, found[1:2])
+        _add(d_params, found[2:])
+    return d_x, d_query[0]
