@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,43 +28,25 @@ DETECTORS: dict[str, tuple[type[FasterRCNN | RetinaNet], int, tuple[float, ...]]
 _SET_HERE = ("self", "backbone", "num_classes", "min_size", "max_size", "image_mean", "image_std", "kwargs")
 
 
-class _Sizes(threading.local):
-    """The image sizes of the current batch: torchvision passes only the padded batch to its backbone.
-
-    Each thread has its own, as a server may call one detector from several threads.
-    """
-
-    value: list[tuple[int, int]] | None = None
-
-    def __reduce__(self) -> tuple[type, tuple]:  # copies and pickles start empty: thread-local data has no copy
-        return _Sizes, ()
-
-
 class _Transform(GeneralizedRCNNTransform):
-    """torchvision's resizing, normalisation and padding; it stores the sizes for the backbone."""
-
-    def __init__(self, sizes: _Sizes, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.sizes = sizes
+    """torchvision's resizing, normalisation and padding; the padded batch keeps the sizes as an attribute."""
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> tuple[ImageList, list]:
         images, targets = super().forward(images, targets)
-        self.sizes.value = images.image_sizes
+        images.tensors.image_sizes = images.image_sizes  # torchvision passes only this tensor to its backbone
         return images, targets
 
 
 class _MaskedBackbone(nn.Module):
     """The backbone in torchvision's signature, with the sizes that the transform has stored."""
 
-    def __init__(self, backbone: PyramidBackbone, sizes: _Sizes) -> None:
+    def __init__(self, backbone: PyramidBackbone) -> None:
         super().__init__()
         self.pyramid_backbone = backbone
         self.out_channels = backbone.out_channels
-        self.sizes = sizes
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        sizes, self.sizes.value = self.sizes.value, None
-        return self.pyramid_backbone(x, sizes)
+        return self.pyramid_backbone(x, getattr(x, "image_sizes", None))
 
 
 def build_detector(
@@ -118,12 +99,11 @@ def build_detector(
         kwargs = {"rpn_anchor_generator": anchors, "box_roi_pool": pool} | kwargs
     else:
         kwargs = {"anchor_generator": anchors} | kwargs
-    sizes = _Sizes()
-    model = cls(_MaskedBackbone(backbone, sizes), num_classes + 1, **kwargs)
+    model = cls(_MaskedBackbone(backbone), num_classes + 1, **kwargs)
     # whole patches of the coarsest map, so that all maps cover the same pixels
     divisor = max(*backbone.strides, backbone.stride)
     statistics = list(backbone.mean), list(backbone.std)
-    model.transform = _Transform(sizes, min_size, max_size, *statistics, size_divisible=divisor)
+    model.transform = _Transform(min_size, max_size, *statistics, size_divisible=divisor)
     return model
 
 

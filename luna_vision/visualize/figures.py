@@ -137,7 +137,7 @@ def plot_features(
 
 
 def slot_colors(slots: int) -> np.ndarray:
-    """A vivid colour for each slot (L, 3): colorcet's Glasbey colours without the dull ones, over and over again."""
+    """A vivid colour for each slot (L, 3): colorcet's Glasbey colours without the dull ones, repeated if necessary."""
     colors = np.array(colorcet.glasbey_bw_minc_20_minl_30)
     return np.resize(colors[np.ptp(colors, axis=1) > 0.35], (slots, 3))
 

@@ -270,7 +270,7 @@ def check_refusals(group: dist.ProcessGroup) -> None:
     refuses("needs a Luna ViT, got Linear", SequenceParallel, nn.Linear(2, 2), group)
     for mixer in MIXERS:
         if mixer != "luna":
-            refuses("a model with a memory.*mixer='luna'", SequenceParallel, make(mixer=mixer), group)
+            refuses("needs a memory.*mixer='luna'", SequenceParallel, make(mixer=mixer), group)
     for name in ("pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"):
         dropped = SequenceParallel(make(**{name: 0.1}), group)
         refuses(f"{name}.* must be 0", dropped.train(), good)

@@ -331,7 +331,7 @@ def test_levels_outside_a_zarr_group(path, tmp_path, capsys):
 # ---- what is written
 
 
-LINKS = ["store/patches.bin", "store/state.pt", "grid.npy.partial", ".o.npz.partial.npz"]
+LINKS = ["store/patches.bin", "store/new-state.pt", "grid.npy.partial", ".o.npz.partial.npz"]
 
 
 @pytest.mark.parametrize("name", LINKS)
