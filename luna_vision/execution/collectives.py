@@ -75,84 +75,67 @@ def shared_max(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return maximum + (read - read.detach())  # plus zero, which has the gradient
 
 
-def _swap(
-    up: Tensor | None, down: Tensor | None, from_above: Tensor | None, from_below: Tensor | None, group: Any
-) -> None:
-    """Send `up` to the process before and `down` to the one after, and receive from both."""
+def _swap(up: Tensor, down: Tensor, above: int, below: int, dim: int, group: dist.ProcessGroup) -> list[Tensor]:
+    """Send `up` to the process before and `down` to the one after; receive `above` and `below` rows from them.
+
+    At the ends of the group nothing is sent, and the tensor that would be received has no rows.
+    """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    operations = []
-    for peer, out, into in ((rank - 1, up, from_above), (rank + 1, down, from_below)):
-        if 0 <= peer < size:
-            other = dist.get_global_rank(group, peer)
-            if out is not None:
-                operations.append(dist.P2POp(dist.isend, out.contiguous(), other, group))
-            if into is not None:
-                operations.append(dist.P2POp(dist.irecv, into, other, group))
-    if operations:
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
+    received, operations = [], []
+    for peer, out, rows in ((rank - 1, up, above), (rank + 1, down, below)):
+        exists = 0 <= peer < size
+        shape = list(out.shape)
+        shape[dim] = rows if exists else 0
+        received.append(out.new_empty(shape))
+        other = dist.get_global_rank(group, peer) if exists else None
+        if exists and out.shape[dim]:
+            operations.append(dist.P2POp(dist.isend, out.contiguous(), other, group))
+        if exists and rows:
+            operations.append(dist.P2POp(dist.irecv, received[-1], other, group))
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
+    return received
 
 
 class _WithNeighbours(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, above: int, below: int, group: dist.ProcessGroup) -> Tensor:
-        ctx.dim, ctx.above, ctx.below, ctx.group, ctx.rows = dim, above, below, group, x.shape[dim]
-        first, last = _at_ends(group)
-        up = x.narrow(dim, 0, below) if below and not first else None
-        down = x.narrow(dim, x.shape[dim] - above, above) if above and not last else None
-        from_above = _rows_like(x, dim, above) if above and not first else None
-        from_below = _rows_like(x, dim, below) if below and not last else None
-        _swap(up, down, from_above, from_below, group)
-        return torch.cat([part for part in (from_above, x, from_below) if part is not None], dim=dim)
+        rows = x.shape[dim]
+        up, down = x.narrow(dim, 0, below), x.narrow(dim, rows - above, above)
+        from_above, from_below = _swap(up, down, above, below, dim, group)
+        ctx.dim, ctx.above, ctx.below, ctx.group = dim, above, below, group
+        ctx.sizes = from_above.shape[dim], rows, from_below.shape[dim]
+        return torch.cat([from_above, x, from_below], dim=dim)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        dim, above, below, rows, group = ctx.dim, ctx.above, ctx.below, ctx.rows, ctx.group
-        first, last = _at_ends(group)
-        start = 0 if first else above
-        up = grad.narrow(dim, 0, above) if above and not first else None
-        down = grad.narrow(dim, start + rows, below) if below and not last else None
-        own = grad.narrow(dim, start, rows).clone(memory_format=torch.contiguous_format)
-        from_above = _rows_like(grad, dim, below) if below and not first else None
-        from_below = _rows_like(grad, dim, above) if above and not last else None
-        _swap(up, down, from_above, from_below, group)
-        if from_above is not None:
-            own.narrow(dim, 0, below).add_(from_above)
-        if from_below is not None:
-            own.narrow(dim, rows - above, above).add_(from_below)
+        up, own, down = grad.split(ctx.sizes, dim=ctx.dim)
+        # the neighbours got `below` rows from the top of x and `above` rows from its bottom
+        from_above, from_below = _swap(up, down, ctx.below, ctx.above, ctx.dim, ctx.group)
+        own = own.clone(memory_format=torch.contiguous_format)
+        top, bottom = from_above.shape[ctx.dim], from_below.shape[ctx.dim]
+        own.narrow(ctx.dim, 0, top).add_(from_above)
+        own.narrow(ctx.dim, own.shape[ctx.dim] - bottom, bottom).add_(from_below)
         return own, None, None, None, None
-
-
-def _at_ends(group: dist.ProcessGroup) -> tuple[bool, bool]:
-    """Whether this process is the first of the group, and whether it is the last."""
-    rank = dist.get_rank(group)
-    return rank == 0, rank == dist.get_world_size(group) - 1
-
-
-def _rows_like(x: Tensor, dim: int, rows: int) -> Tensor:
-    shape = list(x.shape)
-    shape[dim] = rows
-    return x.new_empty(shape)
 
 
 def with_neighbours(x: Tensor, dim: int, above: int, below: int, group: dist.ProcessGroup) -> tuple[Tensor, int]:
     """x between the last rows of the process before and the first rows of the process after.
 
     Args:
-        x: Its dimension `dim` is the rows. A process must have as many rows as its neighbours get.
+        x: Its dimension `dim` is the rows; there must be at least `above` and `below` of them.
         dim: The dimension.
         above: Rows to get from the process before.
         below: Rows to get from the process after.
         group: The processes, in the order of their rows.
 
     Returns:
-        The rows, and how many of them come before x: `above`, or 0 on the first process.
+        The rows, and the number of rows that come before x: `above`, or 0 on the first process.
     """
     if not above and not below:
         return x, 0
-    first, _ = _at_ends(group)
-    return _WithNeighbours.apply(x, dim, above, below, group), 0 if first else above
+    return _WithNeighbours.apply(x, dim, above, below, group), above if dist.get_rank(group) else 0
 
 
 def own_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:

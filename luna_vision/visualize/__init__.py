@@ -3,7 +3,7 @@
 from .features import FeatureColors, feature_maps, fit_colors
 from .figures import plot_features, plot_memory
 from .maps import SlotMaps, pack_maps, slot_maps, telling_slots, unpack_maps
-from .view import View, to_pixels, view
+from .view import View, view
 
 __all__ = [
     "FeatureColors",
@@ -16,7 +16,6 @@ __all__ = [
     "plot_memory",
     "slot_maps",
     "telling_slots",
-    "to_pixels",
     "unpack_maps",
     "view",
 ]

@@ -40,34 +40,13 @@ class View:
     patch_size: tuple[int, int] | None
 
     def to_pixels(self, grid: np.ndarray) -> np.ndarray:
-        """Lay values of patches (..., H', W') over the picture: (..., h, w). See :func:`to_pixels`."""
-        return to_pixels(grid, tuple(self.pixels.shape[-2:]), self.patch_size, self.picture.shape[:2])
-
-
-def to_pixels(
-    grid: np.ndarray,
-    input_size: tuple[int, int],
-    patch_size: tuple[int, int] | None = None,
-    size: tuple[int, int] | None = None,
-) -> np.ndarray:
-    """Give each pixel the value of its patch, without interpolation; padding is cropped away.
-
-    Args:
-        grid: (..., H', W').
-        input_size: Height and width of the model's input in pixels, before padding.
-        patch_size: As in :class:`View`.
-        size: Height and width of the result, which shows the same area; `input_size` if None.
-
-    Returns:
-        (..., height, width).
-    """
-    index = []
-    for axis in (0, 1):
-        length, patches = input_size[axis], grid.shape[axis - 2]
-        cell = patch_size[axis] if patch_size else length / patches
-        pixels = size[axis] if size else length
-        index.append(((np.arange(pixels) + 0.5) * (length / pixels) / cell).astype(int).clip(max=patches - 1))
-    return grid[..., index[0][:, None], index[1]]
+        """Values of patches (..., H', W') as values of the picture's pixels (..., h, w), without interpolation."""
+        index = []
+        for axis in (0, 1):
+            length, patches, pixels = self.pixels.shape[axis - 2], grid.shape[axis - 2], self.picture.shape[axis]
+            cell = self.patch_size[axis] if self.patch_size else length / patches
+            index.append(((np.arange(pixels) + 0.5) * (length / pixels) / cell).astype(int).clip(max=patches - 1))
+        return grid[..., index[0][:, None], index[1]]
 
 
 def view(

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import luna_vision  # noqa: F401  registers the models
-from luna_vision.visualize import to_pixels, view
+from luna_vision.visualize import View, view
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.5, 0.25, 0.2)
 
@@ -19,6 +19,11 @@ def model():
 
 def ramp(height: int, width: int) -> np.ndarray:
     return (np.arange(height * width * 3).reshape(height, width, 3) % 251).astype(np.uint8)
+
+
+def to_pixels(grid, input_size, patch_size=None, size=None):
+    picture = np.zeros((*(size or input_size), 3), np.uint8)
+    return View("", picture, torch.zeros(1, 3, *input_size), patch_size).to_pixels(grid)
 
 
 def test_each_pixel_gets_the_value_of_its_patch_and_padding_is_cropped():
