@@ -1,4 +1,4 @@
-"""A trained model, ready for use, from one file: `load`."""
+"""`load`: a trained model, ready for use, from one file."""
 
 import os
 from pathlib import Path
@@ -19,25 +19,25 @@ __all__ = ["Loaded", "load"]
 
 
 class Loaded(NamedTuple):
-    """What `load` returns."""
+    """The result of `load`."""
 
     model: nn.Module
     """In eval mode, on the CPU."""
     transform: EvalTransform | None
-    """An image file, PIL image or array to what the model takes one of, as validation prepared it; None for a model of
-    other images than grey and RGB, and for a `crop_mode` of timm that no training here has."""
+    """Prepares an image file, PIL image or array as validation did; None for a model of other images than grey and RGB,
+    and for a `crop_mode` of timm that this package does not train with."""
     class_names: list[str] | None
-    """The name of each label, in the order of the labels; None where nothing says them."""
+    """The name of each label, in the order of the labels; None if they are unknown."""
 
 
 def load(path: str | os.PathLike) -> Loaded:
-    """A trained model with its weights and arguments, the transform of its images, and the names of its classes.
+    """Load a trained model, the transform of its images, and the names of its classes.
 
         model, transform, class_names = luna_vision.load("best.safetensors")
         logits = model(transform("photo.jpg")[None])
         class_names[logits.argmax()]
 
-    Of a detector or a segmenter, images keep their size and have pixels in [0, 1], and the first name is "background".
+    For a detector or a segmenter, images keep their size and have pixels in [0, 1], and the first name is "background".
     A detector takes a list of images: ``model([transform("photo.jpg")])``.
 
     Args:
@@ -45,7 +45,7 @@ def load(path: str | os.PathLike) -> Loaded:
 
     Raises:
         FileNotFoundError: There is no such file or folder.
-        ValueError: It does not say which model it holds.
+        ValueError: The file does not record its model.
     """
     path = Path(path)
     if not path.exists():
@@ -56,8 +56,8 @@ def load(path: str | os.PathLike) -> Loaded:
         run = training_checkpoint(path)
         if not run:
             raise ValueError(
-                f"{path} is broken, or does not say which model it holds: load takes best.safetensors or best.ckpt of "
-                "a training, or a folder of export --format hf"
+                f"{path} is broken, or does not record its model: load takes best.safetensors or best.ckpt of a "
+                "training, or a folder of export --format hf"
             )
         if "pyramid_channels" in run["hyper_parameters"]:
             return _load_dense(path, run)
@@ -67,9 +67,9 @@ def load(path: str | os.PathLike) -> Loaded:
 
 
 def _load_dense(path: Path, run: dict[str, Any]) -> Loaded:
-    """A detector or a segmenter; both normalise images themselves."""
+    """Load a detector or a segmenter; both normalise images themselves."""
     hp = run["hyper_parameters"]
-    started = ("pretrained", "checkpoint_path")  # weights that the training has begun with, and changed
+    started = ("pretrained", "checkpoint_path")  # the weights before training
     kwargs = {name: value for name, value in (hp["model_kwargs"] or {}).items() if name not in started}
     model = (detector_of if "detector" in hp else segmenter_of)(hp | {"model_kwargs": kwargs})
     model.load_state_dict(unwrap_state_dict(load_state_dict(str(path))))
@@ -78,7 +78,7 @@ def _load_dense(path: Path, run: dict[str, Any]) -> Loaded:
 
 
 def _transform_of(model: nn.Module) -> EvalTransform | None:
-    """How images are prepared for a timm model, as its `pretrained_cfg` says."""
+    """The transform of a timm model's images, from its `pretrained_cfg`."""
     cfg = resolve_input_data_config(model)
     in_chans, *size = cfg["input_size"]
     squash = (cfg["crop_mode"], cfg["crop_pct"]) == ("squash", 1.0)

@@ -92,7 +92,7 @@ def test_what_cannot_be_loaded(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone.ckpt"):
         luna_vision.load(tmp_path / "gone.ckpt")
     save_file(timm.create_model("test_luna_vit", depth=1).state_dict(), tmp_path / "bare.safetensors")
-    with pytest.raises(ValueError, match="bare.safetensors .* does not say which model"):
+    with pytest.raises(ValueError, match="bare.safetensors .* does not record its model"):
         luna_vision.load(tmp_path / "bare.safetensors")
     with pytest.raises(FileNotFoundError, match="config.json"):
         luna_vision.load(tmp_path)

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from markdown_it import MarkdownIt
@@ -35,7 +36,7 @@ def card_of(text: str, folder: Path) -> str:
     cfg |= {"license": text, "architecture": text, "url": text, "hf_hub_id": text, "paper_name": text, text: text}
     task = {**model, "optimizer": text, "lr": 0.1, "weight_decay": 0.0, "init_from_vit": text, "checkpoint": text}
     state = {"monitor": text, "current_score": torch.tensor(0.5)}
-    weights = export.timm.create_model(NAME, num_classes=2, **ARGS).state_dict()
+    weights = timm.create_model(NAME, num_classes=2, **ARGS).state_dict()
     checkpoint = {"state_dict": weights, "hyper_parameters": task, "data": {"name": text, "cfg": cfg}}
     checkpoint |= {"epoch": 0, "global_step": 3, "callbacks": {"ModelCheckpoint{}": state}}
     torch.save(checkpoint, folder / "a.ckpt")
@@ -67,7 +68,7 @@ def test_text_of_a_checkpoint_is_text(text, tmp_path):
 
 
 def test_the_license_of_a_folder_is_one_word(tmp_path):
-    model = export.timm.create_model(NAME, **ARGS)
+    model = timm.create_model(NAME, **ARGS)
     model.pretrained_cfg = model.pretrained_cfg | {"license": "mit\ntags: [x]"}
     export.save_for_hf(model, tmp_path / "it")
     card = (tmp_path / "it" / "README.md").read_text()
@@ -77,7 +78,7 @@ def test_the_license_of_a_folder_is_one_word(tmp_path):
 
 def test_a_number_that_is_none_is_a_mistake(tmp_path):
     model = {"model_name": NAME, "num_classes": 2, "in_chans": 3, "model_kwargs": ARGS}
-    weights = export.timm.create_model(NAME, num_classes=2, **ARGS).state_dict()
+    weights = timm.create_model(NAME, num_classes=2, **ARGS).state_dict()
     task = {**model, "optimizer": "adamw", "lr": "# fast", "weight_decay": 0.0}
     torch.save({"state_dict": weights, "hyper_parameters": task}, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match="# fast"):

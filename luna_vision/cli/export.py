@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..utils.errors import UserError
 from ..utils.text import printable
-from .common import Parser, add_model_options, load, model_options
+from .common import Parser, add_model_options, add_statistics_options, load, model_options
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..export import Check
 
 FORMATS = ("onnx", "torch-export", "hf")
+SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 OUTPUTS = ("logits", "embedding", "features")
 
 
@@ -45,15 +46,9 @@ def _parser() -> Parser:
     group.add_argument(
         "--memory", action="store_true", help="carry the memory: a second input `memory` and output `new_memory`"
     )
-    for name in ("mean", "std"):
-        group.add_argument(
-            f"--{name}",
-            type=float,
-            nargs="+",
-            metavar="X",
-            help=f"{name} of pixels in [0, 1] that images are normalised with, one number or one for each channel "
-            "(default: what a training checkpoint says, else that of ImageNet)",
-        )
+    add_statistics_options(
+        group, "one number or one a channel (default: what a training checkpoint says, else ImageNet's)"
+    )
     return parser
 
 
@@ -69,14 +64,17 @@ def main(words: list[str]) -> None:
         raise UserError("--output and --memory choose what a graph computes, and --format hf has none: leave them out")
 
     from ..export import export_onnx, export_program, onnx_libraries, save_for_hf
-    from ..export.files import check_target
-    from ..export.graph import check_model
-    from ..export.model_card import training_details
+    from ..export.compare import check_model
+    from ..export.hub import check_hf_folder, training_details
     from ..models.factory import random_weights
+    from ..utils.files import check_output
 
     if args.format == "onnx":
         onnx_libraries()
-    check_target(args.out, args.format, args.overwrite)
+    if args.format == "hf":
+        check_hf_folder(args.out, args.overwrite)
+    else:
+        check_output(args.out, [SUFFIXES[args.format]], args.overwrite)
     model = load(args)
     check_model(model)
     _normalise(model, args)
@@ -111,7 +109,7 @@ def _normalise(model: "nn.Module", args: "Namespace") -> None:
 
 def _report(args: "Namespace", checks: "list[Check]") -> None:
     from ..export import HF_FILES
-    from ..export.graph import TOLERANCE
+    from ..export.compare import TOLERANCE
 
     files = [args.out] if args.out.is_file() else [args.out / name for name in HF_FILES]
     print(f"wrote {args.out}, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")

@@ -12,7 +12,7 @@ from .common import Parser, add_model_options, add_statistics_options, at_least,
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-    from ..downstream._features import Extractor
+    from ..downstream.features import Extractor
 
 DATA = ("digits", "fashion_mnist", "cifar10", "cifar100", "canvas", "imagefolder", "timm")
 
@@ -25,11 +25,8 @@ def _parser() -> Parser:
     )
     add_model_options(parser)
     group = parser.add_argument_group("images")
-    group.add_argument("--data", choices=DATA, required=True, help="imagefolder is ROOT/train and ROOT/{val,test}")
+    group.add_argument("--data", choices=DATA, required=True, help="imagefolder is ROOT/train and ROOT/{test,val}")
     group.add_argument("--root", help="folder of the data (default: the data module's)")
-    group.add_argument(
-        "--folders", nargs=2, metavar=("TRAIN", "TEST"), help="of an imagefolder, <class>/<images> in each, for --root"
-    )
     group.add_argument("--data-args", nargs="+", default=[], metavar="NAME=VALUE", help="others of the data module's")
     group.add_argument("--img-size", type=at_least(1), metavar="N", help="side in pixels (default: the data module's)")
     add_statistics_options(
@@ -54,7 +51,7 @@ def main(words: list[str]) -> int:
     """Do what the command line says; returns the exit code."""
     args = _parser().parse_args(words)
 
-    from ..downstream._features import Extractor
+    from ..downstream.features import Extractor
     from ..downstream.probe import MAX_ITER, open_data, probe_model
     from ..models.factory import random_weights
     from ..utils.files import check_output, write_json
@@ -63,8 +60,6 @@ def main(words: list[str]) -> int:
 
     if args.out:
         check_output(args.out, [".json"], overwrite=True)
-    if args.folders and args.data != "imagefolder":
-        raise UserError(f"--folders are those of --data imagefolder, got {args.data}")
     model = load(args, num_classes=0)
     extractor = Extractor(model)
     sizes = (args.num_train, args.num_test, args.batch_size)
@@ -82,7 +77,7 @@ def main(words: list[str]) -> int:
             "checkpoint": str(args.checkpoint) if args.checkpoint else None,
             "random_weights": random_weights(**model_options(args)),
             "features": features,
-            "data": {"name": args.data, "root": args.root, "folders": args.folders, "args": args.data_args},
+            "data": {"name": args.data, "root": args.root, "args": args.data_args},
             "images": {"train": counts[0], "test": counts[1], "height": height, "width": width},
             "normalisation": {"mean": data.module.mean, "std": data.module.std},
             "knn": {"top1": knn, "k": args.knn_k, "temperature": args.knn_t},
@@ -96,15 +91,15 @@ def main(words: list[str]) -> int:
 
 def _data_arguments(args: "Namespace", extractor: "Extractor") -> dict[str, Any]:
     """Arguments of the data module that the command line names, for a model."""
-    from ..downstream._windows import Settings, normalisation
+    from ..downstream.windows import Settings, data_config
     from ..models.factory import knows_its_images
 
     mean, std = args.mean, args.std
     if knows_its_images(**model_options(args)):
-        mean, std = normalisation(extractor, Settings(mean=mean, std=std))
+        config = data_config(extractor, Settings(mean=mean, std=std))
+        mean, std = config["mean"], config["std"]
     options = {
         "root": args.root,
-        "folders": args.folders,
         "in_chans": extractor.in_chans,
         "side" if args.data == "canvas" else "img_size": args.img_size,
         "mean": mean,

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from ..utils.text import printable
-from .common import Parser, add_model_options, at_least, load, model_options, named
+from .common import Parser, add_model_options, add_statistics_options, at_least, load, model_options, named
 
 KINDS = ("memory", "features", "both")
 
@@ -36,12 +36,9 @@ def _parser() -> Parser:
     slots = parser.add_mutually_exclusive_group()
     slots.add_argument("--slots", nargs="+", type=at_least(0), metavar="N", help="slots that get a column, from 0")
     slots.add_argument(
-        "--top", type=at_least(1), default=6, metavar="N", help="or the so many that tell most (default: 6)"
+        "--top", type=at_least(1), default=6, metavar="N", help="or this many, chosen for the image (default: 6)"
     )
     parser.add_argument("--head", type=at_least(0), metavar="N", help="one head (default: the mean over heads)")
-    parser.add_argument(
-        "--foreground", action="store_true", help="features of the foreground alone: the rarer side of the first axis"
-    )
     add_model_options(parser)
     group = parser.add_argument_group("what the model sees")
     group.add_argument(
@@ -50,14 +47,7 @@ def _parser() -> Parser:
         metavar="PIXELS",
         help="larger images are reduced to this longer side (default: 1024)",
     )
-    for name in ("mean", "std"):
-        group.add_argument(
-            f"--{name}",
-            nargs="+",
-            type=float,
-            metavar="X",
-            help=f"{name} of pixels in [0, 1] that the model was trained with, one or three (default: the model's cfg)",
-        )
+    add_statistics_options(group, "1 or 3 numbers (default: the model's)")
     return parser
 
 
@@ -73,21 +63,18 @@ def main(words: list[str]) -> int:
 
     from ..images import find_files
     from ..models.factory import random_weights
-    from ..visualize.pictures import Drawing, draw_pictures, picture_files
+    from ..visualize.pictures import draw_pictures, picture_files
 
     files, failures = find_files(args.images, partial(print, file=sys.stderr))  # which tells what is skipped
     targets = picture_files(args.out, files, single=len(files) + len(failures) == 1)
     model = load(args, num_classes=0)  # nothing that is drawn comes from the head
-    names = ("kind", "layers", "head", "foreground", "max_size", "mean", "std")
-    drawing = Drawing(
-        **{name: getattr(args, name) for name in names if getattr(args, name) is not None},
-        slots=args.slots or args.top,
-        warning="RANDOM WEIGHTS: this picture says nothing about the image"
-        if random_weights(**model_options(args))
-        else "",
-    )
+    names = ("kind", "layers", "head", "max_size", "mean", "std")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options["slots"] = args.slots or args.top
+    if random_weights(**model_options(args)):
+        options["warning"] = "RANDOM WEIGHTS: this picture says nothing about the image"
     drawn = 0
-    for target in draw_pictures(model, files, targets, drawing, failures):
+    for target in draw_pictures(model, files, targets, failures, **options):
         drawn += 1
         tqdm.write(printable(str(target)))  # above the bar, if there is one
         sys.stdout.flush()

@@ -1,13 +1,12 @@
 """Embeddings of image files.
 
-A row for each image: its path, the embedding that the model's head would read, and, if asked for, the memory and the
-patch grid. Images keep their size; those of similar size go through a Luna ViT together, padded and masked. Writing can
-be stopped at any time: what is done is kept in `OUT.partial/`, and the same call, or command, goes on from there.
+A row for each image has its path, the embedding that the model's head reads and, if asked for, the memory and the patch
+grid. Images keep their size; those of similar size go through a Luna ViT together, padded and masked. A run can be
+stopped at any time: `OUT.partial/` keeps the finished part, and the same call, or command, continues from there.
 
 The columns of a parquet file are `path`, `embedding` (C), `memory` (L, C), `grid` (flat) and `grid_shape` (H', W', C).
-A .npz file has arrays of these names over all images; `grid` is (patches of all images, C) there, and that of image i
-is `grid[grid_offset[i]:grid_offset[i + 1]].reshape(grid_shape[i])`. Both hold what they were made with as JSON: in the
-parquet schema's metadata under "luna_vision", in the .npz as `about`.
+A .npz file has arrays of these names over all images; see `luna_vision.downstream.parts.write_npz` for its grids. Both
+record the model and the settings as JSON: the parquet schema's metadata under "luna_vision", the .npz as `about`.
 """
 
 import hashlib
@@ -25,10 +24,11 @@ from tqdm import tqdm
 import luna_vision
 from luna_vision.images import find_files
 from luna_vision.utils.files import check_output
+from luna_vision.utils.fingerprint import describe
 
-from ._features import Extractor
-from ._parts import WRITERS, PartFolder, describe
-from ._windows import Settings, crop, normalisation, read_windows
+from .features import Extractor
+from .parts import WRITERS, PartFolder
+from .windows import Settings, data_config, read_windows
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -37,14 +37,14 @@ __all__ = ["Embeddings", "Settings", "check_target", "embed_images", "embed_to_f
 
 @dataclass
 class Embeddings:
-    """What `embed_images` returns, n images.
+    """The result of `embed_images` for n images.
 
     Attributes:
-        paths: Of the images that could be used, in the order of the input.
+        paths: The images that could be used, in the order of the input.
         embedding: (n, C) float32.
         memory: (n, L, C) float32 if it was wanted.
-        grid: Of each image (H', W', C) float32, if it was wanted.
-        failures: (path, reason) of each image that could not be used, and of what of the input is not there.
+        grid: (H', W', C) float32 of each image, if it was wanted.
+        failures: (path, reason) of each image that could not be used, and of each path that does not exist.
     """
 
     paths: list[str]
@@ -55,17 +55,17 @@ class Embeddings:
 
 
 def embed_images(model: nn.Module, paths: Paths, settings: Settings | None = None, progress: bool = True) -> Embeddings:
-    """The embeddings of image files, in memory.
+    """Compute the embeddings of image files, in memory.
 
     Args:
         model: A timm model, on its device; it is put in eval mode.
         paths: Files, and folders that are searched for images.
-        settings: How images are read and what is wanted of them.
+        settings: How images are read, and which features are wanted.
         progress: Show a progress bar on stderr, if that is a terminal.
 
     Raises:
-        ValueError: There are no images, not one of them can be used, or what is wanted does not go with the model.
-        OSError: Not one of the files and folders is there.
+        ValueError: There are no images, none of them can be used, or the settings do not fit the model.
+        OSError: None of the files and folders exists.
     """
     settings = settings or Settings()
     files, failures = find_files(paths)
@@ -95,24 +95,24 @@ def embed_to_file(
     progress: bool = True,
     random_weights: bool = False,
 ) -> list[tuple[str, str]]:
-    """Write the embeddings of image files to a .parquet or .npz file, going on where a run was stopped.
+    """Write the embeddings of image files to a .parquet or .npz file; continue where an earlier call was stopped.
 
-    The file is complete whenever it exists. What is done so far is in the folder `OUT.partial` beside it, which belongs
-    to one model, list of files and settings (`batch_size` and `workers` may change), and is removed at the end. If
-    not one image can be used, there is no file. With `overwrite`, an old file stays until the new one is complete.
+    The file is complete whenever it exists. The folder `OUT.partial` beside it keeps the finished part. It belongs to
+    one model, list of files and settings (`batch_size` and `workers` may change), and is removed at the end. If no
+    image can be used, there is no file. With `overwrite`, an old file stays until the new one is complete.
 
     Args:
         model, paths, settings, progress: As in `embed_images`.
-        out: The file; its suffix says what it is.
+        out: The file; its suffix chooses the format.
         overwrite: Replace the file if it exists.
-        random_weights: Whether the model was not trained at all, which the file then says.
+        random_weights: The model was not trained; the file then says so.
 
     Returns:
-        (path, reason) of each image that could not be used, and of what of the input is not there.
+        (path, reason) of each image that could not be used, and of each path that does not exist.
 
     Raises:
-        ValueError: As `embed_images`, except that it does not matter how many can be used; or another suffix, or
-            parts of another run.
+        ValueError: As in `embed_images`, though images that cannot be used are no error; or another suffix, or the
+            folder has parts of another run.
         OSError: `out` cannot be written, or exists.
     """
     out = Path(out)
@@ -124,7 +124,7 @@ def embed_to_file(
 def write_embeddings(
     model: nn.Module, files: list[str], out: Path, settings: Settings, random_weights: bool, progress: bool = True
 ) -> list[tuple[str, str]]:
-    """`embed_to_file`, of files that have been found; returns those that could not be used."""
+    """`embed_to_file` for image files that were found before; returns those that could not be used."""
     extractor = Extractor(model, settings.memory, settings.grid)
     parts = PartFolder(out, _about(extractor, files, settings) | {"random_weights": random_weights})
     with _bar(len(files), parts.done, progress) as bar:
@@ -135,10 +135,10 @@ def write_embeddings(
 
 
 def check_target(out: Path, overwrite: bool) -> None:
-    """Find out, before any work, whether `embed_to_file` may and can write there; it raises what that raises."""
+    """Raise the errors of `embed_to_file` about its output before any work."""
     check_output(out, list(WRITERS), overwrite)
     if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise ValueError("a .parquet file takes pyarrow (pip install 'luna-vision[downstream]'); .npz does not")
+        raise ValueError("a .parquet file needs pyarrow (pip install 'luna-vision[downstream]'); .npz does not")
 
 
 def _bar(total: int, done: int, progress: bool) -> tqdm:
@@ -147,22 +147,16 @@ def _bar(total: int, done: int, progress: bool) -> tqdm:
 
 
 def _about(extractor: Extractor, files: list[str], settings: Settings) -> dict[str, Any]:
-    """Everything that the features depend on, but for rounding."""
-    mean, std = normalisation(extractor, settings)
-    crop_pct, crop_mode = crop(extractor) if settings.img_size else (None, None)
+    """Everything that the features depend on, up to rounding."""
+    config = data_config(extractor, settings)
+    if not settings.img_size:  # images are not cropped
+        config |= {"crop_pct": None, "crop_mode": None}
     names = "\0".join(map(os.path.abspath, files))
     return {
         "luna_vision": luna_vision.__version__,
         "model": getattr(extractor.model, "pretrained_cfg", {}).get("architecture", extractor.name),
         **describe(extractor.model),
         "images": hashlib.sha256(os.fsencode(names)).hexdigest(),
-        "max_size": settings.max_size,
-        "img_size": settings.img_size,
-        "crop_pct": crop_pct,
-        "crop_mode": crop_mode,
-        "mean": mean,
-        "std": std,
-        "memory": settings.memory,
-        "grid": settings.grid,
-        "max_pixels": settings.max_pixels,
+        **config,
+        **{name: getattr(settings, name) for name in ("max_size", "img_size", "memory", "grid", "max_pixels")},
     }

@@ -1,15 +1,15 @@
-"""How good frozen features are, by nearest neighbours and a linear classifier.
+"""Probes measure frozen features by nearest neighbours and by a linear classifier.
 
-The features are the embeddings of a model that is not trained any further, of images that are not augmented.
+The features are the embeddings of a model that is not trained further. Images are not augmented.
 
 - **kNN**, as in DINO (Caron et al. 2021, arXiv 2104.14294, section 3.2; Wu et al. 2018, arXiv 1805.01978, section 3.4):
   the k nearest training images by cosine similarity s vote for their class, with weight exp(s / T); k is 20, T 0.07.
-- **Linear**: multinomial logistic regression on standardised features, fitted to convergence. Its C is the one of
-  `C_GRID` that does best on a fifth of the training images when fitted to the others; then it is fitted to all of them.
+- **Linear**: multinomial logistic regression on standardised features, fitted to convergence. A fifth of the training
+  images is held out to choose C from `C_GRID`; then the classifier is fitted to all training images.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from luna_vision.data.base import hold_out
 
-from ._features import Extractor
-from ._probe_data import DATA, ProbeData, check_classes, open_data
+from .features import Extractor
+from .probe_data import DATA, ProbeData, check_classes, open_data
 
 __all__ = [
     "DATA",
@@ -42,31 +42,30 @@ K, TEMPERATURE = 20, 0.07
 C_GRID = tuple(10.0**exponent for exponent in range(-5, 3))
 HELD_OUT = 0.2
 MAX_ITER = 1000
-TEST_CHUNK = 256  # test images whose similarities to all training images are held at once
 
 
 class LinearProbe(NamedTuple):
-    """What `linear_probe_accuracy` returns."""
+    """The result of the linear probe."""
 
     accuracy: float
     """Top-1 on the test images, 0 to 1."""
     C: float
     """The chosen inverse strength of the L2 penalty, as in scikit-learn."""
     held_out: dict[float, float]
-    """Accuracy on the held-out part of the training images for each C that was tried."""
+    """Accuracy on the held-out training images for each C of the grid."""
     converged: bool
-    """Whether the last fit ended by itself, and not after `MAX_ITER` iterations."""
+    """Whether the last fit took fewer than `MAX_ITER` iterations."""
 
 
 class Probes(NamedTuple):
-    """What `probe_model` returns."""
+    """The result of both probes."""
 
     knn: float
     """Top-1 of the nearest neighbours on the test images, 0 to 1."""
     linear: LinearProbe
     """The linear classifier."""
     features: int
-    """How many numbers an embedding has."""
+    """Width of the embedding."""
 
 
 def probe_model(
@@ -78,21 +77,20 @@ def probe_model(
     progress: bool = True,
     say: Callable[[str], object] = lambda line: None,
 ) -> Probes:
-    """Both probes of a model, on a data module or on a pair of image folders.
+    """Run both probes on a model.
 
     Args:
         model: A timm model, on its device; it is put in eval mode.
-        data: A key of `DATA`, such as "digits" or "imagefolder", or what `open_data` returns.
-        data_args: Arguments of the data module, if `data` is a key. For "imagefolder" they are those of
-            `ImageFolderDataModule`, and `folders`, the folders of training and of test images. `in_chans` is the
-            model's; `mean` and `std` are by default those with which `train.py` trains on these data.
+        data: A key of `DATA`, such as "digits" or "imagefolder", or the result of `open_data`.
+        data_args: Arguments of the data module, if `data` is a key. `in_chans` is the model's; `mean` and `std` are by
+            default those with which `train.py` trains on these data.
         k, temperature: As in `knn_accuracy`.
         progress: Show progress bars on stderr, if that is a terminal.
-        say: Is told what has been found, line by line.
+        say: Called with the results as lines of text.
 
     Raises:
-        ValueError: The data, the model and the arguments do not fit together; see the functions above and below.
-        OSError: The data are not there.
+        ValueError: The data, the model and the arguments do not fit together; see the other functions of this module.
+        OSError: The data do not exist.
     """
     if data_args and not isinstance(data, str):
         raise ValueError(f"data_args are for data that is given by name, and not for {type(data).__name__}")
@@ -101,12 +99,12 @@ def probe_model(
         data = open_data(data, {"in_chans": in_chans, **(data_args or {})})
     check_vote(k, temperature, len(data.train.dataset))
     if data.train_labels is not None:
-        hold_out(data.train_labels, HELD_OUT)  # what the linear probe will do, so that it does not fail at the end
+        hold_out(data.train_labels, HELD_OUT)  # the linear probe will need it: fail now and not at the end
     train = extract_features(model, data.train, progress, "training images")
     test = extract_features(model, data.test, progress, "test images")
     features = train[0].shape[1]
     say(f"{features} features from {type(model).__name__}; top-1 in %:")
-    knn = knn_accuracy(*train, *test, k, temperature, progress)
+    knn = knn_accuracy(*train, *test, k, temperature)
     say(f"{f'kNN, k={k}, cosine, T={temperature:g}':<40}{100 * knn:6.2f}")
     linear = linear_probe_accuracy(*train, *test, progress=progress)
     say(f"{f'linear, logistic regression, C={linear.C:g}':<40}{100 * linear.accuracy:6.2f}")
@@ -148,7 +146,6 @@ def knn_accuracy(
     test_labels: np.ndarray,
     k: int = K,
     temperature: float = TEMPERATURE,
-    progress: bool = True,
 ) -> float:
     """Top-1 accuracy, 0 to 1, of a vote of the nearest training images; see the module's docstring.
 
@@ -157,28 +154,23 @@ def knn_accuracy(
         train_labels: (n,).
         test_features: (m, C).
         test_labels: (m,).
-        k: Neighbours that vote.
-        temperature: T; the smaller, the more the nearest count.
-        progress: Show a progress bar on stderr, if that is a terminal.
+        k: The number of neighbours that vote.
+        temperature: T; with a smaller one, the nearest neighbours count more.
 
     Raises:
-        ValueError: k is larger than the training set, T is not above 0, or the test images have a class of their own.
+        ValueError: k is larger than the training set, T is not above 0, or a class has no training images.
     """
     check_vote(k, temperature, len(train_features))
     _check(train_features, train_labels, test_features, test_labels)
 
     def weights(distance: np.ndarray) -> np.ndarray:
-        # exp(s / T) with s = 1 - distance, over that of the nearest, for the largest would not fit into a float
+        # exp(s / T) with s = 1 - distance, divided by that of the nearest: exp(1 / T) can overflow
         distance = distance.astype(np.float64)
         return np.exp((distance.min(axis=1, keepdims=True) - distance) / temperature)
 
     classifier = KNeighborsClassifier(k, weights=weights, algorithm="brute", metric="cosine")
     classifier.fit(train_features, train_labels)
-    correct = 0
-    for start in tqdm(range(0, len(test_features), TEST_CHUNK), desc="kNN", disable=None if progress else True):
-        chunk = slice(start, start + TEST_CHUNK)
-        correct += int((classifier.predict(test_features[chunk]) == test_labels[chunk]).sum())
-    return correct / len(test_features)
+    return float(classifier.score(test_features, test_labels))
 
 
 def linear_probe_accuracy(
@@ -186,25 +178,23 @@ def linear_probe_accuracy(
     train_labels: np.ndarray,
     test_features: np.ndarray,
     test_labels: np.ndarray,
-    c_grid: Sequence[float] = C_GRID,
     progress: bool = True,
 ) -> LinearProbe:
     """Top-1 accuracy of logistic regression; see the module's docstring.
 
     Args:
-        train_features, train_labels, test_features, test_labels, progress: As in `knn_accuracy`.
-        c_grid: What C is chosen from.
+        train_features, train_labels, test_features, test_labels: As in `knn_accuracy`.
+        progress: Show a progress bar on stderr, if that is a terminal.
 
     Raises:
-        ValueError: There is only one class, or one with too few images to hold some out, or the test images have a
-            class of their own.
+        ValueError: There is only one class, a class has too few images to hold some out, or no training images.
     """
     _check(train_features, train_labels, test_features, test_labels)
     if len(np.unique(train_labels)) < 2:
         raise ValueError("a linear classifier needs two classes, and all training images are of one")
     kept, held = hold_out(train_labels, HELD_OUT)
     held_out = {}
-    for c in tqdm(c_grid, desc="linear", unit="fit", disable=None if progress else True):
+    for c in tqdm(C_GRID, desc="linear", unit="fit", disable=None if progress else True):
         model = _fit(train_features[kept], train_labels[kept], c)
         held_out[c] = model.score(train_features[held], train_labels[held])
     best = max(held_out, key=lambda c: (held_out[c], -c))
@@ -216,8 +206,8 @@ def linear_probe_accuracy(
 def _fit(features: np.ndarray, labels: np.ndarray, c: float) -> Pipeline:
     model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=MAX_ITER))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # LinearProbe.converged says it of the fit that counts
-        return model.fit(features.astype(np.float64), labels)  # rounding to float32 can end the fit too soon
+        warnings.simplefilter("ignore", ConvergenceWarning)  # LinearProbe.converged reports it for the last fit
+        return model.fit(features.astype(np.float64), labels)  # in float32, rounding can end the fit too soon
 
 
 def _check(

@@ -1,4 +1,4 @@
-"""Feature maps at several strides from a backbone that has one, for detectors and segmentation heads.
+"""Feature maps at several strides from a backbone with a single stride, for detectors and segmentation heads.
 
 Shapes: B batch, H x W pixels, D width of the backbone, C channels of the pyramid, H' x W' patch grid.
 """
@@ -13,6 +13,7 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from luna_vision.images.transforms import per_channel
 from luna_vision.models import LunaVit, prune_memory_update
 from luna_vision.models.factory import build_model
 
@@ -22,16 +23,16 @@ __all__ = ["PyramidBackbone", "SimpleFeaturePyramid", "patches_of_images"]
 def patches_of_images(
     sizes: Sequence[tuple[int, int]], padded: tuple[int, int], patch_size: tuple[int, int], device=None
 ) -> Tensor:
-    """Which patches of a padded batch are part of an image: the ``patch_valid`` that the models take.
+    """The mask ``patch_valid`` of a padded batch: True for patches that are part of an image.
 
     Args:
         sizes: (height, width) of each image in pixels; it lies at the top left of its rectangle.
         padded: (height, width) of the batch in pixels.
         patch_size: (height, width) of a patch in pixels.
-        device: Of the mask.
+        device: The device of the mask.
 
     Returns:
-        (B, N) bool, row by row; a patch that an image covers in part belongs to it.
+        (B, N) bool, row by row; True also for a patch that an image covers in part.
 
     Raises:
         ValueError: An image is larger than the batch, or empty.
@@ -46,10 +47,10 @@ def patches_of_images(
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """Maps at several strides from maps of one stride, without lateral connections.
+    """Maps at several strides from one map, without lateral connections.
 
-    Finer maps by transposed convolutions of stride 2, coarser ones by max pooling; then a 1x1 and a 3x3 convolution,
-    each with a LayerNorm over channels.
+    Transposed convolutions of stride 2 make finer maps, max pooling makes coarser ones. A 1x1 and a 3x3 convolution
+    follow, each with a LayerNorm over channels.
 
     Source: Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", ECCV 2022 (arXiv
     2203.16527), section 3 and appendix A.2.
@@ -66,10 +67,10 @@ class SimpleFeaturePyramid(nn.Module):
     ) -> None:
         """
         Args:
-            dim: Channels D of the maps that come in.
-            stride: Their stride, pixels.
-            strides: Of the maps that go out, each `stride` times or divided by a power of two.
-            out_channels: Channels C of the maps that go out.
+            dim: Channels D of the input.
+            stride: Stride of the input, pixels.
+            strides: Strides of the output maps: `stride` times or divided by a power of two.
+            out_channels: Channels C of the output maps.
 
         Raises:
             ValueError: No strides, or one that cannot be reached by halving and doubling.
@@ -99,21 +100,9 @@ class SimpleFeaturePyramid(nn.Module):
             layers.append(LayerNorm2d(out_channels, **dd))
             self.levels.append(nn.Sequential(*layers))
 
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """
-        Args:
-            maps: One map (B, D, H', W') for all strides, or one for each.
-
-        Returns:
-            (B, C, height, width) for each stride.
-
-        Raises:
-            ValueError: Another number of maps.
-        """
-        if len(maps) not in (1, len(self.levels)):
-            raise ValueError(f"needs 1 map or {len(self.levels)}, one for each stride, got {len(maps)}")
-        maps = list(maps) * (len(self.levels) // len(maps))
-        return [level(x) for level, x in zip(self.levels, maps, strict=True)]
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """A map (B, D, H', W') to one map (B, C, height, width) for each stride."""
+        return [level(x) for level in self.levels]
 
 
 class PyramidBackbone(nn.Module):
@@ -122,7 +111,8 @@ class PyramidBackbone(nn.Module):
     Attributes:
         out_channels: Channels of the maps.
         strides: Their strides; the maps are called "0", "1", ...
-        body: The timm model, without what comes after the last layer that is used.
+        body: The timm model without its head.
+        mean, std: Statistics of pixels in [0, 1] by channel, from the model's `pretrained_cfg`.
     """
 
     def __init__(
@@ -130,7 +120,6 @@ class PyramidBackbone(nn.Module):
         model_name: str = "luna_vit_small",
         strides: Sequence[int] = (4, 8, 16, 32),
         out_channels: int = 256,
-        layers: Sequence[int] | None = None,
         in_chans: int = 3,
         **model_kwargs,
     ) -> None:
@@ -139,12 +128,11 @@ class PyramidBackbone(nn.Module):
             model_name: Any timm model that has `forward_intermediates` with maps of one stride.
             strides: Strides of the pyramid, pixels.
             out_channels: Channels of the pyramid.
-            layers: Blocks whose outputs are used: one for all strides, or one for each; the last block if None.
             in_chans: Image channels.
             **model_kwargs: Further arguments of the model.
 
         Raises:
-            ValueError: Unknown model or argument, a model that does not fit, or layers or strides that do not.
+            ValueError: Unknown model or argument, or a model or strides that do not fit.
         """
         super().__init__()
         self.arguments = dict(name=model_name, num_classes=0, in_chans=in_chans, **model_kwargs)
@@ -154,26 +142,19 @@ class PyramidBackbone(nn.Module):
             raise ValueError(f"{model_name} has no maps of a single stride: torchvision builds pyramids on such models")
         patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
         if isinstance(patch, tuple) and len(set(patch)) > 1:
-            raise ValueError(f"strides are those of both axes, so patches must be square, got {patch[0]} x {patch[1]}")
-        layers = [len(model.feature_info) - 1] if layers is None else list(layers)
-        if len(layers) not in (1, len(strides)):
-            raise ValueError(f"layers must name 1 block or {len(strides)}, one for each stride, got {len(layers)}")
-        self.layers = layers
+            raise ValueError(f"both axes have the same strides, so patches must be square, got {patch[0]} x {patch[1]}")
         self.stride = reductions.pop()
         self.pyramid = SimpleFeaturePyramid(model.num_features, self.stride, strides, out_channels)
         self.strides, self.out_channels = self.pyramid.strides, out_channels
-        try:
-            used = model.prune_intermediate_layers(sorted(set(layers)), prune_norm=False, prune_head=True)
-        except (AssertionError, ValueError, IndexError) as error:
-            raise ValueError(f"layers must be blocks of {model_name}, got {layers}: {error}") from error
-        self.used = used
+        self.mean, self.std = (per_channel(name, model.pretrained_cfg[name], in_chans) for name in ("mean", "std"))
+        model.prune_intermediate_layers(1, prune_norm=False, prune_head=True)  # 1: the last block
         if isinstance(model, LunaVit):
             prune_memory_update(model)
         self.body = model
         self.masks = "patch_valid" in inspect.signature(model.forward_intermediates).parameters
 
     def load_body(self, full: nn.Module) -> None:
-        """Take over the weights of a complete model of the same architecture (`build_model(**self.arguments)`)."""
+        """Copy the weights of a complete model of the same architecture, `build_model(**self.arguments)`."""
         weights = full.state_dict()
         self.body.load_state_dict({name: weights[name] for name in self.body.state_dict()})
 
@@ -181,8 +162,8 @@ class PyramidBackbone(nn.Module):
         """
         Args:
             x: Images (B, in_chans, H, W), padded below and to the right if their sizes differ.
-            image_sizes: (height, width) of each image in pixels. The padding then changes nothing in a model that takes
-                `patch_valid`; others read it as part of the image.
+            image_sizes: (height, width) of each image in pixels. A model that takes `patch_valid` then ignores the
+                padding; other models read it as part of the image.
 
         Returns:
             "0", "1", ...: (B, C, height, width) for each stride. Padded patches are zero before the pyramid.
@@ -192,12 +173,9 @@ class PyramidBackbone(nn.Module):
             patch = (self.stride, self.stride)
             valid = patches_of_images(image_sizes, tuple(x.shape[2:]), patch, x.device)
         mask = {"patch_valid": valid} if self.masks else {}
-        maps = self.body.forward_intermediates(
-            x, indices=self.used, norm=True, output_fmt="NCHW", intermediates_only=True, **mask
+        (y,) = self.body.forward_intermediates(
+            x, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True, **mask
         )
         if valid is not None:
-            rows, columns = maps[0].shape[2:]
-            maps = [y * valid.view(-1, 1, rows, columns) for y in maps]
-        by_layer = dict(zip(sorted(set(self.layers)), maps, strict=True))
-        levels = self.pyramid([by_layer[layer] for layer in self.layers])
-        return OrderedDict((str(i), level) for i, level in enumerate(levels))
+            y = y * valid.view(-1, 1, *y.shape[2:])
+        return OrderedDict((str(i), level) for i, level in enumerate(self.pyramid(y)))

@@ -1,7 +1,7 @@
-"""A model run in pieces, exactly: images that fit in no memory, training by bands, one image over many processes.
+"""Run a model in pieces, exactly: images larger than memory, training in bands, one image over many processes.
 
-All three are clients of the tiles that `luna_vision.layers.LunaBlock` and `luna_vision.models.LunaVit` run on, and know
-nothing of what is inside of a block.
+All three use the tiles of `luna_vision.layers.LunaBlock` and `luna_vision.models.LunaVit`, and do not depend on the
+inside of a block.
 """
 
 from .bands import set_band_checkpointing

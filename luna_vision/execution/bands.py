@@ -1,16 +1,16 @@
-"""A Luna block in bands of rows, forward and backward: of a layer, autograd keeps its input, and that is all.
+"""A Luna block in bands of rows, forward and backward. Autograd keeps only the input of each block.
 
-Checkpointing a whole block still makes all of it at once when it is computed again: the hidden layer of the MLP alone
-is four times the patches. Here both passes take a few rows of the patch grid at a time. A patch learns of others only
-through the pack, whose softmax merges exactly (`PackState`), and from its neighbours by local mixing, which a band gets
-from a row more on each side. So gradients are those of the ordinary step, up to rounding.
+A checkpointed block still exists as a whole when it is computed again, and the hidden layer of its MLP alone is four
+times as large as the patches. Here both passes take a few rows of the patch grid at a time. Patches exchange
+information in two ways only: through the pack, whose softmax merges exactly (`PackState`), and by local mixing, for
+which a band is computed with one more row on each side. So gradients are those of the ordinary step, up to rounding.
 
 The backward pass of one block, in the order of the chain rule:
 
-    unpack  band by band: unpack and MLP again; gives the gradients of the mixed patches and of what they read
+    unpack  band by band: recompute unpack and MLP; gives the gradients of the mixed patches and of the packed memory
     close   once: the memory's part; gives the gradients of the pack's sums
-    pack    band by band: local mixing and the band's part of the pack again, measured against the final maximum; gives
-            the gradients of the input and of the memory's query
+    pack    band by band: recompute local mixing and the band's part of the pack, measured against the final maximum;
+            gives the gradients of the input and of the memory's query
 
 Shapes: B batch, H', W' patch grid, N = H' * W' patches, n patches of a band, L memory slots, C width.
 """
@@ -34,18 +34,18 @@ __all__ = ["block_by_bands", "set_band_checkpointing"]
 def set_band_checkpointing(model: LunaVit, rows: int, store_dtype: torch.dtype | None = None) -> None:
     """Run every block of a model a few rows of patches at a time, forward and backward.
 
-    Of a block its input is kept, as by `set_grad_checkpointing`, and what else it makes exists for one band only.
+    The inputs of all blocks are kept, as by `set_grad_checkpointing`; all other activations exist for one band only.
     Results and gradients are the same up to rounding. Compiled, traced and exported models run without bands.
 
     Args:
         model: A Luna ViT.
-        rows: Rows of the patch grid in a band; 0 for none. A band of about 4,096 patches is large enough.
-        store_dtype: Type in which inputs are kept. `torch.bfloat16` halves what they take, and gradients are then
-            those at inputs that are rounded to 8 bits.
+        rows: Rows of the patch grid in a band; 0 switches bands off. A band of about 4,096 patches is large enough.
+        store_dtype: Type in which inputs are kept. `torch.bfloat16` halves their memory; gradients are then computed
+            at inputs that are rounded to 8 bits.
 
     Raises:
         ValueError: Fewer than 0 rows, a type that is not floating-point, a mixer without memory, or dropout of
-            activations or attention weights, of which bands would have to remember what was dropped.
+            activations or attention weights, whose masks the bands do not keep.
     """
     if rows < 0:
         raise ValueError(f"rows must be at least 0, got {rows}")
@@ -82,7 +82,7 @@ def block_by_bands(
 
 
 class _Bands:
-    """How a block runs on bands of its patches."""
+    """A block and the division of its patches into bands."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class _Bands:
         self.x_dtype, self.device = x.dtype, x.device
         self.autocast = autocasts(x)
         self.autocast_dtype = torch.get_autocast_dtype(x.device.type) if self.autocast else None
-        # all bands of an image drop their path, or none does
+        # drop path: an image drops its path in all bands or in none
         self.draws = block.training and not isinstance(block.drop_path1, torch.nn.Identity)
         self.rng: list[Tensor] = []
 
@@ -108,8 +108,7 @@ class _Bands:
             yield start, min(start + self.rows, self.height)
 
     def context(self) -> torch.autocast:
-        """Autocast as it was in the forward pass; without its cache, in which weights that were cast without gradients
-        would be found when there should be some."""
+        """Autocast as in the forward pass, without its cache, whose copies of the weights have no gradients."""
         return torch.autocast(self.device.type, self.autocast_dtype, self.autocast, cache_enabled=False)
 
     def part(self, x: Tensor | None, start: int, stop: int) -> Tensor | None:
@@ -120,12 +119,12 @@ class _Bands:
         return max(start - halo, 0), min(stop + halo, self.height)
 
     def mix(self, x: Tensor, top: int, bottom: int, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) after `mix_tile`, from rows [top, bottom) of the block's input."""
+        """Rows [start, stop) after local mixing, from rows [top, bottom) of the block's input."""
         mixed = self.block.mix_tile(x, (bottom - top, self.columns), self.part(self.valid, top, bottom))
         return self.part(mixed, start - top, stop - top)
 
     def mixed(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """The same from all of the input, which may be stored in another type."""
+        """Rows [start, stop) after local mixing, from the whole input, which may be stored in another type."""
         top, bottom = self.around(start, stop, self.block.mix_halo)
         return self.mix(self.part(x, top, bottom).to(self.x_dtype), top, bottom, start, stop)
 
@@ -134,11 +133,11 @@ class _Bands:
         return self.block.pack_tile(self.block.norm_tile(mixed), query, self.part(self.valid, start, stop))
 
     def unpack(self, mixed: Tensor, read: Tensor, top: int, bottom: int) -> Tensor:
-        """Rows [top, bottom) after the block; the outer ones lack their neighbours."""
+        """Rows [top, bottom) after the block; its outer rows are not valid, as they lack their neighbours."""
         grid_size, valid = (bottom - top, self.columns), self.part(self.valid, top, bottom)
         return self.block.unpack_tile(mixed, self.block.norm_tile(mixed), read, grid_size, valid)
 
-    # ---- random numbers: the memory draws first, as in the ordinary step, then all bands the same
+    # ---- random numbers: the memory draws first, as in the ordinary step; then all bands draw the same
 
     def get_rng(self) -> Tensor:
         return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
@@ -159,7 +158,7 @@ class _Bands:
 
 
 class _ByBands(torch.autograd.Function):
-    """The parameters are arguments so that their gradients go the ordinary way, once each, as DDP demands."""
+    """The parameters are arguments, so that autograd gets one gradient for each, as DDP requires."""
 
     @staticmethod
     def forward(ctx: Any, bands: _Bands, x: Tensor, memory: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +176,7 @@ class _ByBands(torch.autograd.Function):
                 bands.rewind(1)
                 top, bottom = bands.around(start, stop, block.unpack_halo)
                 rows = bands.unpack(bands.mixed(x, top, bottom), read, top, bottom)
-                if out is None:  # only now is its type known
+                if out is None:  # its type depends on autocast
                     out = rows.new_empty(x.shape)
                 bands.part(out, start, stop).copy_(bands.part(rows, start - top, stop - top))
         stored = x if bands.store_dtype is None else x.to(bands.store_dtype)
@@ -198,27 +197,19 @@ class _ByBands(torch.autograd.Function):
         return None, *grads
 
 
-class _Sum:
-    """Gradients of some tensors, summed over bands."""
-
-    def __init__(self, count: int) -> None:
-        self.grads: list[Tensor | None] = [None] * count
-        self.own = [False] * count
-
-    def add(self, grads: tuple[Tensor | None, ...]) -> None:
-        for i, grad in enumerate(grads):
-            if grad is None:
-                continue
-            if self.grads[i] is None:  # may be what autograd was handed, which others read
-                self.grads[i] = grad
-            elif self.own[i]:
-                self.grads[i].add_(grad)
-            else:
-                self.grads[i], self.own[i] = self.grads[i] + grad, True
+def _add(totals: list[Tensor | None], grads: tuple[Tensor | None, ...]) -> None:
+    """Add gradients to their totals; not in place, as autograd may use the first ones elsewhere."""
+    for i, grad in enumerate(grads):
+        if grad is not None:
+            totals[i] = grad if totals[i] is None else totals[i] + grad
 
 
-def _grad(outputs: list[Tensor], inputs: list[Tensor], d_outputs: list[Tensor]) -> tuple[Tensor | None, ...]:
-    return torch.autograd.grad(outputs, inputs, d_outputs, allow_unused=True)
+def _grad(outputs: list[tuple[Tensor, Tensor | None]], inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """Gradients of the inputs from pairs of an output and its gradient, which is None if there is none."""
+    given = [(y, d_y) for y, d_y in outputs if d_y is not None]
+    if not given:
+        return (None,) * len(inputs)
+    return torch.autograd.grad([y for y, _ in given], inputs, [d_y for _, d_y in given], allow_unused=True)
 
 
 def _leaf(x: Tensor) -> Tensor:
@@ -237,7 +228,8 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, of the memory and of the parameters."""
     block, params = bands.block, bands.params
-    d_params, d_memory = _Sum(len(params)), _Sum(1)
+    d_params: list[Tensor | None] = [None] * len(params)
+    d_memory: list[Tensor | None] = [None]
     memory, total, weighted = _leaf(memory), _leaf(total), _leaf(weighted)
     bands.rewind(0)
     with torch.enable_grad():
@@ -247,30 +239,26 @@ def _backward(
 
     d_mixed, d_read = _unpack_backward(bands, x, read, d_out, d_params)
 
-    ends = [(read, d_read), (new_memory, d_new_memory)]
-    ends = [(y, d_y) for y, d_y in ends if d_y is not None]
-    d_total = d_weighted = None
-    if ends:
-        found = _grad([y for y, _ in ends], [memory, total, weighted, *params], [d_y for _, d_y in ends])
-        d_memory.add(found[:1])
-        d_total, d_weighted = found[1:3]
-        d_params.add(found[3:])
+    found = _grad([(read, d_read), (new_memory, d_new_memory)], [memory, total, weighted, *params])
+    _add(d_memory, found[:1])
+    _add(d_params, found[3:])
+    d_total, d_weighted = found[1:3]
 
     d_x, d_query = _pack_backward(bands, x, query, maximum, d_mixed, d_total, d_weighted, d_params)
-    if d_query is not None:
-        found = _grad([first], [memory, *params], [d_query])
-        d_memory.add(found[:1])
-        d_params.add(found[1:])
-    return d_x, *d_memory.grads, *d_params.grads
+    found = _grad([(first, d_query)], [memory, *params])
+    _add(d_memory, found[:1])
+    _add(d_params, found[1:])
+    return d_x, *d_memory, *d_params
 
 
 def _unpack_backward(
-    bands: _Bands, x: Tensor, read: Tensor, d_out: Tensor | None, d_params: _Sum
+    bands: _Bands, x: Tensor, read: Tensor, d_out: Tensor | None, d_params: list[Tensor | None]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the mixed patches (B, N, C), in a tensor of its own, and of what the patches read."""
+    """Gradients of the mixed patches (B, N, C), as a new tensor, and of the packed memory that they read."""
     if d_out is None:
         return None, None
-    read, d_read = _leaf(read), _Sum(1)
+    read = _leaf(read)
+    d_read: list[Tensor | None] = [None]
     d_mixed = torch.zeros(x.shape, dtype=bands.x_dtype, device=x.device)
     for start, stop in bands:
         bands.rewind(1)
@@ -278,11 +266,11 @@ def _unpack_backward(
         mixed = _leaf(bands.mixed(x, top, bottom))
         with torch.enable_grad():
             out = bands.part(bands.unpack(mixed, read, top, bottom), start - top, stop - top)
-        found = _grad([out], [mixed, read, *bands.params], [bands.part(d_out, start, stop)])
+        found = _grad([(out, bands.part(d_out, start, stop))], [mixed, read, *bands.params])
         bands.part(d_mixed, top, bottom).add_(found[0])
-        d_read.add(found[1:2])
-        d_params.add(found[2:])
-    return d_mixed, d_read.grads[0]
+        _add(d_read, found[1:2])
+        _add(d_params, found[2:])
+    return d_mixed, d_read[0]
 
 
 def _pack_backward(
@@ -293,38 +281,36 @@ def _pack_backward(
     d_mixed: Tensor | None,
     d_total: Tensor | None,
     d_weighted: Tensor | None,
-    d_params: _Sum,
+    d_params: list[Tensor | None],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the block's input, which take the place of `d_mixed`, and of the pack's query.
+    """Gradients of the block's input, which overwrite `d_mixed`, and of the pack's query.
 
     Args:
         bands, x: The block and its input.
-        query: What the memory asks.
-        maximum: Of the scores of all patches.
+        query: The memory's query.
+        maximum: The maximum of the scores of all patches.
         d_mixed, d_total, d_weighted: Gradients of the mixed patches and of the pack's sums.
-        d_params: Where those of the parameters are added.
+        d_params: The gradients of the parameters are added here.
     """
     if d_mixed is None and d_total is None:
         return None, None
-    d_query = _Sum(1)
+    d_query: list[Tensor | None] = [None]
     d_x = torch.zeros(x.shape, dtype=bands.x_dtype, device=x.device) if d_mixed is None else d_mixed
-    below: Tensor | None = None  # what the band above has found for the first row of this one
+    below: Tensor | None = None  # the gradient that the band above has for the first row of this band
     for start, stop in bands:
         top, bottom = bands.around(start, stop, bands.block.mix_halo)
         rows = _leaf(bands.part(x, top, bottom).to(bands.x_dtype))
         with torch.enable_grad():
             mixed = bands.mix(rows, top, bottom, start, stop)
             _, total, weighted = bands.pack(query, mixed, start, stop).rebased(maximum)
-        ends = [(total, d_total), (weighted, d_weighted)]
-        ends.append((mixed, None if d_mixed is None else bands.part(d_mixed, start, stop)))
-        ends = [(y, d_y) for y, d_y in ends if d_y is not None]
-        found = _grad([y for y, _ in ends], [rows, query, *bands.params], [d_y for _, d_y in ends])
+        outputs = [(total, d_total), (weighted, d_weighted), (mixed, bands.part(d_mixed, start, stop))]
+        found = _grad(outputs, [rows, query, *bands.params])
         bands.part(d_x, start, stop).copy_(bands.part(found[0], start - top, stop - top))
         if below is not None:
             bands.part(d_x, start, start + 1).add_(below)
         if top < start:
             bands.part(d_x, top, start).add_(bands.part(found[0], 0, start - top))
         below = bands.part(found[0], stop - top, bottom - top) if bottom > stop else None
-        d_query.add(found[1:2])
-        d_params.add(found[2:])
-    return d_x, d_query.grads[0]
+        _add(d_query, found[1:2])
+        _add(d_params, found[2:])
+    return d_x, d_query[0]

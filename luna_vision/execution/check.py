@@ -1,4 +1,4 @@
-"""What every execution asks of a model."""
+"""The check that all executions share."""
 
 from torch import nn
 
@@ -8,11 +8,8 @@ __all__ = ["check_model"]
 
 
 def check_model(model: nn.Module, execution: str) -> None:
-    """Raise a ValueError that names the execution, unless the model is a Luna ViT with a memory."""
+    """Raise a ValueError that names the execution unless the model is a Luna ViT with a memory."""
     if not isinstance(model, LunaVit):
-        raise ValueError(f"{execution} takes a Luna ViT, got {type(model).__name__}")
+        raise ValueError(f"{execution} needs a Luna ViT, got {type(model).__name__}")
     if model.memory is None:
-        raise ValueError(
-            f"{execution} takes a model with a memory, through which the parts of an image learn of each other: with "
-            "mixer='luna', not another one"
-        )
+        raise ValueError(f"{execution} needs a memory, which connects the parts of an image: use mixer='luna'")

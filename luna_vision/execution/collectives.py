@@ -1,11 +1,11 @@
-"""Exchanges between the processes of a group, through which gradients pass.
+"""Exchanges between the processes of a group, with gradients.
 
-The processes are taken as one computation, whose loss is the *mean* of theirs, as DistributedDataParallel takes it. The
-backward pass of an exchange is its exact transpose: that of a sum over processes is a sum over processes, that of
-a row sent to a neighbour is its gradient sent back. So a process holds the gradients of the *sum* of all losses, and
-what averages them over the processes, as DDP does, makes those of the mean.
+All processes are one computation, whose loss is the *mean* of their losses, as in DistributedDataParallel. The backward
+pass of an exchange is its exact transpose: for a sum over processes it is a sum over processes, for a row that was sent
+to a neighbour it sends the gradient back. So a process has gradients of the *sum* of all losses, and averaging them
+over the processes, as DDP does, gives those of the mean.
 
-`torch.distributed.nn.functional`, which had the sum, is deprecated since PyTorch 2.14, and what takes its place is not
+`torch.distributed.nn.functional`, which has the sum, is deprecated since PyTorch 2.14, and its successor does not exist
 in older versions.
 """
 
@@ -43,142 +43,113 @@ def shared_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def largest(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The maximum of all processes' x, through which no gradient passes."""
+    """The maximum of all processes' x, without a gradient."""
     return _reduce(x, dist.ReduceOp.MAX, group)
 
 
-class _SharedMax(torch.autograd.Function):
+class _Gradient(torch.autograd.Function):
+    """x itself; its gradient is summed over the processes if `shared`, and divided by `divisor`."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, share: Tensor, maximum: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        ctx.save_for_backward(share)
-        return maximum
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, shared: bool, divisor: int) -> Tensor:
+        ctx.group, ctx.shared, ctx.divisor = group, shared, divisor
+        return x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (share,) = ctx.saved_tensors
-        return _reduce(grad, dist.ReduceOp.SUM, ctx.group) * share, None, None, None
+        grad = _reduce(grad, dist.ReduceOp.SUM, ctx.group) if ctx.shared else grad
+        return grad / ctx.divisor, None, None, None
 
 
 def shared_max(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The maximum (B, C) over the tokens of all processes' x (B, n, C).
 
-    Tokens that are equally large share the gradient, on whatever process they are, as `Tensor.amax` has it.
+    Equally large tokens share the gradient, also on different processes, as in `Tensor.amax`.
     """
     mine = x.amax(dim=1)
     maximum = largest(mine, group)
     ties = (x.detach() == maximum[:, None]).sum(dim=1).to(x.dtype)
     share = ties / _reduce(ties, dist.ReduceOp.SUM, group)
-    return _SharedMax.apply(mine, share, maximum, group)
+    read = _Gradient.apply(mine * share, group, True, 1)
+    return maximum + (read - read.detach())  # plus zero, which has the gradient
 
 
-def _swap(
-    up: Tensor | None, down: Tensor | None, from_above: Tensor | None, from_below: Tensor | None, group: Any
-) -> None:
-    """Send to the process before (`up`) and to the one after (`down`), and fill what is to come from them."""
+def _swap(up: Tensor, down: Tensor, above: int, below: int, dim: int, group: dist.ProcessGroup) -> list[Tensor]:
+    """Send `up` to the process before and `down` to the one after; receive `above` and `below` rows from them.
+
+    At the ends of the group nothing is sent, and the tensor that would be received has no rows.
+    """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    operations = []
-    for peer, out, into in ((rank - 1, up, from_above), (rank + 1, down, from_below)):
-        if 0 <= peer < size:
-            other = dist.get_global_rank(group, peer)
-            if out is not None:
-                operations.append(dist.P2POp(dist.isend, out.contiguous(), other, group))
-            if into is not None:
-                operations.append(dist.P2POp(dist.irecv, into, other, group))
-    if operations:
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
+    received, operations = [], []
+    for peer, out, rows in ((rank - 1, up, above), (rank + 1, down, below)):
+        exists = 0 <= peer < size
+        shape = list(out.shape)
+        shape[dim] = rows if exists else 0
+        received.append(out.new_empty(shape))
+        other = dist.get_global_rank(group, peer) if exists else None
+        if exists and out.shape[dim]:
+            operations.append(dist.P2POp(dist.isend, out.contiguous(), other, group))
+        if exists and rows:
+            operations.append(dist.P2POp(dist.irecv, received[-1], other, group))
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
+    return received
 
 
 class _WithNeighbours(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, above: int, below: int, group: dist.ProcessGroup) -> Tensor:
-        ctx.dim, ctx.above, ctx.below, ctx.group, ctx.rows = dim, above, below, group, x.shape[dim]
-        first, last = _at_ends(group)
-        up = x.narrow(dim, 0, below) if below and not first else None
-        down = x.narrow(dim, x.shape[dim] - above, above) if above and not last else None
-        from_above = _rows_like(x, dim, above) if above and not first else None
-        from_below = _rows_like(x, dim, below) if below and not last else None
-        _swap(up, down, from_above, from_below, group)
-        return torch.cat([part for part in (from_above, x, from_below) if part is not None], dim=dim)
+        rows = x.shape[dim]
+        up, down = x.narrow(dim, 0, below), x.narrow(dim, rows - above, above)
+        from_above, from_below = _swap(up, down, above, below, dim, group)
+        ctx.dim, ctx.above, ctx.below, ctx.group = dim, above, below, group
+        ctx.sizes = from_above.shape[dim], rows, from_below.shape[dim]
+        return torch.cat([from_above, x, from_below], dim=dim)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        dim, above, below, rows, group = ctx.dim, ctx.above, ctx.below, ctx.rows, ctx.group
-        first, last = _at_ends(group)
-        start = 0 if first else above
-        up = grad.narrow(dim, 0, above) if above and not first else None
-        down = grad.narrow(dim, start + rows, below) if below and not last else None
-        own = grad.narrow(dim, start, rows).clone(memory_format=torch.contiguous_format)
-        from_above = _rows_like(grad, dim, below) if below and not first else None
-        from_below = _rows_like(grad, dim, above) if above and not last else None
-        _swap(up, down, from_above, from_below, group)
-        if from_above is not None:
-            own.narrow(dim, 0, below).add_(from_above)
-        if from_below is not None:
-            own.narrow(dim, rows - above, above).add_(from_below)
+        up, own, down = grad.split(ctx.sizes, dim=ctx.dim)
+        # the neighbours got `below` rows from the top of x and `above` rows from its bottom
+        from_above, from_below = _swap(up, down, ctx.below, ctx.above, ctx.dim, ctx.group)
+        own = own.clone(memory_format=torch.contiguous_format)
+        top, bottom = from_above.shape[ctx.dim], from_below.shape[ctx.dim]
+        own.narrow(ctx.dim, 0, top).add_(from_above)
+        own.narrow(ctx.dim, own.shape[ctx.dim] - bottom, bottom).add_(from_below)
         return own, None, None, None, None
-
-
-def _at_ends(group: dist.ProcessGroup) -> tuple[bool, bool]:
-    """Whether there is no process before this one, and none after it."""
-    rank = dist.get_rank(group)
-    return rank == 0, rank == dist.get_world_size(group) - 1
-
-
-def _rows_like(x: Tensor, dim: int, rows: int) -> Tensor:
-    shape = list(x.shape)
-    shape[dim] = rows
-    return x.new_empty(shape)
 
 
 def with_neighbours(x: Tensor, dim: int, above: int, below: int, group: dist.ProcessGroup) -> tuple[Tensor, int]:
     """x between the last rows of the process before and the first rows of the process after.
 
     Args:
-        x: Of which dimension `dim` is the rows; at least `above` and `below` of them on every process that has to give.
+        x: Its dimension `dim` is the rows; there must be at least `above` and `below` of them.
         dim: The dimension.
         above: Rows to get from the process before.
         below: Rows to get from the process after.
         group: The processes, in the order of their rows.
 
     Returns:
-        The rows, and how many of them come before x: `above`, or 0 on the first process.
+        The rows, and the number of rows that come before x: `above`, or 0 on the first process.
     """
     if not above and not below:
         return x, 0
-    first, _ = _at_ends(group)
-    return _WithNeighbours.apply(x, dim, above, below, group), 0 if first else above
-
-
-class _OwnGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, shared: bool) -> Tensor:
-        ctx.group, ctx.shared = group, shared
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.shared:
-            grad = _reduce(grad, dist.ReduceOp.SUM, ctx.group)
-        return grad / dist.get_world_size(ctx.group), None, None
+    return _WithNeighbours.apply(x, dim, above, below, group), above if dist.get_rank(group) else 0
 
 
 def own_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """x itself, what a process alone has: its gradient is made that of the mean loss, which nothing else averages."""
-    return _OwnGradient.apply(x, group, False)
+    """x, which only this process has; its gradient becomes that of the mean loss, as nothing else averages it."""
+    return _Gradient.apply(x, group, False, dist.get_world_size(group))
 
 
 def mean_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """x itself, what every process has a copy of: the gradient of each is made that of the mean loss."""
-    return _OwnGradient.apply(x, group, True)
+    """x, of which every process has a copy; the gradient of each copy becomes that of the mean loss."""
+    return _Gradient.apply(x, group, True, dist.get_world_size(group))
 
 
 def from_all(numbers: list[int], group: dist.ProcessGroup, device: torch.device) -> list[list[int]]:
-    """The whole numbers of every process, as many from each, in the order of the group."""
+    """The whole numbers of all processes, the same count from each, in the order of the group."""
     mine = torch.tensor(numbers, dtype=torch.int64, device=device)
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, mine, group=group)

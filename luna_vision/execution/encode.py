@@ -1,4 +1,4 @@
-"""`encode`: an image of any size through a Luna ViT, with the result of the ordinary forward pass.
+"""`encode`: run a Luna ViT on an image of any size, with the result of the ordinary forward pass.
 
 Shapes: H', W' patch grid, L memory slots, C width.
 """
@@ -6,6 +6,7 @@ Shapes: H', W' patch grid, L memory slots, C width.
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,15 @@ STORE_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass
 class Encoded:
-    """What `encode` returns; tensors are on the CPU.
+    """The result of `encode`; tensors are on the CPU.
 
     Attributes:
-        embedding: (C), what the model's head reads; None for `global_pool=""`.
+        embedding: (C), the input of the model's classifier; None for `global_pool=""`.
         logits: (num_classes); None without classes or embedding.
         memory: (L, C), after the final norm: the first tokens of `forward_features`.
-        raw_memory: (L, C), before it: what to hand in as `memory` for a next image.
+        raw_memory: (L, C), before the final norm: the `memory` for a next image.
         grid_size: (H', W').
-        peak_bytes: What was to be allocated at most, by the plan.
+        peak_bytes: Bytes to be allocated at most, by the plan.
     """
 
     embedding: Tensor | None
@@ -53,7 +54,7 @@ class Encoded:
     peak_bytes: int
 
 
-@torch.no_grad()  # not inference mode: what comes out may be trained on
+@torch.no_grad()  # not inference mode: the result may be used in training
 def encode(
     model: nn.Module,
     image: Any,
@@ -69,49 +70,41 @@ def encode(
     progress: bool = True,
     save: Callable[[Encoded], None] | None = None,
 ) -> Encoded:
-    """Encode an image that need not fit into memory: exactly, up to rounding, what `model(image)` computes.
+    """Encode an image that need not fit into memory. The result is that of `model(image)`, up to rounding.
 
-    The image is read once, from top to bottom. With a `store` on disk, a call that was stopped, by Ctrl-C, a kill, a
-    full disk or a tile that could not be read, is taken up by the same call, and ends with the same bits.
+    The image is read once, from top to bottom. With a `store` on disk, a call that was stopped (by Ctrl-C, a kill, a
+    full disk or a tile that could not be read) is continued by the same call, and gives the same bits.
 
     Args:
         model: A Luna ViT, on its device; it is put in eval mode.
-        image: Anything with a `shape`, (H, W) or (H, W, channels), of which `image[start:stop]` are pixel rows: a numpy
-            array or memmap, a zarr array, what `open_image` returns. 8 bits, 16 bits (scaled to 8), or floating point
-            in [0, 1]. Grey and colour are converted to what the model takes, transparency is dropped.
-        mean: Mean that is subtracted from pixels in [0, 1], one number or one for each channel. By default that of the
-            model's `pretrained_cfg`, as in training and in `luna_vision.data.transforms.eval_transform`. With 0, and
-            `std` 1, pixels go in as they are.
-        std: Standard deviation that they are divided by, likewise.
-        memory: (L, C), takes the place of the learned initial memory (`Encoded.raw_memory` of an earlier image).
-        store: A folder for the patches, which are kept in memory if None. It is emptied in the end.
+        image: Anything with a `shape`, (H, W) or (H, W, channels), and pixel rows by `image[start:stop]`: a numpy array
+            or memmap, a zarr array, the result of `open_image`. 8 bits, 16 bits (scaled to 8), or floating point in
+            [0, 1]. Grey and colour are converted to the channels of the model, transparency is dropped.
+        mean: Mean for pixels in [0, 1], one number or one for each channel; by default that of the model's
+            `pretrained_cfg`, as in training. With mean 0 and std 1 pixels stay as they are.
+        std: Standard deviation, likewise.
+        memory: (L, C), replaces the learned initial memory (`Encoded.raw_memory` of an earlier image).
+        store: A folder for the patches; None keeps them in memory. It is emptied at the end.
         store_dtype: Type in which patches are kept between two layers, the model's if None. `torch.bfloat16` halves
             the space and rounds to 8 bits once a layer.
         memory_budget: Bytes, or a text such as "8GB", that may be allocated beyond the model, Python and the libraries.
-        band_rows: Rows of patches that go through a layer together; chosen from the budget if None. The result does
-            not depend on it, but for rounding.
-        grid: A .npy or .zarr file for the patches after the final norm, (H', W', C). What is there is replaced in the
-            end, a .zarr folder as a whole.
+        band_rows: Rows of patches that go through a layer together; chosen from the budget if None. It changes the
+            result by rounding only.
+        grid: A .npy or .zarr file for the patches after the final norm, (H', W', C). An existing file or .zarr folder
+            is replaced at the end.
         progress: Show a progress bar on stderr, if that is a terminal.
-        save: Called with the result before the store is emptied, to keep it: if that fails, the same call goes on from
-            there.
+        save: Called with the result before the store is emptied. If it fails, the same call continues from there.
 
     Raises:
         ValueError: A model that cannot stream, an image or an argument that does not fit, a budget that is too small
-            (the message says what it takes), or a `store` with a run of another model, image or arguments.
-        OSError: Pixels cannot be read or files cannot be written; what is in the store is kept.
+            (the message gives the smallest one), or a `store` with a run of another model, image or arguments.
+        OSError: Pixels cannot be read or files cannot be written; the store is kept.
     """
     check_model(model, "streaming")
     model.eval()
     parameter = next(model.parameters())
     store_dtype = parameter.dtype if store_dtype is None else store_dtype
-    if store_dtype not in STORE_TYPES:
-        raise ValueError(f"store_dtype must be one of {', '.join(map(str, STORE_TYPES))}, got {store_dtype}")
-    if band_rows is not None and band_rows < 1:
-        raise ValueError(f"band_rows must be at least 1, got {band_rows}")
-    if grid is not None:
-        check_grid(Path(grid))
-        check_apart(Path(grid), "the patch grid", getattr(image, "file", None))
+    _check_arguments(image, store_dtype, band_rows, grid)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
 
     statistics = pixel_statistics(model, mean, std)
@@ -120,53 +113,71 @@ def encode(
     (height, width), (p, q) = pixels.shape[:2], model.patch_embed.patch_size
     grid_size = -(-height // p), -(-width // q)
     memory = None if memory is None else memory.reshape(-1, *memory.shape[-2:]).to(parameter.device)
-    start = State(0, 0, initial_memory(model.learned_memory(), memory, parameter.new_empty(1, 1, model.embed_dim)))
+    state = State(0, 0, initial_memory(model.learned_memory(), memory, parameter.new_empty(1, 1, model.embed_dim)))
 
     checkpoint, band = None, band_rows
     if store is not None:
-        about = _about(model, pixels, statistics, start.memory, store_dtype, band_rows, grid)
+        about = _about(model, pixels, statistics, state.memory, store_dtype, band_rows, grid)
         checkpoint = Checkpoint(Path(store), about)
         band = checkpoint.band or band
     plan = make_plan(model, pixels, grid_size, store_dtype, store is not None, budget, band)
-    if checkpoint is not None:  # only now that there is room for pixels
+    if checkpoint is not None:  # the first row of pixels is read only after the plan has found room for it
         checkpoint.expect({"image": hashlib.sha256(pixels.raw(0, 1).tobytes()).hexdigest()})
     resume = checkpoint is not None and checkpoint.band is not None
-    state = checkpoint.load(parameter.device) if resume else start
-    shape = grid_size[0] + plan.margin, grid_size[1] * model.embed_dim, store_dtype
-    rows = RamRows(*shape) if checkpoint is None else FileRows(checkpoint.patches, *shape, resume=resume)
-    # killed when the grid had its name, and before the store was removed
-    at_end = (state.sweep, state.row) == (len(model.blocks), grid_size[0])
-    out = None
-    try:
+    if resume:
+        state = checkpoint.load(parameter.device)
+
+    with ExitStack() as files:
+        shape = grid_size[0] + plan.margin, grid_size[1] * model.embed_dim, store_dtype
+        rows = RamRows(*shape) if checkpoint is None else FileRows(checkpoint.patches, *shape, resume=resume)
+        files.callback(rows.close)
+        out = None
+        # a run that was killed at its very end has a complete grid already
+        at_end = (state.sweep, state.row) == (len(model.blocks), grid_size[0])
         if grid is not None and not (at_end and Grid.is_finished(Path(grid))):
             out = Grid(Path(grid), (*grid_size, model.embed_dim), parameter.dtype, plan.band, resume)
-        ring = Ring(rows, grid_size[0], grid_size[1], plan.margin)
-        engine = Engine(model, pixels, grid_size, plan.band, ring, state, out)
-        done = state.sweep * grid_size[0] + state.row
-        total = engine.sweeps * grid_size[0]
-        with tqdm(total=total, initial=done, desc="encoding", unit="row", disable=None if progress else True) as bar:
-
-            def after_band(state: State, new: int) -> None:
-                if checkpoint is not None:
-                    rows.sync()
-                    if out is not None:
-                        out.sync()
-                    checkpoint.save(state, plan.band)
-                bar.update(new)
-
-            embedding, memory = engine.run(after_band)
+            files.callback(out.close)
+        engine = Engine(model, pixels, grid_size, plan.band, Ring(rows, *grid_size, plan.margin), state, out)
+        embedding, memory = _run(engine, rows, checkpoint, progress)
         result = _finish(model, embedding, memory, grid_size, plan.bytes)
         if save is not None:
             save(result)
         if out is not None:
             out.finish()
-    finally:
-        rows.close()
-        if out is not None:
-            out.close()
     if checkpoint is not None:
         checkpoint.remove()
     return result
+
+
+def _check_arguments(
+    image: Any, store_dtype: torch.dtype, band_rows: int | None, grid: str | os.PathLike | None
+) -> None:
+    if store_dtype not in STORE_TYPES:
+        raise ValueError(f"store_dtype must be one of {', '.join(map(str, STORE_TYPES))}, got {store_dtype}")
+    if band_rows is not None and band_rows < 1:
+        raise ValueError(f"band_rows must be at least 1, got {band_rows}")
+    if grid is not None:
+        check_grid(Path(grid))
+        check_apart(Path(grid), "the patch grid", getattr(image, "file", None))
+
+
+def _run(
+    engine: Engine, rows: RamRows | FileRows, checkpoint: Checkpoint | None, progress: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Run the engine to its end, with a progress bar; keep its state after every band if there is a checkpoint."""
+    done = engine.state.sweep * engine.height + engine.state.row
+    total = engine.sweeps * engine.height
+    with tqdm(total=total, initial=done, desc="encoding", unit="row", disable=None if progress else True) as bar:
+
+        def after_band(state: State, new: int) -> None:
+            if checkpoint is not None:
+                rows.sync()
+                if engine.grid is not None:
+                    engine.grid.sync()
+                checkpoint.save(state, engine.band)
+            bar.update(new)
+
+        return engine.run(after_band)
 
 
 def _finish(
@@ -189,8 +200,8 @@ def _about(
     band_rows: int | None,
     grid: str | os.PathLike | None,
 ) -> dict[str, Any]:
-    """What the result depends on. Of the image, that is its shape and what it says of itself (`identity`); its first
-    row is added when there is a plan for reading it."""
+    """Everything that the result depends on. The image is known by its shape and its `identity`; `encode` adds its
+    first row."""
     return {
         "luna_vision": luna_vision.__version__,
         **describe(model),

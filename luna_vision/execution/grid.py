@@ -1,18 +1,18 @@
 """The patch features of an image as a file: a .npy or a .zarr array (H', W', C), written row by row.
 
-Until it is complete it is called NAME.partial.
+The file is called NAME.partial until it is complete.
 """
 
 import importlib.util
+import io
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..utils.files import remove_own
+from ..utils.files import remove, remove_own
 from .store import FileRows, write_all
 
 __all__ = ["GRID_SUFFIXES", "Grid"]
@@ -22,21 +22,21 @@ ZARR_FILES = ("zarr.json", ".zarray", ".zgroup")
 
 
 class Grid:
-    """A file of patch features in the making, in float32, or float64 for a model of that type."""
+    """A file of patch features that is being written, in float32, or in float64 for a model of that type."""
 
     def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, band: int, resume: bool) -> None:
         """
         Args:
             path: The file.
             shape: H', W', C.
-            dtype: The model's.
-            band: Rows that are written together; those of a zarr array's chunks.
-            resume: Go on with the partial file.
+            dtype: Type of the model.
+            band: Rows that are written together, and rows of a zarr array's chunks.
+            resume: Continue with the partial file.
 
         Raises:
-            ValueError: Another suffix, zarr is not installed, or the partial file is of another size.
-            OSError: It cannot be written, there is no room for it, the partial file is gone, or something else than an
-                array would have to be removed.
+            ValueError: Another suffix, zarr is not installed, or the partial file has another size.
+            OSError: The file cannot be written, the disk has no room for it, the partial file does not exist, or the
+                path is a folder that is not a zarr array.
         """
         check_grid(path)
         self.path, self.partial = path, _partial(path)
@@ -46,7 +46,7 @@ class Grid:
             raise OSError(f"{path} is a folder, and not one of zarr: it is not replaced")
         if not resume and path.suffix == ".zarr":
             remove_own(self.partial, r"zarr\.json|c(/\d+){3}")
-        elif resume and (not self.partial.exists() or self.partial.is_symlink()):  # a new one would lack those rows
+        elif resume and (not self.partial.exists() or self.partial.is_symlink()):
             raise FileNotFoundError(f"{self.partial} is gone, with the rows that were done: remove the store, too")
         self.array, self.rows = None, None
         name = str(self.dtype).removeprefix("torch.")
@@ -59,16 +59,18 @@ class Grid:
             if self.array.shape != shape:
                 raise ValueError(
                     f"{self.partial} has shape {self.array.shape} where the run that was stopped had {shape}: "
-                    "something else has changed it; remove the store to begin anew"
+                    "something else has changed it; remove the store to start again"
                 )
             return
-        header = npy_header(shape, np.dtype(name))
-        self.rows = FileRows(self.partial, shape[0], shape[1] * shape[2], self.dtype, len(header), resume)
+        buffer = io.BytesIO()
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(name)), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(buffer, header)
+        self.rows = FileRows(self.partial, shape[0], shape[1] * shape[2], self.dtype, buffer.tell(), resume)
         self.rows.file.seek(0)
-        write_all(self.rows.file, memoryview(header))
+        write_all(self.rows.file, buffer.getbuffer())
 
     def write(self, start: int, x: Tensor) -> None:
-        """Write rows (n, W', C) from `start` on."""
+        """Write rows (n, W', C) at `start`."""
         x = x.to("cpu", self.dtype)
         if self.rows is not None:
             self.rows.write(start, x.flatten(1))
@@ -79,7 +81,7 @@ class Grid:
             raise OSError(f"cannot write {self.partial}: {error.strerror or error}") from error
 
     def sync(self) -> None:
-        """Return when what was written would survive a power cut (a .npy file), or a kill (a .zarr folder)."""
+        """Return when the rows would survive a loss of power (.npy) or a kill (.zarr)."""
         if self.rows is not None:
             self.rows.sync()
 
@@ -89,7 +91,7 @@ class Grid:
 
     @staticmethod
     def is_finished(path: Path) -> bool:
-        """Whether a run that has written all rows has given the file its name, too."""
+        """Whether a run that has written all rows has also given the file its name."""
         return path.exists() and not _partial(path).exists()
 
     def finish(self) -> None:
@@ -104,41 +106,17 @@ def _partial(path: Path) -> Path:
 
 
 def check_grid(path: Path) -> None:
-    """
-    Raises:
-        ValueError: The suffix is none of `GRID_SUFFIXES`, or the zarr that it takes is not installed.
-    """
+    """Raise a ValueError unless the suffix is one of `GRID_SUFFIXES`, and zarr is installed if it is needed."""
     if path.suffix not in GRID_SUFFIXES:
         raise ValueError(f"the patch grid must end in {' or '.join(GRID_SUFFIXES)}, got {path}")
     if path.suffix == ".zarr" and importlib.util.find_spec("zarr") is None:
-        raise ValueError("a .zarr grid takes zarr (pip install 'luna-vision[streaming]'); .npy does not")
+        raise ValueError("a .zarr grid needs zarr (pip install 'luna-vision[streaming]'); .npy does not")
 
 
 def check_apart(path: Path, what: str, image: Path | None) -> None:
-    """
-    Raises:
-        ValueError: What is written there would replace the file or folder of an image, or a part of it.
-    """
+    """Raise a ValueError if writing to `path` would replace the image, a part of it or a folder around it."""
     if image is None:
         return
     path, image = path.resolve(), image.resolve()
     if path == image or path in image.parents or image in path.parents:
         raise ValueError(f"{what} {path} would be written over the image {image}: give another name")
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder, if there is one."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """What a .npy file of that kind begins with."""
-    import io
-
-    buffer = io.BytesIO()
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(buffer, header)
-    return buffer.getvalue()

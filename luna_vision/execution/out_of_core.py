@@ -1,9 +1,9 @@
-"""An image of any size through a Luna ViT, exactly, with only a band of its patches in work at a time.
+"""Run a Luna ViT on an image of any size, exactly, one band of its patches at a time.
 
-A sweep takes all bands from one pack to the next: through the second half of a block (unpack, MLP), where every patch
-reads the memory that was packed in the sweep before, and through the beginning of the next (local mixing, pack). The
-first sweep begins with the patch embedding, the last ends with the pooling. So a model of D blocks takes D + 1 sweeps,
-in each of which every patch is read and written once.
+A sweep takes all bands from one pack to the next: through the second half of a block (unpack, MLP), where the patches
+read the memory that the sweep before has packed, and through the first half of the next block (local mixing, pack). The
+first sweep begins with the patch embedding, the last ends with the pooling. A model of D blocks needs D + 1 sweeps, and
+each sweep reads and writes every patch once.
 
 Shapes: H', W' patch grid, N = H' * W' patches, n patches of a band, L memory slots, C width.
 """
@@ -26,41 +26,25 @@ __all__ = ["Engine", "State"]
 
 @dataclass
 class State:
-    """All that is known between two bands, except for the patches, which are in the ring."""
+    """The state between two bands, except for the patches, which are in the ring."""
 
     sweep: int
     row: int
-    """Rows of the patch grid that this sweep is done with."""
+    """Rows of the patch grid that this sweep has finished."""
     memory: Tensor
-    """(1, L, C), as it enters the block that packs in this sweep; in the last, as it leaves the last block."""
+    """(1, L, C), before the block that packs in this sweep; in the last sweep, after the last block."""
     read: Tensor | None = None
-    """(1, L, C), what the patches read in this sweep."""
+    """(1, L, C), the packed memory that the patches read in this sweep."""
     tail: Tensor | None = None
-    """(1, up to 2 W', C), the last rows on which local mixing waits for the next band."""
+    """(1, up to 2 W', C), the last rows of a band, which local mixing needs again with the next band."""
     pack: dict[str, Tensor] = field(default_factory=dict)
-    """What this sweep's pack has read: maximum, total, weighted."""
+    """The `PackState` of this sweep's bands so far: maximum, total, weighted."""
     pool: dict[str, Tensor] = field(default_factory=dict)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, for a file."""
-        out = {"memory": self.memory, "read": self.read, "tail": self.tail}
-        for part in ("pack", "pool"):
-            out |= {f"{part}.{name}": value for name, value in getattr(self, part).items()}
-        return {name: value.contiguous() for name, value in out.items() if value is not None}
-
-    @classmethod
-    def of(cls, sweep: int, row: int, tensors: dict[str, Tensor]) -> "State":
-        """The state of which `tensors` are the tensors."""
-        parts: dict[str, dict[str, Tensor]] = {"pack": {}, "pool": {}}
-        for name, value in tensors.items():
-            if "." in name:
-                part, key = name.split(".")
-                parts[part][key] = value
-        return cls(sweep, row, tensors["memory"], tensors.get("read"), tensors.get("tail"), **parts)
+    """The parts of the pooling so far."""
 
 
 class Engine:
-    """A model on an image."""
+    """Runs a model on an image, from a state on."""
 
     def __init__(
         self,
@@ -78,26 +62,26 @@ class Engine:
             pixels: The image.
             grid_size: H', W'.
             band: Rows of patches that go through a layer together.
-            ring: Where the patches are kept; as it was at `state`.
-            state: Where to begin.
-            grid: Where the patches go after the final norm.
+            ring: The store of the patches, as it was at `state`.
+            state: The state to start from.
+            grid: File for the patches after the final norm.
         """
         self.model, self.pixels, self.band, self.ring, self.state, self.grid = model, pixels, band, ring, state, grid
         self.height, self.columns = grid_size
         parameter = next(model.parameters())
         self.like = {"device": parameter.device, "dtype": parameter.dtype}
         self.pool = model.new_pool(state.pool)
-        # nobody reads the patches after the last block: its pack was all
+        # no last sweep if nothing reads the patches after the last block: its pack has all that is needed
         self.sweeps = len(model.blocks) + (1 if self.pool.reads_patches or grid is not None else 0)
 
     def run(self, after_band: Callable[[State, int], None]) -> tuple[Tensor | None, Tensor]:
-        """Do what is left to do.
+        """Run all remaining sweeps.
 
         Args:
-            after_band: Called with the state and the number of new rows; from this state it can go on.
+            after_band: Called after each band with the state, from which a run can be resumed, and the number of rows.
 
         Returns:
-            The embedding (1, C), None without pooling, and the memory (1, L, C) as it leaves the last block.
+            The embedding (1, C), None without pooling, and the memory (1, L, C) after the last block.
         """
         while self.state.sweep < self.sweeps:
             self._sweep(after_band)
@@ -123,12 +107,12 @@ class Engine:
                 state.pool = self.pool.parts
                 if self.grid is not None:
                     self.grid.write(start, x.view(stop - start, self.columns, -1))
-            del x  # before the next band is made
+            del x  # free it before the next band
             state.row = stop
             after_band(state, stop - start)
 
     def _next_sweep(self) -> None:
-        """Finish the pack, which updates the memory."""
+        """Finish the pack and update the memory."""
         block = self._block(self.state.sweep)
         if block is None:
             self.state.sweep += 1
@@ -137,7 +121,7 @@ class Engine:
         self.state = State(self.state.sweep + 1, 0, memory, read)
 
     def _embed(self, start: int, stop: int) -> Tensor:
-        """Patches (1, n, C) of the rows [start, stop), from their pixels."""
+        """Embed the pixels of the rows [start, stop): (1, n, C)."""
         above = min(self.model.embed_halo, start)
         side = self.model.patch_embed.patch_size[0]
         x = self.pixels.rows((start - above) * side, min(stop * side, self.pixels.shape[0]))
@@ -151,9 +135,9 @@ class Engine:
         return x[:, (start - top) * self.columns : (stop - top) * self.columns]
 
     def _pack(self, block: LunaBlock, x: Tensor, start: int, stop: int) -> None:
-        """Take the rows [start, stop), (1, n, C), into a block: mix them locally, pack them, and keep them.
+        """Start a block on the rows [start, stop), (1, n, C): mix them locally, pack them and keep them.
 
-        A block that mixes takes rows below, too: as many as that wait for the next band.
+        Local mixing needs the rows below, so the last rows of a band wait in `tail` for the next band.
         """
         state, W, halo = self.state, self.columns, block.mix_halo
         waiting = 0 if state.tail is None else state.tail.shape[1] // W

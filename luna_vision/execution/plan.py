@@ -1,26 +1,23 @@
-"""How many rows of patches go through a layer together, and the memory that it takes.
+"""The number of rows of patches in a band, and the memory that encoding needs with it.
 
 Shapes: H', W' patch grid, C width, L slots, H heads, p side of a patch.
 """
 
 import math
 import re
-from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from ..images.pixels import Pixels
 from ..models import LunaVit
-from .store import ring_bytes
 
 __all__ = ["BAND_PATCHES", "Plan", "make_plan", "parse_bytes"]
 
-# Of a band, where its rows are not too long for that: what a layer makes of more leaves the caches, and is handed back
-# to the system and fetched again. Both were slower, on two models and two lengths of rows.
+# Patches in a band, if a row is not longer. Larger bands were slower on two models and two lengths of rows: their
+# activations do not fit into the caches, and the allocator returns their memory to the system after each layer.
 BAND_PATCHES = 2**12
-# what allocators leave unused between blocks of memory, and what libraries copy inside of a product or a convolution
-SLACK = 1.2
+SLACK = 1.2  # for memory that allocators leave unused, and for copies inside of a library's product or convolution
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -32,14 +29,14 @@ class Plan(NamedTuple):
     margin: int
     """Free rows of the ring."""
     bytes: int
-    """What is allocated at most, beyond the model, Python and the libraries."""
+    """Bytes to be allocated at most, beyond the model, Python and the libraries."""
 
 
 def parse_bytes(text: str | int) -> int:
-    """A number of bytes, from itself or from a text such as "8GB", "500 MB" (powers of 1000) or "2GiB" (of 1024).
+    """Read a number of bytes, or a text such as "8GB", "500 MB" (powers of 1000) or "2GiB" (powers of 1024).
 
     Raises:
-        ValueError: It is neither, or not above 0.
+        ValueError: Neither of them, or not above 0.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", str(text).upper())
     factor = _UNITS[match[2]] if match else 0
@@ -66,14 +63,15 @@ def make_plan(
     budget: int | None = None,
     band: int | None = None,
 ) -> Plan:
-    """
+    """Choose the band, and estimate the memory.
+
     Args:
-        model, pixels: What runs, and on what.
+        model, pixels: The model and the image.
         grid_size: H', W'.
         store_dtype: Type in which the patches are kept.
-        in_file: They are kept in a file, and take no memory.
+        in_file: The patches are kept in a file and not in memory.
         budget: Bytes that may be allocated.
-        band: Rows of patches that go through a layer together, if that is settled.
+        band: Rows of a band, if the caller has chosen them.
 
     Raises:
         ValueError: The budget is too small.
@@ -82,16 +80,14 @@ def make_plan(
     model_dtype = next(model.parameters()).dtype
     settled = band is not None
     band = min(height, band if settled else max(BAND_PATCHES // columns, _least_rows(model, in_file)))
-    store_rows = partial(ring_bytes, columns=columns, width=model.embed_dim, dtype=store_dtype)
-
     patch = max(block.tile_numbers(model.memory_len) for block in model.blocks) * _itemsize(model)
     small = 4 * model.blocks[0].small_numbers(model.memory_len)
 
     def total(band: int, in_file: bool = in_file) -> int:
-        rows = min(band + 2, height)  # a halo, and what waits for the next band
-        store = 0 if in_file else store_rows(height, band + 1)
+        rows = min(band + 2, height)  # a halo, and rows that wait for the next band
+        store = 0 if in_file else (height + band + 1) * columns * model.embed_dim * store_dtype.itemsize
         work = max(_stem_bytes(model, pixels, rows, columns), patch * rows * columns)
-        # what is read from a file or widened is a copy
+        # patches that are read from a file or converted to another type are copies
         copies = (store_dtype.itemsize if in_file else 0) + (_itemsize(model) if store_dtype != model_dtype else 0)
         work += copies * rows * columns * model.embed_dim
         return pixels.held_bytes + small + store + int(SLACK * work)
@@ -110,23 +106,23 @@ def make_plan(
 
 
 def _least_rows(model: LunaVit, in_file: bool) -> int:
-    """Rows of a band that keep what each costs besides its patches small, where memory allows: two more rows for local
-    mixing, which go through all of a block's second half or only through a convolution, and a state on the disk."""
+    """Rows of a band, at least, if memory allows. Each band has a fixed cost: two more rows for local mixing, through
+    all of a block's second half or only through a convolution, and with a file a state on the disk."""
     if any(block.unpack_halo for block in model.blocks):
         return 8
     return 4 if in_file else 2
 
 
 def _itemsize(model: LunaVit) -> int:
-    # half precision is widened where it is slow
+    # a CPU may compute half precision in float32
     return max(4, next(model.parameters()).dtype.itemsize)
 
 
 def _stem_bytes(model: LunaVit, pixels: Pixels, rows: int, columns: int) -> int:
-    """Of a band, from its pixels to its patches."""
+    """Bytes of the patch embedding of a band, from its pixels to its patches."""
     p, q = model.patch_embed.patch_size
     numbers = 4 * model.embed_dim
-    if model.mask_stem:  # the first convolution, its norm and its activation are the largest
+    if model.mask_stem:  # the largest are the first convolution, its norm and its activation
         channels = model.patch_embed.stem[0].conv.out_channels
         numbers += 3 * channels * (p // 2) * (q // 2)
     return pixels.band_bytes(rows * p, columns * q) + numbers * rows * columns * _itemsize(model)

@@ -1,12 +1,12 @@
-"""One image over many processes, exactly: each holds a strip of it, and they exchange what a block needs of the others.
+"""One image over many processes, exactly: each process has a strip of it.
 
-That is, for each block, the state of the pack, L (C + 2 H) numbers whatever the image's size, and where the block
-mixes locally, a row of patches to each neighbour. See docs/sequence_parallel.md.
+For each block the processes exchange the state of the pack, L (C + 2 H) numbers for an image of any size, and for local
+mixing a row of patches with each neighbour. See docs/sequence_parallel.md.
 
-Shapes: B batch, H', W' patch grid, N = H' * W' patches, n of them in a strip, L memory slots, C width.
+Shapes: B batch, H', W' patch grid, N = H' * W' patches, n patches of a strip, L memory slots, C width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from timm.layers import DropPath
 from timm.models import checkpoint
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..functional import PackState
 from ..layers import LunaBlock
@@ -23,16 +24,70 @@ from ..models.luna_vit import initial_memory, join_tokens
 from ..models.pooling import Pool
 from .check import check_model
 from .collectives import from_all, largest, mean_gradient, own_gradient, shared_max, shared_sum, with_neighbours
-from .strips import Group, process_group, row_ranges, split_rows
 
 __all__ = ["SequenceParallel", "StripFeatures", "merge_over", "row_ranges", "split_rows"]
 
+Group = dist.ProcessGroup | DeviceMesh | None
+
+
+def row_ranges(height: int, patch_size: int, parts: int) -> list[tuple[int, int]]:
+    """Divide an image into strips of whole patches, as even as possible: the pixel rows [start, stop) of each.
+
+    Args:
+        height: Rows of pixels. The last strip ends there, perhaps within a patch.
+        patch_size: Rows of a patch.
+        parts: The number of strips.
+
+    Raises:
+        ValueError: There are fewer rows of patches than strips.
+    """
+    rows = -(-height // patch_size)
+    if rows < parts:
+        raise ValueError(
+            f"an image of {height} pixel rows has {rows} row{'s' * (rows != 1)} of patches of {patch_size}: "
+            f"too few for {parts} processes: each needs at least one"
+        )
+    stops = [rows * i // parts * patch_size for i in range(parts + 1)]
+    return [(start, min(stop, height)) for start, stop in zip(stops, stops[1:], strict=False)]
+
+
+def split_rows(image: Tensor, patch_size: int | Sequence[int], group: Group = None) -> Tensor:
+    """This process's strip, a view of an image (..., height, width) that all processes of a group have.
+
+    Args:
+        image: The image, or a batch.
+        patch_size: `model.patch_embed.patch_size`: side, or (rows, columns).
+        group: As in `SequenceParallel`.
+
+    Raises:
+        ValueError: There are fewer rows of patches than processes.
+    """
+    group = process_group(group)
+    side = patch_size if isinstance(patch_size, int) else patch_size[0]
+    start, stop = row_ranges(image.shape[-2], side, dist.get_world_size(group))[dist.get_rank(group)]
+    return image[..., start:stop, :]
+
+
+def process_group(group: Group) -> dist.ProcessGroup:
+    """The process group of a one-dimensional mesh; all processes for None.
+
+    Raises:
+        ValueError: torch.distributed is not initialised, or the mesh has more than one dimension.
+    """
+    if not dist.is_initialized():
+        raise ValueError("sequence parallelism needs processes: call torch.distributed.init_process_group first")
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"the mesh must have one dimension, such as mesh['seq'], got {group.ndim}")
+        group = group.get_group()
+    return dist.group.WORLD if group is None else group
+
 
 def merge_over(state: PackState, group: dist.ProcessGroup) -> PackState:
-    """The state that has read what all processes' states have read, all of them for the same queries.
+    """Merge the states of all processes, which belong to the same queries.
 
-    Two reductions: of the maximum, L H numbers an image, and of the sums that are scaled to it, L (C + H). Gradients
-    pass through the second.
+    It takes two reductions: of the maximum, L H numbers an image, and of the sums scaled to it, L (C + H) numbers.
+    Gradients pass through the second.
     """
     maximum, total, weighted = state.rebased(largest(state.maximum, group))
     sums = shared_sum(torch.cat([total[..., None], weighted], dim=-1), group)
@@ -40,7 +95,7 @@ def merge_over(state: PackState, group: dist.ProcessGroup) -> PackState:
 
 
 def share_pool(pool: Pool, x: Tensor, group: dist.ProcessGroup) -> None:
-    """Have a pool that has read this process's patches x (B, n, C) know those of the others."""
+    """Add the other processes' patches to a pool that has read this process's patches x (B, n, C)."""
     if "sum" in pool.parts:
         pool.parts["sum"] = shared_sum(pool.parts["sum"], group)
     if "max" in pool.parts:
@@ -51,15 +106,15 @@ def share_pool(pool: Pool, x: Tensor, group: dist.ProcessGroup) -> None:
 
 @dataclass
 class StripFeatures:
-    """What `SequenceParallel.encode` returns; all but the patches is the same on every process.
+    """The result of `SequenceParallel.encode`; every process has the same, except for `patches` and `rows`.
 
     Attributes:
         patches: (B, n, C), this process's, after the final norm.
         memory: (B, L, C), after the final norm.
-        raw_memory: (B, L, C), before it: what to hand in as `memory` for a next image.
-        embedding: (B, C), what the model's head reads; None for `global_pool=""`.
+        raw_memory: (B, L, C), before the final norm: the `memory` for a next image.
+        embedding: (B, C), the input of the model's classifier; None for `global_pool=""`.
         logits: (B, num_classes); None without classes or embedding.
-        rows: [start, stop), of the image's rows of patches, that are this process's.
+        rows: This process's rows [start, stop) of the image's patch grid.
         grid_size: (H', W') of the image.
     """
 
@@ -73,16 +128,16 @@ class StripFeatures:
 
 
 def _shape(x: Tensor, dims: int) -> list[int]:
-    """The shape of a tensor of so many dimensions; -1 in the place of each for any other."""
+    """The shape of a tensor with `dims` dimensions; for another number of dimensions, -1 for each."""
     return list(x.shape) if x.dim() == dims else [-1] * dims
 
 
 class SequenceParallel(nn.Module):
-    """A Luna ViT on images of which each process of a group holds a strip: exactly, up to rounding, what the model
-    computes of the whole images, forward and backward.
+    """A Luna ViT on images that are split into strips, one for each process of a group.
 
-    The processes go forward and backward together. The loss that counts is the mean of theirs (they are all the same
-    where it is made of the logits), and the gradients of the weights are to be averaged over the processes:
+    Forward and backward it computes the same as the model on the whole images, up to rounding. All processes must run
+    both passes together. The loss is the mean of the processes' losses (which are equal if they depend on the logits
+    alone), and the gradients of the weights must be averaged over the processes:
     `DistributedDataParallel(SequenceParallel(model, mesh["seq"]))` does it, over all dimensions of the mesh.
     """
 
@@ -105,26 +160,26 @@ class SequenceParallel(nn.Module):
         `encode`.
 
         Raises:
-            ValueError: The model has `global_pool=""`, and with it no output that all processes could have.
+            ValueError: The model has `global_pool=""`, and so no output that all processes share.
         """
         if self.model.global_pool == "":
             raise ValueError(
-                "global_pool='' pools nothing: call encode, which gives the memory and the strip's patches"
+                "global_pool='' pools nothing: call encode, which returns the memory and the strip's patches"
             )
         out = self.encode(strip, memory)
         return out.embedding if out.logits is None else out.logits
 
     def encode(self, strip: Tensor, memory: Tensor | None = None) -> StripFeatures:
-        """
+        """Encode the images.
+
         Args:
-            strip: (B, in_chans, rows, width), the process's part of the images, from top to bottom in the order of the
-                group. `split_rows` makes even ones; of any other height they have to be whole patches, but for the
-                last.
-            memory: (B, L, C), the same on all processes, takes the place of the learned initial memory.
+            strip: (B, in_chans, rows, width), this process's part of the images, from top to bottom in the order of the
+                group. `split_rows` makes even strips; all but the last must be whole patches.
+            memory: (B, L, C), the same on all processes, replaces the learned initial memory.
 
         Raises:
             ValueError: Strips that do not belong together, a model that runs in bands, or random parts of it that the
-                processes cannot draw alike; on all processes.
+                processes cannot draw alike. All processes raise it.
         """
         model = self.model
         if model.block_runner is not None:
@@ -156,8 +211,10 @@ class SequenceParallel(nn.Module):
         return StripFeatures(x, memory, raw, embedding, logits, (start, stop), (height, columns))
 
     def _place(self, strip: Tensor, memory: Tensor | None) -> tuple[int, int, int]:
-        """Where the strip's rows of patches begin and end, and how many the image has. All processes find the same
-        mistakes: one that raised alone would leave the others waiting."""
+        """The first row of patches of the strip, the row after its last, and the rows of the image.
+
+        All processes check all shapes: if one of them raised alone, the others would wait for it forever.
+        """
         given = [0] * 3 if memory is None else _shape(memory, 3)
         found = from_all([*_shape(strip, 4), *given], self.group, strip.device)
         shapes, memories = [f[:4] for f in found], [f[4:] for f in found]
@@ -186,11 +243,11 @@ class SequenceParallel(nn.Module):
         return stops[rank - 1] if rank else 0, stops[rank], stops[-1]
 
     def check_training(self) -> None:
-        """See that all random parts of the model can be drawn alike by all processes.
+        """Check that all processes can draw the random parts of the model alike.
 
         Raises:
-            ValueError: What is drawn for every patch cannot: all strips would be given the same, or the processes'
-                copies of the memory different ones.
+            ValueError: The model draws random numbers for every patch: the strips would get the same numbers, or the
+                processes' copies of the memory different ones.
         """
         allowed = [self.model.head_drop]
         drops = [m for m in self.model.modules() if isinstance(m, nn.Dropout) and m.p > 0 and m not in allowed]
@@ -202,7 +259,7 @@ class SequenceParallel(nn.Module):
 
     @contextmanager
     def _same_random(self, device: torch.device) -> Iterator[None]:
-        """Have all processes draw the same, whatever they have drawn before: the first one's generator decides."""
+        """Let all processes draw the same random numbers, seeded by the first process."""
         model = self.model
         draws = model.head_drop.p > 0 or any(isinstance(m, DropPath) and m.drop_prob > 0 for m in model.modules())
         if not (model.training and draws):
@@ -215,7 +272,7 @@ class SequenceParallel(nn.Module):
             yield
 
     def _embed(self, strip: Tensor, start: int, height: int) -> Tensor:
-        """Patches (B, rows, W', C) of a strip whose first row of patches is `start`."""
+        """The patches (B, rows, W', C) of a strip that begins at row `start` of the patch grid."""
         model, above = self.model, 0
         side, columns = model.patch_embed.patch_size
         if model.embed_halo:

@@ -1,42 +1,25 @@
-"""Where the patches of an image lie between two layers: a ring of rows of the patch grid, in memory or in a file.
+"""The store of an image's patches between two layers: a ring of rows of the patch grid, in memory or in a file.
 
-The output of a layer goes into the same ring as its input, `margin` rows earlier. With a margin of one row more than a
-band has, the rows that a band is computed from are overwritten no sooner than by the next band; so a band can always be
-computed again, and a process that was killed in the middle of it has lost nothing but that band.
+The output of a layer goes into the same ring as its input, `margin` rows earlier. The margin is one row more than a
+band, so only the next band overwrites the rows that a band is computed from. A band can therefore always be computed
+again, and a process that is killed loses only the band in work.
 
 Shapes: n rows, W' columns of the patch grid, C width.
 """
 
-import math
 import os
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..utils.files import open_own
 
-__all__ = ["FileRows", "RamRows", "Ring", "Rows", "write_all"]
-
-
-class Rows(Protocol):
-    """Rows of numbers of one type, by position."""
-
-    def read(self, start: int, count: int) -> Tensor:
-        """Rows (count, numbers), which the caller may not change."""
-
-    def write(self, start: int, rows: Tensor) -> None:
-        """Put rows (count, numbers) at `start`."""
-
-    def sync(self) -> None:
-        """Return when what was written would survive a power cut."""
-
-    def close(self) -> None: ...
+__all__ = ["FileRows", "RamRows", "Ring", "write_all"]
 
 
 class RamRows:
-    """Rows in memory."""
+    """Rows of numbers in memory; methods as in `FileRows`."""
 
     def __init__(self, count: int, numbers: int, dtype: torch.dtype) -> None:
         self.rows = torch.empty(count, numbers, dtype=dtype)
@@ -55,10 +38,10 @@ class RamRows:
 
 
 class FileRows:
-    """Rows in a file, which has its full size from the start, so that a disk is full now or never.
+    """Rows of numbers in a file. It has its full size from the start, so that a full disk is noticed at once.
 
-    NOTE: read and written by position and not mapped into memory: mapped pages count as the process's own, and a disk
-    that is full after all would kill it.
+    NOTE: the file is read and written by position and not mapped into memory: mapped pages count as memory of the
+    process, and a full disk would kill it.
     """
 
     def __init__(
@@ -66,14 +49,16 @@ class FileRows:
     ) -> None:
         """
         Args:
-            path: The file. Unless it is to go on, a new one takes its place.
-            count, numbers, dtype: What it holds.
-            offset: Bytes before the first row, which are left alone.
-            resume: Go on with what the file holds.
+            path: The file. Without `resume`, a new one takes its place.
+            count: The number of rows.
+            numbers: Numbers in a row.
+            dtype: Type of the numbers.
+            offset: Bytes before the first row, which stay as they are.
+            resume: Continue with the content of the file.
 
         Raises:
-            ValueError: It is to go on with a file of another size.
-            OSError: The file cannot be made, or there is no room for it.
+            ValueError: The file to resume has another size.
+            OSError: The file cannot be made, or the disk has no room for it.
         """
         self.path, self.numbers, self.dtype, self.offset = path, numbers, dtype, offset
         self.row_bytes = numbers * dtype.itemsize
@@ -84,7 +69,7 @@ class FileRows:
             self.file.close()
             raise ValueError(
                 f"{path} has {found:,} bytes where the run that was stopped had {size:,}: something else has changed "
-                "it; remove the store to begin anew"
+                "it; remove the store to start again"
             )
         if found != size:
             try:
@@ -95,6 +80,7 @@ class FileRows:
                 raise OSError(f"there is no room for {path}, {size:,} bytes: {error.strerror}") from error
 
     def read(self, start: int, count: int) -> Tensor:
+        """Rows (count, numbers), which the caller must not change."""
         rows = torch.empty(count, self.numbers, dtype=self.dtype)
         left = memoryview(rows.view(torch.uint8).numpy()).cast("B")
         self.file.seek(self.offset + start * self.row_bytes)
@@ -106,6 +92,7 @@ class FileRows:
         return rows
 
     def write(self, start: int, rows: Tensor) -> None:
+        """Put rows (count, numbers) at `start`."""
         rows = rows.to("cpu", self.dtype).contiguous()
         self.file.seek(self.offset + start * self.row_bytes)
         try:
@@ -114,6 +101,7 @@ class FileRows:
             raise OSError(f"cannot write {self.path}: {error.strerror}") from error
 
     def sync(self) -> None:
+        """Return when the rows would survive a loss of power."""
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
@@ -121,13 +109,13 @@ class FileRows:
 
 
 def write_all(file, data: memoryview) -> None:
-    """Write to an unbuffered file, which may take less at a time than it is given."""
+    """Write all of `data` to an unbuffered file, whose `write` may take only a part at a time."""
     while len(data):
         data = data[file.write(data) :]
 
 
 def reserve(descriptor: int, size: int) -> None:
-    """Give a file its size and, where the system can, the room for it."""
+    """Give a file its size and, if the system can, allocate its blocks on the disk."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
     os.truncate(descriptor, size)
@@ -137,42 +125,37 @@ class Ring:
     """The patch grid of one layer after the other, in the same rows.
 
     Attributes:
-        sweep: Which layer's output is being written; that of the one before is read.
+        sweep: The number of the layer whose output is written; the output of the layer before is read.
     """
 
-    def __init__(self, rows: Rows, height: int, columns: int, margin: int) -> None:
+    def __init__(self, rows: RamRows | FileRows, height: int, columns: int, margin: int) -> None:
         """
         Args:
             rows: `height + margin` rows of `columns` patches.
             height: Rows of the patch grid.
             columns: W'.
-            margin: Rows that are free.
+            margin: Free rows.
         """
         self.rows, self.height, self.columns, self.margin = rows, height, columns, margin
         self.sweep = 0
 
     def _pieces(self, sweep: int, start: int, count: int) -> list[tuple[int, int]]:
-        """Where rows of a layer's output lie: (position, count), two of them where the ring closes."""
+        """The places (position, count) of rows of a layer's output; two if they lie across the end of the ring."""
         size = self.height + self.margin
         first = (sweep * self.height + start) % size
         head = min(count, size - first)
         return [(first, head), (0, count - head)][: 1 if head == count else 2]
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Patches (1, n W', C) of the rows [start, stop) of the layer before."""
+        """Patches (1, n W', C): the rows [start, stop) of the layer before."""
         parts = [self.rows.read(*piece) for piece in self._pieces(self.sweep - 1, start, stop - start)]
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         return rows.view(1, (stop - start) * self.columns, -1)
 
     def write(self, start: int, x: Tensor) -> None:
-        """Keep patches (1, n W', C) as the rows from `start` on of this layer."""
+        """Keep patches (1, n W', C) as the rows of this layer that begin at `start`."""
         rows = x.reshape(x.shape[1] // self.columns, -1)
         done = 0
         for position, count in self._pieces(self.sweep, start, len(rows)):
             self.rows.write(position, rows[done : done + count])
             done += count
-
-
-def ring_bytes(height: int, margin: int, columns: int, width: int, dtype: torch.dtype) -> int:
-    """What the rows of a `Ring` take."""
-    return math.prod((height + margin, columns, width, dtype.itemsize))

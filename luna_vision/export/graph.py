@@ -1,14 +1,15 @@
-"""A Luna ViT as a graph for images of any size: traced once, and compared with the model at sizes it has not seen.
+"""A Luna ViT as a graph for images of any size: an ONNX file or a `torch.export` program.
 
-Shapes: B batch, N patches, L memory slots, C width, H', W' patch grid.
+Shapes: B batch, L memory slots, C width, H', W' patch grid.
 """
 
-import math
-from collections.abc import Callable, Sequence
+import importlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any
 
-import timm
 import torch
 from timm.data import resolve_input_data_config
 from timm.models._input import get_model_input_config
@@ -17,26 +18,115 @@ from torch.export import Dim, ExportedProgram
 
 from ..images.decode import MODES
 from ..models.luna_vit import LunaVit, join_tokens
+from ..utils.checks import check_option
+from ..utils.files import check_output, new_file
+from .compare import Check, ExportError, check_model, compare, first_line
+
+__all__ = ["export_onnx", "export_program", "onnx_libraries"]
 
 OUTPUTS = ("logits", "embedding", "features")
-TOLERANCE = 1e-4  # float32 leaves about 1e-6
+METADATA = "metadata.json"  # the name of the metadata inside a .pt2 file
+ONNX_BYTES = 2**31 - 2**27  # protobuf's limit of one file, less room for the graph
 
 
-class ExportError(RuntimeError):
-    """A graph cannot be made, or does not compute what the model does. Nothing was written."""
+def export_onnx(
+    model: LunaVit, path: str | Path, output: str | None = None, memory: bool = False, overwrite: bool = False
+) -> list[Check]:
+    """Write a model as an ONNX file with dynamic batch, height and width, once onnxruntime agrees with PyTorch.
+
+    The input is "image", (batch, channels, height, width), normalised by "mean" and "std" of the file's metadata. The
+    name of the output is the value of `output`.
+
+    Args:
+        model: A Luna ViT on the CPU, in float32. It is put into eval mode.
+        path: The `.onnx` file.
+        output: "logits" (B, classes), "embedding" (B, C), the input of the classifier, or "features" (B, C, H', W'),
+            the patches after the final norm. None means logits if there is a classifier, else the embedding.
+        memory: Carry the memory from one image to the next: the graph has a second input "memory" (B, L, C) and a
+            second output "new_memory". The metadata have the first one, (1, L, C), as "initial_memory".
+        overwrite: Replace an existing file.
+
+    Returns:
+        The comparisons that were made.
+
+    Raises:
+        ValueError: A model, path or option that does not fit, or onnx and onnxruntime are not installed.
+        OSError: The file exists, or cannot be written.
+        ExportError: The graph cannot be made, or differs from the model. Nothing is written then.
+    """
+    onnxruntime = onnx_libraries()
+    path, output = Path(path), choose_output(model, output, memory)
+    size = sum(x.numel() * x.element_size() for x in model.state_dict().values())
+    if size > ONNX_BYTES:
+        raise ValueError(f"an ONNX file holds less than 2 GiB, and this model has {size / 2**30:.1f} GiB of weights")
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        raise ValueError(f"the model must be on the CPU, where onnxruntime is compared with it, got {device}")
+    check_output(path, [".onnx"], overwrite)
+    outputs = [output, "new_memory"] if memory else [output]
+    with new_file(path) as file:
+        exported = trace(model.eval(), output, memory)
+        try:
+            program = torch.onnx.export(
+                exported,
+                dynamo=True,
+                verbose=False,
+                input_names=["image", "memory"] if memory else ["image"],
+                output_names=outputs,
+                # only names: the traced program has the dynamic dimensions
+                dynamic_shapes=({0: "batch", 2: "height", 3: "width"}, *([None] if memory else [])),
+            )
+            for key, value in metadata(model, output, memory).items():
+                program.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
+            program.save(file.name, external_data=False)
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = torch.get_num_threads()
+            options.log_severity_level = 3
+            session = onnxruntime.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the libraries raise nearly anything
+            raise ExportError(f"torch.onnx cannot translate this model: {first_line(error)}") from error
+
+        def run(inputs: list[Tensor]) -> list[Tensor]:
+            named = {name: x.numpy() for name, x in zip(("image", "memory"), inputs, strict=False)}
+            return [torch.from_numpy(y) for y in session.run(outputs, named)]
+
+        return compare(run, model, output, memory, f"onnxruntime {onnxruntime.__version__}")
 
 
-class Check(NamedTuple):
-    """A comparison of an exported model with the model."""
+def export_program(
+    model: LunaVit, path: str | Path, output: str | None = None, memory: bool = False, overwrite: bool = False
+) -> list[Check]:
+    """Write a model as a `torch.export` program with dynamic batch, height and width, once it agrees with the model.
 
-    size: tuple[int, int, int, int]
-    """Of the images: (B, channels, height, width)."""
-    error: float
-    """The largest difference of any number, over the largest number of the model's output."""
+    `torch.export.load(path).module()` takes images (B, channels, height, width) on the model's device; both sides must
+    be larger than one patch. Its `extra_files` have the metadata as `metadata.json`. Arguments, result and errors are
+    those of `export_onnx`, except that the file is a `.pt2` and the device may be any.
+    """
+    path, output = Path(path), choose_output(model, output, memory)
+    check_output(path, [".pt2"], overwrite)
+    with new_file(path) as file:
+        exported = trace(model.eval(), output, memory)
+        torch.export.save(exported, file.name, extra_files={METADATA: json.dumps(metadata(model, output, memory))})
+        program = torch.export.load(file.name).module()
+        return compare(lambda inputs: _as_list(program(*inputs)), model, output, memory, "the loaded program")
+
+
+def _as_list(result: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return [result] if isinstance(result, Tensor) else result
+
+
+def onnx_libraries() -> ModuleType:
+    """Import onnxruntime; a ValueError names the library for ONNX that is not installed."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:
+            raise ValueError(f'format onnx needs {name}: pip install "luna-vision[export]"') from error
+    return module
 
 
 class Exportable(nn.Module):
-    """The forward pass that is exported: images, and a memory if it is to be carried, to the one output asked for."""
+    """The forward pass to export: images, and a memory if it is carried, to the chosen output."""
 
     def __init__(self, model: LunaVit, output: str) -> None:
         super().__init__()
@@ -44,8 +134,8 @@ class Exportable(nn.Module):
         self.output = output
 
     def forward(self, image: Tensor, memory: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Map images (B, channels, height, width) and a memory (B, L, C) to the output and, if one came in, the memory
-        (B, L, C) to go on with."""
+        """Images (B, channels, height, width) and perhaps a memory (B, L, C) to the output and, with a memory, the next
+        memory (B, L, C)."""
         model = self.model
         x, new_memory = model.encode(image, memory=memory)
         if self.output == "features":
@@ -60,20 +150,11 @@ class Exportable(nn.Module):
         return y if memory is None else (y, new_memory)
 
 
-def check_model(model: nn.Module) -> None:
-    """
-    Raises:
-        ValueError: Not a Luna ViT.
-    """
-    if not isinstance(model, LunaVit):
-        raise ValueError(f"this exports Luna ViTs, got {type(model).__name__}; timm has exports of its own for others")
-
-
 def choose_output(model: nn.Module, output: str | None, memory: bool) -> str:
-    """The output to export: "logits" of a classifier and else "embedding", if None was chosen.
+    """The output to export; if None was chosen, "logits" of a classifier and else "embedding".
 
     Raises:
-        ValueError: Not a Luna ViT in float32, or an output that it has not.
+        ValueError: Not a Luna ViT in float32, or an output that the model does not have.
     """
     check_model(model)
     dtype = next(model.parameters()).dtype
@@ -81,8 +162,7 @@ def choose_output(model: nn.Module, output: str | None, memory: bool) -> str:
         raise ValueError(f"the model must be in float32, in which the check is made, got {dtype}")
     if output is None:
         output = "logits" if model.num_classes else "embedding"
-    if output not in OUTPUTS:
-        raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
+    check_option("output", output, OUTPUTS)
     if output == "logits" and not model.num_classes:
         raise ValueError("the model has no classifier, so there are no logits: choose embedding or features")
     if memory and model.memory is None:
@@ -91,7 +171,7 @@ def choose_output(model: nn.Module, output: str | None, memory: bool) -> str:
 
 
 def trace(model: LunaVit, output: str, memory: bool) -> ExportedProgram:
-    """The graph of `Exportable`, for any batch, height and width. Sides must be larger than one patch.
+    """Trace `Exportable` for any batch, height and width. Sides must be larger than one patch.
 
     Raises:
         ExportError: PyTorch cannot trace it, or only for some sizes.
@@ -107,113 +187,12 @@ def trace(model: LunaVit, output: str, memory: bool) -> ExportedProgram:
     try:
         with torch.no_grad():
             return torch.export.export(Exportable(model, output).eval(), tuple(inputs), dynamic_shapes=tuple(shapes))
-    except Exception as error:  # whatever PyTorch raises on the way
+    except Exception as error:  # PyTorch raises nearly anything
         raise ExportError(f"torch.export cannot trace this model for all sizes: {first_line(error)}") from error
 
 
-def check_sizes(model: LunaVit) -> list[tuple[int, int, int, int]]:
-    """Sizes to compare at, (B, channels, height, width): that of the model, and others with batches of 1 to 3, sides
-    that are no multiples of the patch, just above one patch, and larger than the example that was traced."""
-    rows, columns = model.patch_embed.patch_size
-    height, width = get_model_input_config(model)["input_size"][1:]
-    sizes = [
-        (1, max(height, rows + 1), max(width, columns + 1)),
-        (3, 3 * rows + 2, 6 * columns + 3),
-        (2, 19 * rows - 4, 4 * columns + 1),
-        (1, rows + 1, 14 * columns),
-    ]
-    return [(batch, model.in_chans, *sides) for batch, *sides in sizes]
-
-
-@torch.no_grad()
-def reference(model: LunaVit, output: str, image: Tensor, memory: Tensor | None) -> list[Tensor]:
-    """What a graph must compute, through the model's own methods."""
-    if output == "features":
-        (y,) = model.forward_intermediates(image, indices=1, norm=True, intermediates_only=True, memory=memory)
-    elif output == "logits":
-        y = model(image, memory=memory)
-    else:
-        y = model.forward_head(model.forward_features(image, memory=memory), pre_logits=True)
-    return [y] if memory is None else [y, model.encode(image, memory=memory)[1]]
-
-
-def compare(
-    run: Callable[[list[Tensor]], Sequence[Tensor]], model: LunaVit, output: str, memory: bool, where: str
-) -> list[Check]:
-    """Compare a graph with the model at `check_sizes`; with a memory, over two images that it is carried through.
-
-    Args:
-        run: Runs the graph on [images] or [images, memory].
-        model, output, memory: What was exported.
-        where: What runs it, for messages.
-
-    Raises:
-        ExportError: It does not run, or differs by more than `TOLERANCE`.
-    """
-    generator = torch.Generator().manual_seed(0)
-    device = next(model.parameters()).device
-    checks = []
-    for size in check_sizes(model):
-        state = model.learned_memory().detach().repeat(size[0], 1, 1) if memory else None
-        at = " x ".join(map(str, size))
-        error = 0.0
-        for _ in range(2 if memory else 1):
-            image = torch.randn(size, generator=generator).to(device)
-            wanted = reference(model, output, image, state)
-            try:
-                given = run([image] if state is None else [image, state])
-            except Exception as failure:  # of the runtime, whatever it is
-                raise ExportError(
-                    f"{where} does not run the exported model at {at}: {first_line(failure)}"
-                ) from failure
-            error = max(error, *(_difference(a, b) for a, b in zip(given, wanted, strict=True)))
-            state = wanted[1] if memory else None
-        if error > TOLERANCE:
-            raise ExportError(
-                f"{where} differs from PyTorch by {error:.1e} of the largest value at {at}; {TOLERANCE:.0e} is allowed"
-            )
-        checks.append(Check(size, error))
-    return checks
-
-
-def compare_folder(model: LunaVit, folder: Path) -> list[Check]:
-    """Compare what timm builds from a folder of `save_for_hf` with the model, bit by bit.
-
-    Raises:
-        ExportError: It cannot be built, or returns something else.
-    """
-    example = next(model.parameters())
-    try:
-        loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(example.device, example.dtype)
-    except Exception as error:  # of timm and safetensors, whatever it is
-        raise ExportError(f"timm cannot build the model from the folder: {first_line(error)}") from error
-    checks = []
-    for size in check_sizes(model):
-        image = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(example)
-        with torch.no_grad():
-            if not torch.equal(loaded(image), model(image)):
-                at = " x ".join(map(str, size))
-                raise ExportError(f"the model that timm builds from the folder returns something else at {at}")
-        checks.append(Check(size, 0.0))
-    return checks
-
-
-def _difference(given: Tensor, wanted: Tensor) -> float:
-    """Of any number, over the largest one that is wanted; infinite where shapes differ or a number is not finite."""
-    if given.shape != wanted.shape:
-        return math.inf
-    largest = wanted.abs().max().clamp(min=torch.finfo(wanted.dtype).tiny)
-    error = float((given.to(wanted.device) - wanted).abs().max() / largest)
-    return error if math.isfinite(error) else math.inf
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 def metadata(model: LunaVit, output: str, memory: bool) -> dict[str, Any]:
-    """What goes into a file beside the graph, as plain data."""
+    """The metadata of the file, as plain data."""
     cfg = resolve_input_data_config(model)
     about = {
         "model": model.pretrained_cfg["architecture"],
@@ -221,9 +200,8 @@ def metadata(model: LunaVit, output: str, memory: bool) -> dict[str, Any]:
         "output": output,
         "num_classes": model.num_classes,
         "input_size": get_model_input_config(model)["input_size"],
-        **{name: cfg[name] for name in ("interpolation", "crop_pct", "crop_mode")},
-        "mean": cfg["mean"],  # of pixels in [0, 1]
-        "std": cfg["std"],
+        # mean and std are for pixels in [0, 1]
+        **{name: cfg[name] for name in ("interpolation", "crop_pct", "crop_mode", "mean", "std")},
         "patch_size": model.patch_embed.patch_size,
     }
     if model.in_chans in MODES:

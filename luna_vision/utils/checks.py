@@ -6,10 +6,7 @@ __all__ = ["check_at_least", "check_option"]
 
 
 def check_option(name: str, value: str, options: Iterable[str]) -> None:
-    """
-    Raises:
-        ValueError: `value` is not among the options that the argument `name` has.
-    """
+    """Raise a ValueError unless `value` is one of the options of the argument `name`."""
     options = tuple(options)
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")

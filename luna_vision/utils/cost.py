@@ -1,4 +1,4 @@
-"""What a model costs: multiply-adds, and what training keeps in memory."""
+"""The cost of a model: multiply-adds, and the memory that training keeps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +11,10 @@ __all__ = ["count_macs", "saved_bytes"]
 
 
 def count_macs(model: nn.Module, height: int, width: int) -> int:
-    """Multiply-adds of one image, those of attention included.
+    """Multiply-adds of one image, with those of attention.
 
     Args:
-        model: A model on the meta device. There the counter sees attention; fused CPU kernels count as nothing.
+        model: A model on the meta device, where the counter sees attention; it counts fused CPU kernels as zero.
         height, width: Image size, pixels.
     """
     x = torch.empty(1, model.in_chans, height, width, device="meta")
@@ -24,15 +24,15 @@ def count_macs(model: nn.Module, height: int, width: int) -> int:
 
 
 def saved_bytes(step: Callable[[], Any], model: nn.Module) -> int:
-    """Bytes that autograd saves for the backward pass in `step`, each storage once, those of the model's own
-    parameters and buffers not counted."""
+    """Bytes that autograd saves for the backward pass in `step`, each storage once, without the model's own parameters
+    and buffers."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     sizes: dict[int, tuple[int, Tensor]] = {}
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in own:
-            sizes[storage.data_ptr()] = (storage.nbytes(), x)  # keeping x keeps its address from being given again
+            sizes[storage.data_ptr()] = (storage.nbytes(), x)  # x is kept so that its address is not reused
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):

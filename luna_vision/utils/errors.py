@@ -1,4 +1,4 @@
-"""What is the user's to mend, and is said in one line. Everything else is a bug, and keeps its traceback."""
+"""Mistakes of the user, which a command reports in one line. All other errors are bugs and keep their traceback."""
 
 import dis
 from collections.abc import Iterator
@@ -8,13 +8,13 @@ __all__ = ["UserError", "arguments_of", "is_check", "one_line"]
 
 
 class UserError(ValueError):
-    """A mistake of the user, which the message explains: a command says it in one line and exits with 2."""
+    """A mistake of the user, which the message explains. A command prints it in one line and exits with 2."""
 
 
 def is_check(error: BaseException) -> bool:
-    """Whether an error comes from a ``raise`` of this package, as those of its documented checks do.
+    """Whether an error comes from a ``raise`` of this package, as in its documented checks.
 
-    Libraries, and mistakes in our own code, raise ValueErrors, too, which are about nothing that a user gave.
+    Libraries and bugs also raise ValueErrors, which do not concern what a user gave.
     """
     if isinstance(error, UserError):
         return True
@@ -30,14 +30,14 @@ def is_check(error: BaseException) -> bool:
 
 @contextmanager
 def arguments_of(what: str, *kinds: type[Exception]) -> Iterator[None]:
-    """For a call that hands a user's arguments to a library, which says by errors of these kinds that they are wrong.
+    """A block that passes a user's arguments to a library; the library's errors about them become a UserError.
 
     Args:
-        what: Names them in the error.
-        *kinds: TypeError and ValueError, and what else this library raises about its arguments.
+        what: The name of the arguments in the error.
+        *kinds: Errors besides TypeError and ValueError that the library raises about its arguments.
 
     Raises:
-        UserError: In the place of such an error, unless that is one of our own checks.
+        UserError: Instead of such an error, unless it comes from a check of this package.
     """
     try:
         yield
@@ -48,5 +48,5 @@ def arguments_of(what: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error in one line; its type where it has none."""
+    """The message of an error in one line, or its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,7 +1,7 @@
-"""How files are written: beside their place, under a name that nobody can guess, and moved there when they are whole.
+"""Safe writing of files: a file is written beside its place, under a random name, and moved there when it is complete.
 
-So a file is complete whenever it exists, what was there before stays until then, and no link that somebody has put in
-the way is followed. A process that is killed leaves `.NAME.RANDOM.partial` behind.
+So a file is complete whenever it exists, an old file stays until then, and links are not followed. A process that is
+killed leaves `.NAME.RANDOM.partial` behind.
 """
 
 import json
@@ -24,6 +24,7 @@ __all__ = [
     "new_file",
     "new_folder",
     "open_own",
+    "remove",
     "remove_leftovers",
     "remove_own",
     "save_figure",
@@ -34,19 +35,19 @@ __all__ = [
 
 
 def beside(path: Path) -> Path:
-    """A new name in the folder of `path`, with its suffix."""
+    """A new random name in the folder of `path`, with its suffix."""
     return path.with_name(f".{path.stem[:40]}.{secrets.token_hex(4)}.partial{path.suffix}")
 
 
 @contextmanager
 def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write, which becomes `path` at the end of the block, when it is on the disk; an error removes it.
+    """Open a file to write, which becomes `path` at the end of the block, once it is on the disk; an error removes it.
 
-    Its folder is made, and it has the access that the umask gives to new files. What takes a name and no open file may
-    write to `file.name`.
+    Its folder is made if necessary. Its permissions are those of any new file. A library that needs a name and no open
+    file may write to `file.name`.
 
     Raises:
-        OSError: It cannot be written, or something else than a file is at `path`, which the message names.
+        OSError: It cannot be written, or `path` is a folder or a device. The message names `path`.
     """
     path = Path(path)
     with _moved_in(path, beside(path)) as new:
@@ -55,7 +56,7 @@ def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
         with open(new, "xb") as file:  # fails where there is something, a link included
             yield file
             file.flush()
-            # of what safetensors has put in its place, which is its owner's alone
+            # safetensors replaces the file by one that only its owner can read
             os.chmod(new, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
         to_disk(new)
         os.replace(new, path)
@@ -63,12 +64,12 @@ def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 @contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder to fill, which becomes `path` at the end of the block; an error removes it.
+    """Make a folder to fill, which becomes `path` at the end of the block; an error removes it.
 
-    Where there is a folder already, whose parent may be read-only or another disk, it gets the files one by one.
+    If `path` is a folder already, the files are moved into it one by one: its parent may be read-only or another disk.
 
     Raises:
-        OSError: It cannot be written; names `path`.
+        OSError: It cannot be written. The message names `path`.
     """
     path = Path(path)
     there = path.is_dir()
@@ -83,7 +84,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def _moved_in(path: Path, new: Path) -> Iterator[Path]:
-    """Leave nothing of `new`. The system's errors about it, or about its folder, are said of `path`; others stay."""
+    """Remove `new` at the end of the block. Errors of the system that name it, or its folder, name `path` instead."""
     try:
         new.parent.mkdir(parents=True, exist_ok=True)
         yield new
@@ -94,8 +95,8 @@ def _moved_in(path: Path, new: Path) -> Iterator[Path]:
         kept = "; what was there before is whole" if path.is_file() else ""
         raise OSError(f"cannot write {path}: {error.strerror or error}{kept}") from error
     finally:
-        with suppress(OSError):  # which would hide what went wrong
-            _remove(new)
+        with suppress(OSError):  # it would hide the first error
+            remove(new)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -110,23 +111,22 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def save_figure(figure: Any, path: str | os.PathLike, **options: Any) -> None:
-    """Write a figure of matplotlib in the format of the suffix, as `new_file` does."""
+    """Write a matplotlib figure in the format of the suffix, as `new_file` does."""
     with new_file(path) as file:
         figure.savefig(file, format=Path(path).suffix[1:], **options)
 
 
 def to_disk(path: Path) -> None:
-    """Return when what has been written to a file would survive a loss of power."""
+    """Return when the content of a file would survive a loss of power."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def open_own(path: Path, keep: bool) -> BinaryIO:
-    """A file of a fixed name that several runs write, unbuffered: the one that is there, if it is to be kept, or a new
-    one in its place.
+    """Open a file of a fixed name to read and write, unbuffered: the existing one if `keep`, else a new one.
 
     Raises:
-        OSError: It cannot be opened, is not there, or is a link.
+        OSError: It cannot be opened, does not exist, or is a link.
     """
     if keep:
         nofollow = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
@@ -136,14 +136,14 @@ def open_own(path: Path, keep: bool) -> BinaryIO:
 
 
 def check_own(folder: Path, known: str) -> list[Path]:
-    """All that is in a folder of this package, every file before its folder.
+    """List all files and folders in a folder of this package, each file before its folder.
 
     Args:
         folder: The folder.
-        known: Paths of the files in it, with slashes, as a regular expression.
+        known: A regular expression that matches the relative path of every file of this package in it.
 
     Raises:
-        OSError: It is a link or no folder, or has something else in it.
+        OSError: It is a link or no folder, or has another file in it.
     """
     found = [] if folder.is_symlink() else sorted(folder.rglob("*"), reverse=True)
     for path in [*found, folder]:
@@ -154,20 +154,21 @@ def check_own(folder: Path, known: str) -> list[Path]:
 
 
 def remove_own(folder: Path, known: str) -> None:
-    """Remove a folder, if there is one, in which nothing is unknown: see `check_own`. Otherwise nothing is touched."""
+    """Remove a folder if it exists; if `check_own` finds an unknown file in it, raise its error and remove nothing."""
     if os.path.lexists(folder):
         for path in [*check_own(folder, known), folder]:
             path.rmdir() if path.is_dir() else path.unlink()
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed have left in a folder, in which no other process may write."""
+    """Remove the leftovers of killed processes in a folder, into which no other process may be writing."""
     for path in folder.glob(".*.partial*"):
         if re.fullmatch(r"\..*\.[0-9a-f]{8}\.partial(\..*)?", path.name):
-            _remove(path)
+            remove(path)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -175,11 +176,11 @@ def _remove(path: Path) -> None:
 
 
 def check_output(path: Path, suffixes: Sequence[str], overwrite: bool) -> None:
-    """Make the folder of an output file and see that files can be written there.
+    """Make the folder of an output file and check that files can be written there.
 
     Raises:
-        ValueError: The suffix is none of `suffixes`.
-        OSError: The file cannot be written, or exists and is not to be overwritten.
+        ValueError: The suffix is not one of `suffixes`.
+        OSError: The file cannot be written, or exists and `overwrite` is False.
     """
     if path.suffix not in suffixes:
         raise ValueError(f"the output must end in {' or '.join(suffixes)}, got {path}")
@@ -191,11 +192,7 @@ def check_output(path: Path, suffixes: Sequence[str], overwrite: bool) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Make a folder, and see that files can be written there.
-
-    Raises:
-        OSError: They cannot.
-    """
+    """Make a folder, and raise an OSError if no file can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -1,4 +1,4 @@
-"""What a model is, in checksums: a run that goes on must go on with the same one."""
+"""Checksums of a model, by which a resumed run recognises it."""
 
 import hashlib
 from typing import Any
@@ -10,7 +10,7 @@ __all__ = ["describe"]
 
 
 def describe(model: nn.Module) -> dict[str, str]:
-    """Checksums of the architecture, the plain attributes of all modules included, and of the weights."""
+    """Checksums of the architecture, with the plain attributes of all modules, and of the weights."""
     architecture, weights = hashlib.sha256(), hashlib.sha256()
     for name, module in model.named_modules():
         plain = {k: v for k, v in vars(module).items() if _is_plain(v) and k != "training" and not k.startswith("_")}

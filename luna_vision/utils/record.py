@@ -1,4 +1,4 @@
-"""On what machine results were taken, and those of an earlier run."""
+"""The machine and the versions of a measurement, and the results of an earlier run."""
 
 import json
 import os
@@ -16,11 +16,11 @@ __all__ = ["machine", "read_json"]
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What the numbers were taken on, and with."""
+    """The machine and the versions of the libraries, for a file of results."""
     cpu = platform.processor() or platform.machine()
     try:
         cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):  # not Linux, or a CPU that has no name there
+    except (OSError, TypeError):  # not Linux, or a CPU without a name there
         pass
     out = {"cpu": cpu, "cores": os.cpu_count(), "instructions": torch.backends.cpu.get_cpu_capability()}
     if device == "cuda":
@@ -30,5 +30,5 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a run wrote, or nothing yet."""
+    """The JSON object of a file; an empty one if there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

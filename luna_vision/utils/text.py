@@ -1,22 +1,22 @@
-"""Text from strangers: names of files, and what checkpoints say."""
+"""Text from untrusted sources: names of files, and the content of checkpoints."""
 
 import re
 
 __all__ = ["csv_cell", "printable", "utf8"]
 
-_SURROGATES = "\ud800-\udfff"  # bytes of file names that are no UTF-8, and what JSON can escape
+_SURROGATES = "\ud800-\udfff"  # bytes of file names that are no UTF-8, and escapes of JSON
 _STEERING = "\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"  # terminals, and the direction of writing
 _FORMULA = re.compile("[=+\\-@\uff1d\uff0b\uff0d\uff20\t\r\n']")
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
 
 def utf8(text: str) -> str:
-    r"""Text as UTF-8 can hold it: bytes of a file name that are no UTF-8 become \xNN."""
+    r"""Text that UTF-8 can encode: bytes of a file name that are no UTF-8 become \xNN."""
     return re.sub(f"[{_SURROGATES}]", _escape, text)
 
 
 def printable(text: str) -> str:
-    r"""Text that steers no terminal: escapes and line breaks become \xNN or \uNNNN, as does what is no UTF-8."""
+    r"""Text without control characters: escapes, line breaks and bytes that are no UTF-8 become \xNN or \uNNNN."""
     return re.sub(f"[{_SURROGATES}{_STEERING}]", _escape, text)
 
 
@@ -27,9 +27,9 @@ def _escape(found: re.Match) -> str:
 
 
 def csv_cell(text: str) -> str:
-    """Text for a cell of a CSV file, which no spreadsheet takes for a formula.
+    """Text for a cell of a CSV file that no spreadsheet runs as a formula.
 
-    What begins as a formula may (= + - @, also in full width, a tab, a line break) or with an apostrophe, and is no
-    number, gets an apostrophe before it. So the first apostrophe of a cell, if there is one, is to be left out.
+    Text that begins like a formula (= + - @, also in full width, a tab, a line break) or with an apostrophe, and is no
+    number, gets an apostrophe in front. A reader must therefore remove the first apostrophe of a cell.
     """
     return f"'{utf8(text)}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else utf8(text)

@@ -1,4 +1,4 @@
-"""Attention maps of the memory as arrays, and the choice of the slots that tell most.
+"""Attention maps of the memory as arrays, and the choice of the slots to show.
 
 Shapes: L memory slots, H' x W' patches, h x w pixels of the picture that is drawn.
 """
@@ -23,7 +23,7 @@ class SlotMaps(NamedTuple):
 
 
 def check_layers(layers: Sequence[int] | int | None, depth: int) -> list[int]:
-    """The layers that are meant: negative ones count from the last; None is up to four, evenly spaced.
+    """Layers as numbers from 0. Negative ones count from the last; None means up to four, evenly spaced.
 
     Raises:
         ValueError: A layer that does not exist.
@@ -75,10 +75,10 @@ def slot_maps(
     found = {}
     for layer, maps in zip(wanted, run(model, seen.pixels, "get_attention_maps", indices=wanted), strict=True):
         pack = _merge_heads(maps.pack, head, f"pack of layer {layer}", seen.name)
-        unpack = (
-            _merge_heads(maps.unpack, head, f"unpack of layer {layer}", seen.name) if maps.unpack.shape[1] else None
-        )
-        found[layer] = SlotMaps(layer, pack * (pack.shape[-2] * pack.shape[-1]), unpack)
+        unpack = None
+        if maps.unpack.shape[1]:
+            unpack = _merge_heads(maps.unpack, head, f"unpack of layer {layer}", seen.name)
+        found[layer] = SlotMaps(layer, pack * pack[0].size, unpack)
     return [found[layer] for layer in layers]
 
 
@@ -96,8 +96,7 @@ def _merge_heads(maps: Tensor, head: int | None, what: str, name: str) -> np.nda
 def pack_maps(model: nn.Module, image: ImageLike | View, layer: int = -1, head: int | None = None) -> np.ndarray:
     """Where each slot looks: float32 (L, h, w) over the picture, in multiples of the slot's mean over the patches.
 
-    1 is what a slot that looks everywhere alike would give to every patch. Arguments and errors as in
-    :func:`slot_maps`.
+    A slot with uniform attention has the value 1 everywhere. Arguments and errors as in :func:`slot_maps`.
     """
     seen = view(model, image)
     return seen.to_pixels(slot_maps(model, seen, layer, head)[0].pack)
@@ -106,7 +105,7 @@ def pack_maps(model: nn.Module, image: ImageLike | View, layer: int = -1, head: 
 def unpack_maps(model: nn.Module, image: ImageLike | View, layer: int = -1, head: int | None = None) -> np.ndarray:
     """What each patch reads: float32 (L, h, w) over the picture, shares of the slots that sum to 1.
 
-    Arguments and errors as in :func:`slot_maps`; a ValueError, too, for a last block that only packs.
+    Arguments and errors as in :func:`slot_maps`, and a ValueError for a last block that only packs.
     """
     seen = view(model, image)
     maps = slot_maps(model, seen, layer, head)[0]
@@ -116,7 +115,7 @@ def unpack_maps(model: nn.Module, image: ImageLike | View, layer: int = -1, head
 
 
 def check_slots(slots: Sequence[int] | int, maps: Sequence[SlotMaps]) -> list[int]:
-    """The slots that are meant: these, or the `slots` that tell most if it is a number.
+    """The slots to show: those of a list, or as many as a number says, chosen by `telling_slots`.
 
     Raises:
         ValueError: A slot that does not exist, or none at all.
@@ -135,14 +134,14 @@ def check_slots(slots: Sequence[int] | int, maps: Sequence[SlotMaps]) -> list[in
 
 
 def telling_slots(maps: Sequence[SlotMaps], count: int) -> list[int]:
-    """The slots that look at little of the image, and at something else than the others.
+    """Choose slots that look at a small part of the image, each at another part.
 
-    The first is the one whose pack is farthest from uniform (Kullback-Leibler divergence, mean over the layers). Each
-    further one has the largest product of that and the total variation distance to the nearest one already chosen.
+    The first is the slot whose pack is farthest from uniform (Kullback-Leibler divergence, mean over the layers). Each
+    further one has the largest product of this divergence and its total variation distance to the nearest chosen slot.
 
     Args:
         maps: Of one image, one item for each layer.
-        count: How many at most.
+        count: The number of slots, at most.
 
     Returns:
         Slots in ascending order.

@@ -1,4 +1,4 @@
-"""What a model sees of an image, and how the grid of its patches lies over it.
+"""An image as a model sees it, and the grid of its patches over it.
 
 Shapes: h x w pixels of the picture that is drawn, H x W pixels of the model's input, H' x W' patches.
 """
@@ -19,7 +19,7 @@ from luna_vision.models.luna_vit import LunaVit
 from luna_vision.utils.text import printable
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray
-MAX_SIZE = 1024  # longer side in pixels, of the model's input by default and of what is drawn
+MAX_SIZE = 1024  # longer side in pixels, by default of the model's input and always of the picture
 
 
 @dataclass(frozen=True)
@@ -27,51 +27,26 @@ class View:
     """An image as a model sees it, and as it is drawn.
 
     Attributes:
-        name: What errors call the image.
+        name: The image's name in messages.
         picture: uint8 (h, w, 3), the image in colour, for drawing.
         pixels: (1, C, H, W), the model's input, normalised.
-        patch_size: Pixels of the input that a patch covers, where the model pads its input up to whole patches; None
-            where the grid just covers the input.
-        original_size: Height and width of the image in pixels, upright.
+        patch_size: Sides of a patch in pixels, for a model that pads its input to whole patches; None if the grid
+            covers exactly the input.
     """
 
     name: str
     picture: np.ndarray
     pixels: Tensor
     patch_size: tuple[int, int] | None
-    original_size: tuple[int, int]
 
     def to_pixels(self, grid: np.ndarray) -> np.ndarray:
-        """Lay values of patches (..., H', W') over the picture: (..., h, w). See :func:`to_pixels`."""
-        return to_pixels(grid, tuple(self.pixels.shape[-2:]), self.patch_size, self.picture.shape[:2])
-
-
-def to_pixels(
-    grid: np.ndarray,
-    input_size: tuple[int, int],
-    patch_size: tuple[int, int] | None = None,
-    size: tuple[int, int] | None = None,
-) -> np.ndarray:
-    """Give each pixel the value of the patch that it lies in; what lies in the padding is cropped away.
-
-    Nothing is interpolated: a patch is shown as the rectangle that it is.
-
-    Args:
-        grid: (..., H', W').
-        input_size: Height and width of the model's input in pixels, before padding.
-        patch_size: As in :class:`View`.
-        size: Height and width of the result, which shows the same area; that of the input if None.
-
-    Returns:
-        (..., height, width).
-    """
-    index = []
-    for axis in (0, 1):
-        length, patches = input_size[axis], grid.shape[axis - 2]
-        cell = patch_size[axis] if patch_size else length / patches
-        pixels = size[axis] if size else length
-        index.append(((np.arange(pixels) + 0.5) * (length / pixels) / cell).astype(int).clip(max=patches - 1))
-    return grid[..., index[0][:, None], index[1]]
+        """Values of patches (..., H', W') as values of the picture's pixels (..., h, w), without interpolation."""
+        index = []
+        for axis in (0, 1):
+            length, patches, pixels = self.pixels.shape[axis - 2], grid.shape[axis - 2], self.picture.shape[axis]
+            cell = self.patch_size[axis] if self.patch_size else length / patches
+            index.append(((np.arange(pixels) + 0.5) * (length / pixels) / cell).astype(int).clip(max=patches - 1))
+        return grid[..., index[0][:, None], index[1]]
 
 
 def view(
@@ -83,15 +58,15 @@ def view(
 ) -> View:
     """Prepare an image for a model.
 
-    A Luna ViT sees the image at its own size, a timm model for one size (most ViTs) at that size, and any other with
-    sides rounded up to what its strides divide. `picture` has the image's own aspect ratio in every case.
+    A Luna ViT sees the image at its own size, and a model for one size (most ViTs of timm) at that size. For any other
+    model the sides are rounded up to multiples of its stride. `picture` always has the image's own aspect ratio.
 
     Args:
         model: A timm model of 1 or 3 channels.
         image: An image file, a PIL image or a uint8 array (height, width[, 3]); a View is returned as it is.
-        max_size: Longer side in pixels to which larger images are reduced before the model sees them.
-        mean: Mean by channel, of pixels in [0, 1], that is subtracted; that of the model's `pretrained_cfg` if None.
-        std: Standard deviation to divide by, likewise.
+        max_size: Larger images are first reduced to this longer side in pixels.
+        mean: Mean by channel, for pixels in [0, 1]; that of the model's `pretrained_cfg` if None.
+        std: Standard deviation by channel, likewise.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -124,7 +99,7 @@ def view(
     # a picture of fewer pixels than there are patches could not show them all
     patches = math.ceil(max(height, width) / min(patch_size)) if patch_size else 1
     picture = np.asarray(_shrink(original, max(MAX_SIZE, patches)))
-    return View(name, picture, pixels, patch_size, (original.height, original.width))
+    return View(name, picture, pixels, patch_size)
 
 
 def _input_size(model: nn.Module, height: int, width: int, max_size: int) -> tuple[int, int]:

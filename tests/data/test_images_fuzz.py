@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from luna_vision.data.images import PredictDataset
-from luna_vision.downstream._windows import ImageFiles
+from luna_vision.downstream.windows import ImageFiles
 from luna_vision.images.decode import SampleError, read_image, to_channels
 from luna_vision.images.transforms import eval_transform
 

@@ -157,7 +157,7 @@ def test_progress_with_the_time_that_is_left(make, photo, monkeypatch):
 
 @pytest.mark.parametrize("mixer", [name for name in MIXERS if name != "luna"])
 def test_mixers_without_a_memory_are_refused(mixer, make, photo):
-    with pytest.raises(ValueError, match="takes a model with a memory.*mixer='luna'"):
+    with pytest.raises(ValueError, match="needs a memory.*mixer='luna'"):
         encode(make(mixer=mixer), photo)
 
 
@@ -181,5 +181,5 @@ def test_mistakes(arguments, message, make, photo):
 
 
 def test_another_model(photo):
-    with pytest.raises(ValueError, match="takes a Luna ViT, got Linear"):
+    with pytest.raises(ValueError, match="needs a Luna ViT, got Linear"):
         encode(torch.nn.Linear(2, 2), photo)

@@ -82,7 +82,7 @@ def test_an_output_that_cannot_be_written_costs_the_last_step_only(name, writer,
     with monkeypatch.context() as patch, pytest.raises(OSError, match=f"cannot write .*{name}: No space left"):
         patch.setattr(writer, fail)
         main(words)
-    assert not list(tmp_path.glob(".*")) and (tmp_path / "store/state.safetensors").exists()
+    assert not list(tmp_path.glob(".*")) and (tmp_path / "store/state.pt").exists()
     assert main(words) == 0
     assert (tmp_path / name).exists() and not (tmp_path / "store").exists()
 
@@ -108,8 +108,8 @@ def test_random_weights_are_announced(photo, tmp_path, capsys):
         (["--mean", "1", "2"], "mean must be 1 or 3 finite numbers"),
         (["--checkpoint", "{tmp}/seven.safetensors"], "has a head for 7 classes, the model one for 1000"),
         (["--band-rows", "0"], "must be a whole number of at least 1, got '0'"),
-        (["--model-args", "mixer=softmax"], "streaming takes a model with a memory"),
-        (["--model", "test_vit", "--model-args", "num_classes=1"], "streaming takes a Luna ViT, got VisionTransformer"),
+        (["--model-args", "mixer=softmax"], "streaming needs a memory"),
+        (["--model", "test_vit", "--model-args", "num_classes=1"], "streaming needs a Luna ViT, got VisionTransformer"),
     ],
     ids=str,
 )

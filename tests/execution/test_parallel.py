@@ -267,10 +267,10 @@ def check_refusals(group: dist.ProcessGroup) -> None:
     refuses("set band_rows to 0", parallel, good)
     set_band_checkpointing(model, 0)
     refuses("global_pool='' pools nothing: call encode", SequenceParallel(make(global_pool=""), group), good)
-    refuses("takes a Luna ViT, got Linear", SequenceParallel, nn.Linear(2, 2), group)
+    refuses("needs a Luna ViT, got Linear", SequenceParallel, nn.Linear(2, 2), group)
     for mixer in MIXERS:
         if mixer != "luna":
-            refuses("a model with a memory.*mixer='luna'", SequenceParallel, make(mixer=mixer), group)
+            refuses("needs a memory.*mixer='luna'", SequenceParallel, make(mixer=mixer), group)
     for name in ("pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"):
         dropped = SequenceParallel(make(**{name: 0.1}), group)
         refuses(f"{name}.* must be 0", dropped.train(), good)

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 import luna_vision
 from luna_vision.execution import encode, store
 from luna_vision.execution.checkpoint import Checkpoint
-from luna_vision.execution.grid import remove
 from luna_vision.images import open_image
+from luna_vision.utils.files import remove
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def test_a_full_disk(what, make, image, tmp_path, monkeypatch):
         if what == "patches":
             patch.setattr(store, "write_all", fail)
         else:
-            patch.setattr("luna_vision.execution.checkpoint.save", fail)
+            patch.setattr(torch, "save", fail)
         with pytest.raises(OSError, match=r"cannot write .*store/[a-z.]+: No space left on device"):
             run(model, image, folder)
     same(run(model, image, folder), run(model, image, None))
@@ -340,10 +340,10 @@ def test_what_is_no_state(make, image, tmp_path):
     folder = tmp_path / "store"
     folder.mkdir()
     (folder / "patches.bin").write_bytes(b"x")
-    (folder / "state.safetensors").write_bytes(b"not a state")
-    with pytest.raises(ValueError, match="is not the state of a run: remove .*store to begin anew"):
+    (folder / "state.pt").write_bytes(b"not a state")
+    with pytest.raises(ValueError, match="is not the state of a run: remove .*store to start again"):
         run(make(), image, folder)
-    (folder / "state.safetensors").unlink()  # patches alone are of no use, and are written over
+    (folder / "state.pt").unlink()  # patches alone are of no use, and are written over
     (folder / "mine.txt").write_text("mine")
     same(run(make(), image, folder), run(make(), image, None))
     assert os.listdir(folder) == ["mine.txt"]

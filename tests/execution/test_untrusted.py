@@ -16,7 +16,6 @@ import tifffile
 import torch
 import zarr
 from PIL import EpsImagePlugin, Image
-from safetensors.torch import load_file, save_file
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
 
 from luna_vision.cli.common import run_command
@@ -332,7 +331,7 @@ def test_levels_outside_a_zarr_group(path, tmp_path, capsys):
 # ---- what is written
 
 
-LINKS = ["store/patches.bin", "store/new-state.safetensors", "grid.npy.partial", ".o.npz.partial.npz"]
+LINKS = ["store/patches.bin", "store/new-state.pt", "grid.npy.partial", ".o.npz.partial.npz"]
 
 
 @pytest.mark.parametrize("name", LINKS)
@@ -363,10 +362,10 @@ def test_folders_that_are_no_array_are_not_removed(suffix, what, make, photo, tm
 
 def test_a_users_own_state_is_not_removed(make, photo, tmp_path):
     """Of a folder that somebody keeps weights in, and gives as the store."""
-    save_file({"weight": torch.ones(3)}, tmp_path / "state.safetensors")
-    with pytest.raises(ValueError, match="state.safetensors is not the state of a run"):
+    torch.save({"weight": torch.ones(3)}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="state.pt is not the state of a run"):
         encode(make(), photo[:20, :20], store=tmp_path, progress=False)
-    assert load_file(tmp_path / "state.safetensors")["weight"].sum() == 3
+    assert torch.load(tmp_path / "state.pt")["weight"].sum() == 3
 
 
 # ---- programs

@@ -206,7 +206,7 @@ def test_nothing_but_inputs_is_kept():
     [
         ({}, {"rows": -1}, "rows must be at least 0, got -1"),
         ({}, {"rows": 2, "store_dtype": torch.int8}, "store_dtype must be a floating-point type, got torch.int8"),
-        ({"mixer": "softmax"}, {"rows": 2}, "band checkpointing takes a model with a memory"),
+        ({"mixer": "softmax"}, {"rows": 2}, "band checkpointing needs a memory"),
         ({"proj_drop_rate": 0.1}, {"rows": 2}, "bands need attn_drop_rate=0 and proj_drop_rate=0"),
         ({"attn_drop_rate": 0.1}, {"rows": 2}, "bands need attn_drop_rate=0 and proj_drop_rate=0"),
     ],

@@ -6,7 +6,7 @@ import timm
 import torch
 
 import luna_vision  # noqa: F401  registers the models
-from luna_vision.visualize import FeatureColors, feature_colors, feature_maps
+from luna_vision.visualize import FeatureColors, feature_maps, fit_colors
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(0, 256, (40, 57, 3), dtype=np.uint8)
@@ -59,26 +59,13 @@ def test_colours_mean_the_same_in_all_images():
     np.testing.assert_allclose(colors(joined)[0, 1], colors(second)[0, 0], atol=1e-6)
 
 
-@pytest.mark.parametrize("foreground", [False, True])
 @pytest.mark.parametrize("shape", [(8, 1, 1), (8, 1, 2), (2, 5, 5), (1, 4, 3)])
-def test_few_patches_and_few_channels(shape, foreground):
+def test_few_patches_and_few_channels(shape):
     for features in (np.full(shape, 3.0), RNG.normal(size=shape)):
-        colors = FeatureColors([features], foreground)(features)
+        colors = FeatureColors([features])(features)
         assert colors.shape == (*shape[1:], 3)
-        colors = colors[~np.isnan(colors)]
-        assert colors.size and colors.min() >= 0 and colors.max() <= 1
+        assert colors.min() >= 0 and colors.max() <= 1
     np.testing.assert_array_equal(FeatureColors([np.full(shape, 3.0)])(np.full(shape, 3.0)), 0.5)
-
-
-def test_the_background_has_no_colour():
-    centres = np.array([[0.0, 0, 0, 0], [9, 9, 0, 0], [9, 9, 1, 0]])
-    parts = np.zeros((10, 10), int)
-    parts[2:5, 2:4], parts[2:5, 4:6] = 1, 2
-    features = np.moveaxis(centres[parts], -1, 0) + RNG.normal(size=(4, 10, 10)) * 0.01
-    colors = FeatureColors([features], foreground=True)(features)
-    np.testing.assert_array_equal(np.isnan(colors).all(-1), parts == 0)
-    left, right = colors[2:5, 2:4].mean((0, 1)), colors[2:5, 4:6].mean((0, 1))
-    assert np.abs(left - right).max() > 0.5  # fitted to the foreground alone, its parts differ
 
 
 @pytest.mark.parametrize(
@@ -94,20 +81,10 @@ def test_a_model_without_memory_has_features():
     assert list(feature_maps(model, IMAGE, [3, 0])) == [3, 0]
 
 
-def test_colours_lie_over_each_image():
-    torch.manual_seed(0)
-    model = timm.create_model("test_luna_vit")
-    first, second = feature_colors(model, [IMAGE, IMAGE[:17, :20]], layer=0)
-    assert first.shape == (40, 57, 3) and second.shape == (17, 20, 3)
-    for image in (first, second):  # a patch has one colour
-        np.testing.assert_array_equal(image[:16, :16], np.broadcast_to(image[0, 0], (16, 16, 3)))
-    assert not np.array_equal(first[15, 15], first[16, 16])
-
-
 def test_mistakes():
     model = timm.create_model("test_luna_vit")
     with pytest.raises(ValueError, match="at least one image"):
-        feature_colors(model, [])
+        fit_colors(model, [])
     with pytest.raises(ValueError, match="layer 9 does not exist"):
         feature_maps(model, IMAGE, 9)
     with pytest.raises(ValueError, match="Linear has no forward_intermediates"):

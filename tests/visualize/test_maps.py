@@ -9,7 +9,6 @@ import luna_vision  # noqa: F401  registers the models
 from luna_vision.models.luna_vit import AttentionMaps
 from luna_vision.visualize import pack_maps, slot_maps, telling_slots, unpack_maps, view
 from luna_vision.visualize.maps import SlotMaps
-from luna_vision.visualize.paint import dimmed, paint_pack, paint_unpack, slot_colors
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 57, 3), dtype=np.uint8)  # 3 x 4 patches of 16, with padding
 
@@ -118,32 +117,3 @@ def test_the_slots_that_tell_most_are_focused_and_differ():
     assert telling_slots(maps, 1) in ([1], [2])
     assert telling_slots(maps, 2) in ([1, 4], [2, 4])
     assert telling_slots(maps, 9) == [0, 1, 2, 3, 4]
-
-
-def test_the_picture_stays_as_it_is_where_a_slot_looks_no_more_than_elsewhere():
-    picture = IMAGE[:4, :6]
-    times = np.full((4, 6), 0.9)
-    times[1, 2], times[3, 5] = 4.0, 8.0
-    painted = paint_pack(picture, times, top=8.0)
-    plain = times < 1
-    np.testing.assert_allclose(painted[plain], dimmed(picture)[plain])
-    assert (painted[1, 2] - dimmed(picture)[1, 2]).max() > 0.2
-    assert painted[3, 5].sum() > painted[1, 2].sum()  # brighter is more
-
-
-def test_unpack_is_painted_in_the_colour_of_the_slot_and_the_stronger_the_larger_its_share():
-    picture = np.zeros((1, 3, 3), np.uint8)
-    shares = np.array([[[0.25, 0.1, 0.2]], [[0.25, 0.7, 0.1]], [[0.25, 0.1, 0.4]], [[0.25, 0.1, 0.3]]])
-    painted = paint_unpack(picture, shares, top=0.7)[0]
-    np.testing.assert_allclose(painted[0], dimmed(picture)[0, 0], atol=1e-6)  # an even share says nothing
-    far = np.abs(painted[:, None] - slot_colors(4)).sum(-1)
-    assert far[1].argmin() == 1 and far[2].argmin() == 2
-    assert far[1].min() < far[2].min()
-
-
-@pytest.mark.parametrize("slots", [16, 64])
-def test_slots_have_colours_of_their_own(slots):
-    colors = slot_colors(slots)
-    distance = np.linalg.norm(colors[:, None] - colors, axis=-1) + 9 * np.eye(slots)
-    assert distance.min() > (0.2 if slots == 16 else 0.08)
-    assert np.ptp(colors, axis=1).min() > 0.3  # none is grey

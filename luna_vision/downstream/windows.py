@@ -1,4 +1,4 @@
-"""Images from files to features, a window at a time: images of similar size share a batch, and few are held at once."""
+"""Features of image files, a window at a time: images of similar size share a batch, and few are in memory at once."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,33 +15,32 @@ from luna_vision.images.decode import SampleError, read_image, to_channels
 from luna_vision.images.transforms import SeededTransform, eval_transform, per_channel
 from luna_vision.utils.errors import one_line
 
-from ._features import Extractor, Features
+from .features import Extractor, Features
 
-__all__ = ["Settings", "Window", "crop", "group", "normalisation", "read_windows"]
+__all__ = ["Settings", "Window", "data_config", "group", "read_windows"]
 
-# images in a window: read in the order of the input, then grouped by size
+# a window is a run of consecutive images that are then grouped by size; it is full when it has this many of either
 WINDOW_IMAGES, WINDOW_PIXELS = 1024, 2**24
-BATCH_PIXELS = 2**22  # padding included; an image that is larger is a batch of its own
-MAX_PADDING = 1.25  # pixels of a padded batch over those of its images
+BATCH_PIXELS = 2**22  # of a batch, with padding; a larger image is a batch of its own
+MAX_PADDING = 1.25  # pixels of a padded batch, divided by those of its images
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How images are read, and what is wanted of them.
+    """How images are read, and which features are wanted.
 
     Attributes:
-        max_size: Images whose longer side is longer are shrunk to this many pixels, their aspect ratio kept; the others
-            keep their size.
-        img_size: All images become squares of this side instead, by the evaluation transform with the model's own
-            `crop_pct` and `crop_mode`: the centre of the image or, squashed, the whole image.
-        mean: Mean by channel that is subtracted from pixels in [0, 1], one number for all or three; the model's own,
-            from its `pretrained_cfg`, by default.
-        std: Standard deviation to divide by, likewise.
-        memory: The memory slots are wanted, too. It takes a Luna ViT.
-        grid: The patch grid is wanted, too.
-        batch_size: Most images in a batch.
-        max_pixels: Images with more pixels are not decoded; by default as many as Pillow allows, 179 megapixels.
-        workers: Processes that decode images; 0 decodes in this one.
+        max_size: Images with a longer side are shrunk to it, in pixels; their aspect ratio stays.
+        img_size: All images become squares of this side by the evaluation transform, with the model's own `crop_pct`
+            and `crop_mode`.
+        mean: Mean by channel for pixels in [0, 1], one number or three; by default that of the model's
+            `pretrained_cfg`.
+        std: Standard deviation by channel, likewise.
+        memory: Return the memory slots, too. Needs a Luna ViT.
+        grid: Return the patch grid, too.
+        batch_size: Images in a batch, at most.
+        max_pixels: Images with more pixels are not decoded; the default is Pillow's limit, 179 megapixels.
+        workers: Processes that decode images; with 0 this process does.
 
     Raises:
         ValueError: A number out of its range, or both sizes.
@@ -68,12 +67,12 @@ class Settings:
 
 @dataclass
 class Window:
-    """The features of the images from `start` on, up to `stop`, in the order of the input.
+    """The features of the images [start, stop) of the input.
 
     Attributes:
         start, stop: Positions in the input.
-        features: Of each image that could be used, by its position.
-        failures: Why an image could not be used, by its position.
+        features: By position, of each image that could be used.
+        failures: By position, why an image could not be used.
     """
 
     start: int
@@ -82,19 +81,20 @@ class Window:
     failures: dict[int, str] = field(default_factory=dict)
 
 
-def normalisation(extractor: Extractor, settings: Settings) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation by channel: what the settings say, else the model."""
-    config = _data_config(extractor)
-    return (
-        per_channel("mean", settings.mean or config["mean"], extractor.in_chans),
-        per_channel("std", settings.std or config["std"], extractor.in_chans),
-    )
+def data_config(extractor: Extractor, settings: Settings) -> dict[str, Any]:
+    """How images are normalised and cropped: "mean", "std" (by channel), "crop_pct" and "crop_mode" (timm's words).
 
-
-def crop(extractor: Extractor) -> tuple[float, str]:
-    """`crop_pct` and `crop_mode` of the model's evaluation transform, in timm's words. "squash" is the whole image."""
-    config = _data_config(extractor)
-    return config["crop_pct"], config["crop_mode"]
+    Mean and standard deviation are those of the settings, if given; all else is from the model's `pretrained_cfg`, with
+    timm's defaults for missing entries.
+    """
+    # not given the model itself, for which timm would warn about statistics of three channels for a grey model
+    config = resolve_data_config(pretrained_cfg=getattr(extractor.model, "pretrained_cfg", {}))
+    return {
+        "mean": per_channel("mean", settings.mean or config["mean"], extractor.in_chans),
+        "std": per_channel("std", settings.std or config["std"], extractor.in_chans),
+        "crop_pct": config["crop_pct"],
+        "crop_mode": config["crop_mode"],
+    }
 
 
 def read_windows(
@@ -104,20 +104,20 @@ def read_windows(
     start: int = 0,
     advance: Callable[[int], object] = lambda count: None,
 ) -> Iterator[Window]:
-    """The features of image files, a window after the other.
+    """The features of image files, one window after the other.
 
-    Where a window ends follows from the files and from `start` alone, so what is left out by starting at the end of a
-    window changes nothing in those that follow.
+    The end of a window depends only on the files and on its start. So a run that starts where a window ended gets the
+    same windows as a run that was not stopped.
 
     Args:
         extractor: The model.
         paths: Image files.
         settings: How they are read.
-        start: The first position in `paths` to be read.
-        advance: Is told how many images have been dealt with since it was last called.
+        start: The first position in `paths` to read.
+        advance: Called with the number of images that are finished since the last call.
 
     Raises:
-        ValueError: From the start on, the model has failed on all images: it is not the images then.
+        ValueError: The model fails on all images of the first window that has any.
     """
     dataset = ImageFiles(paths, _transform(extractor, settings), extractor.in_chans, settings.max_pixels)
     order = range(start, len(paths))
@@ -128,7 +128,7 @@ def read_windows(
             window.failures[index] = image
             advance(1)
         else:
-            # a worker's tensor is shared memory, which holds an open file: there can be too many of them
+            # a worker's tensor is shared memory and keeps a file open; the number of open files is limited
             images[index] = image.clone() if settings.workers else image
             pixels += image.shape[1] * image.shape[2]
         window.stop = index + 1
@@ -149,9 +149,9 @@ def group(
 
     Args:
         sizes: (height, width) of each image.
-        batch_size: Most images in a batch.
-        max_padding: Most pixels of a padded batch over those of its images; with 1 all are of one size.
-        max_pixels: Most pixels of a padded batch of more than one image.
+        batch_size: Images in a batch, at most.
+        max_padding: Pixels of a padded batch, divided by those of its images, at most; with 1 all have one size.
+        max_pixels: Pixels of a padded batch of more than one image, at most.
 
     Returns:
         Positions in `sizes`, by batch.
@@ -179,7 +179,7 @@ def _extract(
     window: Window,
     advance: Callable[[int], object],
 ) -> None:
-    """Put the features of images into their window, and those that are of a size that the model does not take."""
+    """Add the features of images to their window, and to its failures the images of a size that the model refuses."""
     indices, patch = list(images), extractor.patch_size
     sizes = [(image.shape[1], image.shape[2]) for image in images.values()]
     if patch:
@@ -189,14 +189,14 @@ def _extract(
         batch = [indices[i] for i in positions]
         try:
             found.update(zip(batch, extractor([images[index] for index in batch]), strict=True))
-        except SampleError as error:  # of a model that takes no mixed sizes: it is about all of them
+        except SampleError as error:  # only models that need one size raise it, so it concerns all of the batch
             window.failures |= dict.fromkeys(batch, str(error))
         advance(len(batch))
     window.features, window.failures = dict(sorted(found.items())), dict(sorted(window.failures.items()))
 
 
 class ImageFiles(Dataset):
-    """The normalised image (channels, height, width) of each file; why not, a string, where there is none."""
+    """The normalised image (channels, height, width) of each file, or a string: the reason why there is none."""
 
     def __init__(self, paths: Sequence[str], transform: SeededTransform, in_chans: int, max_pixels: int) -> None:
         self.paths, self.transform, self.in_chans, self.max_pixels = paths, transform, in_chans, max_pixels
@@ -208,21 +208,15 @@ class ImageFiles(Dataset):
         try:
             image = to_channels(read_image(self.paths[index], self.max_pixels), self.in_chans)
             return self.transform(image, 0)
-        except (SampleError, OSError, MemoryError) as error:  # of a decoder, too large an image
+        except (SampleError, OSError, MemoryError) as error:
             return one_line(error)
 
 
-def _data_config(extractor: Extractor) -> dict[str, Any]:
-    """What a model's `pretrained_cfg` says about its images, and timm's defaults where it says nothing."""
-    # without the model: timm would complain about statistics of three channels for a grey one
-    return resolve_data_config(pretrained_cfg=getattr(extractor.model, "pretrained_cfg", {}))
-
-
 def _transform(extractor: Extractor, settings: Settings) -> SeededTransform:
-    mean, std = normalisation(extractor, settings)
+    config = data_config(extractor, settings)
+    mean, std = config["mean"], config["std"]
     if settings.img_size:
-        crop_pct, crop_mode = crop(extractor)
-        crop_pct = None if crop_mode == "squash" else crop_pct
+        crop_pct = None if config["crop_mode"] == "squash" else config["crop_pct"]
         return eval_transform((settings.img_size, settings.img_size), mean, std, crop_pct)
     return SeededTransform(partial(_shrink, max_size=settings.max_size), mean, std)
 

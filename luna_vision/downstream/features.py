@@ -1,4 +1,4 @@
-"""What a frozen model gives for images: its embedding, and of a Luna ViT the memory and the patch grid.
+"""Features of a frozen model: the embedding of an image, its patch grid and, of a Luna ViT, its memory.
 
 Shapes: B batch, C width, L memory slots, H', W' patch grid, N = H' * W'.
 """
@@ -19,10 +19,10 @@ __all__ = ["Extractor", "Features"]
 
 
 class Features(NamedTuple):
-    """Of one image, float32."""
+    """The features of one image, float32."""
 
     embedding: np.ndarray
-    """(C,): what the head reads, `forward_head(pre_logits=True)`."""
+    """(C,): the input of the classifier, `forward_head(pre_logits=True)`."""
     memory: np.ndarray | None
     """(L, C): the memory slots after the final norm."""
     grid: np.ndarray | None
@@ -32,23 +32,23 @@ class Features(NamedTuple):
 class Extractor:
     """Runs a frozen model on images.
 
-    A Luna ViT takes images of different sizes in one batch: they are padded to the largest, and a mask keeps the
-    padding out, so that the result is that of each image alone. Any other model takes batches of one size.
+    A Luna ViT takes images of different sizes in one batch: they are padded to the largest, and a mask excludes the
+    padding, so that each image has the same features as alone. Any other model takes batches of one size.
 
     Attributes:
         in_chans: Channels of the images.
-        patch_size: Sides (height, width) of a patch, for a model that takes mixed sizes; None for one that does not.
+        patch_size: Sides (height, width) of a patch for a Luna ViT, None for other models.
     """
 
     def __init__(self, model: nn.Module, memory: bool = False, grid: bool = False) -> None:
         """
         Args:
-            model: A timm classification model; it is put and left in eval mode.
+            model: A timm classification model; it is put in eval mode.
             memory: Return the memory.
             grid: Return the patch grid (of a convolutional network, its last feature map).
 
         Raises:
-            ValueError: It is no such model, has no memory where that is wanted, or reads other images than grey or RGB.
+            ValueError: Not such a model, no memory though it is wanted, or other channels than grey or RGB.
         """
         self.name = type(model).__name__
         if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
@@ -56,21 +56,23 @@ class Extractor:
                 f"{self.name} is not a timm classification model: it has no forward_features, forward_head"
             )
         if memory and not getattr(model, "memory_len", 0):
-            raise ValueError(f"memory is wanted, and {self.name} has none: it takes a Luna ViT with mixer='luna'")
+            raise ValueError(f"memory is wanted, and {self.name} has none: use a Luna ViT with mixer='luna'")
         self.model, self.memory, self.grid = model.eval(), memory, grid
         self.patch_size: tuple[int, int] | None = model.patch_embed.patch_size if isinstance(model, LunaVit) else None
-        self.in_chans = _in_chans(model)
+        # timm's models keep no other record of their channels than the first convolution
+        convs = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+        self.in_chans = model.in_chans if hasattr(model, "in_chans") else getattr(next(convs, None), "in_channels", 3)
         if self.in_chans not in (1, 3):
             raise ValueError(f"{self.name} reads {self.in_chans} channels; images have 1 (grey) or 3 (RGB)")
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
 
     def __call__(self, images: Sequence[Tensor]) -> list[Features]:
-        """The features of normalised images (channels, height, width), as the module's docstring says of sizes.
+        """The features of normalised images (channels, height, width).
 
         Raises:
             SampleError: The model does not take images of this size.
-            ValueError: What it returns is not an embedding, or no grid where one is wanted.
+            ValueError: The model returns no embedding, or no grid though one is wanted.
         """
         batch, valid = self._batch(images)
         tokens, embeddings = self._run(batch, valid)
@@ -89,13 +91,13 @@ class Extractor:
         return [Features(*of_image) for of_image in zip(embeddings, memories, grids, strict=True)]
 
     def _cells(self, image: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches that an image takes, the last ones perhaps in part."""
+        """Rows and columns of patches of an image, rounded up."""
         return -(-image.shape[1] // self.patch_size[0]), -(-image.shape[2] // self.patch_size[1])
 
     def _batch(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """One batch of them, and a mask (B, N) of the patches that are theirs if they do not all have the same grid."""
+        """Images as one batch and, if they have different grids, a mask (B, N) of the patches that belong to them."""
         if len({image.shape for image in images}) == 1:
-            # a large image that is alone is not copied
+            # a single image, which may be large, is not copied
             return (torch.stack(list(images)) if len(images) > 1 else images[0].unsqueeze(0)), None
         cells = [self._cells(image) for image in images]
         rows, columns = (max(side) for side in zip(*cells, strict=True))
@@ -108,20 +110,20 @@ class Extractor:
         return batch, None if valid.all() else valid.flatten(1)
 
     def _run(self, batch: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tokens and embeddings."""
+        """Tokens and embeddings of a batch."""
         mask = {} if valid is None else {"patch_valid": valid.to(self.device)}
         try:
             with torch.inference_mode():
                 tokens = self.model.forward_features(batch.to(self.device, self.dtype), **mask)
                 return tokens, self.model.forward_head(tokens, pre_logits=True, **mask)
-        except (RuntimeError, AssertionError, ValueError) as error:  # which of them it is depends on the model
+        except (RuntimeError, AssertionError, ValueError) as error:  # depending on the model
             if isinstance(error, torch.OutOfMemoryError) or not self._has_a_size():
                 raise
             height, width = batch.shape[2:]
             raise SampleError(f"{self.name} fails on {width} x {height} pixels: {one_line(error)}") from error
 
     def _has_a_size(self) -> bool:
-        """Whether the model works at a size of its own, and so has failed at another one. A Luna ViT takes any."""
+        """Whether the model works at its own size, so that the size of the images must be the cause of a failure."""
         if self.patch_size:
             return False
         size = get_model_input_config(self.model)["input_size"][1:]
@@ -133,7 +135,7 @@ class Extractor:
         return True
 
     def _grids(self, tokens: Tensor, batch: Tensor) -> Tensor:
-        """(B, H', W', C) of the padded batch."""
+        """The patch grids (B, H', W', C) of the padded batch."""
         if tokens.ndim == 4:
             return tokens if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else tokens.permute(0, 2, 3, 1)
         if tokens.ndim == 3 and hasattr(self.model, "patch_embed"):
@@ -144,10 +146,3 @@ class Extractor:
             if patches.shape[1] == size[0] * size[1]:
                 return patches.unflatten(1, tuple(size))
         raise ValueError(f"a grid is wanted, and {self.name} gives none: its features are {list(tokens.shape[1:])}")
-
-
-def _in_chans(model: nn.Module) -> int:
-    """What a Luna ViT says, else the channels of the first convolution: timm's models keep no other record."""
-    if hasattr(model, "in_chans"):
-        return model.in_chans
-    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)

@@ -1,25 +1,30 @@
-"""The model card of an exported folder: what the model is, how to load it, and what is known of its training."""
+"""A folder for the Hugging Face hub, and its model card: the model, how to load it, and how it was trained."""
 
 import copy
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import timm
 from timm.data import resolve_input_data_config
 from timm.models._hub import generate_readme
 from timm.models._input import get_model_input_config
 
 from ..images.decode import MODES
-from ..models.factory import training_checkpoint
+from ..models.factory import RANDOM_WEIGHTS, training_checkpoint
 from ..models.luna_vit import LunaVit
 from ..utils.cost import count_macs
+from ..utils.files import check_folder, new_folder, write_text
 from ..utils.text import printable
+from .compare import Check, ExportError, check_model, compare, first_line
 
-__all__ = ["model_card", "training_details"]
+__all__ = ["HF_FILES", "check_hf_folder", "save_for_hf", "training_details"]
 
+HF_FILES = ("config.json", "model.safetensors", "README.md")
 RANDOM = (
-    "**RANDOM WEIGHTS: this model has not been trained.** What it returns says nothing about an image. It can be "
-    "trained, or show how the model is loaded and what it costs."
+    "**RANDOM WEIGHTS: this model has not been trained.** Its output says nothing about an image. It can be "
+    "trained, or show how the model is loaded and how much it costs."
 )
 CITATIONS = [
     """\
@@ -33,14 +38,6 @@ CITATIONS = [
   note      = {arXiv:2106.01540}
 }""",
     """\
-@article{guo2021external,
-  title   = {Beyond Self-attention: External Attention using Two Linear Layers for Visual Tasks},
-  author  = {Guo, Meng-Hao and Liu, Zheng-Ning and Mu, Tai-Jiang and Hu, Shi-Min},
-  journal = {IEEE Transactions on Pattern Analysis and Machine Intelligence},
-  year    = {2022},
-  note    = {arXiv:2105.02358}
-}""",
-    """\
 @misc{rw2019timm,
   author    = {Ross Wightman},
   title     = {PyTorch Image Models},
@@ -51,12 +48,76 @@ CITATIONS = [
 ]
 
 
-def training_details(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of its training, for a card, as Markdown: {what: value}. Of another file than one of
-    `train.py`, its name.
+def save_for_hf(
+    model: LunaVit,
+    folder: str | Path,
+    training: dict[str, Any] | None = None,
+    random_weights: bool = False,
+    overwrite: bool = False,
+) -> list[Check]:
+    """Write a folder for the Hugging Face hub, once timm builds the same model from it again.
+
+    It has `model.safetensors`, `config.json` with the arguments of the model and its normalisation, and a model card,
+    `README.md`.
+
+    Args:
+        model: A Luna ViT. It is put into eval mode.
+        folder: A new or an empty folder.
+        training: How the model was trained, for the card, as Markdown: {name: value}.
+        random_weights: The model was not trained; the card, and commands that read the folder, then say so.
+        overwrite: Replace these three files in a folder that is not empty.
+
+    Returns:
+        The comparisons that were made; the outputs were equal bit by bit.
 
     Raises:
-        ValueError: It says something else than a number where there should be one.
+        ValueError: A model, folder or argument that does not fit.
+        OSError: The folder cannot be written.
+        ExportError: timm builds another model from the folder. Nothing is written then.
+    """
+    folder = Path(folder)
+    check_model(model)
+    slots = 0 if model.memory is None else model.memory.shape[1]
+    if model.memory_len != slots:
+        raise ValueError(
+            f"the folder keeps all {slots} slots of the memory, and the model is set to {model.memory_len}: call "
+            f"set_memory_len({slots}) first, and shorten the model that timm builds from the folder"
+        )
+    check_hf_folder(folder, overwrite)
+    with new_folder(folder) as temporary:
+        size, tag = get_model_input_config(model)["input_size"], "untrained" if random_weights else ""
+        timm.models.save_for_hf(
+            model.eval(),
+            temporary,
+            safe_serialization=True,
+            data_config={"input_size": size},
+            model_config={"pretrained_cfg": {"tag": tag}, RANDOM_WEIGHTS: random_weights},
+        )
+        # safetensors writes files that only their owner can read
+        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
+        card = model_card(model, folder.resolve().name, training or {}, random_weights)
+        write_text(temporary / "README.md", card)
+        try:
+            loaded = timm.create_model(f"local-dir:{temporary}", pretrained=True).eval().to(next(model.parameters()))
+        except Exception as error:  # timm and safetensors raise nearly anything
+            raise ExportError(f"timm cannot build the model from the folder: {first_line(error)}") from error
+        return compare(lambda x: [loaded(*x)], model, "logits", False, "timm's model of the folder", tolerance=0.0)
+
+
+def check_hf_folder(folder: Path, overwrite: bool) -> None:
+    """See, before any work, that `save_for_hf` may and can write a folder; it raises the same errors."""
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; format hf writes a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ValueError(f"{folder} is not empty: give --overwrite (overwrite=True) to replace its files")
+    check_folder(folder if folder.is_dir() else folder.parent)
+
+
+def training_details(checkpoint: Path) -> dict[str, Any]:
+    """How a checkpoint was trained, for a card, as Markdown: {name: value}; only the file's name if it does not say.
+
+    Raises:
+        ValueError: Something that should be a number is not.
     """
     run = training_checkpoint(checkpoint)
     if not run:
@@ -81,7 +142,7 @@ def training_details(checkpoint: Path) -> dict[str, Any]:
 
 
 def _code(text: Any) -> str:
-    """Text of strangers as a code span, in which no Markdown, HTML or address means anything."""
+    """Text from an untrusted file as a code span, in which Markdown, HTML and addresses have no effect."""
     text = printable(str(text))
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{text}{fence}" if fence == "`" else f"{fence} {text} {fence}"
@@ -92,9 +153,9 @@ def model_card(model: LunaVit, name: str, training: dict[str, Any], random_weigh
 
     Args:
         model: The model.
-        name: What to call it.
-        training: What is known of its training, as Markdown: {what: value}.
-        random_weights: Whether it was not trained at all.
+        name: Its name.
+        training: How it was trained, as Markdown: {name: value}.
+        random_weights: It was not trained.
     """
     cfg = resolve_input_data_config(model)
     channels, height, width = get_model_input_config(model)["input_size"]
