@@ -30,7 +30,7 @@ from ..tasks.base import TimmTask
 from ..tasks.checkpoints import AtomicCheckpointIO, best_checkpoint, check_checkpoint
 from ..tasks.reporting import ExportBest, ModelSize, PredictionWriter, relative
 from ..tasks.resume import ExactResume, resume
-from ..tasks.sharding import FSDP2Strategy, is_sharded
+from ..tasks.sharding import FSDP2Strategy
 from ..tasks.stopping import StopTogether
 from ..utils.errors import UserError, arguments_of, is_check, one_line
 from ..utils.files import check_output
@@ -200,7 +200,7 @@ class LunaCLI(LightningCLI):
         """Find what is missing before the loggers create the run's folder."""
         path, checkpoint = self._get(self.config, "ckpt_path"), {}
         if path and path not in ("best", "last", "hpc"):
-            if not (Path(path).is_file() or is_sharded(path)):
+            if not Path(path).exists():
                 raise FileNotFoundError(f"--ckpt_path: there is no file {path}")
             checkpoint = check_checkpoint(path)
         if self.subcommand != "fit" and not path:

@@ -131,7 +131,8 @@ class TimmTask(LightningModule):
         """
         hp = self.hparams
         if hp.checkpoint and not Path(hp.checkpoint).is_file():
-            raise FileNotFoundError(f"checkpoint {hp.checkpoint!r} does not exist")
+            problem = "is a folder" if Path(hp.checkpoint).is_dir() else "does not exist"
+            raise FileNotFoundError(f"checkpoint {hp.checkpoint!r} {problem}")
         vit = hp.get("init_from_vit")
         if vit and not Path(vit).is_file() and not timm.is_model(get_arch_name(vit)):
             raise ValueError(f"init_from_vit {vit!r} is neither a file nor the name of a timm model")
@@ -191,7 +192,7 @@ class TimmTask(LightningModule):
         check_same_weights(shapes(self.state_dict()), shapes(checkpoint["state_dict"]))
         fits = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if fits and "optimizer_states" not in checkpoint:
-            raise ValueError("the checkpoint is of a sharded run: go on with --trainer.strategy=fsdp2")
+            raise ValueError("the checkpoint has no state of the optimizer: give its weights as --model.checkpoint")
 
     # ---- batches
 

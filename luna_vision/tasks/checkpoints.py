@@ -15,11 +15,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from luna_vision.models.checkpoints import not_plain
 from luna_vision.utils.files import new_file
-
-from .folder import check_whole, read_index
-from .plain import load_plain
-from .sharding import REST, is_sharded, read_weights
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -45,30 +42,32 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Whatever ``weights_only`` says, nothing but plain data is loaded, see `load_plain`.
-
-        A folder that FSDP2 has written is read, too: without the optimizer, as for testing or prediction.
-        """
-        return read_checkpoint(path) if is_sharded(path) else load_plain(path, map_location=map_location)
+        """Whatever ``weights_only`` says, nothing but plain data is loaded, see `read_checkpoint`."""
+        return read_checkpoint(path, mmap=False)
 
 
-def read_checkpoint(path: str | Path, weights: bool = True) -> dict[str, Any]:
-    """A checkpoint as it was saved, on the CPU; one that is a folder without the optimizer.
+def read_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. Only tensors and plain data are unpickled, anything else is refused.
 
     Args:
-        path: A file, or a folder that FSDP2 has written.
-        weights: Whether those of a folder are wanted, too; if not, it is made sure that they are all there.
+        path: A file.
+        mmap: Read each tensor from the disk when it is used.
 
     Raises:
-        ValueError: As `load_plain`, `read_index` and `read_weights`.
-        OSError: It cannot be read, or a file of the folder is missing or cut off.
+        IsADirectoryError: ``path`` is a folder.
+        ValueError: The file is no checkpoint, or holds other objects, which could run code.
+        OSError: The file cannot be read.
     """
-    if not is_sharded(path):
-        return load_plain(path, map_location="cpu", mmap=is_zipfile(path))
-    checkpoint = load_plain(Path(path, REST), map_location="cpu")
-    if weights:
-        return {**checkpoint, "state_dict": read_weights(path)}
-    check_whole(path, read_index(path))
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zipfile(path))
+    except OSError:
+        raise
+    except Exception as error:  # reading a file that is no checkpoint raises nearly anything
+        raise ValueError(not_plain(path, error)) from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{str(path)!r} is not a checkpoint: it holds a {type(checkpoint).__name__}")
     return checkpoint
 
 
@@ -92,12 +91,12 @@ def check_deletions(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def check_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What is given as ``--ckpt_path``, of a folder without the weights.
+    """What is given as ``--ckpt_path``.
 
     Raises:
-        ValueError: It is not Lightning's, or as `load_plain`.
+        ValueError: It is not Lightning's, or as `read_checkpoint`.
     """
-    checkpoint = read_checkpoint(path, weights=False)
+    checkpoint = read_checkpoint(path)
     if "pytorch-lightning_version" not in checkpoint:  # what Lightning looks at first
         raise ValueError(
             f"--ckpt_path: {path} is not a checkpoint of a training; weights alone are given as --model.checkpoint"

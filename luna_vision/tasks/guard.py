@@ -104,9 +104,9 @@ class NonFiniteGuard(Callback):
         batches, losses = [batch for batch, _ in self._losses], [loss for _, loss in self._losses]
         checked = list(losses)
         if not has_scaler(trainer):
-            gradients = [
-                _own(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-            ]
+            weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            # of FSDP2, the part that this process has, which may be none
+            gradients = [w.grad.to_local() if isinstance(w.grad, DTensor) else w.grad for w in weights]
             if gradients := [gradient for gradient in gradients if gradient.numel()]:
                 checked.append(torch.stack(torch._foreach_norm(gradients, math.inf)).max().float())
         if not checked:  # the task has given no loss
@@ -169,14 +169,11 @@ class NonFiniteGuard(Callback):
     # ---- what cannot be skipped
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        bad = ""
-        for name, value in checkpoint["state_dict"].items():
-            own = _own(value)
-            if not bad and own.is_floating_point() and not bool(own.isfinite().all()):
-                bad = name
-        # under FSDP2 it may be in the part of another process, and none may wait for one that has stopped
-        if trainer.strategy.reduce_boolean_decision(bool(bad), all=False):
-            self._stop(trainer, f"{bad or 'the part of another process'} has values that are not finite")
+        weights = {name: value for name, value in checkpoint["state_dict"].items() if value.is_floating_point()}
+        bad = next((name for name, value in weights.items() if not value.isfinite().all()), None)
+        # under FSDP2 the first process has them all, and no other may wait for one that has stopped
+        if trainer.strategy.reduce_boolean_decision(bad is not None, all=False):
+            self._stop(trainer, f"{bad or 'a weight'} has values that are not finite")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # before ModelCheckpoint, which Lightning runs last
@@ -214,8 +211,3 @@ def batch_names(trainer: Trainer, batch_idx: int) -> list[str]:
         process = f" in process {trainer.global_rank}" if trainer.world_size > 1 else ""
         return [f"batch {batch_idx} of epoch {epoch}{process}"]
     return [printable(sample_name(loader.dataset, index)) for index in indices]
-
-
-def _own(value: Tensor) -> Tensor:
-    """What this process holds of a weight or gradient, which under FSDP2 may be nothing."""
-    return value.to_local() if isinstance(value, DTensor) else value

@@ -95,7 +95,7 @@ def export_weights(checkpoint: str | Path, output: str | Path) -> None:
     file's header as JSON, under "training"; `training_checkpoint` of the commands reads it.
 
     Args:
-        checkpoint: a checkpoint of a task; of FSDP2, the folder.
+        checkpoint: a checkpoint of a task.
         output: the ``.safetensors`` file to write, in one move.
     """
     content = read_checkpoint(checkpoint)

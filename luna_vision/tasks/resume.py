@@ -118,7 +118,7 @@ class ExactResume(Callback):
     on_exception = teardown
 
     def _about(self) -> dict[str, Any]:
-        return {"config": self.config, "code": self._code, "processes": self._trainer.world_size}
+        return {"processes": self._trainer.world_size, "code": self._code, "config": self.config}
 
     def state_dict(self) -> dict[str, Any]:
         """Called on all ranks whenever a checkpoint is made."""
@@ -271,9 +271,11 @@ def latest_complete(trainer: Trainer, run: Path, config: dict[str, Any]) -> str 
     files = [path for folder in {run / "checkpoints", *told} for path in folder.glob("[!.]*.ckpt")]
     for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
-            state = read_checkpoint(path, weights=False)["callbacks"][ExactResume.__name__]
+            state = read_checkpoint(path)["callbacks"][ExactResume.__name__]
             if state["exact"] and not differences(state["config"], config):
                 return str(path)
+        except IsADirectoryError:
+            raise
         except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             rank_zero_warn(printable(f"{path} is left out, as it cannot be resumed from ({reason})"))
