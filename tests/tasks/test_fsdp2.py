@@ -53,7 +53,7 @@ def test_weights_are_exported_as_timm_loads_them(trained):
 
 @pytest.mark.slow
 def test_one_process_reads_the_checkpoint(trained, tmp_path):
-    """It tests it, and goes on from it; as FSDP2 does from that, on processes of another number than it was written."""
+    """One process tests it and resumes from it, and FSDP2 resumes from the result with two."""
     folder = trained / "runs/debug/version_0/checkpoints"
     config = f"--config={trained / 'runs/debug/version_0/config.yaml'}"
     one = ["--trainer.strategy=auto", "--trainer.devices=1", "--model.checkpoint=null"]
@@ -79,7 +79,7 @@ def test_one_process_reads_the_checkpoint(trained, tmp_path):
 def test_bands_are_refused():
     model = timm.create_model("test_luna_vit")
     set_band_checkpointing(model, 2)
-    with pytest.raises(ValueError, match="gathered for the whole of it: set band_rows to 0"):
+    with pytest.raises(ValueError, match="set band_rows to 0"):
         shard(model, None, torch.device("cpu"))
 
 
@@ -146,9 +146,6 @@ def test_fsdp2_goes_on_from_a_file(sharded, tmp_path):
     for own, given in zip(model.parameters(), sharded.model.parameters(), strict=True):
         assert torch.equal(given.full_tensor(), own)
         assert torch.equal(loaded.state[given]["exp_avg"].full_tensor(), optimizer.state[own]["exp_avg"])
-    torch.save({"state_dict": model.state_dict()}, tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match="no state of the optimizer"):
-        sharded.load_checkpoint(tmp_path / "last.ckpt")
 
 
 def test_strategies_that_read_checkpoints_themselves_are_refused(tmp_path, monkeypatch, capsys):
