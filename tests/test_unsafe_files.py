@@ -1,7 +1,4 @@
-"""Files from strangers: whatever is given as weights or data, nothing in it is unpickled.
-
-For checkpoints that are folders see `tests/tasks/test_folder.py`.
-"""
+"""Files from strangers: whatever is given as weights or data, nothing in it is unpickled."""
 
 import io
 import json
@@ -9,6 +6,7 @@ import os
 import pickle
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +106,57 @@ def test_commands(name, kind, tmp_path, capsys):
     path = hostile_file(tmp_path, kind)
     weights = ["--model", "test_luna_vit", "--device", "cpu", "--checkpoint", str(path)]
     refused(lambda: run_command(lambda: main([*words, *weights])), path, capsys)
+
+
+def hostile_folder(path: Path) -> Path:
+    """As torch.distributed.checkpoint writes it; the index, the rest and the weights would each run code."""
+    path.mkdir(parents=True)
+    (path / ".metadata").write_bytes(pickle.dumps(Hostile()))
+    for name in ("meta.pt", "__0_0.distcp"):
+        torch.save(Hostile(), path / name)
+    return path
+
+
+FOLDER = {
+    "fit": ["--ckpt_path={}"],
+    "fit with fsdp2": ["--ckpt_path={}", "--trainer.strategy=fsdp2"],
+    "fit from weights": ["--model.checkpoint={}"],
+    "validate": ["--ckpt_path={}"],
+    "test": ["--ckpt_path={}"],
+    "test with weights": ["--model.checkpoint={}"],
+    "predict": ["--ckpt_path={}", "--data.predict_path=a.png"],
+    "fit --resume": ["--resume", "--trainer.max_epochs=1"],
+    "export": ["--checkpoint={}", "--format=hf", "--out=out"],
+    "embed": ["a.png", "--out=out.npz", "--model=test_luna_vit", "--checkpoint={}"],
+}
+
+
+@pytest.mark.parametrize("use", FOLDER)
+def test_a_folder_as_checkpoint(use, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "runs/debug/version_0/checkpoints/last.ckpt"
+    command = use.split()[0]
+    words = [word.format(path) for word in FOLDER[use]]
+    if command in ("export", "embed"):
+        run = partial(run_command, lambda: {"export": export, "embed": embed}[command].main(words))
+    else:
+        config = tmp_path / "config.yaml"
+        text = Path(DEBUG).read_text(encoding="utf-8")
+        config.write_text(text[: text.index("  callbacks+:")], encoding="utf-8")  # fsdp2 refuses EMA
+        monkeypatch.setattr(sys, "argv", ["train.py", command, f"--config={config}", *words])
+        run = train
+        if "--resume" in words:  # an unfinished run of the same configuration
+            with pytest.raises(SystemExit, match="0"):
+                train()
+            record = path.parents[1] / "run.json"
+            record.write_text(json.dumps({**json.loads(record.read_text()), "finished": False}))
+            path.unlink()
+    hostile_folder(path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run()
+    assert end.value.code == 2 and not Path(MARKER).exists()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "last.ckpt" in line and "is a folder" in line
 
 
 def test_a_folder_of_weights(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""What the commands share: their parser, and the options that name a model."""
+"""Shared by the commands: the parser, the options of a model, and the exit with one line."""
 
 import argparse
 import ast
@@ -22,7 +22,6 @@ __all__ = [
     "Parser",
     "add_model_options",
     "add_statistics_options",
-    "at_least",
     "load",
     "model_options",
     "named",
@@ -31,13 +30,13 @@ __all__ = [
 ]
 
 DEVICES = ("auto", "cpu", "cuda")
-# how jsonargparse begins where it wraps an error in one of its own
+# the beginnings of jsonargparse's messages that wrap another error
 UNION, OF_CLASS = "Does not validate against any of the Union subtypes", "Problem with given class_path"
 WRAPPERS = (UNION, OF_CLASS, "Call to compute_fn of link")
 
 
 class _Help(DefaultHelpFormatter):
-    """Help as it is written, without the Python types that jsonargparse adds."""
+    """Help without the Python types that jsonargparse adds."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.dest == "print_config":
@@ -46,7 +45,7 @@ class _Help(DefaultHelpFormatter):
 
 
 class Parser(ArgumentParser):
-    """A parser of one command, whose options can stand in a YAML file, too; mistakes are ArgumentErrors."""
+    """The parser of a command, which also takes options from a YAML file and raises ArgumentErrors."""
 
     def __init__(self, command: str, **kwargs: Any) -> None:
         prog = f"luna-vision {command}"
@@ -55,31 +54,12 @@ class Parser(ArgumentParser):
             "--config",
             action=ActionConfigFile,
             metavar="FILE",
-            help="options from a YAML file, by their names with _ for -; what comes after it goes over them",
+            help="options from a YAML file, by their names with _ for -; options after it replace them",
         )
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:
-        with arguments_of("the options cannot be read"):  # of a file that is no text, for instance
+        with arguments_of("the options cannot be read"):  # a file that is no text, for instance
             return super().parse_args(*args, **kwargs)
-
-
-class _NotWholeError(argparse.ArgumentTypeError, ValueError):
-    """On a command line argparse shows the message of the one, in a file jsonargparse that of the other."""
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """The type of an option: a whole number of at least `least`."""
-
-    def whole_number(value: str | int) -> int:
-        try:
-            number = int(value)
-        except ValueError:
-            number = least - 1
-        if number < least:
-            raise _NotWholeError(f"must be a whole number of at least {least}, got {value!r}")
-        return number
-
-    return whole_number
 
 
 def pairs(words: list[str] | dict[str, Any], option: str) -> dict[str, Any]:
@@ -125,13 +105,13 @@ def add_model_options(parser: Parser, default: str = "luna_vit_small", device: s
 
 
 def add_statistics_options(group: Any, help: str) -> None:
-    """--mean and --std of pixels in [0, 1]; `help` says how many numbers, and what is taken without."""
+    """Add --mean and --std; `help` says how many numbers they take, and the default."""
     group.add_argument("--mean", type=float, nargs="+", metavar="X", help=f"of pixels in [0, 1], {help}")
     group.add_argument("--std", type=float, nargs="+", metavar="X", help="likewise")
 
 
 def model_options(args: Namespace) -> dict[str, Any]:
-    """What the options of `add_model_options` say, as arguments of the functions of `luna_vision.models.factory`."""
+    """The options of `add_model_options` as arguments for `luna_vision.models.factory`."""
     return {
         "name": args.model,
         "arguments": pairs(args.model_args, "--model-args"),
@@ -140,7 +120,7 @@ def model_options(args: Namespace) -> dict[str, Any]:
 
 
 def load(args: Namespace, **overrides: Any) -> "nn.Module":
-    """The model that the options of `add_model_options` name; all else is as in `luna_vision.models.factory`."""
+    """Load the model of the options of `add_model_options`, as `luna_vision.models.factory.load_model` does."""
     from ..models.factory import load_model
 
     def say(text: str) -> None:
@@ -150,15 +130,15 @@ def load(args: Namespace, **overrides: Any) -> "nn.Module":
 
 
 def named(path: str, reason: str) -> str:
-    """What to say of an image that cannot be used, which not every reason names."""
+    """The reason why an image cannot be used, with its path."""
     name = printable(path)
     return reason if name in reason else f"{name}: {reason}"
 
 
 def run_command(command: Callable[[], int | None]) -> NoReturn:
-    """Exit with what `command` returns (None is 0); a user's mistake is one line on stderr and 2, Ctrl-C is 130.
+    """Exit with the code that `command` returns (None is 0), 2 and a line on stderr for a mistake, 130 for Ctrl-C.
 
-    `LUNA_VISION_TRACEBACK=1` in the environment shows the traceback of a mistake, too. What is none keeps it.
+    Other errors keep their traceback. `LUNA_VISION_TRACEBACK=1` in the environment shows that of a mistake, too.
     """
     try:
         sys.exit(command() or 0)
@@ -172,15 +152,15 @@ def run_command(command: Callable[[], int | None]) -> NoReturn:
 
 
 def is_mistake(error: Exception) -> bool:
-    """Whether the user can mend it: an option, one of our checks, or what the system says of a file."""
-    told_by_system = isinstance(error, OSError) and (error.filename is not None or error.errno is not None)
-    return isinstance(error, ArgumentError) or told_by_system or is_check(error)
+    """Whether the user can fix it: an option, one of our checks, or an error of the system about a file."""
+    from_system = isinstance(error, OSError) and (error.filename is not None or error.errno is not None)
+    return isinstance(error, ArgumentError) or from_system or is_check(error)
 
 
 def message(error: Exception) -> str:
-    """What went wrong, in one line, out of messages that have many."""
+    """The message of an error in one line."""
     text = str(error).strip()
-    if "Original Traceback" in text:  # raised in a data worker: the last line is the worker's own error
+    if "Original Traceback" in text:  # from a data worker, whose own error is in the last line
         last = text.rsplit("\n", 1)[-1]
         text = last.partition(": ")[2] or last
     if isinstance(error, ArgumentError):
@@ -192,7 +172,7 @@ _KEY = re.compile(r'Parser key "([^"]*)"( element \d+)?:\s*')
 
 
 def useful(text: str) -> str:
-    """Of what jsonargparse says of a value, the clause about what it was meant to be, instead of all that it might be.
+    """Shorten a message of jsonargparse, which lists every type that a value may have, to the type that was meant.
 
     ``Parser key "model": ... Problem with given class_path ...: Parser key "lr": Expected ...`` becomes
     ``model.lr: Expected ...``.
@@ -221,7 +201,7 @@ def useful(text: str) -> str:
 
 
 def _meant(text: str) -> str:
-    """One of the errors of a value that is none of several types; all of them if no class was meant."""
+    """The error for the class that was meant, out of those for all types; if none was, one clause for all."""
     errors, _, value = text.partition("Errors:")[2].rpartition("Given value type:")
     indent = re.match(r"\s*- ", errors)
     clauses = dict.fromkeys(clause.strip() for clause in errors.split(indent[0]) if clause.strip()) if indent else {}

@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
-from ..utils.text import printable
-from .common import Parser, at_least
+from jsonargparse.typing import PositiveInt
 
-MODULES = {"webdataset": "WebDatasetDataModule", "litdata": "LitDataDataModule"}  # which read a format
+from ..utils.text import printable
+from .common import Parser
+
+MODULES = {"webdataset": "WebDatasetDataModule", "litdata": "LitDataDataModule"}  # that read a format
 
 
 def main(words: list[str]) -> None:
-    """Convert, and say what was written and which data module reads it."""
+    """Convert, and print the number of images and the data module that reads them."""
     parser = Parser(
         "convert",
         description="Write an image folder (the layout of ImageNet) as shards, for file systems that are slow with "
@@ -19,7 +21,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make; it appears when it is complete")
     parser.add_argument("--format", choices=list(MODULES), default="webdataset", help="(default: %(default)s)")
     parser.add_argument(
-        "--shard-megabytes", type=at_least(1), default=128, metavar="N", help="size of a shard (default: %(default)s)"
+        "--shard-megabytes", type=PositiveInt, default=128, metavar="N", help="size of a shard (default: %(default)s)"
     )
     args = parser.parse_args(words)
 

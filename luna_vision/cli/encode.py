@@ -5,12 +5,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import Parser, add_model_options, add_statistics_options, at_least, load, model_options
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+from .common import Parser, add_model_options, add_statistics_options, load, model_options
 
 if TYPE_CHECKING:
     from ..execution import Encoded
 
-MODEL = "luna_vit_tiny"  # where none is named
+MODEL = "luna_vit_tiny"  # the default
 SUFFIXES = (".npz", ".safetensors")
 STORE_TYPES = ("float32", "bfloat16")
 
@@ -20,7 +22,7 @@ def _parser() -> Parser:
         "encode",
         usage="%(prog)s IMAGE --out FILE [options]",
         description="Embedding, logits and memory of one image of any size, as the ordinary forward pass computes "
-        "them. With --store, a run that was stopped goes on with the same command.",
+        "them. With --store, the same command resumes a run that was stopped.",
     )
     parser.add_argument(
         "image", type=Path, metavar="IMAGE", help="TIFF (tiled, pyramid), .zarr, .npy; PNG, JPEG, ... are decoded whole"
@@ -30,7 +32,7 @@ def _parser() -> Parser:
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out and --grid")
     add_model_options(parser, default=MODEL)
     group = parser.add_argument_group("pixels")
-    group.add_argument("--level", type=at_least(0), metavar="N", help="of a pyramid; 0, the default, is the largest")
+    group.add_argument("--level", type=NonNegativeInt, metavar="N", help="of a pyramid; 0, the default, is the largest")
     add_statistics_options(group, "one number or one a channel (default: the model's)")
     group = parser.add_argument_group("memory and disk")
     group.add_argument(
@@ -38,7 +40,7 @@ def _parser() -> Parser:
     )
     group.add_argument("--store", type=Path, metavar="FOLDER", help="keep the patches there; without, in memory")
     group.add_argument("--store-dtype", choices=STORE_TYPES, help="type in which they are kept (default: the model's)")
-    group.add_argument("--band-rows", type=at_least(1), metavar="N", help="rows of patches at a time (default: chosen)")
+    group.add_argument("--band-rows", type=PositiveInt, metavar="N", help="rows of patches at a time (default: chosen)")
     return parser
 
 
@@ -90,7 +92,7 @@ def main(words: list[str]) -> int:
             save=lambda result: _save(args.out, result, about),
         )
     except KeyboardInterrupt:
-        again = "the same command goes on from here" if args.store else "with --store FOLDER it could have gone on"
+        again = "the same command goes on from here" if args.store else "with --store FOLDER it could be resumed"
         print(f"stopped; {again}", file=sys.stderr)
         return 130
     (height, width), (rows, columns) = image.shape[:2], result.grid_size

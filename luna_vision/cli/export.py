@@ -23,7 +23,7 @@ def _parser() -> Parser:
     parser = Parser(
         "export",
         usage="%(prog)s --format FORMAT --out PATH [options]",
-        description="Export a Luna ViT. What is written is compared with the model before it gets its name.",
+        description="Export a Luna ViT. The file is compared with the model before it gets its name.",
         epilog="Exit code: 0; 2 for a mistake; 1 for a graph that cannot be made or differs from the model.",
     )
     # a torch-export program stays on the device on which it was made
@@ -36,7 +36,7 @@ def _parser() -> Parser:
         help="onnx and torch-export: a file that takes any batch, height and width; hf: a folder for timm and the hub",
     )
     group.add_argument("--out", type=Path, required=True, metavar="PATH", help=".onnx or .pt2 file, or folder")
-    group.add_argument("--overwrite", action="store_true", help="replace what is there; without it that is refused")
+    group.add_argument("--overwrite", action="store_true", help="replace what is there; refused otherwise")
     group.add_argument(
         "--output",
         choices=OUTPUTS,
@@ -88,7 +88,7 @@ def main(words: list[str]) -> None:
 
 
 def _normalise(model: "nn.Module", args: "Namespace") -> None:
-    """Put --mean and --std into the model's configuration, and say so where nobody knows them."""
+    """Put --mean and --std into the model's configuration, with a note where they are not known."""
     from ..models.factory import knows_its_images
 
     if args.checkpoint and not (args.mean and args.std) and not knows_its_images(**model_options(args)):

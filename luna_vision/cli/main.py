@@ -1,4 +1,4 @@
-"""The console script ``luna-vision``: which command is meant, and no more than that is imported."""
+"""The console script ``luna-vision``, which imports only the command that runs."""
 
 import difflib
 import sys
@@ -8,26 +8,20 @@ from typing import NoReturn
 from .. import __version__
 from ..utils.errors import UserError
 from .common import run_command
-from .training_help import short_help
+from .training_help import TRAINING, short_help
 
 __all__ = ["main"]
 
-TRAINING = {
-    "fit": "train a model and test its best checkpoint",
-    "validate": "evaluate a checkpoint on the validation images",
-    "test": "evaluate a checkpoint on the test images",
-    "predict": "write the classes of images to a CSV file",
-}
-# each is a file here, of the same name, with main(words)
+# each is a file of this folder with main(words)
 COMMANDS = {
-    "embed": "embeddings of images, as parquet or npz",
-    "probe": "how good frozen features are: nearest neighbours and a linear classifier",
-    "visualize": "pictures of what the memory looks at, and of patch features",
-    "encode": "one image of any size, out of core",
-    "export": "ONNX, torch.export, or a folder for the Hugging Face hub",
-    "convert": "an image folder as WebDataset or LitData shards",
+    "embed": "Write embeddings of images, as parquet or npz.",
+    "probe": "Measure frozen features by nearest neighbours and a linear classifier.",
+    "visualize": "Draw where the memory looks, and patch features.",
+    "encode": "Encode one image of any size, out of core.",
+    "export": "Export to ONNX, torch.export, or a folder for the Hugging Face hub.",
+    "convert": "Write an image folder as WebDataset or LitData shards.",
 }
-# the extra of the package that brings what a command takes
+# the extra of the package that a command needs
 EXTRAS = dict.fromkeys(TRAINING, "train") | {
     "embed": "downstream",
     "probe": "downstream",
@@ -61,14 +55,14 @@ def _run(name: str, *words: str) -> int | None:
     try:
         if name in COMMANDS:
             return import_module(f"{__package__}.{name}").main([*words])
-        sys.path.append("")  # classes of a config may be the user's own, beside it
+        sys.path.append("")  # a config may name the user's own classes
         return import_module(f"{__package__}.train").main()
     except ModuleNotFoundError as error:
         raise UserError(f"{name} needs {error.name}: pip install 'luna-vision[{EXTRAS[name]}]'") from error
 
 
 def _overview() -> str:
-    lines = [f"  {name:<10} {what}" for name, what in (TRAINING | COMMANDS).items()]
+    lines = [f"  {name:<10} {what.partition('.')[0]}" for name, what in (TRAINING | COMMANDS).items()]
     return "\n".join(
-        ["usage: luna-vision COMMAND ...", "", *lines, "", "luna-vision COMMAND --help says what a command takes."]
+        ["usage: luna-vision COMMAND ...", "", *lines, "", "luna-vision COMMAND --help lists the options of a command."]
     )

@@ -1,8 +1,8 @@
-"""``luna-vision {fit,validate,test,predict}``, which are ``python train.py ...``, too: LightningCLI.
+"""``luna-vision {fit,validate,test,predict}`` and ``python train.py ...``: a LightningCLI.
 
-Exit codes: 0 success, 2 a mistake of the user (one line on stderr), 130 Ctrl-C, 143 SIGTERM, 1 anything else (with its
-traceback).
-``LUNA_VISION_TRACEBACK=1`` in the environment shows the traceback of the user's mistakes too.
+Exit codes: 0 success, 2 a mistake of the user (one line on stderr), 130 Ctrl-C, 143 SIGTERM, 1 any other error, with
+its traceback.
+``LUNA_VISION_TRACEBACK=1`` in the environment also shows the traceback of a mistake.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..tasks.base import TimmTask
 from ..tasks.checkpoints import AtomicCheckpointIO, best_checkpoint, check_checkpoint
 from ..tasks.reporting import ExportBest, ModelSize, PredictionWriter, relative
 from ..tasks.resume import ExactResume, resume
-from ..tasks.sharding import FSDP2Strategy, is_sharded
+from ..tasks.sharding import FSDP2Strategy
 from ..tasks.stopping import StopTogether
 from ..utils.errors import UserError, arguments_of, is_check, one_line
 from ..utils.files import check_output
@@ -39,8 +39,8 @@ from .common import WRAPPERS, run_command
 from .training_help import short_help
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
-DIGITS = Path(__file__).with_name("digits.yaml")  # what a fit runs when no config is named
-# those of a run that names none; "trainer.callbacks+" adds to them, or puts one of the same class in its place
+DIGITS = Path(__file__).with_name("digits.yaml")  # the config of a fit without --config
+# by default; "trainer.callbacks+" adds to them, or replaces one of the same class
 CALLBACKS = [
     "lightning.pytorch.callbacks.RichProgressBar",
     "luna_vision.tasks.ImagesPerSecond",
@@ -55,25 +55,24 @@ CALLBACKS = [
 
 class _Parser(LightningArgumentParser):
     def dump(self, *args: Any, **kwargs: Any) -> str:
-        """With what was given although the data may say it, which a saved configuration has to hold."""
+        """Also dump arguments that were given although the data could supply them."""
         return super().dump(*args, **{"skip_link_targets": False} | kwargs)
 
 
 class LunaCLI(LightningCLI):
     """LightningCLI for the tasks of this package and any of the data modules.
 
-    What the data knows (``num_classes``, ``in_chans``, ``img_size``) a task need not be told.
+    The data supplies ``num_classes``, ``in_chans`` and ``img_size`` of the task.
 
-    ``fit --resume`` goes on with the newest unfinished run of the very same configuration, as does a ``fit`` that SLURM
-    has requeued or torchrun has started again; any other is a new run. After ``fit`` the best checkpoint is tested
-    (``--test_after_fit false`` leaves that out). ``--ckpt_path`` brings weights and, for ``fit``, the state of the
-    optimizer; hyperparameters always come from the configuration, never from the checkpoint, so that what is written in
-    a config or on the command line is what runs.
+    ``fit --resume`` continues the newest unfinished run of the same configuration. So does a ``fit`` that SLURM
+    requeued or torchrun restarted. After ``fit`` the best checkpoint is tested, unless ``--test_after_fit false``.
+    ``--ckpt_path`` loads weights and, for ``fit``, the state of the optimizer. Hyperparameters always come from the
+    configuration, never from the checkpoint.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--test_after_fit", type=bool, default=True, help="Test the best checkpoint after fit.")
-        help_ = "Let fit go on with the newest unfinished run of this very configuration."
+        help_ = "Let fit continue the newest unfinished run of this configuration."
         parser.add_argument("--resume", type=bool, nargs="?", const=True, default=False, help=help_)
         parser.add_argument("--name", type=str, default="run", help="Of the run, which writes into runs/NAME.")
         parser.set_defaults(
@@ -95,13 +94,13 @@ class LunaCLI(LightningCLI):
         return parser
 
     def _model_argument(self, name: str, data: LightningDataModule) -> Any:
-        """An argument of the task: what is given, else what the data says of itself."""
+        """An argument of the task: the given value, else the data's."""
         arguments = self._get(self.config, "model").get("init_args", {})
         if arguments.get(name) is not None:
             return arguments[name]
         try:
             value = getattr(data, name, None)
-        except FileNotFoundError:  # of the training folders, whose names are the classes; images are predicted without
+        except FileNotFoundError:  # no training folder, whose subfolders are the classes, as for prediction
             path = self._get(self.config, "ckpt_path") or arguments.get("checkpoint")
             value = training_checkpoint(path).get("hyper_parameters", {}).get(name) if path else None
         if name == "img_size" and value is not None:
@@ -117,7 +116,7 @@ class LunaCLI(LightningCLI):
             super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
-        """Jsonargparse lets null pass as a value of any type."""
+        """Refuse null where the type does not allow it: jsonargparse accepts it for any type."""
         for section in ("model", "data", "trainer"):
             if self._get(self.config, section) is None:
                 raise UserError(f"{section} must not be null")
@@ -131,20 +130,20 @@ class LunaCLI(LightningCLI):
                         raise UserError(f"{section}.{name} must not be null")
 
     def instantiate_classes(self) -> None:
-        """With what a constructor has raised: jsonargparse wraps it in a list of all that the value might have been."""
+        """Raise a constructor's own error, which jsonargparse wraps in a list of all types that the value may have."""
         try:
             super().instantiate_classes()
         except ValueError as error:
             raised: BaseException = error
             while raised.__cause__ is not None and str(raised).startswith(WRAPPERS):
                 raised = raised.__cause__
-            if isinstance(raised, ValueError) and not is_check(raised):  # of a library, about its arguments
+            if isinstance(raised, ValueError) and not is_check(raised):  # a library about its arguments
                 raise UserError(f"the configuration does not fit: {one_line(raised)}") from raised
             raised.__suppress_context__ = True
-            raise raised  # noqa: B904 (it has a cause of its own, or none)
+            raise raised  # noqa: B904 (it keeps its own cause)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """With what exact resume needs: atomic checkpoints, and what checkpoints lack of the state."""
+        """Add what exact resume needs: atomic checkpoints with all of the state."""
         config = self._get(self.config_init, "trainer")
         self._name_run(config)
         config["callbacks"] = self._callbacks(config)
@@ -160,12 +159,12 @@ class LunaCLI(LightningCLI):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if self.subcommand == "fit":
             trainer.callbacks.insert(0, ExactResume(self._configuration()))
-            # after those that write checkpoints: a step whose checkpoint is due is not done again
+            # after the callbacks that write checkpoints, so that a due checkpoint is written before the run stops
             trainer.callbacks.append(StopTogether())
         return trainer
 
     def _name_run(self, config: Any) -> None:
-        """Have a run write where its name says, unless the trainer's own options say otherwise."""
+        """Write to runs/NAME, unless the trainer's own options say otherwise."""
         name = self._get(self.config, "name")
         if config["default_root_dir"] is None:
             config["default_root_dir"] = f"runs/{name}"
@@ -173,7 +172,7 @@ class LunaCLI(LightningCLI):
             config["logger"] = [CSVLogger("runs", name), TensorBoardLogger(f"runs/{name}", "tensorboard")]
 
     def _callbacks(self, config: Any) -> list[Callback]:
-        """Those of the configuration, of a standard one the last alone, without what the trainer is to do without."""
+        """The callbacks of the configuration: the last one of a standard class, and none that the trainer turns off."""
         unwanted = [ProgressBar] if config["enable_progress_bar"] is False else []
         unwanted += [Checkpoint, ExportBest] if config["enable_checkpointing"] is False else []
         given = config["callbacks"] or []
@@ -190,17 +189,17 @@ class LunaCLI(LightningCLI):
         for name in ("config", "ckpt_path", "resume"):
             config.pop(name, None)
         content = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
-        return json.loads(json.dumps(content, default=str))  # as it is read from a file again
+        return json.loads(json.dumps(content, default=str))  # equal to what run.json gives back
 
     def _parse_ckpt_path(self) -> None:
-        # The base class would let the checkpoint's hyperparameters win over the given ones without a word.
+        # The base class would let the checkpoint's hyperparameters silently replace the given ones.
         pass
 
     def check_run(self) -> None:
-        """Find what is missing before the loggers create the run's folder."""
+        """Find mistakes before the loggers create the run's folder."""
         path, checkpoint = self._get(self.config, "ckpt_path"), {}
         if path and path not in ("best", "last", "hpc"):
-            if not (Path(path).is_file() or is_sharded(path)):
+            if not Path(path).exists():
                 raise FileNotFoundError(f"--ckpt_path: there is no file {path}")
             checkpoint = check_checkpoint(path)
         if self.subcommand != "fit" and not path:
@@ -219,10 +218,10 @@ class LunaCLI(LightningCLI):
             self.model.check_data(self.datamodule, self.subcommand)
             self.model.check_classes(checkpoint, self.datamodule, str(path))
             if self.subcommand == "fit" and self._get(self.config, "test_after_fit"):
-                self.datamodule.setup("test")  # else its mistakes would show when all is done
+                self.datamodule.setup("test")  # find its mistakes now, not after the training
         if self.subcommand == "fit":
             checkpoint = resume(self.trainer, self._configuration(), self._get(self.config, "resume"))
-            self.config[self.subcommand]["resume"] = False  # in the run's config.yaml, which is for new runs
+            self.config[self.subcommand]["resume"] = False  # the run's config.yaml is for new runs
             if checkpoint:
                 self.config_init[self.subcommand]["ckpt_path"] = checkpoint
 
@@ -231,7 +230,7 @@ class LunaCLI(LightningCLI):
     def after_fit(self) -> None:
         best = best_checkpoint(self.trainer)
         if best and self._get(self.config, "test_after_fit"):
-            # of nothing where there are no test images
+            # an empty list if there are no test images
             for metrics in self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True):
                 if self.trainer.is_global_zero:
                     name, called = self.model.headline
@@ -244,11 +243,11 @@ class LunaCLI(LightningCLI):
 
 
 def build(args: list[str] | None = None, run: bool = True) -> LunaCLI:
-    """Build task, data and trainer, and do what the subcommand says. Errors are raised.
+    """Build task, data and trainer, and run the subcommand. Errors are raised.
 
     Args:
-        args: the words of the command line; None takes those of this process.
-        run: False knows no subcommands and only builds.
+        args: the words of the command line; by default those of this process.
+        run: False only builds, and takes no subcommand.
     """
     strict = {"exit_on_error": False, "allow_abbrev": False}
     return LunaCLI(
@@ -260,7 +259,7 @@ def build(args: list[str] | None = None, run: bool = True) -> LunaCLI:
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
-        # Errors reach main() as exceptions; jsonargparse would print its usage and leave.
+        # Errors reach main() as exceptions; jsonargparse would print its usage and exit.
         parser_kwargs={**strict, **{name: dict(strict) for name in SUBCOMMANDS if run}},
         args=args,
         run=run,
@@ -268,7 +267,7 @@ def build(args: list[str] | None = None, run: bool = True) -> LunaCLI:
 
 
 def with_default_config(args: list[str]) -> list[str]:
-    """Insert the digits' config after ``fit`` unless a config is named; it is never mixed into another one."""
+    """Insert the config of the digits after ``fit`` unless there is a --config."""
     if "fit" not in args or any(arg in ("-c", "--config") or arg.startswith(("--config=", "-c=")) for arg in args):
         return args
     position = args.index("fit") + 1
@@ -281,8 +280,8 @@ def main() -> NoReturn:
     if text:
         print(text)
         sys.exit()
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's use of PyTorch, nothing a user can change
-    # of a callback that every fit has of itself, and of scores of checkpoints, which a test does not write
+    # warnings about Lightning's use of PyTorch, and about callbacks that a test does not have; users cannot act on them
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=r".*add the following callbacks: \['ExactResume'\]")
     warnings.filterwarnings("ignore", message="The dirpath has changed from")
     warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
@@ -299,13 +298,13 @@ def _run() -> int | None:
         build()
     except SIGTERMException:
         return 143
-    except MisconfigurationException as error:  # of a trainer, about its options
+    except MisconfigurationException as error:  # about the trainer's options
         raise UserError(one_line(error)) from error
     except SystemExit as error:
         # Lightning shuts down on Ctrl-C and then exits with 1.
         return 130 if isinstance(error.__context__, KeyboardInterrupt) else error.code
     except RuntimeError as error:
-        # stopped between its set-up and its first batch, a run cannot be torn down by Lightning, which says so
+        # Lightning fails to tear down a run that was stopped between its set-up and its first batch
         context = error.__context__
         while context is not None and not isinstance(context, (KeyboardInterrupt, SIGTERMException)):
             context = context.__context__

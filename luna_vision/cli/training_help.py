@@ -1,8 +1,8 @@
-"""The help of the training commands, short, and without what it takes to train."""
+"""The short help of the training commands, which needs no torch."""
 
-__all__ = ["short_help"]
+__all__ = ["TRAINING", "short_help"]
 
-_WHAT = {
+TRAINING = {
     "fit": "Train a model and test its best checkpoint. Without --config, digits of scikit-learn in about a minute.",
     "validate": "Evaluate a checkpoint on the validation images.",
     "test": "Evaluate a checkpoint on the test images.",
@@ -10,9 +10,9 @@ _WHAT = {
 }
 _OWN = {
     "fit": """\
-  --ckpt_path FILE            begin with a checkpoint, its optimizer included
-  --test_after_fit false      leave out the test at the end
-  --resume                    take up the newest run of this configuration that was stopped""",
+  --ckpt_path FILE            start from a checkpoint, with its optimizer
+  --test_after_fit false      skip the test at the end
+  --resume                    continue the newest stopped run of this configuration""",
     "predict": """\
   --data.predict_path PATH    an image file or a folder of them; by default the test images
   --out FILE                  .csv; by default predictions.csv in the run's own folder""",
@@ -23,8 +23,8 @@ _NEEDS = """\
 
 
 def short_help(words: list[str]) -> str:
-    """The help of the training command that a command line asks for; empty if it asks for none, or for another one."""
-    command = next((word for word in words if word in _WHAT), None)
+    """The help of the training command in a command line with --help; else empty."""
+    command = next((word for word in words if word in TRAINING), None)
     if command is None or not {"-h", "--help"} & set(words):
         return ""
     own = _OWN.get(command, "")
@@ -33,12 +33,12 @@ def short_help(words: list[str]) -> str:
     return f"""\
 usage: luna-vision {command} [--config FILE ...] [--OPTION VALUE ...]
 
-{_WHAT[command]}
+{TRAINING[command]}
 
-  --config FILE               a YAML file with all of a run; several are laid over each other
-  --name NAME                 of the run, which writes into runs/NAME
-  --data CLASS                what to read: DigitsDataModule, CIFAR10DataModule, ImageFolderDataModule, ...
-  --data.root FOLDER          where the data is
+  --config FILE               a YAML file with all of a run; later ones replace parts of it
+  --name NAME                 name of the run, which writes into runs/NAME
+  --data CLASS                the data: DigitsDataModule, CIFAR10DataModule, ImageFolderDataModule, ...
+  --data.root FOLDER          folder of the data
   --data.img_size N           side of the images in pixels
   --data.batch_size N         images in a batch, on each device
   --model.model_name NAME     any of timm's models, such as luna_vit_tiny; --model CLASS is another task

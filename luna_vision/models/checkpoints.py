@@ -74,10 +74,7 @@ def load_weights(
         ValueError: the file holds no weights, weights of another model or, without ``fresh_head``, other classes.
     """
     if Path(path).is_dir():
-        raise IsADirectoryError(
-            f"checkpoint {str(path)!r} is a folder, as FSDP2 writes them: luna_vision.tasks.export_weights makes a "
-            ".safetensors file of it"
-        )
+        raise IsADirectoryError(f"checkpoint {str(path)!r} is a folder")
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
     state_dict = read_checkpoint(path)

@@ -1,4 +1,4 @@
-"""What all tasks have in common: starting weights, checks before a run, optimizer and schedule."""
+"""What all tasks share: starting weights, checks before a run, optimizer and schedule, means over an epoch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import timm
 import torch
@@ -23,30 +23,46 @@ from torchmetrics import MeanMetric
 
 from luna_vision.data.sampling import next_batch
 from luna_vision.images.find import listed
-from luna_vision.models import init_from_vit, load_weights  # with which the luna_vit models are registered, too
+from luna_vision.models import init_from_vit, load_weights  # registers the luna_vit models
 from luna_vision.models.factory import training_checkpoint
 
 from .checkpoints import check_deletions
 from .optimization import build_optimizer, build_scheduler, check_rates
-from .sharding import check_same_weights, shapes, shard
-
-OTHER_CLASSES = " (a new run trains its weights for others: fit --model.checkpoint FILE)"
+from .sharding import check_same_weights, shard
 
 
 class SkippedStep(Exception):
-    """Raised between the gradients and the optimizer, leaves a step of a `TimmTask` out."""
+    """Raised between the gradients and the optimizer of a `TimmTask`, skips the step."""
 
 
 class TimmTask(LightningModule):
-    """A task that trains ``self.model``, which is or contains a timm model.
+    """The base of all tasks. A subclass builds ``self.model``, which is or contains a timm model.
 
-    Subclasses save hyperparameters of the names that are read here, in a constructor that builds ``self.model``.
+    Args:
+        model_name: name for ``timm.create_model``; the ``luna_vit`` models are registered.
+        num_classes: number of classes, without the background; by default that of the data.
+        in_chans: number of image channels; by default that of the data.
+        model_kwargs: further arguments of the model, such as ``patch_size`` or ``drop_path_rate``.
+        checkpoint: file to start from (timm, Lightning or safetensors). Not read when a run is resumed.
+        init_from_vit: start from a plain ViT: a timm model name or a file, see ``luna_vision.models.init_from_vit``.
+        optimizer: name from ``timm.optim.list_optimizers()``.
+        lr: peak learning rate of one optimizer step, whatever the batch size.
+        weight_decay: not applied to biases, norms and parameters in the model's ``no_weight_decay()``.
+        optimizer_kwargs: further arguments of the optimizer, such as ``betas``, ``eps`` or ``momentum``.
+        scheduler: name of a timm schedule.
+        schedule_by: move the learning rate after every optimizer step (``update``) or every epoch.
+        warmup_epochs: length of the linear warm-up, part of ``max_epochs``.
+        warmup_lr: learning rate at which the warm-up begins.
+        min_lr: learning rate at the end.
+        scheduler_kwargs: further arguments of ``timm.scheduler.create_scheduler_v2``; lengths in epochs.
 
     Attributes:
-        model: what is trained.
-        headline: name of the metric that sums up a test, and what to call it.
-        label_names: names of the classes that the weights were trained on, once they are loaded from a file that says
-            them.
+        model: the module that is trained.
+        headline: name of the metric that sums up a test, and its name in a sentence.
+        label_names: class names of the loaded weights, if their file has them.
+
+    Raises:
+        ValueError: ``checkpoint`` and ``init_from_vit`` are both given.
     """
 
     headline: ClassVar[tuple[str, str]]
@@ -54,11 +70,30 @@ class TimmTask(LightningModule):
     label_names: list[str] | None = None
     _has_weights = False
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        model_name: str = "luna_vit_tiny",
+        num_classes: int | None = None,
+        in_chans: int | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        checkpoint: str | None = None,
+        init_from_vit: str | None = None,
+        optimizer: str = "adamw",
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        scheduler: Literal["cosine", "constant", "step", "multistep", "poly", "tanh", "wsd", "rsqrt"] = "cosine",
+        schedule_by: Literal["update", "epoch"] = "update",
+        warmup_epochs: float = 0.0,
+        warmup_lr: float = 1e-6,
+        min_lr: float = 1e-6,
+        scheduler_kwargs: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
-        # means over the epoch so far; a checkpoint keeps them, which Lightning's own sums it does not
-        self.epoch_means = nn.ModuleDict()
-        self.evaluation_means = nn.ModuleDict()
+        self.save_hyperparameters()  # plain data, so that checkpoints load with weights_only=True
+        if checkpoint and init_from_vit:
+            raise ValueError("checkpoint and init_from_vit both name the starting weights: give one of them")
+        self.means = nn.ModuleDict()  # Lightning's own sums over an epoch are not in its checkpoints
 
     # ---- start of a run
 
@@ -66,11 +101,11 @@ class TimmTask(LightningModule):
         self.check_data(self.trainer.datamodule, stage)
 
     def configure_model(self) -> None:
-        """Under FSDP2, cut up the weights. Whole files are read before that, as they do not fit into parts."""
+        """Under FSDP2, load the starting weights, then shard the model: files hold whole weights."""
         if not self._is_sharded():
             return
         if self.trainer.ckpt_path:
-            self._has_weights = True  # Lightning loads them, but only after on_fit_start
+            self._has_weights = True  # Lightning loads them after on_fit_start
         self._load_starting_weights()
         shard(self.model, self.device_mesh["data_parallel"], self.trainer.strategy.root_device)
 
@@ -78,8 +113,8 @@ class TimmTask(LightningModule):
         return self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     def check_data(self, data: LightningDataModule | None, stage: str) -> None:
-        """Raise ``ValueError`` where the data module's channels or, unless there is nothing to compare them with in
-        ``predict``, its classes are not the model's."""
+        """Raise ``ValueError`` unless channels, classes (not in ``predict``) and patch size of the data are the
+        model's."""
         checks = [("in_chans", "image channels")] + [("num_classes", "classes")] * (stage != "predict")
         for name, what in checks:
             found, expected = getattr(data, name, None), self.hparams[name]
@@ -92,18 +127,21 @@ class TimmTask(LightningModule):
                 raise ValueError(f"the data counts patches of patch_size={data.patch_size}, the model's are of {sides}")
 
     def check_classes(
-        self, checkpoint: dict[str, Any], data: LightningDataModule | None, name: str, hint: str = OTHER_CLASSES
+        self,
+        checkpoint: dict[str, Any],
+        data: LightningDataModule | None,
+        name: str,
+        hint: str = " (a new run trains its weights for others: fit --model.checkpoint FILE)",
     ) -> None:
-        """Raise ``ValueError`` where a checkpoint notes other names of classes than the data's, or another order.
+        """Raise ``ValueError`` where a checkpoint has other class names than the data, or another order.
 
-        Data without names is not compared, nor is that whose names are in a training folder which is not there: images
-        can be predicted without one.
+        Data without names passes, and so does data whose training folder is missing, as for prediction.
 
         Args:
-            checkpoint: what `on_save_checkpoint` has written, or what `training_checkpoint` finds in a file.
+            checkpoint: from `on_save_checkpoint` or `training_checkpoint`.
             data: the data module.
-            name: what to call the checkpoint in the error.
-            hint: what else to do than to give it the data that it was trained on.
+            name: of the checkpoint, for the error.
+            hint: a way out, for the error.
         """
         known = _label_names(checkpoint)
         if known is None or not hasattr(data, "timm_cfg"):
@@ -119,39 +157,38 @@ class TimmTask(LightningModule):
             )
 
     def check_start(self, optimizer: bool = True) -> None:
-        """Find mistakes in what is only used once the run has begun, and has made its folder.
+        """Find mistakes in the hyperparameters before the run makes its folder.
 
         Args:
-            optimizer: whether there will be one.
+            optimizer: whether the run has one.
 
         Raises:
-            ValueError: an unknown optimizer, a learning rate that is none, or ``init_from_vit`` is neither a file nor a
-                timm model.
-            FileNotFoundError: there is no such ``checkpoint``.
+            ValueError: an unknown optimizer, a negative rate, or ``init_from_vit`` is neither a file nor a timm model.
+            FileNotFoundError: ``checkpoint`` is not a file.
         """
         hp = self.hparams
         if hp.checkpoint and not Path(hp.checkpoint).is_file():
-            raise FileNotFoundError(f"checkpoint {hp.checkpoint!r} does not exist")
-        vit = hp.get("init_from_vit")
+            problem = "is a folder" if Path(hp.checkpoint).is_dir() else "does not exist"
+            raise FileNotFoundError(f"checkpoint {hp.checkpoint!r} {problem}")
+        vit = hp.init_from_vit
         if vit and not Path(vit).is_file() and not timm.is_model(get_arch_name(vit)):
             raise ValueError(f"init_from_vit {vit!r} is neither a file nor the name of a timm model")
         if optimizer:
-            rates = {name: hp[name] for name in ("lr", "warmup_epochs", "warmup_lr", "min_lr")}
-            check_rates(**rates, layer_decay=hp.get("layer_decay") or 0.0)
+            check_rates(hp)
             self._build_optimizer()
 
     def load_starting_weights(self, load: Callable[[nn.Module], None]) -> None:
-        """Apply ``load``, which puts weights into a timm model, to the part of ``self.model`` that is one."""
+        """Apply ``load`` to the timm model in ``self.model``."""
         load(self.model)
 
     def _load_starting_weights(self) -> None:
-        """Once, and not if Lightning has loaded a checkpoint, which it does after ``setup`` and before these hooks."""
+        """Load them once, and only if Lightning has not loaded a checkpoint (between ``setup`` and these hooks)."""
         if self._has_weights:
             return
         self._has_weights = True
-        checkpoint, vit = self.hparams.checkpoint, self.hparams.get("init_from_vit")
+        checkpoint, vit = self.hparams.checkpoint, self.hparams.init_from_vit
         if checkpoint:
-            if self._trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:  # which may be of others
+            if self._trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:  # fit may change the classes
                 run = training_checkpoint(Path(checkpoint))
                 self.check_classes(run, self.trainer.datamodule, checkpoint)
                 self.label_names = _label_names(run)
@@ -162,47 +199,54 @@ class TimmTask(LightningModule):
     on_fit_start = on_validation_start = on_test_start = on_predict_start = _load_starting_weights
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the weights expect of images, which no part of the model says."""
+        """Add how images are preprocessed, the class names, and the sums of the epoch so far."""
         data = self.trainer.datamodule
         if hasattr(data, "timm_cfg"):
             checkpoint["data"] = {"name": type(data).__name__, "cfg": data.timm_cfg()}
         _, done = next_batch(self.trainer)
         if done:  # else the next epoch begins with none
-            checkpoint["epoch_means"] = {name: _sums(metric) for name, metric in self.epoch_means.items()}
+            training = {name: metric for name, metric in self.means.items() if name.startswith("train_")}
+            checkpoint["epoch_means"] = {name: _sums(metric) for name, metric in training.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say in one line that a checkpoint is another model's, before PyTorch says it in a hundred; and leave its
-        schedule, as the rates are those of this run (`on_train_start`)."""
+        """Refuse another model's checkpoint or other classes in one line; take the sums, but not the schedule."""
         self._has_weights = True
         self.label_names = _label_names(checkpoint)
-        if self._trainer is not None:
-            check_deletions(self.trainer, checkpoint)
-        if "lr_schedulers" in checkpoint:  # timm's know lengths and rates, which are the configuration's, and no more
-            checkpoint["lr_schedulers"] = []
-        if self._trainer is not None:
-            self.check_classes(checkpoint, self.trainer.datamodule, "the checkpoint")
-        if self._trainer is not None and self.trainer.is_global_zero:  # the sums are those of all ranks
+        if not self._is_sharded():  # FSDP2Strategy has compared and loaded them
+            check_same_weights(self.state_dict(), checkpoint["state_dict"])
+        if self._trainer is None:
+            return
+        if self.trainer.state.fn == TrainerFn.FITTING and "optimizer_states" not in checkpoint:
+            raise ValueError("the checkpoint has no state of the optimizer: give its weights as --model.checkpoint")
+        check_deletions(self.trainer, checkpoint)
+        self.check_classes(checkpoint, self.trainer.datamodule, "the checkpoint")
+        checkpoint["lr_schedulers"] = []  # lengths and rates are those of this configuration, see on_train_start
+        if self.trainer.is_global_zero:  # the sums are those of all processes
             for name, state in checkpoint.get("epoch_means", {}).items():
-                metric = self._mean("epoch_means", name)
+                metric = self._mean(name)
                 metric.mean_value += state["sum"]
                 metric.weight += state["weight"]
-        if self._is_sharded():  # its weights have been compared and loaded by now
-            return
-        check_same_weights(shapes(self.state_dict()), shapes(checkpoint["state_dict"]))
-        fits = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        if fits and "optimizer_states" not in checkpoint:
-            raise ValueError("the checkpoint is of a sharded run: go on with --trainer.strategy=fsdp2")
 
     # ---- batches
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Look at the values of a batch before it is on the device, for which a step would have to wait."""
+        """Check values on the CPU: on a GPU, a step would have to wait for them."""
         if not self.trainer.predicting:
             self.check_batch(*batch)
         return batch
 
     def check_batch(self, *batch: Any) -> None:
-        """Raise ``ValueError`` where a batch of images and targets is not what the task trains on."""
+        """Raise ``ValueError`` where images or targets do not fit the task."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluate("val", *batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluate("test", *batch)
+
+    def evaluate(self, split: str, *batch: Any) -> None:
+        """Count a batch of a validation (``split`` "val") or a test ("test")."""
+        raise NotImplementedError
 
     # ---- optimisation
 
@@ -212,16 +256,13 @@ class TimmTask(LightningModule):
         return build_optimizer(self.trained_module(), hp.optimizer, *rates, hp.optimizer_kwargs or {})
 
     def trained_module(self) -> nn.Module:
-        """What the optimizer is given: `self.model`, or a module with it and what else is trained."""
+        """The module whose parameters the optimizer gets: ``self.model``, or one that contains it."""
         return self.model
 
     def configure_optimizers(self) -> dict[str, Any]:
-        hp = self.hparams
         optimizer = self._build_optimizer()
-        by_epoch = hp.schedule_by == "epoch"
-        schedule = (by_epoch, hp.warmup_epochs, hp.warmup_lr, hp.min_lr, hp.scheduler_kwargs or {})
-        scheduler = build_scheduler(optimizer, self.trainer, hp.scheduler, *schedule)
-        interval = "epoch" if by_epoch else "step"
+        scheduler = build_scheduler(optimizer, self.trainer, self.hparams)
+        interval = "epoch" if self.hparams.schedule_by == "epoch" else "step"
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -236,71 +277,82 @@ class TimmTask(LightningModule):
             scheduler.step(epoch=self.current_epoch + 1)
 
     def on_train_start(self) -> None:
-        """Go on with the rates of this run's schedule: a checkpoint has those of the one that has written it."""
+        """Set the learning rate of this run's schedule, where the optimizer has that of a checkpoint."""
         scheduler, (epoch, _) = self.lr_schedulers(), next_batch(self.trainer)
         if self.hparams.schedule_by == "update" and self.global_step:
             scheduler.step_update(num_updates=self.global_step)
         elif self.hparams.schedule_by == "epoch" and epoch:
             scheduler.step(epoch=epoch)
 
+    # ---- logging
+
     def log_learning_rate(self) -> None:
-        """With layer decay the groups differ; the largest rate is that of the head, lr itself."""
+        """Log the largest rate: with layer decay the groups differ, and the head has ``lr`` itself."""
         log_number(self, "lr", max(group["lr"] for group in self.optimizers().param_groups))
 
     def log_epoch_mean(self, name: str, value: Tensor, batch_size: int) -> None:
-        """Log the mean of a value over the training images of an epoch, of which some may lie before a resume.
+        """Log ``train_...``, the mean of a value over the training images of an epoch, also those before a resume.
 
         Batches whose value is not finite are left out.
         """
-        self._log_mean("epoch_means", name, value, batch_size)
+        finite = value.isfinite()
+        self._log_mean(name, value.masked_fill(~finite, 0.0), finite * batch_size, batch_size)
 
     def log_evaluation_mean(self, name: str, value: Tensor, batch_size: int) -> None:
-        """Log the mean of a value over the images of a validation or a test, however many each process has: Lightning's
-        own ``sync_dist`` divides by the mean of the counts rounded to a whole number."""
-        self._log_mean("evaluation_means", name, value, batch_size)
+        """Log the mean of a value over the images of a validation or a test.
 
-    def _log_mean(self, where: str, name: str, value: Tensor, batch_size: int) -> None:
-        metric = self._mean(where, name)
-        metric.update(value, batch_size)
-        attribute = f"{where}.{name}"
-        self.log(name, metric, on_step=False, on_epoch=True, batch_size=batch_size, metric_attribute=attribute)
+        Lightning's own ``sync_dist`` is not exact where processes have different numbers of images.
+        """
+        self._log_mean(name, value, batch_size, batch_size)
 
-    def _mean(self, where: str, name: str) -> MeanMetric:
-        means = getattr(self, where)
-        if name not in means:
-            mean = _FiniteMean() if where == "epoch_means" else _Mean()
-            # with bf16-true and 16-true the default is theirs, in which sums soon stop growing, or overflow
-            means[name] = mean.set_dtype(torch.float32).to(self.device)
-        return means[name]
+    def _log_mean(self, name: str, value: Tensor, weight: Tensor | int, batch_size: int) -> None:
+        metric, options = self._mean(name), {"on_step": False, "on_epoch": True, "batch_size": batch_size}
+        metric.update(value, weight)
+        self.log(name, metric, metric_attribute=f"means.{name}", **options)
+
+    def _mean(self, name: str) -> MeanMetric:
+        if name not in self.means:
+            # float32 also with bf16-true and 16-true, in which sums stop growing or overflow
+            self.means[name] = _Mean().set_dtype(torch.float32).to(self.device)
+        return self.means[name]
 
 
-def _label_names(checkpoint: dict[str, Any]) -> list[str] | None:
-    """The names of the classes that a checkpoint notes."""
-    return checkpoint.get("data", {}).get("cfg", {}).get("label_names")
+class _Mean(MeanMetric):
+    """The weighted mean, without the base class's check for NaN, for which the device would have to be waited for."""
+
+    def update(self, value: Tensor, weight: Tensor | int) -> None:
+        self.mean_value += value.to(self.mean_value.dtype) * weight
+        self.weight += weight
+
+
+def _sums(metric: MeanMetric) -> dict[str, float]:
+    """The state of a `MeanMetric`, over all processes."""
+    with metric.sync_context():
+        return {"sum": float(metric.mean_value), "weight": float(metric.weight)}
 
 
 def log_number(task: LightningModule, name: str, value: float, **options: Any) -> None:
-    """Log what this process knows, from within a training step.
-
-    ``log`` would send a number to the device, which waits for all that the device has to do, and so does the way back.
-    """
+    """Log a Python number in a training step. ``task.log`` would send it to the device and back, and wait for it."""
     task.log(name, torch.tensor(float(value)), on_step=True, on_epoch=False, batch_size=1, **options)
 
 
+def _label_names(checkpoint: dict[str, Any]) -> list[str] | None:
+    """The class names in a checkpoint."""
+    return checkpoint.get("data", {}).get("cfg", {}).get("label_names")
+
+
 def _differences(known: list[str], names: list[str]) -> str:
-    """How the names of the data differ from those of a checkpoint, in one line."""
-    there, here = set(known), set(names)
-    parts = {
-        "the data lacks": [name for name in known if name not in here],
-        "the data alone has": [name for name in names if name not in there],
-    }
-    if any(parts.values()):
-        return "; ".join(f"{what} {listed(which)}" for what, which in parts.items() if which)
+    """How the class names of the data differ from those of a checkpoint, in one line."""
+    lacking = [name for name in known if name not in set(names)]
+    more = [name for name in names if name not in set(known)]
+    parts = [f"the data lacks {listed(lacking)}"] * bool(lacking) + [f"the data alone has {listed(more)}"] * bool(more)
+    if parts:
+        return "; ".join(parts)
     label, (there, here) = next(x for x in enumerate(zip_longest(known, names)) if x[1][0] != x[1][1])
     return f"they are in another order, class {label} is {there!r} there and {here!r} in the data"
 
 
-def check_sizes(model: nn.Module, in_chans: int, sizes: Iterable[tuple[int, int]]) -> None:
+def check_sizes(model: nn.Module, in_chans: int, sizes: Iterable[tuple[int, int]], name: str = "the model") -> None:
     """Raise ``ValueError`` unless a model takes images of these (height, width): many of timm's are built for one."""
     modes = [(module, module.training) for module in model.modules()]
     own = next(model.parameters())
@@ -308,34 +360,9 @@ def check_sizes(model: nn.Module, in_chans: int, sizes: Iterable[tuple[int, int]
         for height, width in sizes:
             images = torch.zeros(1, in_chans, height, width, dtype=own.dtype, device=own.device)
             with torch.no_grad():
-                model.eval().forward(images)  # not what a compiled model would do when it is called
-    except (AssertionError, RuntimeError) as error:  # how timm's models say so
-        raise ValueError(f"the model does not take images of {height} x {width} pixels: {error}") from error
+                model.eval().forward(images)  # __call__ would compile a model that is to be compiled
+    except (AssertionError, RuntimeError) as error:  # timm's models raise these
+        raise ValueError(f"{name} does not take images of {height} x {width} pixels: {error}") from error
     finally:
         for module, training in modes:
             module.training = training
-
-
-class _Mean(MeanMetric):
-    """The weighted mean, without waiting for the device to know whether values are finite.
-
-    The base class either waits or, with ``nan_strategy="disable"``, leaves the weights out (torchmetrics 1.9).
-    """
-
-    def update(self, value: Tensor, weight: float) -> None:
-        self.mean_value += value.to(self.mean_value.dtype) * weight
-        self.weight += weight
-
-
-class _FiniteMean(_Mean):
-    """The weighted mean of the values that are finite."""
-
-    def update(self, value: Tensor, weight: float) -> None:
-        finite = value.isfinite()
-        super().update(value.masked_fill(~finite, 0.0), finite * weight)
-
-
-def _sums(metric: MeanMetric) -> dict[str, float]:
-    """The state of a `MeanMetric`, over all processes."""
-    with metric.sync_context():
-        return {"sum": float(metric.mean_value), "weight": float(metric.weight)}

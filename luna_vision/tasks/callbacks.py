@@ -1,4 +1,4 @@
-"""Callbacks for every run: weight averaging, throughput."""
+"""Callbacks: weight averaging and throughput."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .guard import NonFiniteGuard
 class EMA(WeightAveraging):
     """Exponential moving average of the weights: evaluated, saved as the checkpoint's weights, and kept after training.
 
-    Lightning's callback, with four gaps closed: until averaging starts the average equals the current weights (an early
-    validation would score the initial ones), an update does not wait for the device, testing a checkpoint after ``fit``
-    uses the average (Lightning would load the raw weights), and ``save_weights_only``, which would save the raw
-    weights, is refused. Steps that a :class:`NonFiniteGuard` skips do not count.
+    Lightning's callback with four changes. Until averaging starts, the average equals the current weights (instead of
+    the initial ones). An update does not wait for the device. Testing a checkpoint after ``fit`` uses the average
+    (instead of the raw weights). ``save_weights_only`` is refused, as it would save the raw weights. Steps that a
+    :class:`NonFiniteGuard` skips do not count.
 
     Args:
         decay: weight of the old average at each update.
@@ -45,7 +45,7 @@ class EMA(WeightAveraging):
         self._guard: NonFiniteGuard | None = None
 
     def decay_at(self, step: int) -> float:
-        """The decay of the update after optimizer step ``step`` (from 0): none until ``start_step`` has been done."""
+        """The decay of the update after optimizer step ``step`` (from 0): 0 up to ``start_step``."""
         if step <= self.start_step:
             return 0.0
         return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
@@ -57,17 +57,17 @@ class EMA(WeightAveraging):
         return True
 
     def _update(self, task: LightningModule) -> None:
-        """In place of torch's own, which looks at a counter on the device."""
+        """Update the average. torch's own update reads a counter on the device."""
         average = self._average_model.module
         update = get_ema_multi_avg_fn(self.decay_at(self._step))
         update(list(average.parameters()), list(task.parameters()), None)
         for own, current in zip(average.buffers(), task.buffers(), strict=True):
-            own.copy_(current)  # a constant, or a statistic that averages already
+            own.copy_(current)  # constants, and statistics that are averages already
         self._average_model.n_averaged += 1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
-            self._average_model = None  # the checkpoint's weights are the average already: nothing to swap
+            self._average_model = None  # the checkpoint's weights are the average
             return
         if any(isinstance(c, ModelCheckpoint) and c.save_weights_only for c in trainer.callbacks):
             raise ValueError(
@@ -79,14 +79,14 @@ class EMA(WeightAveraging):
                 "EMA keeps a copy of the whole model, which no process has under FSDP2: leave the callback out, or "
                 "train with --trainer.strategy=ddp"
             )
-        with warnings.catch_warnings():  # of configure_model, which does nothing unless the strategy is FSDP2
+        with warnings.catch_warnings():  # about configure_model, which only FSDP2 uses
             warnings.filterwarnings("ignore", message=".*overrides the configure_model.*")
             super().setup(trainer, pl_module, stage)
-        # the copy is made before the task is on its device, and all weights would be sent to it in every step
+        # the copy was made before the task moved to its device
         self._average_model.to(trainer.strategy.root_device).update_parameters = self._update
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.ckpt_path is None:  # the starting weights were loaded after `setup` had copied the model
+        if trainer.ckpt_path is None:  # the starting weights were loaded after `setup` copied the model
             self._average_model.module.load_state_dict(pl_module.state_dict())
 
     on_train_start = on_sanity_check_start
@@ -103,7 +103,7 @@ class ImagesPerSecond(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.on_train_epoch_start(trainer, pl_module)  # which Lightning leaves out where it goes on within an epoch
+        self.on_train_epoch_start(trainer, pl_module)  # Lightning leaves it out when it resumes within an epoch
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._images = 0

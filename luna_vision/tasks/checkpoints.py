@@ -1,4 +1,4 @@
-"""Checkpoints: the newest state for resuming, written in one move, and where the best and the last one are."""
+"""Checkpoints: atomic writing, safe reading, the best and the last one."""
 
 from __future__ import annotations
 
@@ -15,29 +15,26 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from luna_vision.models.checkpoints import not_plain
 from luna_vision.utils.files import new_file
-
-from .folder import check_whole, read_index
-from .plain import load_plain
-from .sharding import REST, is_sharded, read_weights
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write a checkpoint beside its place and move it there when it is on the disk.
 
-    Lightning collects a checkpoint in the system's temporary folder, and moves it: on another file system that is a
-    copy, which a kill or a full disk cuts off half way, over the checkpoint that was there.
+    Lightning writes to the system's temporary folder and moves the file. To another file system that is a copy, which a
+    kill or a full disk can cut off after the former checkpoint was overwritten.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """
         Raises:
-            OSError: It cannot be written, for instance as the disk is full. What was at ``path`` is as it was.
+            OSError: It cannot be written, for instance on a full disk. The former file at ``path`` stays.
         """
-        if "://" in str(path):  # object storage is written whole or not at all
+        if "://" in str(path):  # object storage is atomic
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        memory = io.BytesIO()  # written to a file, torch would make a RuntimeError of a full disk, and of Ctrl-C
+        memory = io.BytesIO()  # writing to a file, torch turns a full disk and Ctrl-C into a RuntimeError
         torch.save(checkpoint, memory)
         with new_file(path) as file:
             file.write(memory.getbuffer())
@@ -45,60 +42,59 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Whatever ``weights_only`` says, nothing but plain data is loaded, see `load_plain`.
-
-        A folder that FSDP2 has written is read, too: without the optimizer, as for testing or prediction.
-        """
-        return read_checkpoint(path) if is_sharded(path) else load_plain(path, map_location=map_location)
+        """Load plain data only, whatever ``weights_only`` says; see `read_checkpoint`."""
+        return read_checkpoint(path, mmap=False)
 
 
-def read_checkpoint(path: str | Path, weights: bool = True) -> dict[str, Any]:
-    """A checkpoint as it was saved, on the CPU; one that is a folder without the optimizer.
+def read_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. Only tensors and plain data are unpickled, anything else is refused.
 
     Args:
-        path: A file, or a folder that FSDP2 has written.
-        weights: Whether those of a folder are wanted, too; if not, it is made sure that they are all there.
+        path: A file.
+        mmap: Read each tensor from the disk when it is used.
 
     Raises:
-        ValueError: As `load_plain`, `read_index` and `read_weights`.
-        OSError: It cannot be read, or a file of the folder is missing or cut off.
+        IsADirectoryError: ``path`` is a folder.
+        ValueError: The file is no checkpoint, or holds other objects, which could run code.
+        OSError: The file cannot be read.
     """
-    if not is_sharded(path):
-        return load_plain(path, map_location="cpu", mmap=is_zipfile(path))
-    checkpoint = load_plain(Path(path, REST), map_location="cpu")
-    if weights:
-        return {**checkpoint, "state_dict": read_weights(path)}
-    check_whole(path, read_index(path))
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zipfile(path))
+    except OSError:
+        raise
+    except Exception as error:  # torch raises errors of any type for files that are no checkpoints
+        raise ValueError(not_plain(path, error)) from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{str(path)!r} is not a checkpoint: it holds a {type(checkpoint).__name__}")
     return checkpoint
 
 
 def check_deletions(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """To be called before the state of the callbacks is put back: a ModelCheckpoint deletes what a checkpoint says is
-    no longer among its best, a folder with all that is in it. Lightning lets it do so below its own folder alone, but
-    takes the dots of ``FOLDER/../..`` for a name, and every address with a protocol for one of its own.
+    """Refuse a checkpoint that would have files of others deleted. Call this before callbacks restore their states.
+
+    A ModelCheckpoint deletes paths in its restored state that are no longer among the best, folders included. Lightning
+    requires that they lie below its own folder, but does not resolve ``FOLDER/../..`` or other protocols.
 
     Raises:
         ValueError: The checkpoint names such a path.
     """
     states = [x for name, x in checkpoint.get("callbacks", {}).items() if name.startswith(ModelCheckpoint.__name__)]
+    paths = [str(x) for state in states for name, x in state.items() if name.endswith("_path")]
+    paths += [str(path) for state in states for path in state.get("best_k_models", {})]
     for folder in (str(c.dirpath) for c in trainer.callbacks if isinstance(c, ModelCheckpoint)):
-        for state in states:
-            paths = [path for name, path in state.items() if name.endswith("_path")]
-            for path in map(str, [*paths, *state.get("best_k_models", {})]):
-                below = Path(folder).absolute() in Path(path).absolute().parents
-                really = Path(folder).resolve() in Path(path).resolve().parents
-                if get_protocol(path) != get_protocol(folder) or (below and not really):
-                    raise ValueError(f"the checkpoint would have another file deleted, {path!r}")
+        for path in paths:
+            below = Path(folder).absolute() in Path(path).absolute().parents
+            really = Path(folder).resolve() in Path(path).resolve().parents
+            if get_protocol(path) != get_protocol(folder) or (below and not really):
+                raise ValueError(f"the checkpoint would have another file deleted, {path!r}")
 
 
 def check_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What is given as ``--ckpt_path``, of a folder without the weights.
-
-    Raises:
-        ValueError: It is not Lightning's, or as `load_plain`.
-    """
-    checkpoint = read_checkpoint(path, weights=False)
-    if "pytorch-lightning_version" not in checkpoint:  # what Lightning looks at first
+    """Read the file of ``--ckpt_path``. Raises ``ValueError`` unless it is of a training, or as `read_checkpoint`."""
+    checkpoint = read_checkpoint(path)
+    if "pytorch-lightning_version" not in checkpoint:  # Lightning reads this first
         raise ValueError(
             f"--ckpt_path: {path} is not a checkpoint of a training; weights alone are given as --model.checkpoint"
         )
@@ -106,10 +102,10 @@ def check_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def is_exact(trainer: Trainer) -> bool:
-    """Whether Lightning can go on exactly from a checkpoint that is made now.
+    """Whether Lightning can resume exactly from a checkpoint of this moment.
 
-    Not between the batches of one optimizer step, whose gradients are in no checkpoint, and not where the end of an
-    epoch or, right after a batch, a validation is still to come that Lightning would leave out.
+    It cannot between the batches of an optimizer step, as gradients are in no checkpoint, and where the end of an epoch
+    or (right after a batch) a validation is due, which a resume would leave out.
     """
     fit = trainer.fit_loop
     loop, epochs = fit.epoch_loop, fit.epoch_progress.current
@@ -124,8 +120,8 @@ class BestCheckpoint(ModelCheckpoint):
     """Keep the best checkpoint in ``checkpoints/best.ckpt``: Lightning's ModelCheckpoint with other defaults.
 
     Args:
-        monitor: the metric that is to be large; by default that of the validation that sums up the task (``headline``).
-        mode: "min" where it is to be small.
+        monitor: the metric to maximise; by default the task's ``headline``, of the validation.
+        mode: "min" to minimise it.
         filename: without its ending.
         **kwargs: the other arguments of ModelCheckpoint.
     """
@@ -140,21 +136,20 @@ class BestCheckpoint(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """By which a state is found in a checkpoint: that of its base, whose state it is."""
+        """The key of the state in a checkpoint: that of ModelCheckpoint."""
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
 
 
 class LastCheckpoint(Checkpoint):
     """Keep the newest state of training in ``checkpoints/last.ckpt``, for resuming.
 
-    Written at the end of every epoch and, within one, after so many steps or minutes. Lightning's ModelCheckpoint does
-    not do: it has one of these triggers, its ``save_last`` waits for the monitored metric to improve, and within an
-    epoch it would write between the batches of a step or before a validation, from where no run goes on exactly
-    (`is_exact`), and over the checkpoint from which it would.
+    Written at the end of every epoch and, within one, every few steps or minutes. ModelCheckpoint has one trigger only,
+    its ``save_last`` waits for the monitored metric to improve, and within an epoch it also writes at moments that no
+    run can resume from exactly (`is_exact`).
 
     Args:
-        every_n_steps: Optimizer steps from one to the next within an epoch; None is no limit.
-        every_minutes: Minutes from one to the next within an epoch; None is no limit.
+        every_n_steps: Optimizer steps between two of them within an epoch; None is no limit.
+        every_minutes: Minutes between two of them within an epoch; None is no limit.
 
     Raises:
         ValueError: One of them is not above 0.
@@ -166,14 +161,14 @@ class LastCheckpoint(Checkpoint):
                 raise ValueError(f"{name} must be above 0, got {value}")
         self.every_n_steps = every_n_steps or math.inf
         self.every_minutes = every_minutes or math.inf
-        self.path = ""  # of what this run has written
+        self.path = ""  # the one that this run has written
         self._step, self._time, self._late = 0, time.monotonic(), False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step, self._time = trainer.global_step, time.monotonic()
 
     def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
-        # clocks differ; asked where the guard has just waited for the device
+        # Clocks differ, so processes must agree. The guard has just waited for the device.
         late = time.monotonic() - self._time >= self.every_minutes * 60
         self._late = self.every_minutes < math.inf and trainer.strategy.reduce_boolean_decision(late, all=False)
 
@@ -183,8 +178,8 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A progress bar, which only the first process has, has asked for the epoch's means by now and waits for the
-        # others to add theirs: they do that here, before they exchange anything else.
+        # The progress bar of the first process has asked for the epoch's means, and waits for those of the others.
+        # They must send them before they exchange anything else.
         _ = trainer.callback_metrics
         self._save(trainer)
 
@@ -198,12 +193,12 @@ class LastCheckpoint(Checkpoint):
 
 
 def model_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
-    """The callback that looks for the best checkpoint."""
+    """The callback that keeps the best checkpoint."""
     return next((c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)), None)
 
 
 def best_checkpoint(trainer: Trainer) -> str:
-    """Path of the best checkpoint of this run; of the last where nothing was monitored (no validation); '' for none."""
+    """Path of the best checkpoint of this run, or of the last one if there was no validation, or ''."""
     callback = model_checkpoint(trainer)
     return (callback.best_model_path if callback else "") or last_checkpoint(trainer)
 
@@ -212,6 +207,6 @@ def last_checkpoint(trainer: Trainer) -> str:
     """Path of the newest checkpoint this run has written or was resumed from, or ''."""
     paths = [c.path for c in trainer.callbacks if isinstance(c, LastCheckpoint)]
     if (callback := model_checkpoint(trainer)) is not None:
-        # Lightning notes the path before it writes the file, which the guard may prevent
+        # Lightning notes the path before it writes the file, and the guard may prevent that
         paths += [callback.last_model_path, callback.best_model_path]
     return next((path for path in [*paths, trainer.ckpt_path] if path and Path(path).exists()), "")

@@ -6,13 +6,14 @@ Shapes: B batch, C channels, H x W pixels, K classes.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
 from timm.data import Mixup
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -31,46 +32,31 @@ class ClassificationTask(TimmTask):
     """Train, evaluate and apply a timm classifier.
 
     Batches are (images (B, C, H, W) float, targets (B,) int64), and (images, ids) for prediction. Logged:
-    ``train_loss`` and ``train_acc1`` (with ``_epoch``: the epoch's mean), ``lr``; ``val_loss``, ``val_acc1`` and, with
-    more than five classes, ``val_acc5``; likewise for ``test``. Accuracies are shares in [0, 1].
+    ``train_loss`` and ``train_acc1`` (with ``_epoch``: the epoch's mean), ``lr``; ``val_loss``, ``val_acc1``, with more
+    than five classes ``val_acc5``, and the same for ``test``. Accuracies are in [0, 1].
 
     Args:
-        model_name: name for ``timm.create_model``; the ``luna_vit`` models are registered.
-        num_classes: number of classes; in a run that of the data, else the model's, by default.
-        in_chans: number of image channels; likewise.
-        img_size: side of the images in pixels, or [height, width], for a model that is built for one size; likewise.
-        model_kwargs: further arguments of the model, such as ``patch_size`` or ``drop_path_rate``.
-        checkpoint: file to start from (timm, Lightning or safetensors). Not read when a run is resumed.
-        init_from_vit: start from a plain ViT: a timm model name or a file, see ``luna_vision.models.init_from_vit``.
-        loss: ``ce`` (softmax cross-entropy, with soft targets where MixUp or CutMix makes them) or ``bce`` (one binary
+        img_size: side of the images in pixels, or [height, width], for a model that is built for one size; by default
+            that of the data.
+        loss: ``ce`` (softmax cross-entropy, with soft targets from MixUp or CutMix) or ``bce`` (one binary
             cross-entropy per class, averaged over classes).
         label_smoothing: share of the target spread over all classes, in [0, 1).
         bce_threshold: with ``bce``, targets above this value become 1, others 0; None keeps them soft.
-        optimizer: name from ``timm.optim.list_optimizers()``.
-        lr: peak learning rate of one optimizer step, whatever the batch size.
-        weight_decay: not applied to biases, norms and what the model's ``no_weight_decay()`` names.
         layer_decay: learning rate factor from each layer to the one below; None trains all at the same rate.
-        optimizer_kwargs: further arguments of the optimizer, such as ``betas``, ``eps`` or ``momentum``.
-        scheduler: name of a timm schedule: cosine, constant, step, multistep, poly, tanh, wsd, rsqrt.
-        schedule_by: move the learning rate after every optimizer step (``update``) or every epoch.
-        warmup_epochs: length of the linear warm-up, part of ``max_epochs``.
-        warmup_lr: learning rate at which the warm-up begins.
-        min_lr: learning rate at the end.
-        scheduler_kwargs: further arguments of ``timm.scheduler.create_scheduler_v2``; lengths in epochs.
         mixup: alpha of MixUp (arXiv 1710.09412); 0 is off.
         cutmix: alpha of CutMix (arXiv 1905.04899); 0 is off.
         mix_prob: probability that a batch is mixed.
         mix_switch_prob: probability of CutMix rather than MixUp where both are on.
         mix_mode: one draw for a batch, for each pair, or for each image.
-        mix_seed: seed of the draws, which are a function of it and of the step alone.
-        compile: run the model through ``torch.compile``, in place: names of the weights stay. ``auto`` does so on CUDA
-            alone, as a CPU takes minutes to compile. From when a trainer sets the task up, and not where the trainer
-            detects anomalies.
+        mix_seed: seed of the draws, which depend on it and on the step alone.
+        compile: run the model through ``torch.compile``, in place, so that weights keep their names. ``auto`` compiles
+            on CUDA only, as a CPU takes minutes for it. Off where the trainer detects anomalies.
         channels_last: keep images and convolutions in channels-last memory format.
-        grad_checkpointing: recompute activations in the backward pass, for less memory.
-        band_rows: for very large images: recompute, too, and run each block of a Luna ViT so many rows of patches at a
-            time (`luna_vision.execution.set_band_checkpointing`); 0 is off. Instead of ``grad_checkpointing`` and
-            ``compile``.
+        grad_checkpointing: save memory by recomputing activations in the backward pass.
+        band_rows: for very large images: recompute as well, and run each block of a Luna ViT this number of rows of
+            patches at a time (`luna_vision.execution.set_band_checkpointing`); 0 is off. Excludes
+            ``grad_checkpointing`` and ``compile``.
+        **kwargs: the arguments of `TimmTask`; without data, ``num_classes`` is the model's and ``in_chans`` is 3.
 
     Raises:
         ValueError: an argument out of its range, an unknown model, or (when a run starts) data that does not fit.
@@ -80,27 +66,12 @@ class ClassificationTask(TimmTask):
 
     def __init__(
         self,
-        model_name: str = "luna_vit_tiny",
-        num_classes: int | None = None,
-        in_chans: int | None = None,
+        *args: Any,
         img_size: int | list[int] | None = None,
-        model_kwargs: dict[str, Any] | None = None,
-        checkpoint: str | None = None,
-        init_from_vit: str | None = None,
         loss: Literal["ce", "bce"] = "ce",
         label_smoothing: float = 0.0,
         bce_threshold: float | None = None,
-        optimizer: str = "adamw",
-        lr: float = 1e-3,
-        weight_decay: float = 0.05,
         layer_decay: float | None = None,
-        optimizer_kwargs: dict[str, Any] | None = None,
-        scheduler: Literal["cosine", "constant", "step", "multistep", "poly", "tanh", "wsd", "rsqrt"] = "cosine",
-        schedule_by: Literal["update", "epoch"] = "update",
-        warmup_epochs: float = 0.0,
-        warmup_lr: float = 1e-6,
-        min_lr: float = 1e-6,
-        scheduler_kwargs: dict[str, Any] | None = None,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         mix_prob: float = 1.0,
@@ -111,33 +82,30 @@ class ClassificationTask(TimmTask):
         channels_last: bool = False,
         grad_checkpointing: bool = False,
         band_rows: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters()  # plain data, so that checkpoints load with weights_only=True
-        if num_classes is not None and num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        super().__init__(*args, **kwargs)
+        hp = self.hparams
+        if hp.num_classes is not None and hp.num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {hp.num_classes}")
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-        if checkpoint and init_from_vit:
-            raise ValueError("checkpoint and init_from_vit both name the starting weights: give one of them")
-        hp = self.hparams  # which say what was built
-        hp.model_kwargs = sized(model_name, model_kwargs, img_size)
-        self.model = build_model(model_name, num_classes, in_chans, **hp.model_kwargs)
-        hp.num_classes = num_classes = self.model.num_classes
-        hp.in_chans = in_chans or 3
+        # the hyperparameters say what was built
+        hp.model_kwargs = sized(hp.model_name, hp.model_kwargs, img_size)
+        self.model = build_model(hp.model_name, hp.num_classes, hp.in_chans, **hp.model_kwargs)
+        hp.num_classes, hp.in_chans = self.model.num_classes, hp.in_chans or 3
         if grad_checkpointing:
             self.model.set_grad_checkpointing(True)
         if band_rows:
             self._set_bands()
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
-        self.train_loss, self.train_loss_soft = self._losses()
+        self.bce = BinaryCrossEntropy(label_smoothing, target_threshold=bce_threshold) if loss == "bce" else None
         self.mix = self._mixer()
-        accuracies = {"acc1": MulticlassAccuracy(num_classes, top_k=1, average="micro", validate_args=False)}
-        if num_classes > 5:
-            accuracies["acc5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro", validate_args=False)
-        self.val_metrics = MetricCollection(accuracies, prefix="val_")
-        self.test_metrics = MetricCollection(accuracies, prefix="test_").clone()
+        tops = (1, 5) if hp.num_classes > 5 else (1,)
+        accuracy = partial(MulticlassAccuracy, hp.num_classes, average="micro", validate_args=False)
+        accuracies = MetricCollection({f"acc{top}": accuracy(top_k=top) for top in tops})
+        self.metrics = nn.ModuleDict({split: accuracies.clone(prefix=f"{split}_") for split in ("val", "test")})
 
     def _set_bands(self) -> None:
         hp = self.hparams
@@ -147,14 +115,6 @@ class ClassificationTask(TimmTask):
         if not isinstance(self.model, LunaVit):
             raise ValueError(f"band_rows is for Luna ViTs, and {hp.model_name} is none: set it to 0")
         set_band_checkpointing(self.model, hp.band_rows)
-
-    def _losses(self) -> tuple[nn.Module, nn.Module]:
-        """The losses of class indices and of soft targets; mixing smooths soft targets itself."""
-        hp = self.hparams
-        if hp.loss == "bce":
-            bce = BinaryCrossEntropy(hp.label_smoothing, target_threshold=hp.bce_threshold)
-            return bce, bce
-        return LabelSmoothingCrossEntropy(hp.label_smoothing), SoftTargetCrossEntropy()
 
     def _mixer(self) -> StepMixup | None:
         hp = self.hparams
@@ -179,19 +139,19 @@ class ClassificationTask(TimmTask):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        # autograd could only say of compiled code that the anomaly is somewhere in it
+        # in compiled code, autograd cannot say which operation has the anomaly
         if self.compiles() and not self.trainer._detect_anomaly:
             self.model.compile()  # at the first call
 
     def compiles(self) -> bool:
-        """Whether ``compile`` says yes for the trainer's device."""
+        """Whether to compile for the trainer's device."""
         if self.hparams.compile == "auto":
             return self.trainer.strategy.root_device.type == "cuda"
         return self.hparams.compile
 
     def check_data(self, data: LightningDataModule | None, stage: str) -> None:
         super().check_data(data, stage)
-        # a Luna ViT takes any size; once there are weights a run is under way, and they may have been cut up
+        # A Luna ViT takes any size. Loaded weights may be sharded, and have been checked before.
         if hasattr(data, "timm_cfg") and not isinstance(self.model, LunaVit) and not self._has_weights:
             sizes = getattr(data, "train_sizes", []) if stage == "fit" else []
             check_sizes(self.model, self.hparams.in_chans, [tuple(data.timm_cfg()["input_size"][1:]), *sizes])
@@ -203,7 +163,7 @@ class ClassificationTask(TimmTask):
         return self.model(self.as_model_input(images))
 
     def as_model_input(self, images: Tensor) -> Tensor:
-        """The images in the memory format that the model is in."""
+        """The images in the memory format of the model."""
         return images.contiguous(memory_format=torch.channels_last) if self.hparams.channels_last else images
 
     def check_batch(self, images: Tensor, targets: Tensor) -> None:
@@ -215,7 +175,10 @@ class ClassificationTask(TimmTask):
 
     def compute_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Training loss of logits (B, K) for class indices (B,) or soft targets (B, K)."""
-        return (self.train_loss_soft if targets.ndim == 2 else self.train_loss)(logits.float(), targets)
+        if self.bce is not None:
+            return self.bce(logits.float(), targets)
+        smoothing = 0.0 if targets.ndim == 2 else self.hparams.label_smoothing  # mixing has smoothed soft targets
+        return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
@@ -226,35 +189,29 @@ class ClassificationTask(TimmTask):
         return loss
 
     def training_loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss to minimise, and the logits (B, K), of images (B, C, H, W) as they are after mixing."""
+        """The loss and the logits (B, K) of images (B, C, H, W), after mixing."""
         logits = self(images)
         return self.compute_loss(logits, targets), logits
 
     def _log_training(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        # Against mixed targets, accuracy is how often the class with the largest share is found.
+        # of mixed targets, the class with the largest share counts
         labels = targets.argmax(1) if targets.ndim == 2 else targets
         accuracy = (logits.argmax(1) == labels).float().mean()
         values = {"train_loss": loss, "train_acc1": accuracy}
-        self.log_dict(values)  # a progress bar would wait for them in every step
+        self.log_dict(values)  # not in the progress bar, which would wait for the device in every step
         for name, value in values.items():
-            # which class NaN logits are taken for says nothing
+            # where the loss is NaN, the predicted class means nothing
             self.log_epoch_mean(f"{name}_epoch", value.masked_fill(~loss.isfinite(), torch.nan), len(logits))
         self.log_learning_rate()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, self.val_metrics, "val_loss")
+    def evaluate(self, split: str, images: Tensor, targets: Tensor) -> None:
+        self._log_evaluation(split, self(images).float(), targets)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, self.test_metrics, "test_loss")
-
-    def _evaluate(self, batch: Batch, metrics: MetricCollection, loss_name: str) -> None:
-        images, targets = batch
-        self._log_evaluation(self(images).float(), targets, metrics, loss_name)
-
-    def _log_evaluation(self, logits: Tensor, targets: Tensor, metrics: MetricCollection, loss_name: str) -> None:
-        metrics.update(logits, targets)
+    def _log_evaluation(self, split: str, logits: Tensor, targets: Tensor) -> None:
         # Plain cross-entropy whatever the training loss is, so that runs can be compared.
-        self.log_evaluation_mean(loss_name, F.cross_entropy(logits, targets), len(logits))
+        self.log_evaluation_mean(f"{split}_loss", F.cross_entropy(logits, targets), len(logits))
+        metrics = self.metrics[split]
+        metrics.update(logits, targets)
         for name, metric in metrics.items():
             self.log(name, metric, prog_bar=name.endswith("acc1"), batch_size=len(logits))
 

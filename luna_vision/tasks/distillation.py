@@ -1,4 +1,4 @@
-"""Distillation: train a timm classifier to give the logits, and what its layers put out, of another one.
+"""Distillation: train a timm classifier to imitate the logits and layers of another one.
 
 Shapes: B batch, K classes, C channels, h x w positions of a layer.
 """
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from timm.layers import to_2tuple
 from timm.task.distillation import FeatureDistillationTrainableModule
 from torch import Tensor, nn
 
 from luna_vision.models.factory import build_model, training_checkpoint
 
+from .base import check_sizes
 from .classification import ClassificationTask
 from .teacher import Teacher, build_teacher_model, check_teacher, layer_widths, logits_and_layers_of
 
@@ -24,40 +25,37 @@ from .teacher import Teacher, build_teacher_model, check_teacher, layer_widths, 
 class DistillationTask(ClassificationTask):
     """Train a student with a teacher; evaluate and apply it as `ClassificationTask` does, without the teacher.
 
-    The loss is ``task_weight`` times the loss on the targets, plus ``logit_weight`` times that on the teacher's logits,
-    see `logit_loss`, plus ``feature_weight`` times the mean over ``feature_layers`` of that on what layers put out, see
-    `feature_loss`. MixUp and CutMix mix what both of them see. Logged besides: ``train_task_loss``,
-    ``train_logit_loss``, ``train_feature_loss``.
+    The loss is ``task_weight`` times the loss on the targets, plus ``logit_weight`` times `logit_loss`, plus
+    ``feature_weight`` times the mean of `feature_loss` over ``feature_layers``. MixUp and CutMix mix the images of
+    both. Logged besides: ``train_task_loss``, ``train_logit_loss``, ``train_feature_loss``.
 
-    The teacher is read from its file when a run starts, is no part of checkpoints (so evaluation and ``load_line`` do
-    without it), and never changes. It sees the student's batch, with its own normalisation and size. What
-    ``feature_layers`` need to be compared, a projection for each pair, is trained along and is in the checkpoints, but
-    not in the exported weights.
+    The teacher is read from its file when a run starts, never changes, and is not in checkpoints. It sees the student's
+    batch, with its own normalisation and size. The projections that ``feature_layers`` need are trained and are in
+    checkpoints, but not in the exported weights.
 
     Args:
         teacher_model: name for ``timm.create_model``.
-        teacher_checkpoint: the teacher's weights: a Lightning, timm or safetensors file; None takes those that timm
-            fetches for ``teacher_model``. A model without either is refused.
+        teacher_checkpoint: the teacher's weights: a Lightning, timm or safetensors file; by default the pretrained
+            weights of ``teacher_model``. A model without either is refused.
         teacher_kwargs: further arguments of the teacher.
-        teacher_in_chans: its channels: 3 also for grey images, which then become three equal channels; None takes the
-            student's.
-        teacher_img_size: side of the teacher's images in pixels, or [height, width]: the batch is resized for it; None
-            shows it the student's images.
-        teacher_mean: mean by channel that the teacher expects to be subtracted from pixels in [0, 1]; by default what
-            a checkpoint of this package or, for other files and weights, ``pretrained_cfg`` says.
-        teacher_std: standard deviation, likewise.
-        temperature: that of the softmax over the logits of both.
-        task_weight: of the loss on the targets.
-        logit_weight: of the loss on the teacher's logits.
-        feature_layers: pairs [student's layer, teacher's layer], which are blocks or stages as
-            ``forward_intermediates`` counts them, from 0; negative ones count from the end.
-        feature_weight: of the loss on the layers.
-        **kwargs: the arguments of `ClassificationTask`, all of which are the student's.
+        teacher_in_chans: its channels, by default the student's. Grey images become three equal channels for 3.
+        teacher_img_size: side in pixels, or [height, width], that images are resized to for the teacher; by default
+            they keep their size.
+        teacher_mean: mean by channel that the teacher expects to be subtracted from pixels in [0, 1]; by default that
+            in a checkpoint of this package or, for other files and weights, in ``pretrained_cfg``.
+        teacher_std: standard deviation, with the same default.
+        temperature: of the softmax over the logits of both.
+        task_weight: weight of the loss on the targets.
+        logit_weight: weight of the loss on the teacher's logits.
+        feature_layers: pairs [student's layer, teacher's layer]: blocks or stages as ``forward_intermediates`` counts
+            them, from 0; negative ones count from the end.
+        feature_weight: weight of the loss on the layers.
+        **kwargs: the arguments of `ClassificationTask`, for the student.
 
     Raises:
         ValueError: an argument out of its range, an unknown model or layer, a teacher without weights or for other
-            classes, or (when a run starts) a file that is not the teacher's, or data that does not fit.
-        FileNotFoundError: when a run starts: there is no such file.
+            classes, or (when a run starts) a file of another model, or data that does not fit.
+        FileNotFoundError: when a run starts, there is no such file.
     """
 
     def __init__(
@@ -87,15 +85,17 @@ class DistillationTask(ClassificationTask):
             raise ValueError(
                 "there is nothing to distill: give a logit_weight, or feature_layers with a feature_weight"
             )
-        self.teacher_size = None if teacher_img_size is None else _height_width(teacher_img_size)
+        self.teacher_size = None if teacher_img_size is None else to_2tuple(teacher_img_size)
+        if self.teacher_size and (len(self.teacher_size) != 2 or min(self.teacher_size) < 1):
+            raise ValueError(f"teacher_img_size must be a positive side or [height, width], got {teacher_img_size}")
         check_teacher(teacher_model, teacher_checkpoint, hp.num_classes, teacher_kwargs or {})
-        self._teachers: list[Teacher] = []  # a plain list: nothing in it is a part of this module
+        self._teachers: list[Teacher] = []  # in a list, which makes it no part of this module
         self._pairs: list[tuple[int, int]] = []
         self.projections = nn.ModuleList(self._projections())
         self._run = logits_and_layers_of(compile=False)
 
     def _projections(self) -> list[nn.Module]:
-        """For each pair of layers, the student's channels to the teacher's, with bias (arXiv 1412.6550)."""
+        """For each pair of layers, a convolution from the student's channels to the teacher's (arXiv 1412.6550)."""
         hp = self.hparams
         if not hp.feature_layers:
             return []
@@ -117,12 +117,11 @@ class DistillationTask(ClassificationTask):
 
     @property
     def teacher(self) -> Teacher:
-        """The teacher, read from its file when it is first asked for."""
+        """The teacher. The first access reads it from its file."""
         if not self._teachers:
             hp = self.hparams
-            name = (hp.teacher_model, hp.teacher_checkpoint)
-            arguments = (hp.num_classes, self._teacher_chans, hp.teacher_kwargs or {}, rank_zero_info)
-            model = build_teacher_model(*name, *arguments)
+            name, arguments = (hp.teacher_model, hp.teacher_checkpoint), hp.teacher_kwargs or {}
+            model = build_teacher_model(*name, hp.num_classes, self._teacher_chans, arguments)
             stats = {
                 "mean": tuple(hp.teacher_mean or model.pretrained_cfg["mean"]),
                 "std": tuple(hp.teacher_std or model.pretrained_cfg["std"]),
@@ -137,7 +136,7 @@ class DistillationTask(ClassificationTask):
         return self._teachers[0]
 
     def configure_model(self) -> None:
-        if self._pairs and self._is_sharded():  # which gathers weights for forward() only, and leaves projections alone
+        if self._pairs and self._is_sharded():  # it gathers weights for forward() only, and ignores projections
             raise ValueError("feature_layers do not work with fsdp2: use ddp, or the teacher's logits alone")
         super().configure_model()
 
@@ -147,7 +146,7 @@ class DistillationTask(ClassificationTask):
             _ = self.teacher
 
     def check_data(self, data: LightningDataModule | None, stage: str) -> None:
-        """As in `TimmTask`, and that the teacher takes the data's images."""
+        """Check the data as `ClassificationTask` does, also against the teacher."""
         super().check_data(data, stage)
         if stage != "fit":
             return
@@ -159,50 +158,47 @@ class DistillationTask(ClassificationTask):
         if hasattr(data, "timm_cfg"):
             cfg = data.timm_cfg()
             self.teacher.set_source(cfg["mean"], cfg["std"])
-            for size in (tuple(cfg["input_size"][1:]), *getattr(data, "train_sizes", [])):
-                self.teacher.check(in_chans, size)
+            sizes = [tuple(cfg["input_size"][1:]), *getattr(data, "train_sizes", [])]
+            check_sizes(self.teacher, in_chans, sizes, f"the teacher (teacher_img_size is {self.teacher_size})")
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self._run = logits_and_layers_of(self.compiles() and not self.trainer._detect_anomaly)  # as the base class
+        self._run = logits_and_layers_of(self.compiles() and not self.trainer._detect_anomaly)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
         self.teacher.to(self.device)
-        self.teacher.run = logits_and_layers_of(self.compiles())  # without gradients, it has no anomalies
+        self.teacher.run = logits_and_layers_of(self.compiles())  # it has no gradients, so no anomalies
 
     # ---- training
 
     def trained_module(self) -> nn.Module:
-        # timm's, which tells the optimizer about weight decay and depth of the layers in it
+        # timm's module tells the optimizer about weight decay and depth of its layers
         return FeatureDistillationTrainableModule(self.model, self.projections) if self._pairs else self.model
 
     def training_loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         hp = self.hparams
-        theirs, teacher_layers = self.teacher(images, sorted({theirs for _, theirs in self._pairs}))
+        theirs, teacher_layers = self.teacher(images, [layer for _, layer in self._pairs])
         logits, layers = self._student(images)
         losses = {"task": self.compute_loss(logits, targets)}
         losses["logit"] = logit_loss(logits.float(), theirs.float(), hp.temperature)
         if self._pairs:
-            position = [{at: i for i, at in enumerate(sorted(set(side)))} for side in zip(*self._pairs, strict=True)]
-            parts = [
-                feature_loss(project(layers[position[0][ours]]).float(), teacher_layers[position[1][theirs]].float())
-                for project, (ours, theirs) in zip(self.projections, self._pairs, strict=True)
-            ]
+            pairs = zip(self.projections, self._pairs, strict=True)
+            parts = [feature_loss(project(layers[a]).float(), teacher_layers[b].float()) for project, (a, b) in pairs]
             losses["feature"] = sum(parts) / len(parts)
         self.log_dict({f"train_{name}_loss": value.detach() for name, value in losses.items()})
         return sum(hp[f"{name}_weight"] * value for name, value in losses.items()), logits
 
-    def _student(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _student(self, images: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         if not self._pairs:
-            return self(images), []
-        return self._run(self.model, self.as_model_input(images), sorted({ours for ours, _ in self._pairs}))
+            return self(images), {}
+        return self._run(self.model, self.as_model_input(images), [layer for layer, _ in self._pairs])
 
 
 def logit_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 KL(softmax(teacher / T) || softmax(student / T)), averaged over the batch (arXiv 1503.02531, section 2).
 
-    As in ``timm.task.LogitDistillationTask``, which has it within its ``forward``.
+    ``timm.task.LogitDistillationTask`` computes the same within its ``forward``.
 
     Args:
         student: logits (B, K).
@@ -215,23 +211,16 @@ def logit_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error to what a layer of the teacher puts out, normalised over its channels at each position.
+    """Mean squared error to the output of a teacher's layer, which is normalised over channels at each position.
 
-    NOTE ``timm.task.FeatureDistillationTask`` compares pooled features as they are; layers inside a pre-norm network
-    are of any magnitude, and normalised (arXiv 2202.03555, section 3.3) the loss is of the same one for all of them.
+    NOTE ``timm.task.FeatureDistillationTask`` compares pooled features without normalisation. Layers inside a pre-norm
+    network differ in magnitude; normalised (arXiv 2202.03555, section 3.3), all give losses of the same magnitude.
 
     Args:
         student: (B, C, h, w).
-        teacher: (B, C, h', w'), resized to h x w (bilinear, with antialiasing) if it has another number of positions.
+        teacher: (B, C, h', w'), resized to h x w (bilinear, with antialiasing).
     """
     teacher = F.layer_norm(teacher.movedim(1, -1), teacher.shape[1:2]).movedim(-1, 1)
     if teacher.shape != student.shape:
         teacher = F.interpolate(teacher, student.shape[-2:], mode="bilinear", antialias=True)
     return F.mse_loss(student, teacher)
-
-
-def _height_width(size: int | list[int]) -> tuple[int, int]:
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sides) != 2 or min(sides) < 1:
-        raise ValueError(f"teacher_img_size must be a positive side or [height, width] in pixels, got {size}")
-    return sides

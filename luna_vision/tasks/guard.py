@@ -33,33 +33,27 @@ class NonFiniteLossError(UserError, ArithmeticError):
 class NonFiniteGuard(Callback):
     """Skip optimizer steps whose loss or gradient is NaN or infinite; stop training when there are too many of them.
 
-    A skipped step changes nothing: not the weights, not what the optimizer remembers and counts, not the average of
-    :class:`~luna_vision.tasks.EMA`, not the statistics of batch norms. It does count as a step of the run, so that the
-    learning rate goes on as if it had been done, and training ends where it would have ended. With accumulation one bad
-    batch costs the whole step, with several processes all skip alike. Each is logged in a line that has the step, the
-    loss and the files of the samples (their indices where they are no files), and as the metric ``skipped_steps``. The
-    samples of a stream are not known: its line has the number of the batch.
+    A skipped step changes neither weights nor the optimizer's state, nor the average of :class:`~luna_vision.tasks.EMA`
+    or the statistics of batch norms. It counts as a step of the run: the learning rate moves on, and training ends at
+    the same step. With accumulation one bad batch skips the whole step, and with several processes all skip together.
+    Each skipped step is logged with its number, its loss and the files of its samples (or their indices; for a stream
+    the number of the batch), and counted in the metric ``skipped_steps``.
 
-    No optimizer can be told afterwards that a step was none, so the guard waits for the device once in a step, between
-    the gradients and the optimizer. It reads the loss along with it, which the progress bar shows as ``loss``: nothing
-    else in a step waits.
+    The guard waits for the device once in a step, between the gradients and the optimizer, and reads the loss along
+    with it, which the progress bar shows as ``loss``. Nothing else in a step waits.
 
-    With a gradient scaler (``16-mixed``), which looks for a good scale by trying ones that are too large, gradients
-    that overflow are its business and not counted here; the loss is.
+    A gradient scaler (``16-mixed``) tries scales that are too large, so overflowing gradients are left to it. The loss
+    is still checked. With ``detect_anomaly`` training stops at the first such step, with autograd's own error.
 
-    Where the trainer has ``detect_anomaly``, training stops at the first such step: with autograd's own error, which
-    says which operation of the forward pass it was, and the line of the step beside it.
-
-    There is nothing to skip about a validation loss that is not finite, or about weights that are not finite when a
-    checkpoint of them is to be written: these stop training at once. So no checkpoint has such weights.
+    A validation loss that is not finite, and weights that are not finite in a checkpoint, stop training at once. So no
+    checkpoint has such weights.
 
     Args:
-        max_skipped: Steps that may be skipped in a run in total; one more stops it. 0 stops it at the first. The count
-            is kept in the checkpoints.
+        max_skipped: Steps that may be skipped in a run, resumes included; one more stops it.
 
     Raises:
         ValueError: ``max_skipped`` is below 0.
-        NonFiniteLossError: In training; says the step, its samples and the last good checkpoint.
+        NonFiniteLossError: In training; names the step, its samples and the last good checkpoint.
     """
 
     def __init__(self, max_skipped: int = 10) -> None:
@@ -69,10 +63,10 @@ class NonFiniteGuard(Callback):
         self.skipped = 0
         self.last_skipped = -1  # number of that optimizer step, from 0
         self._batch_idx = 0
-        self._losses: list[tuple[int, Tensor]] = []  # of the batches of one step, with their numbers in the epoch
+        self._losses: list[tuple[int, Tensor]] = []  # of the batches of a step, with their numbers in the epoch
         self._loss: float | None = None  # of the last step
         self._anomaly = False
-        self._statistics: list[tuple[Tensor, Tensor]] = []
+        self._statistics: list[tuple[Tensor, Tensor]] = []  # buffers of batch norms, and copies of them
 
     def state_dict(self) -> dict[str, int]:
         return {"skipped": self.skipped, "last_skipped": self.last_skipped}
@@ -90,7 +84,7 @@ class NonFiniteGuard(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._batch_idx = batch_idx
-        if not self._losses:  # the forward pass, which changes them, comes before anything is known
+        if not self._losses:  # the forward passes of a step change them before the step is checked
             for buffer, before in self._statistics:
                 before.copy_(buffer)
 
@@ -98,38 +92,30 @@ class NonFiniteGuard(Callback):
         self._losses.append((self._batch_idx, loss.detach().float()))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        # After the last backward pass of a step, the averaging over processes and the unscaling; before clipping, which
-        # would spread one NaN over all gradients. Costs one read of the gradients (a norm that cannot overflow), the
-        # sum of one number over the processes, and one wait for the device per step.
+        # Gradients are averaged over processes, unscaled, and not yet clipped, which would spread a NaN.
         batches, losses = [batch for batch, _ in self._losses], [loss for _, loss in self._losses]
-        checked = list(losses)
+        checked = losses or [torch.zeros((), device=pl_module.device)]  # none: the task has given no loss
         if not has_scaler(trainer):
-            gradients = [
-                _own(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-            ]
-            if gradients := [gradient for gradient in gradients if gradient.numel()]:
-                checked.append(torch.stack(torch._foreach_norm(gradients, math.inf)).max().float())
-        if not checked:  # the task has given no loss
-            checked = [torch.zeros((), device=pl_module.device)]
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            own = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+            if own := [grad for grad in own if grad.numel()]:  # a process of FSDP2 may have none
+                checked = [*checked, torch.stack(torch._foreach_norm(own, math.inf)).max().float()]
         bad = trainer.strategy.reduce((~torch.stack(checked).isfinite()).any().float(), reduce_op="sum")
-        bad, *losses = torch.stack([bad, *losses]).tolist()
+        bad, *losses = torch.stack([bad, *losses]).tolist()  # waits for the device
         self._losses, self._loss = [], sum(losses)  # Lightning has divided them by the number of batches
         if bad:
             self._skip(trainer, optimizer, list(zip(batches, losses, strict=True)))
 
     def _skip(self, trainer: Trainer, optimizer: Optimizer, losses: list[tuple[int, float]]) -> None:
-        step, epoch = trainer.global_step, trainer.current_epoch
         what, names = self._describe(trainer, losses)
-        where = f"{what} at step {step} (epoch {epoch})"
         stop = self._anomaly or self.skipped >= self.max_skipped
+        count = f"{self.skipped + 1} of at most {self.max_skipped}"
         if trainer.is_global_zero:
-            count = f"{self.skipped + 1} of at most {self.max_skipped}"
-            done = "training stops" if stop else f"the step is skipped ({count})"
-            _logger.warning(f"{where}: {done}; its samples: {', '.join(names)}")
+            self._log(trainer, what, "training stops" if stop else f"the step is skipped ({count})", names)
         if stop:
             after = f" after {self.skipped} skipped steps" if self.skipped else ""
             self._stop(trainer, what, after, f"; its samples: {listed(names, 16)}")
-        self.skipped, self.last_skipped = self.skipped + 1, step
+        self.skipped, self.last_skipped = self.skipped + 1, trainer.global_step
         for buffer, before in self._statistics:
             buffer.copy_(before)
         if has_scaler(trainer) and not getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -137,11 +123,11 @@ class NonFiniteGuard(Callback):
         raise SkippedStep
 
     def _describe(self, trainer: Trainer, losses: list[tuple[int, float]]) -> tuple[str, list[str]]:
-        """What is not finite, and the samples of the batches where the loss is not, or of all; from all processes."""
+        """What is not finite, and the names of the samples with that loss, or of the whole step; of all processes."""
         bad = [batch for batch, loss in losses if not math.isfinite(loss)]
         mine = (losses, [batch_names(trainer, batch) for batch in bad or (batch for batch, _ in losses)], bool(bad))
         found = [mine]
-        if trainer.world_size > 1 and dist.is_initialized():
+        if trainer.world_size > 1:
             found = [None] * trainer.world_size
             dist.all_gather_object(found, mine)
         guilty = [part for part in found if part[2]] or found
@@ -150,7 +136,6 @@ class NonFiniteGuard(Callback):
         wrong = [loss for loss in values if not math.isfinite(loss)]
         if wrong:
             return f"training loss is {wrong[0]}", names
-        # Lightning has divided them by the number of batches
         return f"gradient is not finite, training loss is {sum(values) / len(found):.4g}", names
 
     def on_train_batch_end(
@@ -161,28 +146,29 @@ class NonFiniteGuard(Callback):
         log_number(pl_module, "skipped_steps", self.skipped)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._anomaly and self._losses and isinstance(exception, RuntimeError):  # of a backward pass
+        if self._anomaly and self._losses and isinstance(exception, RuntimeError):  # raised in a backward pass
             batch, loss = self._losses[-1]
-            where = f"training loss is {float(loss)} at step {trainer.global_step} (epoch {trainer.current_epoch})"
-            _logger.error(f"{where}: training stops; its samples: {', '.join(batch_names(trainer, batch))}")
+            self._log(trainer, f"training loss is {float(loss)}", "training stops", batch_names(trainer, batch))
 
-    # ---- what cannot be skipped
+    # ---- validation and checkpoints
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        bad = ""
-        for name, value in checkpoint["state_dict"].items():
-            own = _own(value)
-            if not bad and own.is_floating_point() and not bool(own.isfinite().all()):
-                bad = name
-        # under FSDP2 it may be in the part of another process, and none may wait for one that has stopped
-        if trainer.strategy.reduce_boolean_decision(bool(bad), all=False):
-            self._stop(trainer, f"{bad or 'the part of another process'} has values that are not finite")
+        weights = {name: value for name, value in checkpoint["state_dict"].items() if value.is_floating_point()}
+        bad = next((name for name, value in weights.items() if not value.isfinite().all()), None)
+        # under FSDP2 only the first process has them, and the others must stop with it
+        if trainer.strategy.reduce_boolean_decision(bad is not None, all=False):
+            self._stop(trainer, f"{bad or 'a weight'} has values that are not finite")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # before ModelCheckpoint, which Lightning runs last
         loss = trainer.callback_metrics.get("val_loss")
         if loss is not None and not math.isfinite(loss):
             self._stop(trainer, f"validation loss is {float(loss)}")
+
+    @staticmethod
+    def _log(trainer: Trainer, what: str, done: str, names: list[str]) -> None:
+        where = f"at step {trainer.global_step} (epoch {trainer.current_epoch})"
+        _logger.warning(f"{what} {where}: {done}; its samples: {', '.join(names)}")
 
     @staticmethod
     def _stop(trainer: Trainer, what: str, after: str = "", samples: str = "") -> None:
@@ -193,20 +179,15 @@ class NonFiniteGuard(Callback):
 
 
 def has_scaler(trainer: Trainer) -> bool:
-    """Whether gradients are scaled, and steps whose scaled gradients overflow are left out."""
+    """Whether a gradient scaler leaves out steps whose scaled gradients overflow."""
     return getattr(trainer.precision_plugin, "scaler", None) is not None
 
 
 def batch_names(trainer: Trainer, batch_idx: int) -> list[str]:
-    """What the samples of a training batch of the current epoch are called, in this process.
+    """The files of the samples in a training batch of the current epoch, in this process.
 
-    Args:
-        trainer: In training.
-        batch_idx: Number of the batch in the epoch.
-
-    Returns:
-        For each sample its file or, where samples are no files, its index in the training split; where that is not
-        known, as in a stream, one entry for the batch.
+    Samples that are no files have their index in the training split. Where that is not known, as in a stream, one entry
+    names the batch.
     """
     loader, epoch = trainer.train_dataloader, trainer.current_epoch
     indices = batch_indices(loader, epoch, batch_idx)
@@ -214,8 +195,3 @@ def batch_names(trainer: Trainer, batch_idx: int) -> list[str]:
         process = f" in process {trainer.global_rank}" if trainer.world_size > 1 else ""
         return [f"batch {batch_idx} of epoch {epoch}{process}"]
     return [printable(sample_name(loader.dataset, index)) for index in indices]
-
-
-def _own(value: Tensor) -> Tensor:
-    """What this process holds of a weight or gradient, which under FSDP2 may be nothing."""
-    return value.to_local() if isinstance(value, DTensor) else value

@@ -1,8 +1,7 @@
 """MixUp and CutMix whose draws depend on (seed, step) alone.
 
-``timm.data.Mixup`` draws from NumPy's global generator, so what a step sees would depend on everything drawn before it,
-and a resumed run would not repeat the run it resumes. Here each call seeds that generator for its own duration and puts
-the former state back.
+``timm.data.Mixup`` draws from NumPy's global generator, so a step would depend on all draws before it, and a resumed
+run would differ. Here each call seeds that generator and restores the former state.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 
 @contextmanager
 def numpy_seed(*entropy: int) -> Iterator[None]:
-    """Seed NumPy's global generator with ``entropy`` inside the block; afterwards it stands where it stood before."""
+    """Seed NumPy's global generator with ``entropy`` inside the block, and restore its state afterwards."""
     state = np.random.get_state()  # noqa: NPY002  (timm reads the global generator)
     np.random.seed(np.random.SeedSequence(entropy).generate_state(4))  # noqa: NPY002
     try:
@@ -46,11 +45,11 @@ class StepMixup:
         Args:
             images: (B, C, H, W); overwritten.
             targets: (B,) class indices.
-            step: what tells this call from all others, such as (global step, batch index, rank).
+            step: identifies this call, such as (global step, batch index, rank).
 
         Returns:
-            the images and soft targets (B, K). timm pairs a batch with its reverse, which wants an even length: the
-            last image of an odd batch stays as it is.
+            the images and soft targets (B, K). timm pairs a batch with its reverse, so the last image of an odd batch
+            is not mixed.
         """
         even = len(images) // 2 * 2
         if even == 0:

@@ -1,4 +1,4 @@
-"""Training a memory of which every prefix works: each batch runs with a number of slots that is drawn for it."""
+"""Train a memory whose every prefix works: each batch runs with a random number of slots."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ from .base import log_number
 
 
 class NestedMemory(Callback):
-    """Draw for each training batch how many slots of the memory it runs with, so that one trained model serves with any
-    number of them (``model.set_memory_len``). The first slots are trained most often and learn what matters most.
+    """Draw a number of memory slots for each training batch, so that the trained model works with any number of them
+    (``model.set_memory_len``). The first slots are trained most often and learn what matters most.
 
-    All Luna ViTs of the task take part. Validation, tests and checkpoints are of the full memory. A draw is a function
-    of (seed, step, batch) alone: all processes make the same one, and a resumed run goes on with those of the run it
-    resumes. Logged: ``memory_len``, that of the batch.
+    All Luna ViTs of the task take part. Validation, tests and checkpoints use the full memory. A draw depends on (seed,
+    step, batch) alone: all processes and a resumed run make the same ones. Logged: ``memory_len`` of the batch.
 
     Source: nested dropout, Rippel et al. 2014 (arXiv 1402.0915). NOTE: from a list of lengths, each drawn with equal
     probability, as in Matryoshka representations (arXiv 2205.13147), which train all lengths in every step instead.
 
     Args:
-        lens: lengths to draw from, one of which is the full one; one that is listed twice is drawn twice as often. By
-            default the powers of two below the full length, and that.
+        lens: lengths to draw from, with the full one; one that is listed twice is drawn twice as often. By default the
+            powers of two below the full length, and the full length.
         seed: seed of the draws.
 
     Raises:
-        ValueError: on construction a length below 1, none at all or a negative seed; when training starts lengths that
-            are not the model's, or a model without a memory.
+        ValueError: a length below 1, no length, a negative seed, or (when training starts) lengths that do not fit the
+            model, or a model without a memory.
     """
 
     def __init__(self, lens: list[int] | None = None, seed: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""Callbacks that hand results over: predictions as CSV, the best weights as a timm checkpoint, a line per epoch."""
+"""Callbacks for results: predictions as CSV, the best weights as a timm checkpoint, a line per epoch."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from .checkpoints import best_checkpoint, last_checkpoint, model_checkpoint, rea
 class PredictionWriter(BasePredictionWriter):
     """Write predictions to a CSV file: ``image`` (path or index), ``label1`` to ``label5``, ``probability1`` to 5.
 
-    Labels are class names where the checkpoint or the data module has them, else indices. Text that a spreadsheet would
-    take for a formula has an apostrophe before it, see `luna_vision.utils.text.csv_cell`. The file appears when the
-    last row is written. With several processes each writes its own share, to a name that ends in its rank.
+    Labels are class names where the checkpoint or the data module has them, else indices. An apostrophe marks text that
+    a spreadsheet would take for a formula, see `luna_vision.utils.text.csv_cell`. The file appears when the last row is
+    written. Each of several processes writes its own rows, to a file with its rank in the name.
 
     Args:
         output: the file; None is ``predictions.csv`` in the run's log directory.
@@ -40,7 +40,7 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(self, output: str | None = None) -> None:
         super().__init__(write_interval="batch")
         self.output = output
-        self._closing = ExitStack()  # of the file, when there is one
+        self._closing = ExitStack()  # closes the file
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = Path(self.output or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.csv")
@@ -48,7 +48,7 @@ class PredictionWriter(BasePredictionWriter):
             path = path.with_stem(f"{path.stem}.rank{trainer.global_rank}")
         self._path, self._closing = path, ExitStack()
         file = io.TextIOWrapper(self._closing.enter_context(new_file(path)), encoding="utf-8", newline="")
-        self._closing.callback(file.detach)  # which writes what is left
+        self._closing.callback(file.detach)  # flushes
         self._rows = csv.writer(file)
         self._header_written = False
 
@@ -77,7 +77,7 @@ class PredictionWriter(BasePredictionWriter):
     def _class_names(trainer: Trainer) -> list[str] | None:
         try:
             return getattr(trainer.datamodule, "class_names", None)
-        except FileNotFoundError:  # a data module that reads the names off a training folder which is not here
+        except FileNotFoundError:  # the training folder, whose subfolders are the names, is missing
             return None
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,12 +91,11 @@ class PredictionWriter(BasePredictionWriter):
 def export_weights(checkpoint: str | Path, output: str | Path) -> None:
     """Write the model's weights (with EMA, the averaged ones) from a Lightning checkpoint as timm loads them.
 
-    What the checkpoint says of its training (which model, how images were normalised, classes, epochs) goes into the
-    file's header as JSON, under "training"; `training_checkpoint` of the commands reads it.
+    The file's header has model, normalisation, classes and epochs as JSON, under "training", for `training_checkpoint`.
 
     Args:
-        checkpoint: a checkpoint of a task; of FSDP2, the folder.
-        output: the ``.safetensors`` file to write, in one move.
+        checkpoint: a checkpoint of a task.
+        output: the ``.safetensors`` file to write.
     """
     content = read_checkpoint(checkpoint)
     state_dict = unwrap_state_dict(content)
@@ -107,10 +106,10 @@ def export_weights(checkpoint: str | Path, output: str | Path) -> None:
 
 
 class ExportBest(Callback):
-    """When training ends, write the best checkpoint's weights for timm; `announce` prints how to load them.
+    """Write ``best.safetensors``, the weights of the best checkpoint for timm, when training ends.
 
-    The file is ``best.safetensors`` beside the checkpoints. "Best" is what the run's ModelCheckpoint monitors.
-    Training that Ctrl-C stops ends with the place of the last checkpoint instead.
+    The run's ModelCheckpoint says which is best. `announce` prints how to load the file. Where Ctrl-C stops training,
+    a line says how to resume it.
     """
 
     def __init__(self) -> None:
@@ -122,13 +121,13 @@ class ExportBest(Callback):
         if not path:
             return
         callback = model_checkpoint(trainer)
-        # a run that was resumed from another one's checkpoint takes over where its best one is, and not to write there
+        # in this run's folder, although the best checkpoint may be in that of the run that this one began from
         weights = Path(callback.dirpath if callback else Path(path).parent, "best.safetensors")
         weights.parent.mkdir(parents=True, exist_ok=True)
         export_weights(path, weights)
         if callback is None or not callback.monitor:
             score = ""
-        elif path == callback.best_model_path:  # which may be that of another run, without its score
+        elif path == callback.best_model_path:  # has no score if it is another run's
             score = callback.best_model_score
             score = "" if score is None else f" ({callback.monitor} {float(score):.4f})"
         else:
@@ -140,13 +139,12 @@ class ExportBest(Callback):
         ]
 
     def announce(self) -> None:
-        """Print where the best checkpoint is and the line that loads it; nothing if there is none."""
+        """Print the path of the best checkpoint and the line that loads it, if there is one."""
         for line in self._closing:
             print(printable(line))
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        # in validation, too
         if isinstance(exception, (KeyboardInterrupt, SIGTERMException)) and trainer.state.fn == TrainerFn.FITTING:
             checkpoint = last_checkpoint(trainer)
             kept = f"from {relative(checkpoint)}" if checkpoint else "from its beginning: it has no checkpoint yet"
@@ -155,17 +153,13 @@ class ExportBest(Callback):
 
 
 def relative(path: str | Path) -> str:
-    """The path as seen from the working directory where that is shorter to read, else as it is."""
+    """The path, relative to the working directory if it is below it."""
     path = Path(path)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 class ModelSize(Callback):
-    """Print the number of the model's parameters when a fit begins.
-
-    In place of Lightning's table, whose FLOPs are 0 for a task without an example input, and leave fused attention out
-    on a CPU for one that has it.
-    """
+    """Print the number of the model's parameters when a fit begins. In Lightning's table, the FLOPs would be wrong."""
 
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: TimmTask) -> None:
@@ -176,7 +170,7 @@ class ModelSize(Callback):
 
 
 class EpochLines(Callback):
-    """Print a line of metrics per epoch where the output is a file or a pipe, in which a progress bar shows nothing."""
+    """Print a line of metrics per epoch where the output is a file or a pipe, in which there is no progress bar."""
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,8 +1,7 @@
-"""Exact resume: what Lightning's checkpoint lacks, and finding the run to resume.
+"""Exact resume: the state that Lightning's checkpoints lack, and the search for the run to resume.
 
-A checkpoint of Lightning has the weights, the optimizer and the loops' counters, and the schedule and every batch are
-functions of these and of the seed. What is left is the state of the random generators (dropout draws from them) and the
-means of the epoch so far, which the task keeps.
+A checkpoint of Lightning has weights, optimizer and counters, and the schedule and every batch depend on these and on
+the seed alone. The states of the random generators are added here, the means of the epoch so far by the task.
 """
 
 from __future__ import annotations
@@ -12,9 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import pickle
 import random
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -44,14 +42,14 @@ def random_states() -> dict[str, Any]:
     name, keys, *rest = np.random.get_state()  # noqa: NPY002
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None,
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         "numpy": (name, keys.tolist(), *rest),
         "python": random.getstate(),
     }
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Put back what `random_states` has given."""
+    """Restore the states of `random_states`."""
     torch.set_rng_state(states["torch"].cpu())
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"].cpu())
@@ -60,19 +58,18 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 class ExactResume(Callback):
-    """Keep in each checkpoint, and put back, what Lightning's lacks; and say in the run's folder what the run is.
+    """Add to each checkpoint what an exact resume needs, restore it, and keep a record of the run in its folder.
 
-    The random generators are those of all processes, in the order of their numbers; with another number of processes
-    than before, they are left as they are seeded. A warning says in what a checkpoint differs from the run that resumes
-    it: configuration, code, number of processes. The folder has ``run.json``, with the configuration and whether the
-    run has finished, and a lock while a process is at work.
+    Checkpoints get the random generators of all processes. With another number of processes they are seeded anew. A
+    warning says how a checkpoint differs from the run that resumes it: number of processes, code, configuration. The
+    folder has ``run.json``, with the configuration and whether the run has finished, and a lock while a process runs.
 
     Args:
         config: The configuration, as plain data.
 
     Raises:
-        ValueError: When a fit begins: another process is at work in the run's folder, or the processes of this run
-            would not resume from the same checkpoint.
+        ValueError: When a fit begins: another process uses the run's folder, or the processes of this run would not
+            resume from the same checkpoint.
     """
 
     def __init__(self, config: dict[str, Any] | None = None) -> None:
@@ -83,19 +80,19 @@ class ExactResume(Callback):
         self._lock: FileLock | None = None
 
     def begin(self, folder: Path) -> None:
-        """Note that a run is at work in ``folder``. To be called by the first process."""
+        """Lock the folder of a run, and note that it has not finished. The first process calls this."""
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / LOCK_FILE)
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise ValueError(f"another process is at work on {folder}") from error
-        remove_leftovers(folder / "checkpoints")  # of a process that was killed: the lock says that there is no other
+        remove_leftovers(folder / "checkpoints")  # of a killed process; the lock excludes another one
         self._folder = folder
         self.note(finished=False)
 
     def note(self, finished: bool) -> None:
-        """Write whether there is nothing left to resume."""
+        """Write ``run.json``."""
         if self._folder is not None:
             write_json(self._folder / RUN_FILE, {"finished": finished, "config": self.config})
 
@@ -118,13 +115,13 @@ class ExactResume(Callback):
     on_exception = teardown
 
     def _about(self) -> dict[str, Any]:
-        return {"config": self.config, "code": self._code, "processes": self._trainer.world_size}
+        return {"processes": self._trainer.world_size, "code": self._code, "config": self.config}
 
     def state_dict(self) -> dict[str, Any]:
-        """Called on all ranks whenever a checkpoint is made."""
+        """The state for a checkpoint; all processes call this."""
         mine, trainer = random_states(), self._trainer
         states = [mine]
-        if trainer.world_size > 1 and dist.is_initialized():
+        if trainer.world_size > 1:
             states = [None] * trainer.world_size
             dist.all_gather_object(states, mine)
         return {**self._about(), "exact": is_exact(trainer), "random": states}
@@ -132,8 +129,8 @@ class ExactResume(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        state, about = checkpoint["callbacks"].get(self.state_key, {}), self._about()
-        if "config" not in state:
+        state, about = checkpoint["callbacks"].get(self.state_key), self._about()
+        if state is None:
             found = ["what it does not say"]
         else:
             found = differences({name: state[name] for name in about}, about)
@@ -150,7 +147,7 @@ class ExactResume(Callback):
 
 
 def code_versions() -> dict[str, str]:
-    """The versions of what a training computes with; of this package with a checksum of its source."""
+    """Versions of the packages that decide the result; for this package with a checksum of its source."""
     folder, source = Path(luna_vision.__file__).parent, hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         source.update(path.read_bytes())
@@ -159,35 +156,36 @@ def code_versions() -> dict[str, str]:
 
 
 def differences(there: Any, here: Any, name: str = "") -> list[str]:
-    """In what plain data differs, such as "model.lr (0.1 there, 0.2 here)"."""
+    """How plain data differs, such as "model.lr (0.1 there, 0.2 here)"."""
     if isinstance(there, list) and isinstance(here, list):
         there, here = dict(enumerate(there)), dict(enumerate(here))
     if isinstance(there, dict) and isinstance(here, dict):
         parts = ((there.get(part), here.get(part), f"{name}.{part}".lstrip(".")) for part in {**here, **there})
         return [difference for part in parts for difference in differences(*part)]
-    return [] if repr(there) == repr(here) else [f"{name} ({there!r:.50} there, {here!r:.50} here)"]  # NaN is NaN
+    return [] if repr(there) == repr(here) else [f"{name} ({there!r:.50} there, {here!r:.50} here)"]  # NaN equals NaN
 
 
 # ---- which run
 
 
 def resume(trainer: Trainer, config: dict[str, Any], asked: bool) -> str | None:
-    """Have a trainer resume the newest unfinished run of a configuration, beside the place where a new one would be.
+    """Have a trainer resume the newest unfinished run of a configuration, in the folder where a new run would be.
 
-    That is if it was asked for, or if SLURM has requeued this job or torchrun has started these processes again;
-    otherwise a line says that there is such a run. All processes find the same.
+    It does so if asked, or if SLURM has requeued this job or torchrun has restarted these processes. Otherwise a line
+    says that there is such a run. All processes find the same run.
 
     Args:
-        trainer: With an `ExactResume`, before it has begun: its loggers have made no folder.
+        trainer: With an `ExactResume` that has not begun; its loggers have made no folder.
         config: The configuration.
-        asked: Whether the user wants it.
+        asked: Whether the user gave --resume.
 
     Returns:
-        The newest checkpoint that is complete; None where there is none, or the run is a new one.
+        The newest complete checkpoint; None where there is none, or the run is a new one.
 
     Raises:
-        ValueError: Another process is at work on the run; or it was asked for, and all unfinished runs are of other
-            configurations.
+        ValueError: Another process is at work on the run; or the user gave --resume, and all unfinished runs are of
+            other configurations.
+        IsADirectoryError: The newest checkpoint is a folder.
     """
     runs = unfinished_runs(trainer)
     run = next((folder for folder, known in runs if not differences(known, config)), None)
@@ -217,9 +215,9 @@ def resume(trainer: Trainer, config: dict[str, Any], asked: bool) -> str | None:
 
 
 def unfinished_runs(trainer: Trainer) -> list[tuple[Path, dict[str, Any]]]:
-    """Folders and configurations of the runs that have not finished, beside the place of a new one; newest first.
+    """Folders and configurations of unfinished runs, in the folder where a new run would be; newest first.
 
-    A warning names those with links in their folders, which would lead a run out of them.
+    A run with links in its folders is left out, with a warning: they would lead the run out of its folders.
     """
     new, loggers, runs = log_dir(trainer), versioned_loggers(trainer), []
     found = [path for path in (new.parent.glob(f"*/{RUN_FILE}") if loggers else [new / RUN_FILE]) if path.is_file()]
@@ -240,47 +238,50 @@ def unfinished_runs(trainer: Trainer) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def versioned_loggers(trainer: Trainer) -> list[CSVLogger | TensorBoardLogger]:
-    """The loggers that have a folder for each run, which a resumed run has under the same name in all of them; none if
-    the first logger is another one."""
+    """The loggers with a folder for each run, of the same name in all of them; none if the first logger has none."""
     loggers = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger | TensorBoardLogger)]
     return loggers if loggers[:1] == trainer.loggers[:1] else []
 
 
+class _AppendingWriter(ExperimentWriter):
+    """The writer of a CSV logger, which would delete the rows in its file."""
+
+    def _check_log_dir_exists(self) -> None:
+        pass
+
+
 def keep_rows(logger: CSVLogger) -> None:
-    """Have a CSV logger write after the rows of its file, which it would delete; without one that a kill cut off."""
-    file = Path(logger.log_dir, "metrics.csv")
-    kept = file.with_name("metrics.kept.csv")
+    """Have a CSV logger append to its file, without the row that a kill cut off."""
+    writer = logger._experiment = _AppendingWriter(logger.log_dir)
+    file = Path(writer.metrics_file_path)
     if file.is_file():
-        os.replace(file, kept)
-    with warnings.catch_warnings(action="ignore"):  # that they are deleted
-        writer = logger.experiment
-    if kept.is_file():  # from now, or since a resume that was killed here
-        with kept.open("r+b") as opened:
+        with file.open("r+b") as opened:
             opened.truncate(opened.read().rfind(b"\n") + 1)
-        os.replace(kept, file)
         with file.open(newline="", encoding="utf-8") as opened:
             writer.metrics_keys = next(csv.reader(opened), [])
 
 
 def latest_complete(trainer: Trainer, run: Path, config: dict[str, Any]) -> str | None:
-    """The last written checkpoint of a run that can be read and from which it goes on exactly.
+    """The newest checkpoint of a run that is readable, of this configuration, and allows an exact resume.
 
-    A warning names those that cannot be read.
+    A warning names those that cannot be read. Raises ``IsADirectoryError`` for a folder.
     """
     told = {Path(c.dirpath) for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.dirpath}
     files = [path for folder in {run / "checkpoints", *told} for path in folder.glob("[!.]*.ckpt")]
     for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
-            state = read_checkpoint(path, weights=False)["callbacks"][ExactResume.__name__]
+            state = read_checkpoint(path)["callbacks"][ExactResume.__name__]
             if state["exact"] and not differences(state["config"], config):
                 return str(path)
-        except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        except IsADirectoryError:
+            raise
+        except (OSError, KeyError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             rank_zero_warn(printable(f"{path} is left out, as it cannot be resumed from ({reason})"))
     return None
 
 
 def log_dir(trainer: Trainer) -> Path:
-    """Where this run writes: the first logger's folder, or the trainer's where there is no logger."""
+    """The folder of this run: the first logger's, or the trainer's where there is no logger."""
     first = getattr(trainer.loggers[0], "log_dir", None) if trainer.loggers else None
     return Path(first or trainer.default_root_dir)

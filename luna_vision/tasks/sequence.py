@@ -1,4 +1,4 @@
-"""Classification of sequences of images by a Luna ViT that hands its memory on from one image to the next.
+"""Classification of sequences of images by a Luna ViT that carries its memory from one image to the next.
 
 Shapes: B batch, T images of a sequence, C channels, H x W pixels, K classes.
 """
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import MetricCollection
 
 from luna_vision.models import LunaVit
 from luna_vision.models.luna_vit import join_tokens
@@ -22,23 +21,21 @@ Sequences = tuple[Tensor, Tensor, Tensor]
 class SequenceTask(ClassificationTask):
     """Train and evaluate a Luna ViT whose memory carries over: truncated backpropagation through time.
 
-    Batches are (images (B, T, C, H, W) float, targets (B,) int64, known (B,) int64): from image `known` on, counted
-    from 0, a sequence has shown its target, and there the loss is taken. Accuracies and validation losses are those
-    after the last image. Logged as by :class:`ClassificationTask`.
+    Batches are (images (B, T, C, H, W) float, targets (B,) int64, known (B,) int64): the target of a sequence is known
+    from image `known` on, counted from 0, and the loss is taken there. Accuracies and validation losses are those after
+    the last image. Logged as by :class:`ClassificationTask`.
 
-    The memory that leaves the last block enters the first block of the next image as it is, in the place of the learned
-    one: what ``model.encode(image, memory=memory)`` returns is what it takes, and so do streaming and exported graphs.
-    The residual stream of the memory then runs through all images, and gradients run back along it.
+    The memory after the last block replaces the learned memory of the next image, as ``model.encode(image,
+    memory=memory)`` takes it, and as streaming and exported graphs do. Gradients flow back along this residual stream.
 
-    One backward pass goes over all T images, whose activations are kept until then; `bptt_steps` bounds how far a
-    gradient reaches, not the memory that it takes. For that there is ``grad_checkpointing``.
+    One backward pass covers all T images, and their activations are kept until then; ``grad_checkpointing`` saves
+    memory. `bptt_steps` limits how far gradients reach.
 
     Args:
-        bptt_steps: images over which gradients go back, 0 for all of a sequence: the memory is cut off from what came
-            before at images 0, `bptt_steps`, twice `bptt_steps`, ... With 1 no gradient ever asks what the next image
-            will need.
+        bptt_steps: images over which gradients go back, 0 for the whole sequence: the memory is detached before images
+            `bptt_steps`, twice `bptt_steps`, ... With 1 no gradient reaches an earlier image.
         carry: False begins every image with the learned memory, and takes the mean of the logits of the images so far:
-            what can be told without remembering.
+            a baseline without memory.
         **kwargs: the arguments of :class:`ClassificationTask`, without MixUp, CutMix and ``compile``.
 
     Raises:
@@ -53,22 +50,20 @@ class SequenceTask(ClassificationTask):
         if self.mix is not None:
             raise ValueError("mixup and cutmix mix single images: they must be 0 for sequences")
         if self.hparams.compile:
-            raise ValueError("compile has no effect on model.encode, which sequences go through: set it to false")
+            raise ValueError("compile has no effect on model.encode, which sequences use: set it to false")
         if not isinstance(self.model, LunaVit) or self.model.memory is None:
             raise ValueError(f"sequences need a Luna ViT with a memory, and {self.hparams.model_name} has none")
 
     def configure_model(self) -> None:
-        if self._is_sharded():  # which gathers weights for the model's forward() only
+        if self._is_sharded():  # it gathers weights for the model's forward() only
             raise ValueError("sequences do not work with fsdp2: use ddp")
         super().configure_model()
 
     def forward(self, images: Tensor, memory: Tensor | None = None) -> Tensor:
-        """Logits (B, T, K) after each image of sequences (B, T, C, H, W), beginning with a memory (B, L, C), if given
-        one."""
+        """Logits (B, T, K) after each image of sequences (B, T, C, H, W), from a memory (B, L, C) or the learned."""
         hp, model, logits = self.hparams, self.model, []
         for t, image in enumerate(images.unbind(1)):
-            if hp.channels_last:
-                image = image.contiguous(memory_format=torch.channels_last)
+            image = self.as_model_input(image)
             if t and not hp.carry:
                 memory = None
             elif t and hp.bptt_steps and t % hp.bptt_steps == 0:
@@ -91,14 +86,13 @@ class SequenceTask(ClassificationTask):
         images, targets, known = batch
         logits = self(images)
         steps = torch.arange(images.shape[1], device=known.device)
-        told = steps >= known[:, None]  # (B, T); the last image is always among them
+        told = steps >= known[:, None]  # (B, T), always with the last image
         loss = self.compute_loss(logits[told], targets[:, None].expand_as(told)[told])
         self._log_training(loss.detach(), logits[:, -1], targets)
         return loss
 
-    def _evaluate(self, batch: Sequences, metrics: MetricCollection, loss_name: str) -> None:
-        images, targets, known = batch
-        self._log_evaluation(self(images)[:, -1].float(), targets, metrics, loss_name)
+    def evaluate(self, split: str, images: Tensor, targets: Tensor, known: Tensor) -> None:
+        self._log_evaluation(split, self(images)[:, -1].float(), targets)
 
     def predict_step(self, batch: tuple[Tensor, list[str]], batch_idx: int) -> dict[str, Any]:
         """As :class:`ClassificationTask`, of sequences (B, T, C, H, W), after their last image."""

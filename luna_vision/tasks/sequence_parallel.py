@@ -1,4 +1,4 @@
-"""Training on images of which several processes hold a strip each: a Lightning strategy."""
+"""Training on images that are split into strips over several processes: a Lightning strategy."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .classification import ClassificationTask
 
 
 class SequenceParallelStrategy(DDPStrategy):
-    """DDP in which each image is shared by ``processes`` neighbouring processes, and each of these computes a strip.
+    """DDP in which ``processes`` neighbouring processes share each image, and compute a strip of it each.
 
-    A classification task trains, validates and tests as it would on one process with the same batch, up to rounding:
-    with n processes in all, n / ``processes`` batches are worked on at a time. All that share an image load it, and
-    bring their strip of it to their device. See docs/sequence_parallel.md.
+    A classification task trains, validates and tests as on one process with the same batch, up to rounding. n processes
+    work on n / ``processes`` batches at a time. All that share an image load it, and move their strip to their device.
+    See docs/sequence_parallel.md.
 
     Args:
         processes: How many processes share an image.
@@ -45,14 +45,14 @@ class SequenceParallelStrategy(DDPStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Which part of the data is this process's; the processes of an image have the same."""
+        """This process's part of the data, which is the same for all processes of an image."""
         shares = self.world_size // self.processes
         return {"num_replicas": shares, "rank": self.global_rank // self.processes}
 
     def setup_environment(self) -> None:
         if self.world_size % self.processes:
             raise ValueError(
-                f"{self.processes} processes are to share an image, and the {self.world_size} of this run cannot be "
+                f"{self.processes} processes are to share an image, but the {self.world_size} of this run cannot be "
                 "divided by that: change --trainer.devices (or num_nodes) or the strategy's processes"
             )
         self._check_task()
@@ -67,14 +67,14 @@ class SequenceParallelStrategy(DDPStrategy):
 
     def _check_task(self) -> None:
         task = self.lightning_module
-        if type(task) is not ClassificationTask:  # what others make of a batch is not known here
+        if type(task) is not ClassificationTask:  # others use batches differently
             raise ValueError(f"sequence parallelism trains a ClassificationTask, got {type(task).__name__}")
         if task.mix is not None:
-            raise ValueError("sequence parallelism has strips, which mixup and cutmix do not fit: set both to 0")
+            raise ValueError("sequence parallelism cannot mix images: set mixup and cutmix to 0")
         if task.hparams.compile:
             raise ValueError("sequence parallelism runs the model part by part: set compile to false")
         if task.model.block_runner is not None:
-            raise ValueError("sequence parallelism has strips, which are not computed in bands: set band_rows to 0")
+            raise ValueError("sequence parallelism does not compute in bands: set band_rows to 0")
         if task.trainer.state.fn == TrainerFn.PREDICTING:
             raise ValueError(
                 "prediction is for single processes: give --trainer.strategy=auto --trainer.devices=1, or encode very "
@@ -82,7 +82,7 @@ class SequenceParallelStrategy(DDPStrategy):
             )
 
     def setup(self, trainer: Trainer) -> None:
-        # in its place, so that weights keep their names; after the callbacks' setup, which may copy the model
+        # Replaces forward, so that weights keep their names. Callbacks, which may copy the model, are set up by now.
         self.lightning_module.model.forward = self._parallel.forward
         self._compared = False
         super().setup(trainer)
@@ -100,7 +100,7 @@ class SequenceParallelStrategy(DDPStrategy):
         return super().batch_to_device([strip.contiguous(), *rest], *args, **kwargs)
 
     def _compare(self, images: Tensor) -> None:
-        """Find out once whether the data gives the processes of an image the same one."""
+        """Check in the first batch that the processes of an image have the same image."""
         (total,) = struct.unpack("q", struct.pack("d", float(images.sum(dtype=torch.float64))))
         sums = from_all([total], self._mesh["seq"].get_group(), self.root_device)
         if any(other != sums[0] for other in sums):

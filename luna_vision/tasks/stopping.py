@@ -1,4 +1,4 @@
-"""SIGTERM in a run of several processes: all of them stop after the same step, or none."""
+"""SIGTERM in a run of several processes: all of them stop after the same step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 
 class StopTogether(Callback):
-    """Ask in every optimizer step whether SIGTERM has reached any process, and if so end all of them after it.
+    """Ask in every optimizer step whether SIGTERM has reached any process, and if so end all of them after the step.
 
-    Lightning 2.6 broadcasts in the signal handler itself. Whether that meets the broadcast of the other processes, or
-    the gradients of a step that some have begun and others have not, is a matter of the moment: then it never ends, or
-    ends in an error of the backend. With one process there is nothing to agree on, and Lightning's handler stays.
+    Lightning 2.6 broadcasts in the signal handler. Depending on the moment, that meets another collective operation of
+    the other processes, and hangs or fails. With one process, Lightning's handler stays.
 
-    A signal in a validation counts after the next training step; launchers wait for some time before they kill.
+    A signal in a validation acts after the next training step.
     """
 
     def __init__(self) -> None:
@@ -31,15 +30,15 @@ class StopTogether(Callback):
                 trainer.strategy.launcher.kill(number)  # to the processes that this one has started, if any
             self._received = True
 
-        # in place of Lightning's, which it sets before these hooks, and takes back when the run ends
+        # replaces Lightning's handler, which is set before these hooks; Lightning restores the former one at the end
         signal.signal(signal.SIGTERM, on_sigterm)
-        # and of its question before every batch, for which it waits for the device
+        # Lightning would also ask before every batch, and wait for the device
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     on_sanity_check_start = on_train_start = _listen
 
     def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
-        # where the guard has just waited for the device
+        # the guard has just waited for the device
         self._stop = trainer.strategy.reduce_boolean_decision(self._received, all=False)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:

@@ -1,10 +1,9 @@
 """Kill trainings, fill the disk, break images, and compare how they end: `python tests/nightly/reliability.py`.
 
-Not a test of pytest's: it takes minutes and, for the full disk, the right to mount a file system (--skip-full-disk
-leaves that part out). Everything goes through `train.py`, as a user would start it, and each part ends with the weights
-of the run that nobody disturbed, bit for bit, and what was logged last of each step, or with the error that is
-promised; anything else is printed and ends in exit code 1. The counts are written to --out, which docs/reliability.md
-is about.
+This is no test of pytest: it takes minutes and, for the full disk, the right to mount a file system (--skip-full-disk
+skips that part). It starts `train.py` as a user would. Each part must end with the weights of the undisturbed run, bit
+for bit, and its log, or with the documented error. Otherwise the exit code is 1. docs/reliability.md is about the
+counts, which are written to --out.
 """
 
 import argparse
@@ -96,7 +95,7 @@ def run(folder: Path, config: Path) -> int:
 
 
 def until_training(process: subprocess.Popen, folder: Path, since: int) -> None:
-    """Wait until rows have been logged, or put back, after the time `since` in ns; or the process has ended."""
+    """Wait until a row is logged after the time `since` in ns, or the process has ended."""
     rows, end = folder / "runs" / "debug" / "version_0" / "metrics.csv", time.monotonic() + LIMIT
     while process.poll() is None and time.monotonic() < end:
         if rows.is_file() and rows.stat().st_mtime_ns > since:
@@ -105,7 +104,7 @@ def until_training(process: subprocess.Popen, folder: Path, since: int) -> None:
 
 
 def result(folder: Path) -> tuple[dict[str, torch.Tensor], dict[tuple, dict[str, str]]]:
-    """The weights at the end, and what was logged last of each step, by the names of the values, without the speed."""
+    """The weights at the end, and the last row of each step and names of values, without the speed."""
     version = folder / "runs" / "debug" / "version_0"
     with (version / "metrics.csv").open(newline="") as file:
         rows = [{k: v for k, v in row.items() if v and k != "images_per_s"} for row in csv.DictReader(file)]
@@ -113,27 +112,31 @@ def result(folder: Path) -> tuple[dict[str, torch.Tensor], dict[tuple, dict[str,
     return torch.load(version / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"], logged
 
 
-def difference(folder: Path, reference: Path) -> str:
-    """What is not as in the undisturbed run; empty if nothing."""
+def difference(folder: Path, reference: Path, killed: bool = False) -> str:
+    """How a run differs from the undisturbed one; empty if it does not.
+
+    A run that was `killed` without notice may lack the row that was written right after a checkpoint.
+    """
     (weights, rows), (expected, logged) = result(folder), result(reference)
     wrong = [name for name in expected if not torch.equal(weights[name], expected[name])]
     if wrong:
         return f"{len(wrong)} of {len(expected)} weights differ"
-    return "" if rows == logged else "what was logged differs"
+    wrong = [key for key, row in rows.items() if logged.get(key) != row]
+    lost = [key for key in logged if key not in rows and not killed]
+    return f"{len(wrong)} rows of the log differ, {len(lost)} are missing" if wrong or lost else ""
 
 
 @dataclass
 class Length:
-    """Of the undisturbed run in seconds: of all of it, and until its training began."""
+    """Seconds of the undisturbed run, and until its training began."""
 
     all: float
     start: float
 
 
 def kill(work: Path, config: Path, whole: Path, kills: int, length: Length, seed: int) -> dict[str, Any]:
-    """Kill with a random signal, at a random moment of training or (one in five) before it, and resume; compare what
-    ends."""
-    in_training = 0
+    """Kill at a random moment of training or (one in five) before it, and resume; compare the runs that end."""
+    in_training, killed = 0, False  # whether this run ended without notice
     draw, sent, exits, problems, finished, attempt = random.Random(seed), Counter(), Counter(), [], 0, 0
     folder = work / f"killed{finished}"
     while sent.total() < kills or folder.exists():
@@ -153,9 +156,9 @@ def kill(work: Path, config: Path, whole: Path, kills: int, length: Length, seed
         code = process.wait(LIMIT)
         attempt += 1
         if code == 0:
-            problem = difference(folder, whole)
+            problem = difference(folder, whole, killed)
             problems += [f"{folder.name}: {problem}"] if problem else []
-            finished += 1
+            finished, killed = finished + 1, False
             folder = work / f"killed{finished}"
         elif number is None or code not in (CODES[number], -number):  # -number: before Python can handle it
             problems.append(
@@ -164,6 +167,7 @@ def kill(work: Path, config: Path, whole: Path, kills: int, length: Length, seed
             shutil.rmtree(folder)
         else:
             exits[str(code)] += 1
+            killed |= code < 0
         print(f"  {sent.total()} of {kills} kills, {finished} runs finished, {len(problems)} problems", flush=True)
     return {
         "kills": dict(sent),
@@ -176,7 +180,7 @@ def kill(work: Path, config: Path, whole: Path, kills: int, length: Length, seed
 
 
 def fill_disk(work: Path, config: Path, whole: Path) -> dict[str, Any]:
-    """Train on a file system that is full before the end, twice over; then enlarge it and go on."""
+    """Train twice on a file system that is full before the end; then enlarge it and resume."""
     needed = sum(path.stat().st_size for path in (whole / "runs").rglob("*") if path.is_file())
     folder, problems, stops, met, kept = work / "full", [], 0, 0, 0
     folder.mkdir()
@@ -210,7 +214,7 @@ def fill_disk(work: Path, config: Path, whole: Path) -> dict[str, Any]:
 
 
 def break_images(work: Path, epochs: int, kills: int, length: Length) -> dict[str, Any]:
-    """5 per cent broken images: skipped, alike with and without a worker and after kills; or the stated errors."""
+    """Train with 5 per cent broken images, with and without a worker and with kills, and where they are refused."""
     images, problems = work / "broken_images", []
     names = make_images(images, BROKEN)
     skip, alone, strict, share = (work / f"{name}.yaml" for name in ("skip", "alone", "raise", "share"))
@@ -273,7 +277,7 @@ def main() -> int:
             ("broken_images", lambda: break_images(work, args.epochs, max(1, args.kills // 4), length)),
         ):
             if name == "full_disk" and args.skip_full_disk:
-                parts[name] = {"not_run": "as told", "problems": []}
+                parts[name] = {"not_run": "--skip-full-disk", "problems": []}
                 continue
             print(name, flush=True)
             parts[name] = part()

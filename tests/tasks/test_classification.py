@@ -265,7 +265,7 @@ class Counted(Callback):
     """The number of images in the mean of the loss, at the end."""
 
     def on_train_batch_end(self, trainer, task, *args):
-        self.count = float(task.epoch_means["train_loss_epoch"].weight)
+        self.count = float(task.means["train_loss_epoch"].weight)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -276,4 +276,4 @@ def test_means_are_summed_in_float32(tmp_path):
     task = tiny_task()
     trainer.fit(task, SyntheticData(count=300, batch_size=1))
     assert counted.count == 300
-    assert {mean.mean_value.dtype for mean in task.evaluation_means.values()} == {torch.float32}
+    assert {mean.mean_value.dtype for mean in task.means.values()} == {torch.float32}

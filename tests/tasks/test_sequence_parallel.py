@@ -111,7 +111,7 @@ def distilled() -> DistillationTask:
 @pytest.mark.parametrize(
     "task, fn, message",
     [
-        (lambda: tiny_task(mixup=0.5), TrainerFn.FITTING, "mixup and cutmix do not fit: set both to 0"),
+        (lambda: tiny_task(mixup=0.5), TrainerFn.FITTING, "set mixup and cutmix to 0"),
         (compiled, TrainerFn.FITTING, "set compile to false"),
         (lambda: tiny_task(band_rows=2), TrainerFn.FITTING, "set band_rows to 0"),
         (lambda: tiny_task(), TrainerFn.PREDICTING, "give --trainer.strategy=auto --trainer.devices=1"),
@@ -140,5 +140,5 @@ def test_the_number_of_processes_must_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, "fit", "--config", str(CONFIG), *SMALL, "--trainer.devices=1") == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(error) == 1 and "2 processes are to share an image, and the 1 of this run cannot be divided" in error[0]
+    assert len(error) == 1 and "2 processes are to share an image, but the 1 of this run cannot be divided" in error[0]
     assert not list(tmp_path.rglob("*.ckpt"))

@@ -168,6 +168,6 @@ def test_a_teacher_says_how_its_images_were_and_nothing_else(runs):
     checkpoint["data"]["cfg"] |= {"url": "https://evil.example", "architecture": "resnet18", "mean": (0.25,)}
     torch.save(checkpoint, "stranger.ckpt")
     arguments = checkpoint["hyper_parameters"]["model_kwargs"]
-    model = build_teacher_model("test_luna_vit", "stranger.ckpt", 10, 1, arguments, say=lambda text: None)
+    model = build_teacher_model("test_luna_vit", "stranger.ckpt", 10, 1, arguments)
     about = model.pretrained_cfg
     assert (about["architecture"], about["mean"]) == ("test_luna_vit", (0.25,)) and "evil" not in str(about)

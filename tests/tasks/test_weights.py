@@ -146,6 +146,13 @@ def test_checkpoint_of_another_model(tmp_path, data):
         tiny_trainer(tmp_path).test(other, data, ckpt_path=tmp_path / "first.ckpt", weights_only=True)
 
 
+def test_weights_alone_do_not_resume_a_training(tmp_path, data):
+    checkpoint = ModelCheckpoint(tmp_path, filename="first", save_weights_only=True)
+    tiny_trainer(tmp_path, max_epochs=1, callbacks=[checkpoint], enable_checkpointing=True).fit(tiny_task(), data)
+    with pytest.raises(ValueError, match="no state of the optimizer: give its weights as --model.checkpoint"):
+        tiny_trainer(tmp_path).fit(tiny_task(), data, ckpt_path=tmp_path / "first.ckpt", weights_only=True)
+
+
 def test_init_from_vit_is_called_with_its_source(tmp_path, data, monkeypatch):
     calls = []
     monkeypatch.setattr("luna_vision.tasks.base.init_from_vit", lambda model, source: calls.append((model, source)))
