@@ -9,7 +9,7 @@ from PIL import Image
 from luna_vision.data.base import ImageDataModule, train_or_val
 from luna_vision.data.images import Source
 from luna_vision.images.decode import read_image
-from luna_vision.images.find import class_folders, listed, skipped, split_folder, unused_folders, walk
+from luna_vision.images.find import Folder, class_folders, listed, skipped, split_folder, unused_folders, walk
 
 
 class ClassFolder:
@@ -18,6 +18,7 @@ class ClassFolder:
     Args:
         folder: The folder.
         labels: The label of each class of the training folder; a validation folder may lack some classes.
+        found: The folders of each class; by default those below the folder of its name.
 
     Attributes:
         samples: File and label of each image, class by class, sorted.
@@ -29,8 +30,9 @@ class ClassFolder:
         OSError: A folder cannot be read.
     """
 
-    def __init__(self, folder: Path, labels: dict[str, int]) -> None:
-        found = {name: sorted(walk(folder / name)) for name in class_folders(folder)}
+    def __init__(self, folder: Path, labels: dict[str, int], found: dict[str, list[Folder]] | None = None) -> None:
+        if found is None:
+            found = {name: sorted(walk(folder / name)) for name in class_folders(folder)}
         if unknown := [name for name in found if name not in labels]:
             raise ValueError(f"{folder} has classes that the training folder has not: {listed(unknown)}")
         if empty := [name for name, at in found.items() if not any(one.images for one in at)]:
