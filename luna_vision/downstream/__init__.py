@@ -1,1 +1,1 @@
-"""What stands on the backbone: embeddings, and tests of frozen features. Each module is imported by its own name."""
+"""Uses of the backbone: detection, segmentation, embeddings, and probes of frozen features."""
