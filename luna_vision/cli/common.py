@@ -197,6 +197,8 @@ def useful(text: str) -> str:
         (r"arguments are required: (\w+\.)?", "arguments are required, here or in a --config: "),
     ):
         text = re.sub(pattern, words, text)
+    if re.search(r"Option '[^']*' is not accepted", text) and keys and keys[0] in ("data", "model"):
+        text += f"; luna-vision fit --{keys[0]}.help CLASS lists those of a class"
     return f"{'.'.join(keys)}: {text}" if keys else text
 
 

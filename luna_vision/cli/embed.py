@@ -64,7 +64,7 @@ def main(words: list[str]) -> int:
     try:
         failures = missing + write_embeddings(model, files, args.out, settings, random_weights(**model_options(args)))
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command continues from here", file=sys.stderr)
         return 130
     total = len(files) + len(missing)
     used = total - len(failures)

@@ -92,7 +92,7 @@ def main(words: list[str]) -> int:
             save=lambda result: _save(args.out, result, about),
         )
     except KeyboardInterrupt:
-        again = "the same command goes on from here" if args.store else "with --store FOLDER it could be resumed"
+        again = "the same command continues from here" if args.store else "with --store FOLDER it could be resumed"
         print(f"stopped; {again}", file=sys.stderr)
         return 130
     (height, width), (rows, columns) = image.shape[:2], result.grid_size

@@ -267,9 +267,19 @@ def build(args: list[str] | None = None, run: bool = True) -> LunaCLI:
 
 
 def with_default_config(args: list[str]) -> list[str]:
-    """Insert the config of the digits after ``fit`` unless there is a --config."""
-    if "fit" not in args or any(arg in ("-c", "--config") or arg.startswith(("--config=", "-c=")) for arg in args):
+    """Insert the config of the digits after ``fit`` unless there is a --config.
+
+    Raises:
+        UserError: Other data are named without a --config: what suits small grey digits would not suit them.
+    """
+    names = [arg.partition("=")[0] for arg in args]
+    if "fit" not in args or {"-c", "--config"} & set(names):
         return args
+    if own := {"--data", "--data.class_path", "--data.root"} & set(names):
+        raise UserError(
+            f"{min(own)} needs a --config, such as configs/image_folder.yaml for photos of your own: without one, fit "
+            "trains a small model on digits"
+        )
     position = args.index("fit") + 1
     return [*args[:position], "--config", str(DIGITS), *args[position:]]
 
@@ -288,12 +298,12 @@ def main() -> NoReturn:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )
-    # In place: with several devices, Lightning starts the other processes with these arguments.
-    sys.argv[1:] = with_default_config(["--help" if word == "--help_all" else word for word in sys.argv[1:]])
     run_command(_run)
 
 
 def _run() -> int | None:
+    # In place: with several devices, Lightning starts the other processes with these arguments.
+    sys.argv[1:] = with_default_config(["--help" if word == "--help_all" else word for word in sys.argv[1:]])
     try:
         build()
     except SIGTERMException:

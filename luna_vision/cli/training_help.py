@@ -3,7 +3,7 @@
 __all__ = ["TRAINING", "short_help"]
 
 TRAINING = {
-    "fit": "Train a model and test its best checkpoint. Without --config, digits of scikit-learn in about a minute.",
+    "fit": "Train a model and test its best checkpoint. Without --config, a small one on the digits of scikit-learn.",
     "validate": "Evaluate a checkpoint on the validation images.",
     "test": "Evaluate a checkpoint on the test images.",
     "predict": "Write the five most probable classes of images to a CSV file.",
@@ -17,6 +17,8 @@ _OWN = {
   --data.predict_path PATH    an image file or a folder of them; by default the test images
   --out FILE                  .csv; by default predictions.csv in the run's own folder""",
 }
+_PHOTOS = """
+On photos of your own: luna-vision fit --config configs/image_folder.yaml --data.root photos"""
 _NEEDS = """\
   --ckpt_path FILE            the weights: runs/NAME/version_0/checkpoints/best.ckpt of a fit
   --model.checkpoint FILE     or a timm or .safetensors file"""
@@ -33,7 +35,7 @@ def short_help(words: list[str]) -> str:
     return f"""\
 usage: luna-vision {command} [--config FILE ...] [--OPTION VALUE ...]
 
-{TRAINING[command]}
+{TRAINING[command]}{_PHOTOS if command == "fit" else ""}
 
   --config FILE               a YAML file with all of a run; later ones replace parts of it
   --name NAME                 name of the run, which writes into runs/NAME
@@ -42,7 +44,7 @@ usage: luna-vision {command} [--config FILE ...] [--OPTION VALUE ...]
   --data.img_size N           side of the images in pixels
   --data.batch_size N         images in a batch, on each device
   --model.model_name NAME     any of timm's models, such as luna_vit_tiny; --model CLASS is another task
-  --model.lr RATE             peak learning rate
+  --model.lr RATE             peak learning rate, in place of that of the config
   --trainer.max_epochs N      passes over the training images
   --trainer.devices N         number of GPUs, or of processes on CPUs
 {own}

@@ -34,7 +34,7 @@ class ClassFolder:
         if found is None:
             found = {name: sorted(walk(folder / name)) for name in class_folders(folder)}
         if unknown := [name for name in found if name not in labels]:
-            raise ValueError(f"{folder} has classes that the training folder has not: {listed(unknown)}")
+            raise ValueError(f"{folder} has classes that the training folder lacks: {listed(unknown)}")
         if empty := [name for name, at in found.items() if not any(one.images for one in at)]:
             raise ValueError(f"no images in class folders of {folder}: {listed(empty)}")
         self.samples = [(path, labels[name]) for name, at in found.items() for one in at for path in one.images]

@@ -147,9 +147,11 @@ class ExportBest(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, (KeyboardInterrupt, SIGTERMException)) and trainer.state.fn == TrainerFn.FITTING:
             checkpoint = last_checkpoint(trainer)
-            kept = f"from {relative(checkpoint)}" if checkpoint else "from its beginning: it has no checkpoint yet"
-            step = f"stopped at step {trainer.global_step}"
-            print(f"{step}: the same command with --resume goes on {kept}", file=sys.stderr)
+            start = f"its last checkpoint, {relative(checkpoint)}" if checkpoint else "step 0: it has no checkpoint yet"
+            print(
+                f"stopped at step {trainer.global_step}; the same command with --resume continues from {start}",
+                file=sys.stderr,
+            )
 
 
 def relative(path: str | Path) -> str:

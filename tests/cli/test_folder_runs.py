@@ -78,7 +78,7 @@ def test_training_images_alone(run):
     [
         (
             "photos/test/eel",
-            "photos/test has classes that the training folder has not: eel",
+            "photos/test has classes that the training folder lacks: eel",
         ),  # not after days of training
         ("photos/train/empty", "no images in class folders of photos/train: empty"),
         ("photos/val", "no class folders in photos/val"),

@@ -173,7 +173,11 @@ def error_line(capsys) -> str:
     ("arguments", "message"),
     [
         (["fit", "--config", DEBUG, "--model.learning_rate=1"], "learning_rate"),
-        (["fit", "--config", DEBUG, "--data.init_args.batch=1"], "Option .batch. is not accepted"),
+        (
+            ["fit", "--config", DEBUG, "--data.init_args.batch=1"],
+            "Option .batch. is not accepted; .* --data.help CLASS",
+        ),
+        (["fit", "--data", "ImageFolderDataModule", "--data.root", "photos"], "--data needs a --config"),
         (["fit", "--config", "missing.yaml"], "missing.yaml"),
         (["fit", "--config", DEBUG, "--model.model_name=luna_vit_tinny"], "did you mean luna_vit_tiny"),
         (
@@ -350,7 +354,10 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_resume(tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
-    assert "the same command with --resume goes on from runs/debug/version_0/checkpoints/last.ckpt" in stderr
+    assert (
+        "the same command with --resume continues from its last checkpoint, runs/debug/version_0/checkpoints/last.ckpt"
+        in stderr
+    )
 
 
 def test_sigterm_to_a_whole_group_of_processes_ends_cleanly(tmp_path):

@@ -79,7 +79,7 @@ def test_image_folder_errors(folder_root: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="no images in class folders of .*bare/train: cat"):
         folder_module(tmp_path / "bare").setup("fit")
     shutil.copytree(folder_root / "val" / "cat", folder_root / "val" / "yak")
-    with pytest.raises(ValueError, match="val has classes that the training folder has not: yak"):
+    with pytest.raises(ValueError, match="val has classes that the training folder lacks: yak"):
         folder_module(folder_root).setup("fit")
 
 
@@ -202,7 +202,7 @@ def test_classes_that_differ_by_case_are_two(folder_root: Path):
     assert module.class_names == ["Cat", "cat", "dog", "eel"]
     assert np.bincount(module.make_source("train").targets).tolist() == [6] * 4
     (folder_root / "val" / "dog").rename(folder_root / "val" / "Dog")
-    with pytest.raises(ValueError, match="val has classes that the training folder has not: Dog"):
+    with pytest.raises(ValueError, match="val has classes that the training folder lacks: Dog"):
         module.setup("fit")
 
 

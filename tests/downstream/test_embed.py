@@ -226,7 +226,7 @@ def test_a_stopped_run_goes_on(suffix, photos, weights, tmp_path, monkeypatch, c
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         assert main([*words, "--out", str(out)]) == 130
-        assert capsys.readouterr().err.endswith("stopped; the same command goes on from here\n")
+        assert capsys.readouterr().err.endswith("stopped; the same command continues from here\n")
     partial = tmp_path / f"out{suffix}.partial"
     assert not out.exists() and len(list(partial.glob("part-*"))) == 2
     # what a kill in the middle of a file leaves behind

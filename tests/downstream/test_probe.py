@@ -290,7 +290,7 @@ def remove_cats(root: Path) -> None:
 BROKEN = {
     "val has a class of its own": (
         lambda root: (root / "val" / "zebra").mkdir(),
-        "val has classes that the training folder has not: zebra",
+        "val has classes that the training folder lacks: zebra",
     ),
     "train has an empty class": (remove_cats, "no images in class folders of photos/train: temple"),
     "no val": (lambda root: shutil.rmtree(root / "val"), "imagefolder has no test images"),

@@ -63,7 +63,7 @@ def test_a_stopped_run_goes_on(words, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "save", stop)
         assert main(words) == 130
-        assert capsys.readouterr().err.endswith("stopped; the same command goes on from here\n")
+        assert capsys.readouterr().err.endswith("stopped; the same command continues from here\n")
     assert main(words) == 0
     found, want = np.load(tmp_path / "out.npz"), np.load(tmp_path / "want.npz")
     assert all(np.array_equal(found[name], want[name]) for name in ("embedding", "logits", "memory", "raw_memory"))
