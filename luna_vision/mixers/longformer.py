@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..functional import Projections, check_valid, pack_absorbed, readable, split_heads
+from ..functional import Projections, attend, check_valid, pack_absorbed, readable, split_heads
+from ..layers.plain import is_plain
 from ._blocks import attend_blocks, band
 from .base import SelfAttention
 
@@ -31,6 +32,10 @@ class LongformerMixer(SelfAttention):
     NOTE: one dilation for all heads; the paper dilates some heads of the upper layers.
     NOTE: invalid patches are taken out of the sequence, so that an image has the same neighbours in any batch.
     """
+
+    # what a module runs when it is scripted is compiled for good
+    __constants__ = ["absorb_read"]
+    __jit_unused_properties__ = ["absorb_read"]
 
     def __init__(
         self,
@@ -71,6 +76,11 @@ class LongformerMixer(SelfAttention):
         self.global_v = nn.Linear(dim, dim, bias=qkv_bias, **dd)
         self.init_weights()
 
+    @property
+    def absorb_read(self) -> bool:
+        """Whether what the global tokens read is computed in the absorbed form."""
+        return is_plain(self.global_q) and is_plain(self.global_k) and is_plain(self.global_v)
+
     def init_weights(self) -> None:
         """Start the global tokens at unit scale, at which they stay apart."""
         nn.init.normal_(self.global_tokens)
@@ -81,8 +91,12 @@ class LongformerMixer(SelfAttention):
         x = torch.cat([tokens, x], dim=1)
         valid = torch.cat([torch.ones_like(valid[:, :1]).expand(-1, tokens.shape[1]), valid], dim=1)
         q, k, v = self.global_q, self.global_k, self.global_v
-        w = Projections(self.num_heads, q.weight, q.bias, k.weight, v.weight, v.bias)
-        y = pack_absorbed(tokens, x, w, valid, drop)
+        if self.absorb_read:
+            w = Projections(self.num_heads, q.weight, q.bias, k.weight, v.weight, v.bias)
+            y = pack_absorbed(tokens, x, w, valid, drop)
+        else:
+            H = self.num_heads
+            y = attend(split_heads(q(tokens), H), split_heads(k(x), H), split_heads(v(x), H), valid, drop)
         return tokens + self.proj(y)
 
     def forward(self, x: Tensor, grid_size: tuple[int, int], patch_valid: Tensor | None = None) -> Tensor:
@@ -104,9 +118,7 @@ class LongformerMixer(SelfAttention):
             x, valid = F.pad(x, (0, 0, 0, pad)), F.pad(valid, (0, pad))
 
         tokens = self._read(x, valid, drop)
-        bias = self.qkv.bias[C:] if self.qkv.bias is not None else None
-        k_global, v_global = split_heads(F.linear(tokens, self.qkv.weight[C:], bias), 2 * self.num_heads).chunk(2, 1)
-
+        _, k_global, v_global = split_heads(self.qkv(tokens), 3 * self.num_heads).chunk(3, 1)
         q, k, v = split_heads(self.qkv(x), 3 * self.num_heads).chunk(3, 1)
         c = self.reach  # chunks of as many queries read three chunks of keys, two thirds of which are in the window
         grid, near = (rows, self.dilation), band(c, c, x.device)

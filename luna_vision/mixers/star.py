@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..functional import Projections, check_valid, pack_absorbed, readable, split_heads
+from ..functional import Projections, attend, check_valid, pack_absorbed, readable, split_heads
+from ..layers.plain import is_plain
 from ._blocks import attend_blocks, band, check_grid
 from .base import SelfAttention
 
@@ -32,6 +33,10 @@ class StarMixer(SelfAttention):
     NOTE: the patch's input embedding, which the paper adds to the context in every layer, is left out: only the first
     layer sees it. ReLU and norm of the satellites are left to the block, which has a residual and norms.
     """
+
+    # what a module runs when it is scripted is compiled for good
+    __constants__ = ["absorb_read"]
+    __jit_unused_properties__ = ["absorb_read"]
 
     def __init__(
         self,
@@ -67,6 +72,11 @@ class StarMixer(SelfAttention):
         self.relay_proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
         self.relay_norm = nn.LayerNorm(dim, **dd)
 
+    @property
+    def absorb_read(self) -> bool:
+        """Whether what the relay reads is computed in the absorbed form."""
+        return is_plain(self.relay_q) and is_plain(self.relay_k) and is_plain(self.relay_v)
+
     def _relay(self, x: Tensor, valid: Tensor, drop: float) -> Tensor:
         """The relay (B, 1, C) when it has read the patches and itself."""
         # sums of many patches leave the range of float16 and the precision of bfloat16
@@ -76,8 +86,12 @@ class StarMixer(SelfAttention):
         x = torch.cat([relay, x], dim=1)
         valid = torch.cat([torch.ones_like(valid[:, :1]), valid], dim=1)
         q, k, v = self.relay_q, self.relay_k, self.relay_v
-        w = Projections(self.num_heads, q.weight, q.bias, k.weight, v.weight, v.bias)
-        y = pack_absorbed(relay, x, w, valid, drop)
+        if self.absorb_read:
+            w = Projections(self.num_heads, q.weight, q.bias, k.weight, v.weight, v.bias)
+            y = pack_absorbed(relay, x, w, valid, drop)
+        else:
+            H = self.num_heads
+            y = attend(split_heads(q(relay), H), split_heads(k(x), H), split_heads(v(x), H), valid, drop)
         return self.relay_norm(F.relu(self.relay_proj(y)))
 
     def forward(self, x: Tensor, grid_size: tuple[int, int], patch_valid: Tensor | None = None) -> Tensor:
@@ -92,9 +106,7 @@ class StarMixer(SelfAttention):
             x = x.masked_fill(~patch_valid[:, :, None], 0.0)
 
         relay = self._relay(x, valid, drop)
-        bias = self.qkv.bias[C:] if self.qkv.bias is not None else None
-        k_relay, v_relay = split_heads(F.linear(relay, self.qkv.weight[C:], bias), 2 * self.num_heads).chunk(2, 1)
-
+        _, k_relay, v_relay = split_heads(self.qkv(relay), 3 * self.num_heads).chunk(3, 1)
         q, k, v = split_heads(self.qkv(x), 3 * self.num_heads).chunk(3, 1)
         b, r = self.block_size, self.radius
         near = band(b, r, x.device)
