@@ -16,3 +16,8 @@ def check_model(model: nn.Module, execution: str) -> None:
             f"{execution} takes a model with a memory, through which the parts of an image learn of each other: with "
             "mixer='luna', not another one"
         )
+    if model.memory.is_meta:
+        raise ValueError(
+            f"{execution} takes a model whose memory is on a device, and this one's is offloaded: give "
+            "accelerate.dispatch_model a device for `memory` and offload the blocks"
+        )

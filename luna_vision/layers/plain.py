@@ -1,6 +1,8 @@
 """Which linear layers the absorbed form may read instead of calling them."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = ["is_plain"]
 
@@ -16,5 +18,12 @@ def is_plain(layer: nn.Module) -> bool:
         return False
     if any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)):
         return False
-    # quantised and distributed tensors are made for `F.linear`, and may refuse what the absorbed form does to them
-    return not any(hasattr(parameter, "__tensor_flatten__") for parameter in layer._parameters.values())
+    return not any(parameter is not None and _is_wrapper(parameter) for parameter in layer._parameters.values())
+
+
+def _is_wrapper(parameter: Tensor) -> bool:
+    """Whether it is a quantised or distributed tensor: made for `F.linear`, and free to refuse what the absorbed form
+    does to a weight."""
+    if torch.compiler.is_dynamo_compiling():  # which does not see the methods of such a tensor
+        return type(parameter) not in (nn.Parameter, Tensor)
+    return is_traceable_wrapper_subclass(parameter)

@@ -90,13 +90,14 @@ class LongformerMixer(SelfAttention):
         tokens = self.global_tokens.expand(x.shape[0], -1, -1)
         x = torch.cat([tokens, x], dim=1)
         valid = torch.cat([torch.ones_like(valid[:, :1]).expand(-1, tokens.shape[1]), valid], dim=1)
-        q, k, v = self.global_q, self.global_k, self.global_v
         if self.absorb_read:
+            q, k, v = self.global_q, self.global_k, self.global_v
             w = Projections(self.num_heads, q.weight, q.bias, k.weight, v.weight, v.bias)
             y = pack_absorbed(tokens, x, w, valid, drop)
         else:
-            H = self.num_heads
-            y = attend(split_heads(q(tokens), H), split_heads(k(x), H), split_heads(v(x), H), valid, drop)
+            q = split_heads(self.global_q(tokens), self.num_heads)
+            k, v = split_heads(self.global_k(x), self.num_heads), split_heads(self.global_v(x), self.num_heads)
+            y = attend(q, k, v, valid, drop)
         return tokens + self.proj(y)
 
     def forward(self, x: Tensor, grid_size: tuple[int, int], patch_valid: Tensor | None = None) -> Tensor:

@@ -85,13 +85,14 @@ class StarMixer(SelfAttention):
         relay = (total / valid.sum(dim=1)[:, None, None]).to(x.dtype)
         x = torch.cat([relay, x], dim=1)
         valid = torch.cat([torch.ones_like(valid[:, :1]), valid], dim=1)
-        q, k, v = self.relay_q, self.relay_k, self.relay_v
         if self.absorb_read:
+            q, k, v = self.relay_q, self.relay_k, self.relay_v
             w = Projections(self.num_heads, q.weight, q.bias, k.weight, v.weight, v.bias)
             y = pack_absorbed(relay, x, w, valid, drop)
         else:
-            H = self.num_heads
-            y = attend(split_heads(q(relay), H), split_heads(k(x), H), split_heads(v(x), H), valid, drop)
+            q = split_heads(self.relay_q(relay), self.num_heads)
+            k, v = split_heads(self.relay_k(x), self.num_heads), split_heads(self.relay_v(x), self.num_heads)
+            y = attend(q, k, v, valid, drop)
         return self.relay_norm(F.relu(self.relay_proj(y)))
 
     def forward(self, x: Tensor, grid_size: tuple[int, int], patch_valid: Tensor | None = None) -> Tensor:
