@@ -1,10 +1,11 @@
-"""Which linear layers the absorbed form may read instead of calling them."""
+"""What others have done to a layer: whether it must be called, and whether its output is watched."""
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["is_plain"]
+__all__ = ["has_hooks", "is_plain"]
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -16,9 +17,21 @@ def is_plain(layer: nn.Module) -> bool:
     """
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
         return False
-    if any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)):
+    if _is_hooked(layer):
         return False
     return not any(parameter is not None and _is_wrapper(parameter) for parameter in layer._parameters.values())
+
+
+@torch.jit.ignore
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module or one inside it has hooks, or all modules have."""
+    return _has_any_global_hook() or any(map(_is_hooked, module.modules()))
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _is_wrapper(parameter: Tensor) -> bool:
