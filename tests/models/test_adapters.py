@@ -77,7 +77,7 @@ def check_runs(got_model: nn.Module, want_model: nn.Module, tolerance: float = 5
     got_runs, want_runs = run(got_model), run(want_model)
     for name in want_runs:
         got, want = got_runs[name], want_runs[name]
-        atol = tolerance * want.abs().max().item()
+        atol = tolerance * max([1.0, *want.abs().flatten().tolist()])
         torch.testing.assert_close(got, want, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -131,7 +131,8 @@ OF_TORCH = {
 @pytest.mark.parametrize("tool", OF_TORCH)
 def test_what_torch_does_to_linear_layers_acts_in_every_execution(tool, options):
     model = OF_TORCH[tool](make(**options))
-    model(image())  # old norms set the weight when the layer is called
+    model.train()(image())  # the old norms set the weight when the layer is called
+    model.eval()(image())
     if tool == "vector_to_parameters":
         plain = make(**options)
         plain.load_state_dict(model.state_dict())
@@ -193,7 +194,7 @@ def test_what_hooks_keep_stays_as_it_was(side, options):
 def test_dynamic_quantisation(options, dtype):
     model = torch.ao.quantization.quantize_dynamic(make(**options), {nn.Linear}, dtype=dtype)
     # qint8 also rounds what goes into a layer, to what its largest number allows: of a band this is another
-    check_runs(model, called(model, **options), 1e-4 if dtype == torch.float16 else 0.1)
+    check_runs(model, called(model, **options), 1e-4 if dtype == torch.float16 else 0.2)
     torch.testing.assert_close(torch.jit.script(model)(image()), model(image()))
 
     again = torch.ao.quantization.quantize_dynamic(make(**options), {nn.Linear}, dtype=dtype)
@@ -321,6 +322,7 @@ def torchao_int8(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("options", [OPTIONS[0], *OPTIONS[3:]], ids=[IDS[0], *IDS[3:]])
 @pytest.mark.parametrize("tool", COMPILED)
 def test_compiled_and_exported_models_call_the_layers(tool, options):
+    torch._dynamo.reset()  # of models that were compiled before, this one is another version
     model, x = COMPILED[tool](options), image()
     with torch.no_grad():
         want = model(x)
