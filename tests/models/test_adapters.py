@@ -1,7 +1,9 @@
 """Packages that replace, wrap or hook linear layers: every way to run a model does what their layers do."""
 
 import copy
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, skip_init, spectral_norm, weight_norm
 from torch.nn.utils.convert_parameters import parameters_to_vector, vector_to_parameters
 
-import luna_vision  # noqa: F401  registers the models
+import luna_vision
 from luna_vision.execution import encode, set_band_checkpointing
 
 LORA_TARGETS = ["pack_q", "pack_kv", "unpack_q", "unpack_kv", "attn.proj", "fc1", "fc2"]
@@ -233,6 +235,17 @@ def test_the_documented_lora_reaches_every_linear_layer_of_the_blocks():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(make(), peft.LoraConfig(target_modules=LORA_TARGETS, modules_to_save=["head"]))
     assert set(model.targeted_module_names) == {name for name, _ in linear_layers(make()) if name.startswith("blocks")}
+
+
+def test_the_documented_lines_run(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    text = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
+    lines = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1].replace("luna_vit_small", "test_luna_vit")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(lines, names)
+    assert names["targets"] == LORA_TARGETS
+    assert type(names["model"]) is luna_vision.LunaVit
 
 
 def test_lora_survives_saving_and_a_training_by_bands(tmp_path):

@@ -1,14 +1,19 @@
 """What people do with timm's ViTs, done with these."""
 
+import copy
 import inspect
+import pickle
 
 import pytest
 import timm
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.func import functional_call, grad, jvp, vmap
 
-import luna_vision  # noqa: F401  registers the models
+import luna_vision
+from luna_vision.layers import LunaBlock
 
 
 def make(**arguments) -> nn.Module:
@@ -108,3 +113,47 @@ def test_the_activations_and_gradients_of_grad_cam():
     model(torch.rand(1, 3, 96, 160))[0, 3].backward()
     assert to_grid(kept["activation"]).shape == to_grid(kept["gradient"]).shape == (1, 64, 6, 10)
     assert kept["gradient"].any()
+
+
+# ---- torch.func, copies and files
+
+
+def test_gradients_of_each_image_by_torch_func():
+    """`vmap` over `grad`, in both forms, and with a residual stream that is large enough to be added in place."""
+    for side, options in ((96, {}), (1040, {}), (96, {"pack_form": "projected", "unpack_form": "projected"})):
+        model, x = make(**options), torch.rand(2, 3, side, side)
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+        def loss(parameters: dict[str, Tensor], x: Tensor, model: nn.Module = model) -> Tensor:
+            return functional_call(model, parameters, (x[None],)).square().sum()
+
+        gradients = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
+        model(x[1:]).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name][1], parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_forward_mode_derivatives():
+    model, x = make().double(), torch.rand(1, 3, 96, 160, dtype=torch.float64)
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    _, got = jvp(model, (x,), (direction,))
+    want = (model(x + 1e-5 * direction) - model(x - 1e-5 * direction)) / 2e-5
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_copies_and_whole_models_in_files(tmp_path):
+    model, x = make(), torch.rand(1, 3, 96, 160)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
+        torch.testing.assert_close(other(x), model(x))
+
+
+def test_checkpoint_wrappers_of_blocks():
+    model, x = make(), torch.rand(1, 3, 96, 160)
+    want = model(x)
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, LunaBlock))
+    got = model(x)
+    torch.testing.assert_close(got, want)
+    got.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
