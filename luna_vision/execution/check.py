@@ -13,3 +13,8 @@ def check_model(model: nn.Module, execution: str) -> None:
         raise ValueError(f"{execution} needs a Luna ViT, got {type(model).__name__}")
     if model.memory is None:
         raise ValueError(f"{execution} needs a memory, which connects the parts of an image: use mixer='luna'")
+    if model.memory.is_meta:
+        raise ValueError(
+            f"{execution} needs the memory on a device, but it is offloaded: give accelerate.dispatch_model a device "
+            "for `memory`, and offload the blocks"
+        )

@@ -27,6 +27,7 @@ from ..utils.checks import check_option
 from .local_mixing import LocalMixing
 from .luna import LunaAttention
 from .mlp import Mlp
+from .plain import has_hooks
 
 __all__ = ["LOCAL_MIXING", "MEMORY_MLP", "READ", "LunaBlock", "MixerBlock"]
 
@@ -37,6 +38,10 @@ LOCAL_MIXING = ("none", "before", "attn", "mlp")
 MEMORY_MLP = ("none", "own", "shared")
 # what of a block's output is read; what is not read has no parameters, since they could not be learned
 READ = ("patches", "memory", "both")
+
+
+# Above this many numbers, a new tensor comes from the system page by page on a CPU, which takes longer than the sum.
+LARGE = 2**18
 
 
 class Shell(nn.Module):
@@ -125,26 +130,34 @@ class Shell(nn.Module):
     def mix_tile(self, x: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None = None) -> Tensor:
         """Local mixing on the residual stream, which comes first in a block. Arguments as in `forward`."""
         if self.local is not None and not self.local_after:
-            x = add_residual(x, self.local(x, grid_size, patch_valid))
+            x = self._add_residual(x, self.local(x, grid_size, patch_valid))
         return x
 
     def norm_tile(self, x: Tensor) -> Tensor:
         """What the attention sees of the patches."""
         return self.norm1(x) if self.norm_first else x
 
+    def _add_residual(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + y, in y's memory where that saves time and no hook of the block can have kept y."""
+        if not torch.jit.is_scripting() and isinstance(x, Tensor):  # fx traces with proxies
+            saves_time = torch.compiler.is_compiling() or (x.is_cpu and x.numel() >= LARGE)
+            if not saves_time or has_hooks(self):
+                return clamp_fp16(x + y)
+        return add_residual(x, y)
+
     def _add_attention(
         self, x: Tensor, h: Tensor, y: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None
     ) -> Tensor:
         """The patches after the attention, which saw h of them and gave y."""
         if self.local is not None and self.local_after:
-            y = add_residual(self.local(h, grid_size, patch_valid), y)
-        x = add_residual(x, self.drop_path1(self.ls1(y)))
+            y = self._add_residual(self.local(h, grid_size, patch_valid), y)
+        x = self._add_residual(x, self.drop_path1(self.ls1(y)))
         return x if self.norm_first else self.norm1(x)
 
     def _add_mlp(self, x: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None) -> Tensor:
         if self.norm_first:
-            return add_residual(x, self.drop_path2(self.ls2(self.mlp(self.norm2(x), grid_size, patch_valid))))
-        return self.norm2(add_residual(x, self.drop_path2(self.ls2(self.mlp(x, grid_size, patch_valid)))))
+            return self._add_residual(x, self.drop_path2(self.ls2(self.mlp(self.norm2(x), grid_size, patch_valid))))
+        return self.norm2(self._add_residual(x, self.drop_path2(self.ls2(self.mlp(x, grid_size, patch_valid)))))
 
 
 class MixerBlock(Shell):
@@ -171,7 +184,7 @@ class MixerBlock(Shell):
             h = self.norm_tile(x)
             x = self._add_attention(x, h, self.attn(h, grid_size, patch_valid), grid_size, patch_valid)
         elif self.local is not None and self.local_after:  # no mixing but the local one
-            x = add_residual(x, self.drop_path1(self.local(x, grid_size, patch_valid)))
+            x = self._add_residual(x, self.drop_path1(self.local(x, grid_size, patch_valid)))
         return self._add_mlp(x, grid_size, patch_valid), memory
 
 

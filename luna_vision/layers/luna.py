@@ -18,7 +18,6 @@ from typing import Final
 import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from ..functional import (
     PACK_COST,
@@ -38,6 +37,7 @@ from ..functional import (
     tile_projected,
     unpack_absorbed,
 )
+from .plain import is_plain
 
 __all__ = ["LunaAttention"]
 
@@ -51,8 +51,9 @@ class LunaAttention(nn.Module):
 
     tie_kv: Final[bool]
     pack_only: Final[bool]
-    absorb_pack: Final[bool]
-    absorb_unpack: Final[bool]
+    # what a module runs when it is scripted is compiled for good
+    __constants__ = ["absorb_pack", "absorb_unpack"]
+    __jit_unused_properties__ = ["absorb_pack", "absorb_unpack"]
 
     def __init__(
         self,
@@ -131,8 +132,22 @@ class LunaAttention(nn.Module):
     def set_memory_len(self, memory_len: int) -> None:
         """Choose the forms for so many slots, where they are not forced."""
         pack = (memory_len, self.pack_heads, self.dim, 1 if self.tie_kv else 2)
-        self.absorb_pack = absorbs(self.pack_form, *pack, PACK_COST)
-        self.absorb_unpack = absorbs(self.unpack_form, memory_len, self.num_heads, self.dim, 2, UNPACK_COST)
+        self.prefers_absorbed_pack = absorbs(self.pack_form, *pack, PACK_COST)
+        self.prefers_absorbed_unpack = absorbs(self.unpack_form, memory_len, self.num_heads, self.dim, 2, UNPACK_COST)
+
+    @property
+    def absorb_pack(self) -> bool:
+        """Whether the pack runs in the absorbed form."""
+        return self.prefers_absorbed_pack and self._all_plain("pack_q", "pack_kv", "pack_k", "pack_v")
+
+    @property
+    def absorb_unpack(self) -> bool:
+        """The same of the unpack."""
+        return self.prefers_absorbed_unpack and self._all_plain("unpack_q", "unpack_kv", "unpack_k", "unpack_v", "proj")
+
+    @torch.jit.ignore
+    def _all_plain(self, *names: str) -> bool:
+        return all(is_plain(self._modules[name]) for name in names if name in self._modules)
 
     @torch.jit.ignore
     def init_weights(self) -> None:
@@ -180,7 +195,7 @@ class LunaAttention(nn.Module):
     def pack(self, x: Tensor, memory: Tensor, patch_valid: Tensor | None = None) -> Tensor:
         """Y_P (B, L, C), what the memory (B, L, C) reads of the patches (B, N, C)."""
         drop = self.attn_drop if self.training else 0.0
-        if self._absorbs_pack():
+        if self.absorb_pack:
             return pack_absorbed(memory, x, self._pack_weights(), patch_valid, drop)
         k, v = self._pack_kv(x)
         return attend(self._heads(self.pack_q(memory), self.pack_heads), k, v, patch_valid, drop)
@@ -190,7 +205,7 @@ class LunaAttention(nn.Module):
         if self.pack_only:
             return x
         drop = self.attn_drop if self.training else 0.0
-        if self._absorbs_unpack():
+        if self.absorb_unpack:
             return self.proj_drop(unpack_absorbed(x, packed, self._unpack_weights(), memory_valid, drop))
         k, v = self._unpack_kv(packed)
         y = attend(self._heads(self.unpack_q(x), self.num_heads), k, v, memory_valid, drop)
@@ -201,7 +216,7 @@ class LunaAttention(nn.Module):
     @torch.jit.ignore
     def pack_query(self, memory: Tensor) -> Tensor:
         """What a memory (B, L, C) asks of every tile: folded (B, H * L, C), or projected (B, H, L, C / H)."""
-        if self._absorbs_pack():
+        if self.absorb_pack:
             with no_autocast(memory):
                 return fold_queries(memory, self._pack_weights())
         return self._heads(self.pack_q(memory), self.pack_heads)
@@ -209,7 +224,7 @@ class LunaAttention(nn.Module):
     @torch.jit.ignore
     def pack_tile(self, x: Tensor, query: Tensor, patch_valid: Tensor | None = None) -> PackState:
         """What a query of `pack_query` reads of a part (B, n, C) of the patches. Attention weights are not dropped."""
-        if self._absorbs_pack():
+        if self.absorb_pack:
             return tile_absorbed(query, x, self._pack_weights(), patch_valid)
         return tile_projected(query, *self._pack_kv(x), patch_valid)
 
@@ -242,21 +257,6 @@ class LunaAttention(nn.Module):
         if memory_valid is not None:
             check_valid(memory_valid, memory.shape[0], memory.shape[1], "memory_valid")
 
-    def _absorbs_pack(self) -> bool:
-        if not torch.jit.is_scripting():
-            return self.absorb_pack and self._plain("pack_q", "pack_kv", "pack_k", "pack_v")
-        return self.absorb_pack
-
-    def _absorbs_unpack(self) -> bool:
-        if not torch.jit.is_scripting():
-            return self.absorb_unpack and self._plain("unpack_q", "unpack_kv", "unpack_k", "unpack_v", "proj")
-        return self.absorb_unpack
-
-    @torch.jit.ignore
-    def _plain(self, *names: str) -> bool:
-        """Whether these linear layers do what their weights say, and nothing else."""
-        return all(_is_plain(self._modules[name]) for name in names if name in self._modules)
-
     def _heads(self, x: Tensor, num_heads: int) -> Tensor:
         return split_heads(clamp_fp16(x), num_heads)
 
@@ -287,12 +287,3 @@ class LunaAttention(nn.Module):
             return Projections(self.num_heads, q.weight, q.bias, kv.weight, None, kv.bias, out[0], out[1])
         k, v = self.unpack_k, self.unpack_v
         return Projections(self.num_heads, q.weight, q.bias, k.weight, v.weight, v.bias, out[0], out[1])
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a module is an `nn.Linear` that nothing has replaced or hooked (LoRA, quantisation, pruning, offload). A
-    parametrized one is plain: its `weight` is the one that acts."""
-    if type(module) is not nn.Linear and not (isinstance(module, nn.Linear) and is_parametrized(module)):
-        return False
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks) and "forward" not in module.__dict__

@@ -88,9 +88,8 @@ class FourierPosEmbed(nn.Module):
 
     def add_at(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """`forward` for patches that are part of an image, given the coordinates of their rows and columns."""
-        dtype = self.rows.weight.dtype
-        y = self.rows(self._features(rows).to(dtype)).unsqueeze(-2)
-        y = y + self.columns(self._features(columns).to(dtype)).unsqueeze(-3)
+        y = self.rows(self._features(rows).to(x.dtype)).unsqueeze(-2)
+        y = y + self.columns(self._features(columns).to(x.dtype)).unsqueeze(-3)
         return x + y.to(x.dtype)
 
 

@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import Projections, pack_absorbed, split_heads
-
 
 def check_grid(grid_size: tuple[int, int], length: int) -> None:
     """Raise a ValueError unless a patch grid has `length` patches."""
@@ -19,17 +17,10 @@ def check_grid(grid_size: tuple[int, int], length: int) -> None:
         raise ValueError(f"grid_size {grid_size[0]} x {grid_size[1]} does not have the {length} patches of x")
 
 
-def read_patches(tokens: Tensor, x: Tensor, valid: Tensor, w: Projections, dropout_p: float) -> Tensor:
-    """Let tokens (B, G, C) read themselves and the valid (B, N) patches (B, N, C): (B, G, C)."""
+def with_tokens(tokens: Tensor, x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (B, G, C) before the patches (B, N, C), and which of both may be read (B, G + N)."""
     valid = torch.cat([torch.ones_like(valid[:, :1]).expand(-1, tokens.shape[1]), valid], dim=1)
-    return pack_absorbed(tokens, torch.cat([tokens, x], dim=1), w, valid, dropout_p)
-
-
-def keys_values(tokens: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor]:
-    """Keys and values (B, H, G, E) of tokens (B, G, C), by the joint projection of queries, keys and values."""
-    C = tokens.shape[2]
-    k, v = split_heads(F.linear(tokens, weight[C:], bias[C:] if bias is not None else None), 2 * num_heads).chunk(2, 1)
-    return k, v
+    return torch.cat([tokens, x], dim=1), valid
 
 
 def band(length: int, reach: int, device: torch.device) -> Tensor:

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..functional import Projections, split_heads, upcast
+from ..functional import Projections, attend, pack_absorbed, split_heads, upcast
+from ..layers.plain import is_plain
 from ..utils.checks import check_at_least
-from ._blocks import attend_blocks, band, check_grid, keys_values, read_patches
+from ._blocks import attend_blocks, band, check_grid, with_tokens
 from .base import SelfAttention, readable_patches
 
 
@@ -30,6 +31,10 @@ class StarMixer(SelfAttention):
     NOTE: the paper adds the input embedding to the context in every layer; that is left out. ReLU and norm of the
     patches are left to the block, which has a residual and norms.
     """
+
+    # what a module runs when it is scripted is compiled for good
+    __constants__ = ["absorb_read"]
+    __jit_unused_properties__ = ["absorb_read"]
 
     def __init__(self, *args: Any, radius: int = 1, **common: Any) -> None:
         """
@@ -51,19 +56,31 @@ class StarMixer(SelfAttention):
         self.relay_proj = nn.Linear(self.dim, self.dim, bias=self.proj.bias is not None, **self.dd)
         self.relay_norm = nn.LayerNorm(self.dim, **self.dd)
 
+    @property
+    def absorb_read(self) -> bool:
+        """Whether what the relay reads is computed in the absorbed form."""
+        return is_plain(self.relay_q) and is_plain(self.relay_k) and is_plain(self.relay_v)
+
     def _relay(self, x: Tensor, valid: Tensor) -> Tensor:
         """The relay (B, 1, C) after it has read the patches and itself."""
         # the sum of many patches leaves the range of float16 and the precision of bfloat16
         total = upcast(x).masked_fill(~valid[:, :, None], 0.0).sum(dim=1, keepdim=True)
         relay = (total / valid.sum(dim=1)[:, None, None]).to(x.dtype)
-        q, k, v = self.relay_q, self.relay_k, self.relay_v
-        w = Projections(self.num_heads, q.weight, q.bias, k.weight, v.weight, v.bias)
-        return self.relay_norm(F.relu(self.relay_proj(read_patches(relay, x, valid, w, self.dropout_p()))))
+        x, valid = with_tokens(relay, x, valid)
+        if self.absorb_read:
+            q, k, v = self.relay_q, self.relay_k, self.relay_v
+            w = Projections(self.num_heads, q.weight, q.bias, k.weight, v.weight, v.bias)
+            y = pack_absorbed(relay, x, w, valid, self.dropout_p())
+        else:
+            q = split_heads(self.relay_q(relay), self.num_heads)
+            k, v = split_heads(self.relay_k(x), self.num_heads), split_heads(self.relay_v(x), self.num_heads)
+            y = attend(q, k, v, valid, self.dropout_p())
+        return self.relay_norm(F.relu(self.relay_proj(y)))
 
     def attend(self, x: Tensor, grid_size: tuple[int, int], patch_valid: Tensor | None) -> Tensor:
         check_grid(grid_size, x.shape[1])
         valid = readable_patches(x, patch_valid)
-        k_relay, v_relay = keys_values(self._relay(x, valid), self.qkv.weight, self.qkv.bias, self.num_heads)
+        _, k_relay, v_relay = split_heads(self.qkv(self._relay(x, valid)), 3 * self.num_heads).chunk(3, 1)
         q, k, v = split_heads(self.qkv(x), 3 * self.num_heads).chunk(3, 1)
         b, r = self.block_size, self.radius
         near = band(b, r, x.device)

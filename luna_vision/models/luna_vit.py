@@ -12,7 +12,7 @@ Shapes: B batch, N patches, L memory slots, C width, H', W' patch grid with N = 
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
@@ -577,6 +577,35 @@ class LunaVit(nn.Module):
         return intermediates if intermediates_only else (features, intermediates)
 
     @torch.jit.ignore
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | list[int] | tuple[int, ...] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        patch_valid: Tensor | None = None,
+    ) -> list[Tensor] | list[tuple[Tensor, Tensor]]:
+        """The outputs of chosen blocks, as DINO's models and timm's ViT return them.
+
+        Args:
+            x, patch_valid: As in `encode`.
+            n: The last n blocks if an int, else these blocks.
+            reshape: (B, C, H', W') instead of (B, N, C).
+            return_prefix_tokens: Return (patches, memory) for each block instead of patches alone.
+            norm: Apply the final norm.
+        """
+        return self.forward_intermediates(
+            x,
+            n if isinstance(n, int) else list(n),
+            return_prefix_tokens,
+            norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
+            patch_valid=patch_valid,
+        )
+
+    @torch.jit.ignore
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
@@ -704,22 +733,55 @@ def prune_memory_update(model: LunaVit) -> None:
 # what timm takes beside the arguments of a model
 _OF_TIMM = {*inspect.signature(build_model_with_cfg).parameters, "features_only", "out_indices", "feature_cls"}
 
+# Arguments of timm's `VisionTransformer` that are none of `LunaVit`: the values that say what holds here anyway, and
+# what to do instead of asking for another.
+_OF_VIT: dict[str, tuple[tuple[Any, ...], str]] = {
+    "dynamic_img_size": ((True, False), "any image size runs"),
+    "dynamic_img_pad": ((True, False), "sides are padded to whole patches"),
+    "class_token": ((False,), "the memory has its place: global_pool='token' reads it"),
+    "reg_tokens": ((0,), "the slots of the memory have their place: memory_len is their number"),
+    "no_embed_class": ((True, False), "only patches have positions"),
+    "pool_include_prefix": ((False,), "global_pool='both' reads the memory and the patches"),
+    "qk_norm": ((False,), "a norm on every patch's query cannot be folded into the memory; query_gain scales queries"),
+    "scale_attn_norm": ((False,), "there is no norm before the attention's output projection"),
+    "scale_mlp_norm": ((False,), "there is no norm in the MLP"),
+    "pre_norm": ((False,), "there is no norm before the first block; norm_first places the norms inside the blocks"),
+    "fc_norm": ((None, False), "the final norm stands before the pooling; final_norm=False leaves it out"),
+    "weight_init": (("", "reset", "skip"), "LunaVit.init_weights draws weights at a scale that suits the width"),
+    "fix_init": ((False,), "init_values gives the layers of a deep model a small scale to start with"),
+    "embed_layer": ((), "stem chooses between 'patch' and 'conv'"),
+    "embed_norm_layer": ((None,), "stem='conv' has norms of its own"),
+    "block_fn": ((), "norm_first, local_mixing and mixer change the block"),
+    "attn_layer": ((), "mixer chooses the attention"),
+    "mlp_layer": ((), "mlp_ratio, act_layer and local_mixing='mlp' change the MLP"),
+}
 
-def _check_arguments(variant: str, names: Iterable[str]) -> None:
-    """
+
+def _check_arguments(variant: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, without those of timm's ViT that say what holds here anyway.
+
     Raises:
-        ValueError: A `LunaVit` has no such argument; the message names the most similar one.
+        ValueError: A `LunaVit` has no such argument; the message names the most similar one, or for an argument of
+            timm's ViT says what to do instead.
     """
     known = inspect.signature(LunaVit.__init__).parameters
-    for name in names:
-        if name not in known and name not in _OF_TIMM:
+    taken = {}
+    for name, value in arguments.items():
+        if name in known or name in _OF_TIMM:
+            taken[name] = value
+        elif name in _OF_VIT:
+            holds, instead = _OF_VIT[name]
+            if not any(value is v or value == v for v in holds):
+                raise ValueError(f"{variant} does not take {name}={value!r}: {instead}")
+        else:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "help(luna_vision.LunaVit) lists them"
             raise ValueError(f"{variant} has no argument {name!r}; {hint}")
+    return taken
 
 
 def _create_luna_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> LunaVit:
-    _check_arguments(variant, kwargs)
+    kwargs = _check_arguments(variant, kwargs)
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         if not (cfg.has_weights or cfg.state_dict):

@@ -8,7 +8,18 @@ from timm.layers import AttentionPoolLatent
 from timm.models import register_notrace_function
 from torch import Tensor
 
-from ..functional import PackState, Projections, fold_queries, no_autocast, readable, tile_absorbed, upcast
+from ..functional import (
+    PackState,
+    Projections,
+    fold_queries,
+    no_autocast,
+    readable,
+    split_heads,
+    tile_absorbed,
+    tile_projected,
+    upcast,
+)
+from ..layers.plain import is_plain
 
 # the values of `global_pool`
 POOL_TYPES = ("", "avg", "max", "avgmax", "map", "token", "both")
@@ -111,6 +122,9 @@ class Pool:
     def _pack(self, x: Tensor) -> PackState:
         """Attention pooling is a pack into one learned slot; its key bias drops out of the softmax."""
         pool, C = self.attn_pool, x.shape[-1]
+        if not (is_plain(pool.q) and is_plain(pool.kv)):
+            q = split_heads(pool.q(pool.latent.expand(x.shape[0], -1, -1)), pool.num_heads)
+            return tile_projected(q, *split_heads(pool.kv(x), 2 * pool.num_heads).chunk(2, 1))
         weight, bias = pool.kv.weight, pool.kv.bias
         w = Projections(pool.num_heads, pool.q.weight, pool.q.bias, weight[:C], weight[C:], bias[C:])
         with no_autocast(x):
