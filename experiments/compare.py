@@ -76,6 +76,9 @@ BLOCK = {
 
 # the same for photographs, with what the ablation chose
 PHOTO_BLOCK = BLOCK | {"memory_len": 8}
+SOFTMAX = {"mixer": "softmax", "mixer_args": {"query_gain": 8.0}}
+ZOOM = {"data": {"crop": "resized", "crop_scale": [0.25, 1.0]}}
+SIDES = {"data": {"train_sizes": [32, 64], "patch_size": 4}}
 
 # name: arguments of the model, over those of the task; a variant may change anything, also "data", arguments of the data
 SUITES: dict[str, dict[str, dict[str, Any]]] = {
@@ -120,7 +123,15 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
     # the questions that photographs are to answer
     "photos": {
         "luna": PHOTO_BLOCK,
-        "softmax": {"mixer": "softmax", "mixer_args": {"query_gain": 8.0}},
+        "softmax": SOFTMAX,
+        # trained on parts of images, enlarged, or at two sides
+        "luna-zoom": PHOTO_BLOCK | ZOOM,
+        "softmax-zoom": SOFTMAX | ZOOM,
+        "luna-sides": PHOTO_BLOCK | SIDES,
+        "softmax-sides": SOFTMAX | SIDES,
+        # the head reads the memory: after a last block that only packs, or after one more
+        "luna-pool-token": PHOTO_BLOCK | {"global_pool": "token"},
+        "luna-final-pack": PHOTO_BLOCK | {"global_pool": "token", "depth": 7},
     },
 }
 REPEATED = {
