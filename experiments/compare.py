@@ -77,6 +77,7 @@ BLOCK = {
 # the same for photographs, with what the ablation chose
 PHOTO_BLOCK = BLOCK | {"memory_len": 8}
 SOFTMAX = {"mixer": "softmax", "mixer_args": {"query_gain": 8.0}}
+SLOTS = {"pack_slots": True, "memory_mlp": "shared"}
 ZOOM = {"data": {"crop": "resized", "crop_scale": [0.25, 1.0]}}
 SIDES = {"data": {"train_sizes": [32, 64], "patch_size": 4}}
 
@@ -129,9 +130,16 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
         "softmax-zoom": SOFTMAX | ZOOM,
         "luna-sides": PHOTO_BLOCK | SIDES,
         "softmax-sides": SOFTMAX | SIDES,
-        # the head reads the memory: after a last block that only packs, or after one more
+        # 1 x 2: the patches read the memory after the pack; the slots read each other, and have an MLP
+        "luna-read-memory": PHOTO_BLOCK | {"patches_read": "memory"},
+        "luna-slots": PHOTO_BLOCK | SLOTS,
+        "luna-read-memory-slots": PHOTO_BLOCK | SLOTS | {"patches_read": "memory"},
+        # 3: the head reads the memory: after a last block that only packs, or after one more
         "luna-pool-token": PHOTO_BLOCK | {"global_pool": "token"},
         "luna-final-pack": PHOTO_BLOCK | {"global_pool": "token", "depth": 7},
+        # 4: a gate on what the patches read; 5: the MLP
+        "luna-gate": PHOTO_BLOCK | {"unpack_gate": True},
+        "luna-swiglu": PHOTO_BLOCK | {"mlp": "swiglu", "local_mixing": "mlp"},
     },
 }
 REPEATED = {
@@ -221,7 +229,9 @@ def _parser() -> Parser:
         epilog="tasks: " + "; ".join(f"{name}: {task['title']}. {task['about']}" for name, task in TASKS.items()),
     )
     parser.add_argument("--suite", choices=list(SUITES), default="mixers", help="what to compare")
-    parser.add_argument("--split", choices=["val", "test"], default="val", help="test on images held out, or the test set")
+    parser.add_argument(
+        "--split", choices=["val", "test"], default="val", help="test on images held out, or the test set"
+    )
     parser.add_argument("--tasks", nargs="+", default=["cifar10", "canvas"], metavar="TASK", help="of those below")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="variants of the suite; all if left out")
     parser.add_argument(

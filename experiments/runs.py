@@ -264,9 +264,7 @@ def train(run: Run, root: str, work: Path, overlays: Sequence[Config] = ()) -> t
     return cli, {"train_seconds": round(ledger.seconds, 1), "train_images_per_s": rate, "curve": ledger.curve}
 
 
-def evaluate(
-    cli: LunaCLI, data: ImageDataModule, images: int, scale: int = 1, split: str = "test"
-) -> dict[str, Any]:
+def evaluate(cli: LunaCLI, data: ImageDataModule, images: int, scale: int = 1, split: str = "test") -> dict[str, Any]:
     """Accuracy on images of a split that are spread over it evenly, as it may be in the order of its classes.
 
     Args:

@@ -30,7 +30,7 @@ def unwrap_state_dict(state_dict: dict) -> dict[str, Tensor]:
 
 
 # what a block has or has not, depending on who reads its memory and its patches
-_OPTIONAL = re.compile(r"(attn\.(unpack_|proj)|(norm|ls)[12](_memory)?\.|mlp(_memory)?\.)")
+_OPTIONAL = re.compile(r"(attn\.(unpack_|proj)|(norm|ls)[12](_memory)?\.|norm_read\.|gate\.|mlp(_memory)?\.)")
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
