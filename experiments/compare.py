@@ -81,7 +81,7 @@ SLOTS = {"pack_slots": True, "memory_mlp": "shared"}
 ZOOM = {"data": {"crop": "resized", "crop_scale": [0.25, 1.0]}}
 SIDES = {"data": {"train_sizes": [32, 64], "patch_size": 4}}
 
-# name: arguments of the model, over those of the task; a variant may change anything, also "data", arguments of the data
+# name: arguments of the model, over those of the task; a variant may change anything, and its "data" those of the data
 SUITES: dict[str, dict[str, dict[str, Any]]] = {
     "mixers": {
         **{name: {"mixer": name} for name in MIXERS},
