@@ -28,13 +28,20 @@ __all__ = ["SUITES", "TASKS", "execute", "main", "plan"]
 
 # scaled: arguments of the data that are multiplied for tests at a larger side; the first is the side itself.
 # test_images: how many images at each scale, of those held out or of the test set; fewer at 4 times the side, where
-# softmax attention works 256 times as long on each.
+# softmax attention works 256 times as long on each. "mosaic": how many mosaics, at twice the side.
 TASKS: dict[str, dict[str, Any]] = {
     "cifar10": {
         "title": "CIFAR-10, 32 px",
         "about": "64 patches of 4 px. Tests at 64 and 128 px resize the images.",
         "scaled": ["img_size"],
         "test_images": {"1": 10_000, "2": 5_000, "4": 2_000},
+    },
+    "tiny_imagenet": {
+        "title": "Tiny-ImageNet, 64 px",
+        "about": "64 patches of 8 px. Tests at 128 and 256 px resize the images; mosaics of 128 px are 2 x 2 images, "
+        "two of them of the class that is the label.",
+        "scaled": ["img_size"],
+        "test_images": {"1": 10_000, "2": 5_000, "mosaic": 5_000, "4": 2_000},
     },
     "fashion32": {
         "title": "Fashion-MNIST, 32 px",
@@ -177,21 +184,21 @@ def plan(args: argparse.Namespace) -> list[Run]:
     for seed in dict.fromkeys(args.seeds):
         for task in dict.fromkeys(args.tasks):
             for variant in dict.fromkeys(variants):
-                config = describe(args, task, suite[variant], seed)
-                if variant != "luna" and config == describe(args, task, suite.get("luna", {}), seed):
+                config = describe(args, task, suite[variant], seed, args.split)
+                if variant != "luna" and config == describe(args, task, suite.get("luna", {}), seed, args.split):
                     continue  # what it sets is this task's default: it would be luna again
                 if seed == args.seeds[0] or variant in repeated:
                     runs.append(Run(task, variant, seed, config))
     return runs
 
 
-def describe(args: argparse.Namespace, task: str, variant: Config, seed: int) -> Config:
+def describe(args: argparse.Namespace, task: str, variant: Config, seed: int, split: str = "test") -> Config:
     """The configuration of a run, with the defaults of the model and of its mixer written out.
 
     Raises:
-        ValueError: A number out of its range.
+        ValueError: A number out of its range, or a task that holds no images out.
     """
-    if args.split == "val" and TASKS[task].get("no_val"):
+    if split == "val" and TASKS[task].get("no_val"):
         raise ValueError(f"{task} holds no images out: give --split test")
     defaults = inspect.signature(LunaVit.__init__).parameters
     variant = dict(variant)
@@ -205,8 +212,8 @@ def describe(args: argparse.Namespace, task: str, variant: Config, seed: int) ->
     config = configuration(args, task, seed, model, data, TASKS[task]["scaled"])
     images = TASKS[task]["test_images"]
     limit = args.test_images or max(images.values())
-    split = {"split": "val"} if args.split == "val" else {}
-    return config | split | {"test_images": {scale: min(n, limit) for scale, n in images.items()}}
+    own = {"split": split} if split != "test" else {}  # which is what older results do not say
+    return config | own | {"test_images": {scale: min(n, limit) for scale, n in images.items()}}
 
 
 def execute(run: Run, root: str, work: Path) -> dict[str, Any]:
@@ -214,10 +221,11 @@ def execute(run: Run, root: str, work: Path) -> dict[str, Any]:
     facts = cost(run.config)
     cli, training = train(run, root, work)
     since, split = time.perf_counter(), run.config.get("split", "test")
-    accuracy = {
-        scale: evaluate(cli, make_data(run.config, root, int(scale)), images, int(scale), split)
-        for scale, images in run.config["test_images"].items()
-    }
+    accuracy = {}
+    for name, images in run.config["test_images"].items():
+        mosaics = name == "mosaic"
+        scale = 2 if mosaics else int(name)
+        accuracy[name] = evaluate(cli, make_data(run.config, root, scale), images, scale, split, mosaics)
     return {"accuracy": accuracy, **facts, **training, "test_seconds": round(time.perf_counter() - since, 1)}
 
 

@@ -37,6 +37,7 @@ from luna_vision.utils.files import write_json
 from luna_vision.utils.record import machine
 
 from .command import Parser, at_least
+from .mosaics import mosaic_dataset
 
 CONFIGS = Path(__file__).parent / "configs"
 HEAD_WIDTH = 32
@@ -132,6 +133,7 @@ def configuration(
         "pieces": pieces,
         "seed": seed,
         **({"accelerator": args.device} if args.device != "cpu" else {}),
+        **({"num_classes": trained["num_classes"]} if trained["num_classes"] != 10 else {}),
     }
     return json.loads(json.dumps(config))  # as it comes back from a result
 
@@ -264,7 +266,9 @@ def train(run: Run, root: str, work: Path, overlays: Sequence[Config] = ()) -> t
     return cli, {"train_seconds": round(ledger.seconds, 1), "train_images_per_s": rate, "curve": ledger.curve}
 
 
-def evaluate(cli: LunaCLI, data: ImageDataModule, images: int, scale: int = 1, split: str = "test") -> dict[str, Any]:
+def evaluate(
+    cli: LunaCLI, data: ImageDataModule, images: int, scale: int = 1, split: str = "test", mosaics: bool = False
+) -> dict[str, Any]:
     """Accuracy on images of a split that are spread over it evenly, as it may be in the order of its classes.
 
     Args:
@@ -273,8 +277,9 @@ def evaluate(cli: LunaCLI, data: ImageDataModule, images: int, scale: int = 1, s
         images: How many, at most.
         scale: Of their side over that of training: batches have as many patches as in training.
         split: "val" or "test".
+        mosaics: Test on mosaics of these images, see `experiments.mosaics`.
     """
-    dataset = data.dataset(split)
+    dataset = mosaic_dataset(data, split) if mosaics else data.dataset(split)
     images = min(images, len(dataset))
     spread = [i * len(dataset) // images for i in range(images)]
     loader = DataLoader(Subset(dataset, spread), max(1, data.batch_size // scale**2))
