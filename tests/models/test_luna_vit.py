@@ -61,6 +61,9 @@ VARIANTS = [
     *({"local_mixing": m} for m in LOCAL_MIXING),
     *({"memory_mlp": m} for m in MEMORY_MLP),
     {"stem": "conv"},
+    {"patches_read": "memory", "memory_mlp": "shared", "pack_slots": True},
+    {"patches_read": "memory", "memory_mlp": "own", "unpack_gate": True},
+    {"mlp": "swiglu", "local_mixing": "mlp", "pack_slots": True},
     {"stem": "conv", "local_mixing": "mlp", "memory_mlp": "shared", "global_pool": "both", "pack_heads": 1},
 ]
 
