@@ -44,17 +44,6 @@ MLPS = {"gelu": Mlp, "swiglu": SwiGlu}
 READ = ("patches", "memory", "both")
 
 
-def join_valid(slots: Tensor, memory_valid: Tensor | None, patch_valid: Tensor | None, x: Tensor) -> Tensor | None:
-    """The mask (B, L + N) of slots (B, L, C) and patches x (B, N, C); None where all of them count."""
-    if memory_valid is None and patch_valid is None:
-        return None
-    if memory_valid is None:
-        memory_valid = torch.ones(slots.shape[:2], dtype=torch.bool, device=x.device)
-    if patch_valid is None:
-        patch_valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    return torch.cat([memory_valid, patch_valid], dim=1)
-
-
 class Shell(nn.Module):
     """What all blocks have in common: everything but the attention."""
 
@@ -345,14 +334,9 @@ class LunaBlock(Shell):
         if patch_valid is not None:
             check_valid(patch_valid, x.shape[0], x.shape[1], "patch_valid", values=False)
         x = self.mix_tile(x, grid_size, patch_valid)
-        h, slots = self.norm_tile(x), self._norm_memory(memory)
-        if self.pack_slots:
-            packed = self.attn.pack(
-                torch.cat([slots, h], dim=1), slots, join_valid(slots, memory_valid, patch_valid, h)
-            )
-        else:
-            packed = self.attn.pack(h, slots, patch_valid)
-        memory, read = self._update_memory(memory, packed)
+        h = self.norm_tile(x)
+        keys, slots, valid = self._pack_keys(h, self._norm_memory(memory), patch_valid, memory_valid)
+        memory, read = self._update_memory(memory, self.attn.pack(keys, slots, valid))
         return self.unpack_tile(x, h, read, grid_size, patch_valid, memory_valid), memory
 
     @torch.jit.ignore
@@ -429,9 +413,12 @@ class LunaBlock(Shell):
         memory_valid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The attention matrices of this block for its inputs. Arguments as in `forward`, result as in
-        `LunaAttention`."""
-        h = self.norm_tile(self.mix_tile(x, grid_size, patch_valid))
-        return self.attn.attention_maps(h, self._norm_memory(memory), patch_valid, memory_valid)
+        `LunaAttention`; rows of the pack sum to less than 1 where slots read slots, too."""
+        h, slots = self.norm_tile(self.mix_tile(x, grid_size, patch_valid)), self._norm_memory(memory)
+        keys = self._pack_keys(h, slots, patch_valid, memory_valid)
+        pack = self.attn.pack_map(*keys)[..., -h.shape[1] :]
+        _, read = self._update_memory(memory, self.attn.pack(*keys))
+        return pack, self.attn.unpack_map(h, read, memory_valid)
 
     @torch.jit.ignore
     def tile_numbers(self, memory_len: int) -> int:
@@ -451,6 +438,21 @@ class LunaBlock(Shell):
         """How many numbers a block makes that do not depend on the patches: folded matrices, the state of a pack."""
         slots = memory_len * max(self.attn.num_heads, self.attn.pack_heads)
         return 8 * slots * self.dim + 8 * self.dim**2
+
+    def _pack_keys(
+        self, h: Tensor, slots: Tensor, patch_valid: Tensor | None, memory_valid: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Arguments of `LunaAttention.pack`: the patches (B, N, C) as the attention sees them, after the slots where
+        these are read, too; the slots; and which of the former count."""
+        if not self.pack_slots:
+            return h, slots, patch_valid
+        if patch_valid is None and memory_valid is None:
+            return torch.cat([slots, h], dim=1), slots, None
+        if memory_valid is None:
+            memory_valid = torch.ones(slots.shape[:2], dtype=torch.bool, device=h.device)
+        if patch_valid is None:
+            patch_valid = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+        return torch.cat([slots, h], dim=1), slots, torch.cat([memory_valid, patch_valid], dim=1)
 
     def _norm_memory(self, memory: Tensor) -> Tensor:
         """What the attention sees of the memory."""
