@@ -147,6 +147,16 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
         # 4: a gate on what the patches read; 5: the MLP
         "luna-gate": PHOTO_BLOCK | {"unpack_gate": True},
         "luna-swiglu": PHOTO_BLOCK | {"mlp": "swiglu", "local_mixing": "mlp"},
+        # the questions again, on enlarged parts
+        "luna-read-memory-zoom": PHOTO_BLOCK | ZOOM | {"patches_read": "memory"},
+        "luna-slots-zoom": PHOTO_BLOCK | ZOOM | SLOTS,
+        "luna-read-memory-slots-zoom": PHOTO_BLOCK | ZOOM | SLOTS | {"patches_read": "memory"},
+        "luna-pool-token-zoom": PHOTO_BLOCK | ZOOM | {"global_pool": "token"},
+        "luna-final-pack-zoom": PHOTO_BLOCK | ZOOM | {"global_pool": "token", "depth": 7},
+        "luna-gate-zoom": PHOTO_BLOCK | ZOOM | {"unpack_gate": True},
+        "luna-swiglu-zoom": PHOTO_BLOCK | ZOOM | {"mlp": "swiglu", "local_mixing": "mlp"},
+        "luna-local-none-zoom": PHOTO_BLOCK | ZOOM | {"local_mixing": "none"},
+        "softmax-local-none-zoom": SOFTMAX | ZOOM | {"local_mixing": "none"},
     },
 }
 REPEATED = {

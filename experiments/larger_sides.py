@@ -157,6 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Test trained models of experiments.compare on larger images, with one thing changed at a time.",
     )
     parser.add_argument("--only", nargs="+", required=True, metavar="NAME", help="variants")
+    parser.add_argument("--changes", nargs="+", choices=list(CHANGES), default=list(CHANGES), metavar="CHANGE")
     parser.add_argument("--task", default="cifar10", help="of the models")
     parser.add_argument("--scale", type=at_least(2), default=4, help="of the side of training")
     parser.add_argument("--images", type=at_least(1), default=1000, help="at most")
@@ -175,11 +176,11 @@ def main(argv: list[str] | None = None) -> int:
         images = min(args.images, len(dataset))
         spread = Subset(dataset, [i * len(dataset) // images for i in range(images)])
         loader = DataLoader(spread, max(1, result["config"]["batch_size"] // args.scale**2))
-        for name, change in CHANGES.items():
+        for name in args.changes:
             if name in rows:
                 continue
             model = load(result, args.work)
-            change(model, args.scale)
+            CHANGES[name](model, args.scale)
             n = correct(model, loader)
             rows[name] = {"images": images, "correct": n, "accuracy": n / images}
             write_json(path, {"scale": args.scale, "changes": rows})
