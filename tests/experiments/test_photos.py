@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments import compare
+from experiments import compare, dense_probe
 from experiments.compare import SUITES, plan
 from experiments.larger_sides import CHANGES
 from experiments.measure import build_model
@@ -105,3 +105,16 @@ def test_variants_of_the_suite_are_models_and_data():
         build_model(run.config, device="meta")
         make_data(run.config, "nowhere")
     assert set(SUITES["photos"]) >= {"luna", "softmax"}
+
+
+def test_a_linear_probe_reads_the_class_that_most_pixels_of_a_patch_have():
+    mask = np.full((8, 12), 11, np.uint8)  # 11 is unlabelled
+    mask[0, :3], mask[3, 0], mask[4:, 4:8] = 5, 7, 2
+    assert dense_probe.patch_labels(mask, 4).tolist() == [5, -1, -1, -1, 2, -1]
+    x = torch.randn(600, 4, generator=torch.Generator().manual_seed(0))
+    y = (x @ torch.eye(4)[:, :3]).argmax(-1)
+    weight, bias = dense_probe.fit(x, y)
+    scores = dense_probe.score((x @ weight.T + bias).argmax(-1), y)
+    assert scores["accuracy"] > 0.97 and scores["mean_iou"] > 0.94
+    wrong = dense_probe.score(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 1]))
+    assert wrong == pytest.approx({"accuracy": 0.75, "mean_iou": (1 / 2 + 2 / 3) / 2})
