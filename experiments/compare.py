@@ -2,7 +2,8 @@
 
 Every variant is trained by `train.py` with the recipe of the task, `experiments/configs/TASK.yaml`: the same images,
 augmented alike, in the same order, the same schedule and budget. It is then tested without fine-tuning at 1, 2 and 4
-times the side it was trained at. To add a task is to add a recipe and an entry here, to add a variant an entry.
+times the side it was trained at: on images held out of training, or, when all choices are made, with `--split test` on
+test images. To add a task is to add a recipe and an entry here, to add a variant an entry.
 
 Results go to `OUT/runs`, one JSON for each finished run, and the report (a table as Markdown and JSON, two plots) is
 made from whatever is there. A run that was stopped goes on from its last checkpoint, one that has finished is skipped.
@@ -26,14 +27,28 @@ from .runs import Config, Run, add_run_arguments, configuration, do_runs, evalua
 __all__ = ["SUITES", "TASKS", "execute", "main", "plan"]
 
 # scaled: arguments of the data that are multiplied for tests at a larger side; the first is the side itself.
-# test_images: how many test images at each scale, the first of a test set in random order; fewer at 4 times the side,
-# where softmax attention works 256 times as long on each.
+# test_images: how many images at each scale, of those held out or of the test set; fewer at 4 times the side, where
+# softmax attention works 256 times as long on each. "mosaic": how many mosaics, at twice the side.
 TASKS: dict[str, dict[str, Any]] = {
+    "cifar10": {
+        "title": "CIFAR-10, 32 px",
+        "about": "64 patches of 4 px. Tests at 64 and 128 px resize the images.",
+        "scaled": ["img_size"],
+        "test_images": {"1": 10_000, "2": 5_000, "4": 2_000},
+    },
+    "tiny_imagenet": {
+        "title": "Tiny-ImageNet, 64 px",
+        "about": "64 patches of 8 px. Tests at 128 and 256 px resize the images; mosaics of 128 px are 2 x 2 images, "
+        "two of them of the class that is the label.",
+        "scaled": ["img_size"],
+        "test_images": {"1": 10_000, "2": 5_000, "mosaic": 5_000, "4": 2_000},
+    },
     "fashion32": {
         "title": "Fashion-MNIST, 32 px",
         "about": "64 patches of 4 px. Tests at 64 and 128 px resize the images.",
         "scaled": ["img_size"],
         "test_images": {"1": 10_000, "2": 2_000, "4": 1_000},
+        "no_val": True,
     },
     "canvas": {
         "title": "cued canvas, 128 px",
@@ -66,7 +81,14 @@ BLOCK = {
     "query_gain": 8.0,
 }
 
-# name: arguments of the model, over those of the task; a variant may change anything
+# the same for photographs, with what the ablation chose
+PHOTO_BLOCK = BLOCK | {"memory_len": 8}
+SOFTMAX = {"mixer": "softmax", "mixer_args": {"query_gain": 8.0}}
+SLOTS = {"pack_slots": True, "memory_mlp": "shared"}
+ZOOM = {"data": {"crop": "resized", "crop_scale": [0.25, 1.0]}}
+SIDES = {"data": {"train_sizes": [32, 64], "patch_size": 4}}
+
+# name: arguments of the model, over those of the task; a variant may change anything, and its "data" those of the data
 SUITES: dict[str, dict[str, dict[str, Any]]] = {
     "mixers": {
         **{name: {"mixer": name} for name in MIXERS},
@@ -106,6 +128,36 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
             "memory-8-pool-both": {"memory_len": 8, "global_pool": "both"},
         }.items()
     },
+    # the questions that photographs are to answer
+    "photos": {
+        "luna": PHOTO_BLOCK,
+        "softmax": SOFTMAX,
+        # trained on parts of images, enlarged, or at two sides
+        "luna-zoom": PHOTO_BLOCK | ZOOM,
+        "softmax-zoom": SOFTMAX | ZOOM,
+        "luna-sides": PHOTO_BLOCK | SIDES,
+        "softmax-sides": SOFTMAX | SIDES,
+        # 1 x 2: the patches read the memory after the pack; the slots read each other, and have an MLP
+        "luna-read-memory": PHOTO_BLOCK | {"patches_read": "memory"},
+        "luna-slots": PHOTO_BLOCK | SLOTS,
+        "luna-read-memory-slots": PHOTO_BLOCK | SLOTS | {"patches_read": "memory"},
+        # 3: the head reads the memory: after a last block that only packs, or after one more
+        "luna-pool-token": PHOTO_BLOCK | {"global_pool": "token"},
+        "luna-final-pack": PHOTO_BLOCK | {"global_pool": "token", "depth": 7},
+        # 4: a gate on what the patches read; 5: the MLP
+        "luna-gate": PHOTO_BLOCK | {"unpack_gate": True},
+        "luna-swiglu": PHOTO_BLOCK | {"mlp": "swiglu", "local_mixing": "mlp"},
+        # the questions again, on enlarged parts
+        "luna-read-memory-zoom": PHOTO_BLOCK | ZOOM | {"patches_read": "memory"},
+        "luna-slots-zoom": PHOTO_BLOCK | ZOOM | SLOTS,
+        "luna-read-memory-slots-zoom": PHOTO_BLOCK | ZOOM | SLOTS | {"patches_read": "memory"},
+        "luna-pool-token-zoom": PHOTO_BLOCK | ZOOM | {"global_pool": "token"},
+        "luna-final-pack-zoom": PHOTO_BLOCK | ZOOM | {"global_pool": "token", "depth": 7},
+        "luna-gate-zoom": PHOTO_BLOCK | ZOOM | {"unpack_gate": True},
+        "luna-swiglu-zoom": PHOTO_BLOCK | ZOOM | {"mlp": "swiglu", "local_mixing": "mlp"},
+        "luna-local-none-zoom": PHOTO_BLOCK | ZOOM | {"local_mixing": "none"},
+        "softmax-local-none-zoom": SOFTMAX | ZOOM | {"local_mixing": "none"},
+    },
 }
 REPEATED = {
     "mixers": [
@@ -117,6 +169,7 @@ REPEATED = {
         "softmax-query-gain-8-pool-map",
     ],
     "ablation": ["luna"],
+    "photos": ["all"],
 }  # what seeds after the first are for
 
 
@@ -141,42 +194,48 @@ def plan(args: argparse.Namespace) -> list[Run]:
     for seed in dict.fromkeys(args.seeds):
         for task in dict.fromkeys(args.tasks):
             for variant in dict.fromkeys(variants):
-                config = describe(args, task, suite[variant], seed)
-                if variant != "luna" and config == describe(args, task, suite.get("luna", {}), seed):
+                config = describe(args, task, suite[variant], seed, args.split)
+                if variant != "luna" and config == describe(args, task, suite.get("luna", {}), seed, args.split):
                     continue  # what it sets is this task's default: it would be luna again
                 if seed == args.seeds[0] or variant in repeated:
                     runs.append(Run(task, variant, seed, config))
     return runs
 
 
-def describe(args: argparse.Namespace, task: str, variant: Config, seed: int) -> Config:
+def describe(args: argparse.Namespace, task: str, variant: Config, seed: int, split: str = "test") -> Config:
     """The configuration of a run, with the defaults of the model and of its mixer written out.
 
     Raises:
-        ValueError: A number out of its range.
+        ValueError: A number out of its range, or a task that holds no images out.
     """
+    if split == "val" and TASKS[task].get("no_val"):
+        raise ValueError(f"{task} holds no images out: give --split test")
     defaults = inspect.signature(LunaVit.__init__).parameters
+    variant = dict(variant)
+    data = variant.pop("data", None)
     mixer = variant.get("mixer", "luna")
     own = (mixer_defaults(mixer) if mixer in MIXERS else {}) | variant.get("mixer_args", {})
     named = SHELL + MEMORY if mixer == "luna" else SHELL  # others have no memory to read
     model = {"mixer": "luna", "global_pool": "avg", **{name: defaults[name].default for name in named}, **variant}
     if own:
         model["mixer_args"] = own
-    config = configuration(args, task, seed, model, scaled=TASKS[task]["scaled"])
+    config = configuration(args, task, seed, model, data, TASKS[task]["scaled"])
     images = TASKS[task]["test_images"]
     limit = args.test_images or max(images.values())
-    return config | {"test_images": {scale: min(n, limit) for scale, n in images.items()}}
+    own = {"split": split} if split != "test" else {}  # which is what older results do not say
+    return config | own | {"test_images": {scale: min(n, limit) for scale, n in images.items()}}
 
 
 def execute(run: Run, root: str, work: Path) -> dict[str, Any]:
     """Train and test, or go on from the checkpoint in `work`: what is known of a run."""
     facts = cost(run.config)
     cli, training = train(run, root, work)
-    since = time.perf_counter()
-    accuracy = {
-        scale: evaluate(cli, make_data(run.config, root, int(scale)), images, int(scale))
-        for scale, images in run.config["test_images"].items()
-    }
+    since, split = time.perf_counter(), run.config.get("split", "test")
+    accuracy = {}
+    for name, images in run.config["test_images"].items():
+        mosaics = name == "mosaic"
+        scale = 2 if mosaics else int(name)
+        accuracy[name] = evaluate(cli, make_data(run.config, root, scale), images, scale, split, mosaics)
     return {"accuracy": accuracy, **facts, **training, "test_seconds": round(time.perf_counter() - since, 1)}
 
 
@@ -188,7 +247,10 @@ def _parser() -> Parser:
         epilog="tasks: " + "; ".join(f"{name}: {task['title']}. {task['about']}" for name, task in TASKS.items()),
     )
     parser.add_argument("--suite", choices=list(SUITES), default="mixers", help="what to compare")
-    parser.add_argument("--tasks", nargs="+", default=["fashion32", "canvas"], metavar="TASK", help="of those below")
+    parser.add_argument(
+        "--split", choices=["val", "test"], default="val", help="test on images held out, or the test set"
+    )
+    parser.add_argument("--tasks", nargs="+", default=["cifar10", "canvas"], metavar="TASK", help="of those below")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="variants of the suite; all if left out")
     parser.add_argument(
         "--repeat",

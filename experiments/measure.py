@@ -74,7 +74,8 @@ def build_model(config: Config, **kwargs: Any) -> nn.Module:
     """The model of a configuration, freshly initialised, in training mode."""
     torch.manual_seed(config["seed"])
     in_chans = config["data"]["args"]["in_chans"]
-    return create_model("luna_vit_tiny", num_classes=10, in_chans=in_chans, **config["model"], **kwargs).train()
+    shape = dict(num_classes=config.get("num_classes", 10), in_chans=in_chans)
+    return create_model("luna_vit_tiny", **shape, **config["model"], **kwargs).train()
 
 
 def cost(config: Config) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def markdown(rows: Rows, titles: dict[str, tuple[str, str]]) -> str:
     for task, mine in rows.items():
         sides = {s: a["side"] for row in mine for s, a in row["accuracy"].items()}
         images = {s: a["images"] for row in mine for s, a in row["accuracy"].items()}
-        heads = ["variant", "seeds", *(f"{sides[s]} px" for s in sides)]
+        heads = ["variant", "seeds", *(f"{sides[s]} px{' mosaics' if s == 'mosaic' else ''}" for s in sides)]
         heads += ["parameters (M)", "GMACs", "step (ms)", "images/s", "saved (MB)"]
         lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for row in mine:
@@ -82,7 +82,9 @@ def markdown(rows: Rows, titles: dict[str, tuple[str, str]]) -> str:
         batch = next((row["batch_size"] for row in mine if row["batch_size"]), None)
         about = [titles[task][1]]
         if images:
-            about.append("Test images: " + ", ".join(f"{n} at {sides[s]} px" for s, n in images.items()) + ".")
+            about.append(
+                "Test images: " + ", ".join(f"{n} at {sides[s]} px" for s, n in images.items() if s != "mosaic") + "."
+            )
         if batch:
             about.append(f"Steps are of {batch} images.")
         parts.append("\n".join([f"## {titles[task][0]}", "", " ".join(about), "", *lines]))
@@ -142,7 +144,7 @@ def _draw_throughput(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 def _draw_resolution(axes: Any, rows: list[dict[str, Any]]) -> None:
     for i, row in enumerate(r for r in rows if r["accuracy"]):
-        found = list(row["accuracy"].values())
+        found = [tests for scale, tests in row["accuracy"].items() if scale != "mosaic"]
         sides, means = [f["side"] for f in found], [100 * f["mean"] for f in found]
         bars = [[_error_bar(f)[end][0] for f in found] for end in (0, 1)]
         axes.errorbar(sides, means, yerr=bars, **_style(i, row))

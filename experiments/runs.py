@@ -37,11 +37,13 @@ from luna_vision.utils.files import write_json
 from luna_vision.utils.record import machine
 
 from .command import Parser, at_least
+from .mosaics import mosaic_dataset
 
 CONFIGS = Path(__file__).parent / "configs"
 HEAD_WIDTH = 32
 PIECES = 20  # of a run: after each there is a line of progress and a point of the curve; the warm-up is the first
 ELSEWHERE = ("root", "download", "batch_size", "num_workers", "seed")  # arguments of the data that say nothing of it
+TESTED = ("split", "test_images")  # of a configuration, what does not bear on training
 OPTIMIZATION = ("optimizer", "lr", "weight_decay", "scheduler", "warmup_lr", "min_lr")
 Config = dict[str, Any]
 
@@ -66,8 +68,9 @@ class Run:
 
     @property
     def work_name(self) -> str:
-        """Another for each configuration, so that no run goes on from another one's checkpoint."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
+        """Another for each configuration of training, so that no run goes on from another one's checkpoint."""
+        trained = {name: value for name, value in self.config.items() if name not in TESTED}
+        digest = hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()
         return f"{self.name}-{digest[:8]}"
 
 
@@ -115,6 +118,7 @@ def configuration(
             "args": arguments | (data or {}),
             "scaled": list(scaled),
             "has_root": "root" in source["init_args"],
+            **({"folder": folder} if (folder := _folder(source["init_args"])) else {}),
         },
         "model": trained["model_kwargs"] | shell | model,
         # the warm-up is counted in pieces
@@ -129,8 +133,14 @@ def configuration(
         "pieces": pieces,
         "seed": seed,
         **({"accelerator": args.device} if args.device != "cpu" else {}),
+        **({"num_classes": trained["num_classes"]} if trained["num_classes"] != 10 else {}),
     }
     return json.loads(json.dumps(config))  # as it comes back from a result
+
+
+def _folder(arguments: Config) -> str:
+    """The folder that a recipe's data has of its own, below that of all data; empty if it has none."""
+    return str(arguments.get("root", "")).removeprefix("data").removeprefix("/")
 
 
 # ---- one run
@@ -186,10 +196,13 @@ class Ledger(Callback):
 
 
 def make_data(config: Config, root: str, scale: int = 1, download: bool = False) -> ImageDataModule:
-    """The data module of a configuration, at `scale` times the side of training; `download` fetches what is missing."""
+    """The data module of a configuration, at `scale` times the side of training; `download` fetches what is missing,
+    of data that can be fetched."""
     data = config["data"]
-    arguments = {name: value * (scale if name in data["scaled"] else 1) for name, value in data["args"].items()}
-    if data["has_root"]:
+    arguments = {name: value * scale if name in data["scaled"] else value for name, value in data["args"].items()}
+    if "folder" in data:
+        arguments["root"] = str(Path(root, data["folder"]))
+    elif data["has_root"]:
         arguments |= {"root": root, "download": download}
     shared = {"batch_size": config["batch_size"], "num_workers": 0, "seed": config["seed"]}
     return getattr(luna_vision.data, data["class"])(**arguments, **shared)
@@ -238,7 +251,7 @@ def train(run: Run, root: str, work: Path, overlays: Sequence[Config] = ()) -> t
     config = run.config
     data = {**config["data"]["args"], **{name: config[name] for name in ("batch_size", "seed")}}
     if config["data"]["has_root"]:
-        data["root"] = root
+        data["root"] = str(Path(root, config["data"].get("folder", "")))
     rates = dict(config["optimization"])
     passes = config["steps"] / len(make_data(config, root).train_dataloader())
     rates["warmup_epochs"] *= passes / config["pieces"]  # of passes over the data here
@@ -253,11 +266,23 @@ def train(run: Run, root: str, work: Path, overlays: Sequence[Config] = ()) -> t
     return cli, {"train_seconds": round(ledger.seconds, 1), "train_images_per_s": rate, "curve": ledger.curve}
 
 
-def evaluate(cli: LunaCLI, data: ImageDataModule, images: int, scale: int = 1) -> dict[str, Any]:
-    """Accuracy on the first test images (their order is random), with as many patches in a batch as in training."""
-    dataset = data.dataset("test")
+def evaluate(
+    cli: LunaCLI, data: ImageDataModule, images: int, scale: int = 1, split: str = "test", mosaics: bool = False
+) -> dict[str, Any]:
+    """Accuracy on images of a split that are spread over it evenly, as it may be in the order of its classes.
+
+    Args:
+        cli: What was trained.
+        data: The images.
+        images: How many, at most.
+        scale: Of their side over that of training: batches have as many patches as in training.
+        split: "val" or "test".
+        mosaics: Test on mosaics of these images, see `experiments.mosaics`.
+    """
+    dataset = mosaic_dataset(data, split) if mosaics else data.dataset(split)
     images = min(images, len(dataset))
-    loader = DataLoader(Subset(dataset, range(images)), max(1, data.batch_size // scale**2))
+    spread = [i * len(dataset) // images for i in range(images)]
+    loader = DataLoader(Subset(dataset, spread), max(1, data.batch_size // scale**2))
     correct = round(cli.trainer.test(cli.model, loader, verbose=False)[0]["test_acc1"] * images)
     return {"side": data.img_size[0], "images": images, "correct": correct, "accuracy": correct / images}
 

@@ -169,7 +169,7 @@ class _ByBands(torch.autograd.Function):
                 tile = bands.pack(query, bands.mixed(x, start, stop), start, stop)
                 state = tile if state is None else state.merge(tile)
             bands.mark()
-            new_memory, read = block.close_pack(memory, state.finish())
+            new_memory, read = block.close_pack(memory, state)
             bands.mark()
             out: Tensor | None = None
             for start, stop in bands:
@@ -235,7 +235,7 @@ def _backward(
     with torch.enable_grad():
         first = block.pack_query(memory)
         query = _leaf(first)
-        new_memory, read = block.close_pack(memory, PackState(maximum, total, weighted).finish())
+        new_memory, read = block.close_pack(memory, PackState(maximum, total, weighted))
 
     d_mixed, d_read = _unpack_backward(bands, x, read, d_out, d_params)
 

@@ -117,7 +117,7 @@ class Engine:
         if block is None:
             self.state.sweep += 1
             return
-        memory, read = block.close_pack(self.state.memory, PackState(**self.state.pack).finish())
+        memory, read = block.close_pack(self.state.memory, PackState(**self.state.pack))
         self.state = State(self.state.sweep + 1, 0, memory, read)
 
     def _embed(self, start: int, stop: int) -> Tensor:

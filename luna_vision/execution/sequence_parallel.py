@@ -292,5 +292,5 @@ class SequenceParallel(nn.Module):
         x = x.flatten(1, 2)
         h = block.norm_tile(x)
         tile = block.pack_tile(h.unflatten(1, grid)[:, own].flatten(1, 2), block.pack_query(memory))
-        memory, read = block.close_pack(memory, merge_over(tile, self.group).finish())
+        memory, read = block.close_pack(memory, merge_over(tile, self.group))
         return block.unpack_tile(x, h, read, grid).unflatten(1, grid)[:, own], memory

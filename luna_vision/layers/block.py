@@ -18,6 +18,7 @@ Shapes: B batch, N patches, n patches of a tile, L memory slots, C width, H', W'
 from typing import Final
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, LayerType, get_act_layer, get_norm_layer
 from timm.models import register_notrace_module
 from torch import Tensor, nn
@@ -26,16 +27,20 @@ from ..functional import PackState, add_residual, check_valid, clamp_fp16
 from ..utils.checks import check_option
 from .local_mixing import LocalMixing
 from .luna import LunaAttention
-from .mlp import Mlp
+from .mlp import Mlp, SwiGlu
 from .plain import has_hooks
 
-__all__ = ["LOCAL_MIXING", "MEMORY_MLP", "READ", "LunaBlock", "MixerBlock"]
+__all__ = ["LOCAL_MIXING", "MEMORY_MLP", "MLPS", "PATCHES_READ", "READ", "LunaBlock", "MixerBlock"]
 
 # where the depthwise convolution stands: nowhere, on the residual before the attention, added to the attention's
 # output, or inside the MLP
 LOCAL_MIXING = ("none", "before", "attn", "mlp")
 # what the memory has for an MLP: none, one of its own, or that of the patches
 MEMORY_MLP = ("none", "own", "shared")
+# what the patches read of a block: what its memory has packed, or the memory after that, with its residual and MLP
+PATCHES_READ = ("pack", "memory")
+# the MLP of the patches (and, shared, of the memory)
+MLPS = {"gelu": Mlp, "swiglu": SwiGlu}
 # what of a block's output is read; what is not read has no parameters, since they could not be learned
 READ = ("patches", "memory", "both")
 
@@ -64,6 +69,7 @@ class Shell(nn.Module):
         act_layer: LayerType | None = None,
         norm_layer: LayerType | None = None,
         read: str = "both",
+        mlp: str = "gelu",
         device=None,
         dtype=None,
     ) -> None:
@@ -83,11 +89,14 @@ class Shell(nn.Module):
             norm_layer: LayerNorm (eps 1e-6) if None.
             read: What of the block's output is read, one of `READ`. Where that is the memory alone, there is nothing
                 after the attention.
+            mlp: "gelu", timm's with `act_layer`, or "swiglu", gated and of as many parameters.
 
         Raises:
-            ValueError: An unknown `local_mixing` or `read`.
+            ValueError: An unknown `local_mixing`, `read` or `mlp`.
         """
         super().__init__()
+        check_option("mlp", mlp, MLPS)
+        self.mlp_class = MLPS[mlp]
         check_option("local_mixing", local_mixing, LOCAL_MIXING)
         check_option("read", read, READ)
         self.dd = {"device": device, "dtype": dtype}
@@ -124,8 +133,9 @@ class Shell(nn.Module):
             else nn.Identity()
         )
 
-    def _mlp(self, local_mixing: bool = False) -> Mlp:
-        return Mlp(self.dim, self.hidden, local_mixing, act_layer=self.act_layer, drop=self.proj_drop, **self.dd)
+    def _mlp(self, local_mixing: bool = False) -> nn.Module:
+        drops = dict(act_layer=self.act_layer, drop=self.proj_drop)
+        return self.mlp_class(self.dim, self.hidden, local_mixing, **drops, **self.dd)
 
     def mix_tile(self, x: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None = None) -> Tensor:
         """Local mixing on the residual stream, which comes first in a block. Arguments as in `forward`."""
@@ -202,6 +212,8 @@ class LunaBlock(Shell):
     """
 
     share_mlp: Final[bool]
+    reads_memory: Final[bool]
+    pack_slots: Final[bool]
 
     def __init__(
         self,
@@ -226,6 +238,10 @@ class LunaBlock(Shell):
         pack_form: str = "auto",
         unpack_form: str = "auto",
         query_gain: float = 1.0,
+        patches_read: str = "pack",
+        pack_slots: bool = False,
+        unpack_gate: bool = False,
+        mlp: str = "gelu",
         device=None,
         dtype=None,
     ) -> None:
@@ -233,15 +249,21 @@ class LunaBlock(Shell):
         Args:
             dim, num_heads, pack_heads, tie_kv, qkv_bias, proj_bias, attn_drop: See `LunaAttention`.
             memory_len, pack_form, unpack_form, query_gain: See `LunaAttention`.
-            mlp_ratio, norm_first, local_mixing, init_values, drop_path, act_layer, norm_layer, read: See `Shell`.
+            mlp_ratio, norm_first, local_mixing, init_values, drop_path, act_layer, norm_layer, read, mlp: See `Shell`.
             memory_mlp: An MLP on the memory: "none", one of its "own", or "shared" with the patches.
             proj_drop: Dropout after projections, in the MLP, and on the memory's update.
+            patches_read: "pack", what the memory has read of the patches, before residual, norm and MLP (the paper's),
+                or "memory", the memory after all of these.
+            pack_slots: The slots read each other, too: they are keys and values of the pack beside the patches.
+            unpack_gate: Multiply what a patch reads by a gate of the patch, SiLU(W h): the update of the patches has a
+                higher rank than the slots and heads give it (RALA, Fan et al. 2024, arXiv 2411.07635).
 
         Raises:
             ValueError: `dim` is not a multiple of a head count, or an unknown option.
         """
         dd = {"device": device, "dtype": dtype}
         check_option("memory_mlp", memory_mlp, MEMORY_MLP)
+        check_option("patches_read", patches_read, PATCHES_READ)
         attn = LunaAttention(
             dim,
             num_heads,
@@ -259,18 +281,23 @@ class LunaBlock(Shell):
             **dd,
         )
         shell = (mlp_ratio, norm_first, local_mixing, proj_drop, init_values, drop_path, act_layer, norm_layer)
-        super().__init__(dim, attn, *shell, read, **dd)
+        super().__init__(dim, attn, *shell, read, mlp, **dd)
+        self.reads_memory = patches_read == "memory" and self.updates_patches
+        self.pack_slots = pack_slots
+        used = self.reads_memory or read != "patches"  # the memory after the block
+        self.norm_read = self._norm(self.reads_memory and norm_first)
+        self.gate = nn.Linear(dim, dim, **dd) if unpack_gate and self.updates_patches else None
         self.norm1_memory = self._norm()
         self.ls1_memory = self._layer_scale()
         self.drop_memory = nn.Dropout(proj_drop)
 
-        self.share_mlp = memory_mlp == "shared" and read == "both"
+        self.share_mlp = memory_mlp == "shared" and self.updates_patches and used
         self.mlp_memory = self.norm2_memory = self.ls2_memory = None
-        if memory_mlp != "none" and read != "patches":
+        if memory_mlp != "none" and used:
             self.norm2_memory = self._norm()
             self.mlp_memory = None if self.share_mlp else self._mlp()
             self.ls2_memory = self._layer_scale()
-        if read == "patches":
+        if not used:
             self.prune_memory_update()
 
         self.mix_halo = int(local_mixing == "before")
@@ -280,8 +307,10 @@ class LunaBlock(Shell):
     @torch.jit.ignore
     def prune_memory_update(self) -> None:
         """Remove the parameters of the memory's update, in a last block whose memory nobody reads: they would get no
-        gradient. The memory is still returned, but it is another one.
+        gradient. The memory is still returned, but it is another one. Where the patches read it, nothing is removed.
         """
+        if self.reads_memory:
+            return
         self.mlp_memory = self.norm2_memory = self.ls2_memory = None
         self.ls1_memory = nn.Identity()
         if not self.norm_first:
@@ -319,8 +348,8 @@ class LunaBlock(Shell):
             check_valid(patch_valid, x.shape[0], x.shape[1], "patch_valid", values=False)
         x = self.mix_tile(x, grid_size, patch_valid)
         h = self.norm_tile(x)
-        packed = self.attn.pack(h, self._norm_memory(memory), patch_valid)
-        memory, read = self.close_pack(memory, packed)
+        keys, slots, valid = self._pack_keys(h, self._norm_memory(memory), patch_valid, memory_valid)
+        memory, read = self._update_memory(memory, self.attn.pack(keys, slots, valid))
         return self.unpack_tile(x, h, read, grid_size, patch_valid, memory_valid), memory
 
     @torch.jit.ignore
@@ -333,16 +362,22 @@ class LunaBlock(Shell):
         """What the memory reads of a tile (B, n, C), as `norm_tile` gives it; n is at least 1."""
         return self.attn.pack_tile(h, query, patch_valid)
 
-    def close_pack(self, memory: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.jit.ignore
+    def close_pack(self, memory: Tensor, packed: PackState) -> tuple[Tensor, Tensor]:
         """The memory's part of a block, once all patches were read.
 
         Args:
             memory: (B, L, C), as it entered the block.
-            packed: (B, L, C), what it read: `PackState.finish` of all tiles.
+            packed: What it read of all tiles, merged.
 
         Returns:
             The memory (B, L, C) for the next block, and what `unpack_tile` lets the patches read.
         """
+        if self.pack_slots:
+            packed = packed.merge(self.pack_tile(self._norm_memory(memory), self.pack_query(memory)))
+        return self._update_memory(memory, packed.finish())
+
+    def _update_memory(self, memory: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
         packed = clamp_fp16(packed.to(memory.dtype))
         memory = clamp_fp16(memory + self.drop_path1(self.ls1_memory(self.drop_memory(packed))))
         if not self.norm_first:
@@ -352,6 +387,8 @@ class LunaBlock(Shell):
             memory = clamp_fp16(memory + self.ls2_memory(y))
             if not self.norm_first:
                 memory = self.norm2_memory(memory)
+        if self.reads_memory:
+            return memory, self.norm_read(memory)
         return memory, packed  # the paper's patches read the pack as it is, before residual and norm
 
     def unpack_tile(
@@ -373,7 +410,10 @@ class LunaBlock(Shell):
         """
         if self.mlp is None:
             return x
-        x = self._add_attention(x, h, self.attn.unpack(h, read, memory_valid), grid_size, patch_valid)
+        y = self.attn.unpack(h, read, memory_valid)
+        if self.gate is not None:
+            y = clamp_fp16(y * F.silu(self.gate(h)))
+        x = self._add_attention(x, h, y, grid_size, patch_valid)
         return self._add_mlp(x, grid_size, patch_valid)
 
     @torch.jit.ignore
@@ -386,9 +426,12 @@ class LunaBlock(Shell):
         memory_valid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The attention matrices of this block for its inputs. Arguments as in `forward`, result as in
-        `LunaAttention`."""
-        h = self.norm_tile(self.mix_tile(x, grid_size, patch_valid))
-        return self.attn.attention_maps(h, self._norm_memory(memory), patch_valid, memory_valid)
+        `LunaAttention`; rows of the pack sum to less than 1 where slots read slots, too."""
+        h, slots = self.norm_tile(self.mix_tile(x, grid_size, patch_valid)), self._norm_memory(memory)
+        keys = self._pack_keys(h, slots, patch_valid, memory_valid)
+        pack = self.attn.pack_map(*keys)[..., -h.shape[1] :]
+        _, read = self._update_memory(memory, self.attn.pack(*keys))
+        return pack, self.attn.unpack_map(h, read, memory_valid)
 
     @torch.jit.ignore
     def tile_numbers(self, memory_len: int) -> int:
@@ -408,6 +451,21 @@ class LunaBlock(Shell):
         """How many numbers a block makes that do not depend on the patches: folded matrices, the state of a pack."""
         slots = memory_len * max(self.attn.num_heads, self.attn.pack_heads)
         return 8 * slots * self.dim + 8 * self.dim**2
+
+    def _pack_keys(
+        self, h: Tensor, slots: Tensor, patch_valid: Tensor | None, memory_valid: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Arguments of `LunaAttention.pack`: the patches (B, N, C) as the attention sees them, after the slots where
+        these are read, too; the slots; and which of the former count."""
+        if not self.pack_slots:
+            return h, slots, patch_valid
+        if patch_valid is None and memory_valid is None:
+            return torch.cat([slots, h], dim=1), slots, None
+        if memory_valid is None:
+            memory_valid = torch.ones(slots.shape[:2], dtype=torch.bool, device=h.device)
+        if patch_valid is None:
+            patch_valid = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+        return torch.cat([slots, h], dim=1), slots, torch.cat([memory_valid, patch_valid], dim=1)
 
     def _norm_memory(self, memory: Tensor) -> Tensor:
         """What the attention sees of the memory."""

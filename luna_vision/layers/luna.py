@@ -239,13 +239,22 @@ class LunaAttention(nn.Module):
             distribution over the slots (empty, 0 heads, when the layer is `pack_only`).
         """
         self._check(x, memory, patch_valid, memory_valid)
-        k, v = self._pack_kv(x)
-        q = self._heads(self.pack_q(memory), self.pack_heads)
-        pack = attention_weights(q, k, patch_valid)
+        packed = self.pack(x, memory, patch_valid)
+        return self.pack_map(x, memory, patch_valid), self.unpack_map(x, packed, memory_valid)
+
+    @torch.jit.ignore
+    def pack_map(self, x: Tensor, memory: Tensor, patch_valid: Tensor | None = None) -> Tensor:
+        """The weights (B, pack heads, L, N) of `pack`, without dropout."""
+        k, _ = self._pack_kv(x)
+        return attention_weights(self._heads(self.pack_q(memory), self.pack_heads), k, patch_valid)
+
+    @torch.jit.ignore
+    def unpack_map(self, x: Tensor, packed: Tensor, memory_valid: Tensor | None = None) -> Tensor:
+        """The weights (B, heads, n, L) of `unpack`, without dropout; of 0 heads when the layer is `pack_only`."""
         if self.pack_only:
-            return pack, pack.new_empty(x.shape[0], 0, x.shape[1], memory.shape[1])
-        k, _ = self._unpack_kv(attend(q, k, v, patch_valid))
-        return pack, attention_weights(self._heads(self.unpack_q(x), self.num_heads), k, memory_valid)
+            return x.new_empty(x.shape[0], 0, x.shape[1], packed.shape[1])
+        k, _ = self._unpack_kv(packed)
+        return attention_weights(self._heads(self.unpack_q(x), self.num_heads), k, memory_valid)
 
     def _check(self, x: Tensor, memory: Tensor, patch_valid: Tensor | None, memory_valid: Tensor | None) -> None:
         if x.dim() != 3 or x.shape[-1] != self.dim:

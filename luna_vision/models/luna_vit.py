@@ -133,6 +133,10 @@ class LunaVit(nn.Module):
         pack_form: Literal["auto", "projected", "absorbed"] = "auto",
         unpack_form: Literal["auto", "projected", "absorbed"] = "auto",
         query_gain: float = 8.0,
+        patches_read: Literal["pack", "memory"] = "pack",
+        pack_slots: bool = False,
+        unpack_gate: bool = False,
+        mlp: Literal["gelu", "swiglu"] = "gelu",
         device=None,
         dtype=None,
     ) -> None:
@@ -160,8 +164,8 @@ class LunaVit(nn.Module):
             memory_mlp: An MLP on the memory in every block: none, one of its own, or that of the patches.
             stem: "patch", one linear map of each patch, or "conv", 3x3 convolutions of stride 2.
             mixer: What mixes the patches, a name in `luna_vision.mixers.MIXERS`. All but "luna" have no memory: no
-                prefix tokens, and `memory_len`, `pack_heads`, `tie_kv`, `memory_mlp`, `query_gain` and the forms mean
-                nothing.
+                prefix tokens, and `memory_len`, `pack_heads`, `tie_kv`, `memory_mlp`, `query_gain`, `patches_read`,
+                `pack_slots`, `unpack_gate` and the forms mean nothing.
             mixer_args: Arguments of that mixer alone.
             pos_embed: "fourier" (computed), "learn" (a reference grid, resampled) or "none".
             init_values: Initial LayerScale; none if None.
@@ -179,6 +183,10 @@ class LunaVit(nn.Module):
             pack_form: How the pack is computed; the result is the same, see `luna_vision.functional`.
             unpack_form: The same for the unpack.
             query_gain: What the initial query projections are multiplied by, see `LunaAttention.init_weights`.
+            patches_read: What the patches read in every block: what its memory has packed, or the memory after that.
+            pack_slots: The slots read each other, too, with the patches.
+            unpack_gate: Gate what the patches read, see `LunaBlock`.
+            mlp: The MLP of the blocks, see `luna_vision.layers.block.Shell`.
 
         Raises:
             ValueError: An unknown name, no blocks or slots, or a width that the heads do not divide.
@@ -254,7 +262,7 @@ class LunaVit(nn.Module):
 
         drop_paths = calculate_drop_path_rates(drop_path_rate, depth)
         shell = dict(mlp_ratio=mlp_ratio, norm_first=norm_first, local_mixing=local_mixing, init_values=init_values)
-        shell.update(proj_drop=proj_drop_rate, act_layer=act_layer, norm_layer=norm_layer, **dd)
+        shell.update(mlp=mlp, proj_drop=proj_drop_rate, act_layer=act_layer, norm_layer=norm_layer, **dd)
         attention = dict(num_heads=num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop_rate)
 
         def block(i: int) -> nn.Module:
@@ -272,6 +280,9 @@ class LunaVit(nn.Module):
                 pack_form=pack_form,
                 unpack_form=unpack_form,
                 query_gain=query_gain,
+                patches_read=patches_read,
+                pack_slots=pack_slots,
+                unpack_gate=unpack_gate,
                 **attention,
                 **shell,
             )

@@ -192,7 +192,7 @@ def test_missing_data_is_fetched(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("torchvision.datasets.FashionMNIST.download", download)
     for task in ("fashion32", "canvas"):
-        words = ["--tasks", task, "--only", "luna", "--root", str(tmp_path / "nowhere")]
+        words = ["--tasks", task, "--split", "test", "--only", "luna", "--root", str(tmp_path / "nowhere")]
         with pytest.raises(SystemExit):
             main([*words, *folders(tmp_path)])
         assert f"fetching into {tmp_path / 'nowhere'}" in capsys.readouterr().err
@@ -205,8 +205,8 @@ def test_device_is_part_of_the_configuration():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_has_data_at_all_sides(task):
-    run = plan(arguments("--tasks", task, "--only", "luna"))[0]
-    sides = [make_data(run.config, "nowhere", int(scale)).img_size[0] for scale in TASKS[task]["test_images"]]
+    run = plan(arguments("--tasks", task, "--only", "luna", "--split", "test"))[0]
+    sides = [make_data(run.config, "nowhere", int(scale)).img_size[0] for scale in (1, 2, 4)]
     assert sides == [sides[0], 2 * sides[0], 4 * sides[0]]
 
 

@@ -61,6 +61,9 @@ VARIANTS = [
     *({"local_mixing": m} for m in LOCAL_MIXING),
     *({"memory_mlp": m} for m in MEMORY_MLP),
     {"stem": "conv"},
+    {"patches_read": "memory", "memory_mlp": "shared", "pack_slots": True},
+    {"patches_read": "memory", "memory_mlp": "own", "unpack_gate": True},
+    {"mlp": "swiglu", "local_mixing": "mlp", "pack_slots": True},
     {"stem": "conv", "local_mixing": "mlp", "memory_mlp": "shared", "global_pool": "both", "pack_heads": 1},
 ]
 
@@ -210,6 +213,28 @@ def test_every_parameter_gets_a_gradient_wherever_local_mixing_stands(pool, loca
     torch.jit.script(model)
     model(image(2, 3, 48, 64)).square().mean().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("pool", ["avg", "token", "both"])
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"patches_read": "memory"},
+        {"patches_read": "memory", "memory_mlp": "own", "unpack_gate": True},
+        {"patches_read": "memory", "memory_mlp": "shared", "pack_slots": True},
+        {"pack_slots": True, "mlp": "swiglu", "local_mixing": "mlp", "memory_mlp": "own"},
+    ],
+    ids=str,
+)
+def test_every_parameter_gets_a_gradient_with_all_that_a_block_may_have(options, norm_first, pool):
+    model = tiny(global_pool=pool, norm_first=norm_first, init_values=0.1, depth=2, **options).train()
+    torch.jit.script(model)
+    model(image(2, 3, 48, 64)).square().mean().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    features = timm.create_model("test_luna_vit", features_only=True, global_pool=pool, **options)
+    sum(f.square().sum() for f in features(torch.randn(1, 3, 48, 64))).backward()
+    assert [n for n, p in features.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 @pytest.mark.parametrize("patch_size", [12, (16, 8), 1])
