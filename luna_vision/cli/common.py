@@ -22,6 +22,7 @@ __all__ = [
     "Parser",
     "add_model_options",
     "add_statistics_options",
+    "at_least",
     "load",
     "model_options",
     "named",
@@ -60,6 +61,25 @@ class Parser(ArgumentParser):
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:
         with arguments_of("the options cannot be read"):  # a file that is no text, for instance
             return super().parse_args(*args, **kwargs)
+
+
+class _NotWholeError(argparse.ArgumentTypeError, ValueError):
+    """argparse shows the message of an ArgumentTypeError, and jsonargparse, of a YAML file, that of a ValueError."""
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option: a whole number of at least `least`."""
+
+    def whole_number(value: str | int) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise _NotWholeError(f"must be a whole number of at least {least}, got {value!r}")
+        return number
+
+    return whole_number
 
 
 def pairs(words: list[str] | dict[str, Any], option: str) -> dict[str, Any]:

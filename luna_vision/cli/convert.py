@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from jsonargparse.typing import PositiveInt
-
 from ..utils.text import printable
-from .common import Parser
+from .common import Parser, at_least
 
 MODULES = {"webdataset": "WebDatasetDataModule", "litdata": "LitDataDataModule"}  # that read a format
 
@@ -21,7 +19,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make; it appears when it is complete")
     parser.add_argument("--format", choices=list(MODULES), default="webdataset", help="(default: %(default)s)")
     parser.add_argument(
-        "--shard-megabytes", type=PositiveInt, default=128, metavar="N", help="size of a shard (default: %(default)s)"
+        "--shard-megabytes", type=at_least(1), default=128, metavar="N", help="size of a shard (default: %(default)s)"
     )
     args = parser.parse_args(words)
 

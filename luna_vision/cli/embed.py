@@ -4,9 +4,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
-
-from .common import Parser, add_model_options, add_statistics_options, load, model_options, named
+from .common import Parser, add_model_options, add_statistics_options, at_least, load, model_options, named
 
 
 def _parser() -> Parser:
@@ -23,24 +21,24 @@ def _parser() -> Parser:
     group.add_argument("--memory", action="store_true", help="the memory slots (L, C), too; takes a Luna ViT")
     group.add_argument("--grid", action="store_true", help="the patch grid (H', W', C), too")
     group = parser.add_argument_group("reading", "Images keep their size, unless one of the first two is given.")
-    group.add_argument("--max-size", type=PositiveInt, metavar="N", help="longer side at most, in pixels; shrinks only")
+    group.add_argument("--max-size", type=at_least(1), metavar="N", help="longer side at most, in pixels; shrinks only")
     group.add_argument(
         "--img-size",
-        type=PositiveInt,
+        type=at_least(1),
         metavar="N",
         help="squares of this side, by the evaluation transform with the model's crop_pct and crop_mode",
     )
     add_statistics_options(group, "1 or 3 numbers (default: the model's)")
     group.add_argument(
         "--max-pixels",
-        type=PositiveInt,
+        type=at_least(1),
         metavar="N",
         help="images with more pixels are refused, as decompression bombs may be (default: 178956970, Pillow's)",
     )
-    group.add_argument("--batch-size", type=PositiveInt, default=32, metavar="N", help="at most (default: %(default)s)")
+    group.add_argument("--batch-size", type=at_least(1), default=32, metavar="N", help="at most (default: %(default)s)")
     group.add_argument(
         "--workers",
-        type=NonNegativeInt,
+        type=at_least(0),
         default=0,
         metavar="N",
         help="processes that decode (default: 0, this one does)",

@@ -5,9 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
-
-from .common import Parser, add_model_options, add_statistics_options, load, model_options
+from .common import Parser, add_model_options, add_statistics_options, at_least, load, model_options
 
 if TYPE_CHECKING:
     from ..execution import Encoded
@@ -32,7 +30,7 @@ def _parser() -> Parser:
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out and --grid")
     add_model_options(parser, default=MODEL)
     group = parser.add_argument_group("pixels")
-    group.add_argument("--level", type=NonNegativeInt, metavar="N", help="of a pyramid; 0, the default, is the largest")
+    group.add_argument("--level", type=at_least(0), metavar="N", help="of a pyramid; 0, the default, is the largest")
     add_statistics_options(group, "one number or one a channel (default: the model's)")
     group = parser.add_argument_group("memory and disk")
     group.add_argument(
@@ -40,7 +38,7 @@ def _parser() -> Parser:
     )
     group.add_argument("--store", type=Path, metavar="FOLDER", help="keep the patches there; without, in memory")
     group.add_argument("--store-dtype", choices=STORE_TYPES, help="type in which they are kept (default: the model's)")
-    group.add_argument("--band-rows", type=PositiveInt, metavar="N", help="rows of patches at a time (default: chosen)")
+    group.add_argument("--band-rows", type=at_least(1), metavar="N", help="rows of patches at a time (default: chosen)")
     return parser
 
 

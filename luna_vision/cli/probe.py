@@ -5,11 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
-
 from ..utils.errors import UserError
 from ..utils.text import printable
-from .common import Parser, add_model_options, add_statistics_options, load, model_options, pairs
+from .common import Parser, add_model_options, add_statistics_options, at_least, load, model_options, pairs
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -30,20 +28,20 @@ def _parser() -> Parser:
     group.add_argument("--data", choices=DATA, required=True, help="imagefolder is ROOT/train and ROOT/{test,val}")
     group.add_argument("--root", help="folder of the data (default: the data module's)")
     group.add_argument("--data-args", nargs="+", default=[], metavar="NAME=VALUE", help="others of the data module's")
-    group.add_argument("--img-size", type=PositiveInt, metavar="N", help="side in pixels (default: the data module's)")
+    group.add_argument("--img-size", type=at_least(1), metavar="N", help="side in pixels (default: the data module's)")
     add_statistics_options(
         group,
         "1 or 3 numbers (default: what a training checkpoint or a local-dir says, or timm of its pretrained weights; "
         "else those of the data, with which train.py trains)",
     )
-    group.add_argument("--num-train", type=PositiveInt, metavar="N", help="training images at most, of all classes")
-    group.add_argument("--num-test", type=PositiveInt, metavar="N", help="test images at most")
-    group.add_argument("--batch-size", type=PositiveInt, default=128, metavar="N", help="(default: %(default)s)")
+    group.add_argument("--num-train", type=at_least(1), metavar="N", help="training images at most, of all classes")
+    group.add_argument("--num-test", type=at_least(1), metavar="N", help="test images at most")
+    group.add_argument("--batch-size", type=at_least(1), default=128, metavar="N", help="(default: %(default)s)")
     group.add_argument(
-        "--workers", type=NonNegativeInt, default=0, metavar="N", help="processes that read (default: 0, this one does)"
+        "--workers", type=at_least(0), default=0, metavar="N", help="processes that read (default: 0, this one does)"
     )
     group = parser.add_argument_group("probes")
-    group.add_argument("--knn-k", type=PositiveInt, default=20, metavar="K", help="neighbours (default: %(default)s)")
+    group.add_argument("--knn-k", type=at_least(1), default=20, metavar="K", help="neighbours (default: %(default)s)")
     group.add_argument("--knn-t", type=float, default=0.07, metavar="T", help="temperature (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON of the results; replaced if it exists")
     return parser

@@ -4,10 +4,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
-
 from ..utils.text import printable
-from .common import Parser, add_model_options, add_statistics_options, load, model_options, named
+from .common import Parser, add_model_options, add_statistics_options, at_least, load, model_options, named
 
 KINDS = ("memory", "features", "both")
 
@@ -36,16 +34,16 @@ def _parser() -> Parser:
         "--layers", nargs="+", type=int, metavar="N", help="from 0, or from the last if negative (default: up to four)"
     )
     slots = parser.add_mutually_exclusive_group()
-    slots.add_argument("--slots", nargs="+", type=NonNegativeInt, metavar="N", help="slots that get a column, from 0")
+    slots.add_argument("--slots", nargs="+", type=at_least(0), metavar="N", help="slots that get a column, from 0")
     slots.add_argument(
-        "--top", type=PositiveInt, default=6, metavar="N", help="or this many, chosen for the image (default: 6)"
+        "--top", type=at_least(1), default=6, metavar="N", help="or this many, chosen for the image (default: 6)"
     )
-    parser.add_argument("--head", type=NonNegativeInt, metavar="N", help="one head (default: the mean over heads)")
+    parser.add_argument("--head", type=at_least(0), metavar="N", help="one head (default: the mean over heads)")
     add_model_options(parser)
     group = parser.add_argument_group("what the model sees")
     group.add_argument(
         "--max-size",
-        type=PositiveInt,
+        type=at_least(1),
         metavar="PIXELS",
         help="larger images are reduced to this longer side (default: 1024)",
     )

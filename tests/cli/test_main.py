@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 from jsonargparse import ArgumentError
-from jsonargparse.typing import PositiveInt
 
-from luna_vision.cli.common import Parser, is_mistake, message, pairs, run_command
+from luna_vision.cli.common import Parser, at_least, is_mistake, message, pairs, run_command
 from luna_vision.cli.main import COMMANDS, TRAINING, main
 from luna_vision.cli.training_help import short_help
 from luna_vision.utils.errors import UserError, arguments_of
@@ -77,7 +76,7 @@ def test_the_short_help_of_training_says_how_to_see_all(name):
 def parser() -> Parser:
     made = Parser("test")
     made.add_argument("images", nargs="+")
-    made.add_argument("--max-size", type=PositiveInt)
+    made.add_argument("--max-size", type=at_least(1))
     made.add_argument("--mean", type=float, nargs="+")
     return made
 
@@ -91,12 +90,12 @@ def test_options_come_from_a_file_and_the_command_line_goes_over_it(tmp_path):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["a.png", "--max-size", "0"], "max_size: Not of type PositiveInt: 0"),
-        (["a.png", "--max-size", "x"], "max_size: Not of type PositiveInt"),
-        (["a.png", "--max-size", "1.5"], "max_size: Not of type PositiveInt"),
+        (["a.png", "--max-size", "0"], "must be a whole number of at least 1, got '0'"),
+        (["a.png", "--max-size", "x"], "must be a whole number of at least 1, got 'x'"),
+        (["a.png", "--max-size", "1.5"], "must be a whole number of at least 1, got '1.5'"),
         (["a.png", "--max", "1"], "unrecognized arguments: --max"),  # no option is guessed
         (["a.png", "--mean", "x"], "mean: Expected a float. Got value: x"),
-        (["a.png", "--config", "zero.yaml"], "max_size: Not of type PositiveInt: 0"),
+        (["a.png", "--config", "zero.yaml"], "max_size: must be a whole number of at least 1, got 0"),
         (["a.png", "--config", "other.yaml"], "'max_sise' is not accepted"),
         (["a.png", "--config", "gone.yaml"], "config: File does not exist"),
         ([], "images"),
@@ -159,7 +158,7 @@ def test_what_is_no_mistake_keeps_its_traceback(raised):
 
 
 def test_checks_of_this_package_are_mistakes_and_its_bugs_are_none():
-    for call, mistake in ((lambda: pairs(["x"], "--x"), True), (lambda: pairs([None], "--x"), False)):
+    for call, mistake in ((lambda: at_least(1)(0), True), (lambda: pairs([None], "--x"), False)):
         try:
             call()
         except Exception as error:
