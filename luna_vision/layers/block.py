@@ -149,11 +149,16 @@ class Shell(nn.Module):
 
     def _add_residual(self, x: Tensor, y: Tensor) -> Tensor:
         """x + y, in y's memory where that saves time and no hook of the block can have kept y."""
-        if not torch.jit.is_scripting() and isinstance(x, Tensor):  # fx traces with proxies
-            saves_time = torch.compiler.is_compiling() or (x.is_cpu and x.numel() >= LARGE)
-            if not saves_time or has_hooks(self):
+        if not torch.jit.is_scripting():
+            if not self._adds_in_place(x):
                 return clamp_fp16(x + y)
         return add_residual(x, y)
+
+    @torch.jit.ignore
+    def _adds_in_place(self, x: Tensor) -> bool:
+        if isinstance(x, torch.fx.Proxy):  # has no size to look at
+            return True
+        return (torch.compiler.is_compiling() or (x.is_cpu and x.numel() >= LARGE)) and not has_hooks(self)
 
     def _add_attention(
         self, x: Tensor, h: Tensor, y: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None
