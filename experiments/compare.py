@@ -22,7 +22,7 @@ from luna_vision.models import LunaVit
 from .command import Parser, at_least
 from .measure import cost, measure
 from .report import write_report
-from .runs import Config, Run, add_run_arguments, configuration, do_runs, evaluate, make_data, train, unfinished
+from .runs import Config, Run, add_run_arguments, configuration, do_runs, evaluate, make_data, recipe, train, unfinished
 
 __all__ = ["SUITES", "TASKS", "execute", "main", "plan"]
 
@@ -85,10 +85,11 @@ BLOCK = {
 PHOTO_BLOCK = BLOCK | {"memory_len": 8}
 SOFTMAX = {"mixer": "softmax", "mixer_args": {"query_gain": 8.0}}
 SLOTS = {"pack_slots": True, "memory_mlp": "shared"}
-ZOOM = {"data": {"crop": "resized", "crop_scale": [0.25, 1.0]}}
-SIDES = {"data": {"train_sizes": [32, 64], "patch_size": 4}}
+WHOLE = {"data": {"crop": "pad"}}
+SIDES = {"train_scales": [1, 2]}
 
-# name: arguments of the model, over those of the task; a variant may change anything, and its "data" those of the data
+# name: arguments of the model, over those of the task; a variant may change anything, its "data" those of the data,
+# and its "train_scales" are sides of training over the task's
 SUITES: dict[str, dict[str, dict[str, Any]]] = {
     "mixers": {
         **{name: {"mixer": name} for name in MIXERS},
@@ -132,9 +133,9 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
     "photos": {
         "luna": PHOTO_BLOCK,
         "softmax": SOFTMAX,
-        # trained on parts of images, enlarged, or at two sides
-        "luna-zoom": PHOTO_BLOCK | ZOOM,
-        "softmax-zoom": SOFTMAX | ZOOM,
+        # trained on whole images, moved by some pixels, in the place of enlarged parts; or at two sides
+        "luna-whole": PHOTO_BLOCK | WHOLE,
+        "softmax-whole": SOFTMAX | WHOLE,
         "luna-sides": PHOTO_BLOCK | SIDES,
         "softmax-sides": SOFTMAX | SIDES,
         # 1 x 2: the patches read the memory after the pack; the slots read each other, and have an MLP
@@ -144,19 +145,11 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
         # 3: the head reads the memory: after a last block that only packs, or after one more
         "luna-pool-token": PHOTO_BLOCK | {"global_pool": "token"},
         "luna-final-pack": PHOTO_BLOCK | {"global_pool": "token", "depth": 7},
-        # 4: a gate on what the patches read; 5: the MLP
+        # 4: a gate on what the patches read; 5: the MLP, and the convolution
         "luna-gate": PHOTO_BLOCK | {"unpack_gate": True},
         "luna-swiglu": PHOTO_BLOCK | {"mlp": "swiglu", "local_mixing": "mlp"},
-        # the questions again, on enlarged parts
-        "luna-read-memory-zoom": PHOTO_BLOCK | ZOOM | {"patches_read": "memory"},
-        "luna-slots-zoom": PHOTO_BLOCK | ZOOM | SLOTS,
-        "luna-read-memory-slots-zoom": PHOTO_BLOCK | ZOOM | SLOTS | {"patches_read": "memory"},
-        "luna-pool-token-zoom": PHOTO_BLOCK | ZOOM | {"global_pool": "token"},
-        "luna-final-pack-zoom": PHOTO_BLOCK | ZOOM | {"global_pool": "token", "depth": 7},
-        "luna-gate-zoom": PHOTO_BLOCK | ZOOM | {"unpack_gate": True},
-        "luna-swiglu-zoom": PHOTO_BLOCK | ZOOM | {"mlp": "swiglu", "local_mixing": "mlp"},
-        "luna-local-none-zoom": PHOTO_BLOCK | ZOOM | {"local_mixing": "none"},
-        "softmax-local-none-zoom": SOFTMAX | ZOOM | {"local_mixing": "none"},
+        "luna-local-none": PHOTO_BLOCK | {"local_mixing": "none"},
+        "softmax-local-none": SOFTMAX | {"local_mixing": "none"},
     },
 }
 REPEATED = {
@@ -212,7 +205,13 @@ def describe(args: argparse.Namespace, task: str, variant: Config, seed: int, sp
         raise ValueError(f"{task} holds no images out: give --split test")
     defaults = inspect.signature(LunaVit.__init__).parameters
     variant = dict(variant)
-    data = variant.pop("data", None)
+    data, scales = variant.pop("data", {}), variant.pop("train_scales", None)
+    if scales:
+        shape = recipe(task)["model"]["init_args"]["model_kwargs"]
+        data = data | {
+            "train_sizes": [shape["img_size"] * scale for scale in scales],
+            "patch_size": shape["patch_size"],
+        }
     mixer = variant.get("mixer", "luna")
     own = (mixer_defaults(mixer) if mixer in MIXERS else {}) | variant.get("mixer_args", {})
     named = SHELL + MEMORY if mixer == "luna" else SHELL  # others have no memory to read

@@ -44,9 +44,18 @@ def test_compile_fullgraph_at_several_sizes_and_with_a_mask(model):
         torch.testing.assert_close(compiled(x, valid), model(x, valid), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["test_luna_vit", "luna_vit_small_paper"])
-def test_export_with_dynamic_batch_height_and_width(name):
-    model = timm.create_model(name, num_classes=5).eval()
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("test_luna_vit", {}),
+        ("luna_vit_small_paper", {}),
+        ("test_luna_vit", {"patches_read": "memory", "pack_slots": True, "memory_mlp": "shared"}),
+        ("test_luna_vit", {"unpack_gate": True, "mlp": "swiglu", "local_mixing": "mlp"}),
+    ],
+    ids=str,
+)
+def test_export_with_dynamic_batch_height_and_width(name, options):
+    model = timm.create_model(name, num_classes=5, **options).eval()
     dims = {0: Dim("batch", min=1, max=64), 2: Dim("height", min=17, max=8192), 3: Dim("width", min=17, max=8192)}
     exported = torch.export.export(model, (torch.randn(2, 3, 160, 96),), dynamic_shapes={"x": dims}).module()
     for size in SIZES:
