@@ -107,7 +107,7 @@ def test_random_weights_are_announced(photo, tmp_path, capsys):
         (["--store", "{tmp}/old.npz"], "is a file: give a folder"),
         (["--mean", "1", "2"], "mean must be 1 or 3 finite numbers"),
         (["--checkpoint", "{tmp}/seven.safetensors"], "has a head for 7 classes, the model one for 1000"),
-        (["--band-rows", "0"], "must be a whole number of at least 1, got '0'"),
+        (["--band-rows", "0"], "band_rows: Not of type PositiveInt: 0"),
         (["--model-args", "mixer=softmax"], "streaming takes a model with a memory"),
         (["--model", "test_vit", "--model-args", "num_classes=1"], "streaming takes a Luna ViT, got VisionTransformer"),
     ],
