@@ -199,7 +199,7 @@ def test_what_the_model_sees(drawn):
         (["a.png", "--slots", "1", "8"], "slot 8 does not exist: the memory has 8, 0 to 7"),
         (["a.png", "--slots", "1", "--top", "2"], "not allowed with"),
         (["a.png", "--head", "2"], "head 2 does not exist"),
-        (["a.png", "--max-size", "0"], "max_size: Not of type PositiveInt: 0"),
+        (["a.png", "--max-size", "0"], "must be a whole number of at least 1, got '0'"),
         (["a.png", "--mean", "0.5", "0.5"], "mean must be 1 or 3 finite numbers"),
         (["a.png", "--std", "0"], "std must be 1 or 3 finite numbers, above 0"),
         (["a.png", "--kind", "memory", "--model-args", "mixer=softmax"], "this model has no memory to show"),

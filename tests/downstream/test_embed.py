@@ -500,7 +500,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(out, messag
         (["empty", "gone.png"], "no images (.jpg, "),
         (["gone.png"], "there is no image file or folder gone.png"),
         ([], "required, here or in a --config: images"),
-        (["photos", "--max-size", "0"], "max_size: Not of type PositiveInt: 0"),
+        (["photos", "--max-size", "0"], "--max-size: must be a whole number of at least 1"),
         (["photos", "--max-size", "9", "--img-size", "9"], "give one of them"),
         (["photos", "--mean", "0.5", "0.5"], "mean must be 1 or 3 finite numbers, got (0.5, 0.5)"),
         (["photos", "--model-args", "mixer=softmax", "--memory"], "memory is wanted, and LunaVit has none"),
