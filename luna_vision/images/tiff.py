@@ -182,12 +182,12 @@ def read_tiff(file: BinaryIO, name: str, max_pixels: int) -> Raster:
     file.seek(0)
     tiff = open_tiff(file, name, size)
     at = dict(zip(tiff.axes, tiff.source.shape, strict=True))
+    if 0 in tiff.source.shape:
+        raise ValueError("it has no pixels")
     for what, height, width in (
         ("", at["Y"], at["X"]),
         ("tiles of ", tiff.source.keyframe.tilelength, tiff.source.keyframe.tilewidth),
     ):
-        if height * width < 1:
-            raise ValueError("it has no pixels")
         if height * width > max_pixels:
             raise ValueError(f"{what}{width} x {height} pixels are more than max_pixels={max_pixels}")
     array = tiff.source.asarray(maxworkers=1)  # of a series, that is its largest level
