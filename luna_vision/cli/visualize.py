@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from ..utils.text import printable
-from .common import Parser, add_model_options, at_least, load, model_options, named
+from .common import Parser, add_model_options, add_value_options, at_least, load, model_options, named, value_options
 
 KINDS = ("memory", "features", "both")
 
@@ -58,6 +58,7 @@ def _parser() -> Parser:
             metavar="X",
             help=f"{name} of pixels in [0, 1] that the model was trained with, one or three (default: the model's cfg)",
         )
+    add_value_options(group)
     return parser
 
 
@@ -81,6 +82,7 @@ def main(words: list[str]) -> int:
     names = ("kind", "layers", "head", "foreground", "max_size", "mean", "std")
     drawing = Drawing(
         **{name: getattr(args, name) for name in names if getattr(args, name) is not None},
+        **value_options(args),
         slots=args.slots or args.top,
         warning="RANDOM WEIGHTS: this picture says nothing about the image"
         if random_weights(**model_options(args))

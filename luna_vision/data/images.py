@@ -16,16 +16,20 @@ from luna_vision.data.sampling import sample_seed
 from luna_vision.data.sizes import BatchDataset
 from luna_vision.images.decode import SampleError, read_image, to_channels
 from luna_vision.images.transforms import SeededTransform
+from luna_vision.images.values import Raster
 from luna_vision.utils.errors import one_line
 from luna_vision.utils.text import printable
 
 
 class Source(Protocol):
-    """What a data module draws from: a map-style dataset of (image, label); an image is PIL or uint8 (H, W[, 3])."""
+    """What a data module draws from: a map-style dataset of (image, label).
+
+    An image is PIL, an array (H, W[, bands]), or what `luna_vision.images.decode.decode_image` gives.
+    """
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Image.Image | np.ndarray, int]: ...
+    def __getitem__(self, index: int) -> tuple[Image.Image | np.ndarray | Raster, int]: ...
 
 
 class TransformedDataset(Dataset):
@@ -75,15 +79,15 @@ class TransformedDataset(Dataset):
         if size:
             transform = self.sized[size[0]]
             source = source.at(size[0]) if hasattr(source, "at") else source
-        read = partial(self._read, source)
+        read = partial(self._read, source, transform)
         image, label = read(index) if self.faults is None else self.faults.read(read, index)
         check_label(label, self.num_classes, f"{self.name} sample {index}")
         return transform(image, sample_seed(self.seed, epoch, index)), int(label)
 
-    def _read(self, source: Source, index: int) -> tuple[Image.Image, int]:
+    def _read(self, source: Source, transform: SeededTransform, index: int) -> tuple[Image.Image | np.ndarray, int]:
         try:
             image, label = source[index]
-            return to_channels(image, self.in_chans), label
+            return to_channels(image, self.in_chans, transform.values), label
         except IndexError:
             raise  # ends iteration over a map-style dataset
         except Exception as error:  # sources of others, and their decoders, raise nearly anything of a broken file
@@ -172,7 +176,7 @@ class StreamDataset(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         for image, label in self.stream:
-            image = to_channels(image, self.in_chans)
+            image = to_channels(image, self.in_chans, self.transform.values)
             check_label(label, self.num_classes, f"{self.name} stream: an image")
             seed = sample_seed(self.seed, self.epoch.value, zlib.crc32(image.tobytes()))
             yield self.transform(image, seed), int(label)
@@ -199,7 +203,7 @@ class PredictDataset(Dataset):
         item = self.source[index]
         image, name = (read_image(item), item) if isinstance(item, str) else (item[0], str(index))
         try:
-            image = to_channels(image, self.in_chans)
+            image = to_channels(image, self.in_chans, self.transform.values)
         except SampleError as error:
             raise SampleError(f"cannot use image {name}: {error}") from error
         return self.transform(image, 0), name

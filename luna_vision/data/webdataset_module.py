@@ -186,7 +186,7 @@ class ShardDataset(StreamDataset):
         def read(at: int) -> tuple[Image.Image, int]:
             try:
                 image, label = decode_sample(sample if at == index else self.stream.sample(at))
-                return to_channels(image, self.in_chans), label
+                return to_channels(image, self.in_chans, self.transform.values), label
             except Exception as error:  # of a tar that is damaged, and of decoders
                 raise SampleError(f"{self.name} sample {at}: {one_line(error)}") from error
 

@@ -5,19 +5,29 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from timm.data import resolve_data_config
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import InterpolationMode, v2
 
-from luna_vision.images.decode import SampleError, read_image, to_channels
-from luna_vision.images.transforms import SeededTransform, eval_transform, per_channel
+from luna_vision.images.decode import SampleError, read_image, to_channels, to_raster
+from luna_vision.images.transforms import SeededTransform, eval_transform, per_channel, resize_to
+from luna_vision.images.values import (
+    PERCENTILE,
+    SAMPLE_IMAGES,
+    Raster,
+    Values,
+    model_values,
+    parse_fill,
+    parse_value_range,
+    percentile_range,
+)
 from luna_vision.utils.errors import one_line
 
 from ._features import Extractor, Features
 
-__all__ = ["Settings", "Window", "crop", "group", "normalisation", "read_windows"]
+__all__ = ["Settings", "Window", "crop", "group", "normalisation", "pixel_values", "read_windows"]
 
 # images in a window: read in the order of the input, then grouped by size
 WINDOW_IMAGES, WINDOW_PIXELS = 1024, 2**24
@@ -37,6 +47,10 @@ class Settings:
         mean: Mean by channel that is subtracted from pixels in [0, 1], one number for all or three; the model's own,
             from its `pretrained_cfg`, by default.
         std: Standard deviation to divide by, likewise.
+        value_range: What numbers in files become 0 and 1: (LOW, HIGH), "dtype", or "percentile" of the files; the
+            model's own, from its training, by default. See docs/pixels.md.
+        nodata: A number that stands for no data, besides the one that a file itself names; likewise.
+        fill: What takes the place of missing numbers: "mean", "error" or a number; likewise.
         memory: The memory slots are wanted, too. It takes a Luna ViT.
         grid: The patch grid is wanted, too.
         batch_size: Most images in a batch.
@@ -51,6 +65,9 @@ class Settings:
     img_size: int | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
+    value_range: str | Sequence[float] | None = None
+    nodata: float | None = None
+    fill: float | str | None = None
     memory: bool = False
     grid: bool = False
     batch_size: int = 32
@@ -64,6 +81,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        parse_value_range(self.value_range)
+        parse_fill(self.fill)
 
 
 @dataclass
@@ -91,6 +110,30 @@ def normalisation(extractor: Extractor, settings: Settings) -> tuple[tuple[float
     )
 
 
+def pixel_values(extractor: Extractor, settings: Settings, paths: Sequence[str] = ()) -> Values:
+    """What the numbers of these files mean: what the settings say, else the model.
+
+    Raises:
+        ValueError: Percentiles are wanted of files that have no numbers.
+    """
+    mean, _ = normalisation(extractor, settings)
+    cfg = getattr(extractor.model, "pretrained_cfg", {})
+    value_range = parse_value_range(settings.value_range)
+    if value_range == PERCENTILE:
+        chosen = np.linspace(0, len(paths) - 1, min(len(paths), SAMPLE_IMAGES)).round().astype(int)
+        nodata = cfg.get("nodata") if settings.nodata is None else settings.nodata
+        value_range = percentile_range(_rasters([paths[i] for i in chosen], settings.max_pixels), nodata)
+    return model_values(cfg, mean, value_range, settings.nodata, settings.fill)
+
+
+def _rasters(paths: Sequence[str], max_pixels: int) -> Iterator[Raster]:
+    for path in paths:
+        try:
+            yield to_raster(read_image(path, max_pixels))
+        except (ValueError, OSError):  # which is told when its turn comes
+            continue
+
+
 def crop(extractor: Extractor) -> tuple[float, str]:
     """`crop_pct` and `crop_mode` of the model's evaluation transform, in timm's words. "squash" is the whole image."""
     config = _data_config(extractor)
@@ -103,6 +146,7 @@ def read_windows(
     settings: Settings,
     start: int = 0,
     advance: Callable[[int], object] = lambda count: None,
+    values: Values | None = None,
 ) -> Iterator[Window]:
     """The features of image files, a window after the other.
 
@@ -115,11 +159,13 @@ def read_windows(
         settings: How they are read.
         start: The first position in `paths` to be read.
         advance: Is told how many images have been dealt with since it was last called.
+        values: What their numbers mean, of `pixel_values`; by default of these paths.
 
     Raises:
         ValueError: From the start on, the model has failed on all images: it is not the images then.
     """
-    dataset = ImageFiles(paths, _transform(extractor, settings), extractor.in_chans, settings.max_pixels)
+    values = values or pixel_values(extractor, settings, paths)
+    dataset = ImageFiles(paths, _transform(extractor, settings, values), extractor.in_chans, settings.max_pixels)
     order = range(start, len(paths))
     loader = DataLoader(dataset, batch_size=None, sampler=order, num_workers=settings.workers)
     window, images, pixels, worked = Window(start, start), {}, 0, start > 0
@@ -206,8 +252,8 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, index: int) -> Tensor | str:
         try:
-            image = to_channels(read_image(self.paths[index], self.max_pixels), self.in_chans)
-            return self.transform(image, 0)
+            image = read_image(self.paths[index], self.max_pixels)
+            return self.transform(to_channels(image, self.in_chans, self.transform.values), 0)
         except (SampleError, OSError, MemoryError) as error:  # of a decoder, too large an image
             return one_line(error)
 
@@ -218,18 +264,19 @@ def _data_config(extractor: Extractor) -> dict[str, Any]:
     return resolve_data_config(pretrained_cfg=getattr(extractor.model, "pretrained_cfg", {}))
 
 
-def _transform(extractor: Extractor, settings: Settings) -> SeededTransform:
+def _transform(extractor: Extractor, settings: Settings, values: Values) -> SeededTransform:
     mean, std = normalisation(extractor, settings)
     if settings.img_size:
         crop_pct, crop_mode = crop(extractor)
         crop_pct = None if crop_mode == "squash" else crop_pct
-        return eval_transform((settings.img_size, settings.img_size), mean, std, crop_pct)
-    return SeededTransform(partial(_shrink, max_size=settings.max_size), mean, std)
+        return eval_transform((settings.img_size, settings.img_size), mean, std, crop_pct, values=values)
+    return SeededTransform(partial(_shrink, max_size=settings.max_size), mean, std, values=values)
 
 
-def _shrink(image: Image.Image, seed: int, max_size: int | None) -> Image.Image:
-    longer = max(image.size)
+def _shrink(image: Image.Image | np.ndarray, seed: int, max_size: int | None) -> Image.Image | np.ndarray:
+    size = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
+    longer = max(size)
     if max_size is None or longer <= max_size:
         return image
-    sides = [max(1, round(side * max_size / longer)) for side in (image.height, image.width)]
-    return v2.functional.resize(image, sides, interpolation=InterpolationMode.BICUBIC)
+    height, width = (max(1, round(side * max_size / longer)) for side in size)
+    return resize_to(image, (height, width))

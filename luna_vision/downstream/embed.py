@@ -28,7 +28,7 @@ from luna_vision.utils.files import check_output
 
 from ._features import Extractor
 from ._parts import WRITERS, PartFolder, describe
-from ._windows import Settings, crop, normalisation, read_windows
+from ._windows import Settings, crop, normalisation, pixel_values, read_windows
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -126,9 +126,11 @@ def write_embeddings(
 ) -> list[tuple[str, str]]:
     """`embed_to_file`, of files that have been found; returns those that could not be used."""
     extractor = Extractor(model, settings.memory, settings.grid)
-    parts = PartFolder(out, _about(extractor, files, settings) | {"random_weights": random_weights})
+    values = pixel_values(extractor, settings, files)
+    about = _about(extractor, files, settings) | values.described() | {"random_weights": random_weights}
+    parts = PartFolder(out, about)
     with _bar(len(files), parts.done, progress) as bar:
-        for window in read_windows(extractor, files, settings, parts.done, bar.update):
+        for window in read_windows(extractor, files, settings, parts.done, bar.update, values):
             parts.add(window)
     parts.finish(files)
     return [(files[i], reason) for i, reason in parts.failures]

@@ -17,6 +17,7 @@ from tqdm import tqdm
 import luna_vision
 
 from ..images.pixels import Pixels, pixel_statistics
+from ..images.values import model_values
 from ..models import LunaVit
 from ..models.luna_vit import initial_memory
 from ..utils.fingerprint import describe
@@ -60,6 +61,9 @@ def encode(
     *,
     mean: Sequence[float] | float | None = None,
     std: Sequence[float] | float | None = None,
+    value_range: str | Sequence[float] | None = None,
+    nodata: float | None = None,
+    fill: float | str | None = None,
     memory: Tensor | None = None,
     store: str | os.PathLike | None = None,
     store_dtype: torch.dtype | None = None,
@@ -77,12 +81,16 @@ def encode(
     Args:
         model: A Luna ViT, on its device; it is put in eval mode.
         image: Anything with a `shape`, (H, W) or (H, W, channels), of which `image[start:stop]` are pixel rows: a numpy
-            array or memmap, a zarr array, what `open_image` returns. 8 bits, 16 bits (scaled to 8), or floating point
-            in [0, 1]. Grey and colour are converted to what the model takes, transparency is dropped.
+            array or memmap, a zarr array, what `open_image` returns. Integers or floating point. Grey and colour are
+            converted to what the model takes, other bands must be as many as it takes.
         mean: Mean that is subtracted from pixels in [0, 1], one number or one for each channel. By default that of the
             model's `pretrained_cfg`, as in training and in `luna_vision.data.transforms.eval_transform`. With 0, and
             `std` 1, pixels go in as they are.
         std: Standard deviation that they are divided by, likewise.
+        value_range: What numbers become 0 and 1: (LOW, HIGH), or "dtype", what their type can hold, and [0, 1] of
+            floating point. By default that of the model's training, else "dtype". See docs/pixels.md.
+        nodata: A number that stands for no data, besides the one that a file itself names; likewise.
+        fill: What takes the place of missing numbers: "mean", "error" or a number; likewise.
         memory: (L, C), takes the place of the learned initial memory (`Encoded.raw_memory` of an earlier image).
         store: A folder for the patches, which are kept in memory if None. It is emptied in the end.
         store_dtype: Type in which patches are kept between two layers, the model's if None. `torch.bfloat16` halves
@@ -116,7 +124,9 @@ def encode(
 
     statistics = pixel_statistics(model, mean, std)
     wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    pixels = Pixels(image, model.in_chans, *statistics, dtype=wide, device=parameter.device)
+    cfg = getattr(model, "pretrained_cfg", {})
+    values = model_values(cfg, statistics[0], value_range, nodata, fill)
+    pixels = Pixels(image, model.in_chans, *statistics, dtype=wide, device=parameter.device, values=values)
     (height, width), (p, q) = pixels.shape[:2], model.patch_embed.patch_size
     grid_size = -(-height // p), -(-width // q)
     memory = None if memory is None else memory.reshape(-1, *memory.shape[-2:]).to(parameter.device)
@@ -199,6 +209,7 @@ def _about(
         "image_name": str(getattr(pixels.image, "identity", "")),
         "mean": statistics[0],
         "std": statistics[1],
+        **pixels.values.described(),
         "memory": hashlib.sha256(memory.detach().double().cpu().numpy().tobytes()).hexdigest(),
         "store_dtype": str(store_dtype),
         "band_rows": band_rows,

@@ -22,7 +22,7 @@ import torch
 from timm.models._input import get_model_input_config
 from torch import Tensor
 
-from ..models.factory import RANDOM_WEIGHTS
+from ..models.factory import PIXEL_CFG, PIXELS, RANDOM_WEIGHTS
 from ..models.luna_vit import LunaVit
 from ..utils.files import new_file, new_folder, write_text
 from .files import check_target
@@ -170,13 +170,19 @@ def save_for_hf(
     check_target(folder, "hf", overwrite)
     with new_folder(folder) as temporary:
         size, tag = get_model_input_config(model)["input_size"], "untrained" if random_weights else ""
-        timm.models.save_for_hf(
-            model.eval(),
-            temporary,
-            safe_serialization=True,
-            data_config={"input_size": size},
-            model_config={"pretrained_cfg": {"tag": tag}, RANDOM_WEIGHTS: random_weights},
-        )
+        cfg = model.pretrained_cfg
+        pixels = {name: cfg[name] for name in PIXEL_CFG if name in cfg}
+        try:  # timm reads back no other names than its own
+            model.pretrained_cfg = {name: value for name, value in cfg.items() if name not in pixels}
+            timm.models.save_for_hf(
+                model.eval(),
+                temporary,
+                safe_serialization=True,
+                data_config={"input_size": size},
+                model_config={"pretrained_cfg": {"tag": tag}, RANDOM_WEIGHTS: random_weights, PIXELS: pixels},
+            )
+        finally:
+            model.pretrained_cfg = cfg
         # safetensors writes files that are their owner's alone
         shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
         card = model_card(model, folder.resolve().name, training or {}, random_weights)

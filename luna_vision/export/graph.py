@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ..images.decode import MODES
+from ..models.factory import PIXEL_CFG
 from ..models.luna_vit import LunaVit, join_tokens
 
 OUTPUTS = ("logits", "embedding", "features")
@@ -225,6 +226,8 @@ def metadata(model: LunaVit, output: str, memory: bool) -> dict[str, Any]:
         "mean": cfg["mean"],  # of pixels in [0, 1]
         "std": cfg["std"],
         "patch_size": model.patch_embed.patch_size,
+        # of files of more than 8 bits, see docs/pixels.md
+        **{name: model.pretrained_cfg[name] for name in PIXEL_CFG if name in model.pretrained_cfg},
     }
     if model.in_chans in MODES:
         about["channels"] = MODES[model.in_chans]

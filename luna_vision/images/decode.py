@@ -90,8 +90,10 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int | None = None) -> Im
             if deep is not None:
                 if image.width * image.height > limit:  # which decoders other than Pillow's do not know
                     raise ValueError(f"{image.width} x {image.height} pixels are more than {limit}")
-                turn = Turn.of(image.getexif().get(ORIENTATION, 1))
-                return Raster(np.ascontiguousarray(turn(deep.read())), deep.top, name=name)
+                array = deep.read()
+                # not the PNG's own, which would have Pillow decode it as well
+                turn = Turn.of(Image.Image.getexif(image).get(ORIENTATION, 1))
+                return Raster(np.ascontiguousarray(turn(array)), deep.top, name=name)
             image.load()
             return ImageOps.exif_transpose(image)
     except MemoryError:
@@ -136,7 +138,7 @@ def to_raster(image: Image.Image | np.ndarray | Raster) -> Raster:
     if isinstance(image, Raster):
         return image
     if isinstance(image, np.ndarray):
-        if image.ndim not in (2, 3) or 0 in image.shape:
+        if image.ndim not in (2, 3):
             raise ValueError(f"an array must have shape (height, width) or (height, width, bands), got {image.shape}")
         return Raster(image.astype(image.dtype.newbyteorder("="), copy=False))
     if image.mode.startswith("I;16"):

@@ -23,7 +23,6 @@ from ..utils.text import printable
 __all__ = [
     "DTYPE",
     "PERCENTILE",
-    "PIXEL_CFG",
     "Levels",
     "Raster",
     "Values",
@@ -37,7 +36,6 @@ __all__ = [
 ]
 
 DTYPE, PERCENTILE = "dtype", "percentile"  # the two value ranges that have a name
-PIXEL_CFG = ("value_range", "nodata", "fill")  # what a checkpoint says of pixels besides their mean and deviation
 PERCENTILES = (2, 98)
 SAMPLE_IMAGES, SAMPLE_VALUES = 256, 2**14  # that percentiles are of: images, and numbers of each
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # ITU-R 601-2, in the 16 bits that Pillow takes
@@ -99,7 +97,7 @@ class Values:
         return self.value_range is None and self.nodata is None
 
     def described(self) -> dict[str, Any]:
-        """What a checkpoint keeps, in plain data: see `PIXEL_CFG`."""
+        """What a checkpoint keeps, in plain data: see `luna_vision.models.factory.PIXEL_CFG`."""
         value_range = DTYPE if self.value_range is None else list(self.value_range)
         return {"value_range": value_range, "nodata": self.nodata, "fill": self.fill}
 
@@ -110,12 +108,12 @@ def parse_value_range(option: str | Sequence[float | str] | None) -> tuple[float
     Raises:
         UserError: It is none of these, or LOW is not below HIGH.
     """
-    if option is None or option in (DTYPE, PERCENTILE):
+    if option is None or isinstance(option, str) and option in (DTYPE, PERCENTILE):
         return option
-    words = option.split() if isinstance(option, str) else list(option)
-    if words in ([DTYPE], [PERCENTILE]):
-        return words[0]
     try:
+        words = option.split() if isinstance(option, str) else list(option)
+        if words in ([DTYPE], [PERCENTILE]):
+            return words[0]
         low, high = (float(word) for word in words)
         if low < high and math.isfinite(low) and math.isfinite(high):
             return low, high
@@ -216,6 +214,7 @@ def missing(array: np.ndarray, nodata: float | None) -> np.ndarray | None:
     """
     if nodata is None or math.isnan(nodata):  # NaN is missing anyhow
         return None
+    nodata = float(nodata)
     if array.dtype.kind == "f":
         value = array.dtype.type(nodata)
         # the largest numbers come from text, which is rounded

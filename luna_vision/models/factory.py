@@ -21,6 +21,8 @@ from .luna_vit import LunaVit
 
 __all__ = [
     "LOCAL",
+    "PIXELS",
+    "PIXEL_CFG",
     "RANDOM_WEIGHTS",
     "build_model",
     "check_arguments",
@@ -38,6 +40,8 @@ RANDOM_WEIGHTS = "random_weights"  # what config.json of an exported folder call
 LOCAL = "local-dir:"  # what the name of a folder begins with, for timm
 # what a checkpoint may say of its images, see `timm_cfg` of the data modules
 IMAGE_CFG = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "num_classes", "label_names")
+PIXEL_CFG = ("value_range", "nodata", "fill")  # likewise, of numbers in files, see `luna_vision.images.values`
+PIXELS = "pixels"  # where config.json of an exported folder has these, which timm does not know
 
 
 def check_model_name(name: str) -> None:
@@ -219,7 +223,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _from_folder(name: str, arguments: dict[str, Any], weights: bool) -> nn.Module:
-    _read_config(_folder(name))
+    pixels = _read_config(_folder(name)).get(PIXELS)
+    pixels = {key: pixels[key] for key in PIXEL_CFG if key in pixels} if isinstance(pixels, dict) else {}
     # with its own head: for another one timm drops it, and then leaves all that the file has not as initialised, too
     own = {key: value for key, value in arguments.items() if not weights or key != "num_classes"}
     try:
@@ -227,6 +232,7 @@ def _from_folder(name: str, arguments: dict[str, Any], weights: bool) -> nn.Modu
     except Exception as error:  # a file that is cut off, and arguments that do not fit it, raise nearly anything
         reason = shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
         raise UserError(f"model {name}: {reason}") from error
+    model.pretrained_cfg = model.pretrained_cfg | pixels
     classes = arguments.get("num_classes", model.num_classes)
     if classes != model.num_classes:
         if classes != 0:
@@ -255,7 +261,7 @@ def training_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
 def image_cfg(run: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of its images, and nothing else that it might have a `pretrained_cfg` say."""
     cfg = run.get("data", {}).get("cfg", {})
-    return {name: cfg[name] for name in IMAGE_CFG if name in cfg}
+    return {name: cfg[name] for name in IMAGE_CFG + PIXEL_CFG if name in cfg}
 
 
 def _exported_training(weights: Path) -> dict[str, Any]:

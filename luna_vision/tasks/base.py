@@ -154,6 +154,7 @@ class TimmTask(LightningModule):
             if self._trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:  # which may be of others
                 run = training_checkpoint(Path(checkpoint))
                 self.check_classes(run, self.trainer.datamodule, checkpoint)
+                adopt_values(run, self.trainer.datamodule)
                 self.label_names = _label_names(run)
             self.load_starting_weights(lambda model: load_weights(model, checkpoint, say=rank_zero_info))
         elif vit:
@@ -181,6 +182,7 @@ class TimmTask(LightningModule):
             checkpoint["lr_schedulers"] = []
         if self._trainer is not None:
             self.check_classes(checkpoint, self.trainer.datamodule, "the checkpoint")
+            adopt_values(checkpoint, self.trainer.datamodule)
         if self._trainer is not None and self.trainer.is_global_zero:  # the sums are those of all ranks
             for name, state in checkpoint.get("epoch_means", {}).items():
                 metric = self._mean("epoch_means", name)
@@ -277,6 +279,12 @@ class TimmTask(LightningModule):
 def _label_names(checkpoint: dict[str, Any]) -> list[str] | None:
     """The names of the classes that a checkpoint notes."""
     return checkpoint.get("data", {}).get("cfg", {}).get("label_names")
+
+
+def adopt_values(checkpoint: dict[str, Any], data: LightningDataModule | None) -> None:
+    """Have the data take the numbers of files as a checkpoint's data did, unless its options say otherwise."""
+    if hasattr(data, "adopt_values"):
+        data.adopt_values(checkpoint.get("data", {}).get("cfg", {}))
 
 
 def log_number(task: LightningModule, name: str, value: float, **options: Any) -> None:

@@ -35,7 +35,7 @@ class Drawing:
         kind: "memory", "features" or "both"; by default what the model has.
         layers, slots, head: As in :func:`luna_vision.visualize.plot_memory`.
         foreground: As in :func:`luna_vision.visualize.plot_features`.
-        max_size, mean, std: As in :func:`luna_vision.visualize.view`.
+        max_size, mean, std, value_range, nodata, fill: As in :func:`luna_vision.visualize.view`.
         warning: A line in red.
     """
 
@@ -47,11 +47,14 @@ class Drawing:
     max_size: int = MAX_SIZE
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
+    value_range: str | Sequence[float] | None = None
+    nodata: float | None = None
+    fill: float | str | None = None
     warning: str = ""
 
     def see(self, model: nn.Module, image: str | np.ndarray) -> View:
         """The image as the model sees it."""
-        return view(model, image, self.max_size, self.mean, self.std)
+        return view(model, image, self.max_size, self.mean, self.std, self.value_range, self.nodata, self.fill)
 
 
 def picture_files(out: Path, files: Sequence[str], single: bool) -> list[Path]:
