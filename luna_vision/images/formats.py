@@ -239,6 +239,7 @@ class PillowImage:
             deep = deep_numbers(self.image)
             # not the PNG's own, which would decode all pixels, before a budget is known, to look for an entry behind
             turned = Image.Image.getexif(self.image).get(ORIENTATION, 1)
+            channels = len(self.image.getbands())
         except MemoryError:
             raise
         except UnidentifiedImageError as error:
@@ -254,7 +255,7 @@ class PillowImage:
         self.shape = (height, width) if bands == 1 else (height, width, bands)
         self.dtype, self.top = (deep.dtype, deep.top) if deep else (np.dtype(np.uint8), None)
         each = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16L": 2, "I;16B": 2}.get(mode, 4)
-        decoding = _DECODING.get(self.image.format, 0) * len(self.image.getbands())
+        decoding = _DECODING.get(self.image.format, 0) * channels
         if self.image.format == "JPEG" and not self.image.info.get("progressive"):
             decoding = 0
         if deep:  # with what it is decoded from, and turned

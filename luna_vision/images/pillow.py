@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-__all__ = ["Deep", "deep_numbers", "open_image_file"]
+__all__ = ["Deep", "deep_numbers", "has_heif", "open_image_file"]
 
 PROGRAMS = ("EPS", "WMF")  # which Pillow hands to Ghostscript and to Windows
 _BIT_DEPTH, _COLOUR = 24, 25  # of a PNG, where they are in the file

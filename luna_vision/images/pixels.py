@@ -11,7 +11,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from ..utils.errors import one_line
+from ..utils.errors import UserError, one_line
 from .transforms import per_channel
 from .values import Levels, Values, check_bands, to_unit, type_range
 
@@ -66,19 +66,21 @@ class Pixels:
         Raises:
             ValueError: Another shape, type or number of channels, or no pixels.
         """
-        shape = tuple(getattr(image, "shape", ()))
+        shape, self.name = tuple(getattr(image, "shape", ())), str(getattr(image, "file", "the image"))
         if len(shape) not in (2, 3) or min(shape) < 1:
-            raise ValueError(f"an image must have shape (height, width) or (height, width, channels), got {shape}")
+            raise ValueError(f"{self.name} must have shape (height, width) or (height, width, channels), got {shape}")
         channels = shape[2] if len(shape) == 3 else 1
         if shape[0] in (1, 3, 4) and len(shape) == 3 and channels not in (1, 3, in_chans):
-            raise ValueError(f"channels come last: an image of shape {shape} has {channels} of them")
-        self.name = str(getattr(image, "file", "the image"))
+            raise ValueError(f"channels come last: {self.name} of shape {shape} has {channels} of them")
         check_bands(channels, in_chans, self.name)
         self.dtype = _dtype(image).newbyteorder("=")
         self.values = values or Values(mean=tuple(mean))
         self.top, self.nodata = getattr(image, "top", None), getattr(image, "nodata", None)
         if self.values.value_range is None:
-            type_range(self.dtype, self.top)  # which refuses what no range is known of
+            try:
+                type_range(self.dtype, self.top)  # which refuses what no range is known of
+            except UserError as error:
+                raise UserError(f"{self.name}: {error}") from error
         self.levels = Levels(self.name, default=self.values.value_range is None)
         self.image, self.shape, self.channels, self.in_chans = image, shape, channels, in_chans
         self.step = _rows_of_chunks(image)
