@@ -25,6 +25,7 @@ from tqdm import tqdm
 import luna_vision
 from luna_vision.images import find_files
 from luna_vision.utils.files import check_output
+from luna_vision.utils.progress import progress_bar
 
 from ._features import Extractor
 from ._parts import WRITERS, PartFolder, describe
@@ -61,7 +62,7 @@ def embed_images(model: nn.Module, paths: Paths, settings: Settings | None = Non
         model: A timm model, on its device; it is put in eval mode.
         paths: Files, and folders that are searched for images.
         settings: How images are read and what is wanted of them.
-        progress: Show a progress bar on stderr, if that is a terminal.
+        progress: Show a progress bar on stderr or, if that is no terminal, a line from time to time.
 
     Raises:
         ValueError: There are no images, not one of them can be used, or what is wanted does not go with the model.
@@ -144,8 +145,7 @@ def check_target(out: Path, overwrite: bool) -> None:
 
 
 def _bar(total: int, done: int, progress: bool) -> tqdm:
-    # None: only on a terminal
-    return tqdm(total=total, initial=done, desc="embedding", unit="image", disable=None if progress else True)
+    return progress_bar(show=progress, total=total, initial=done, desc="embedding", unit="image")
 
 
 def _about(extractor: Extractor, files: list[str], settings: Settings) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from luna_vision.data.base import hold_out
+from luna_vision.utils.progress import progress_bar
 
 from ._features import Extractor
 from ._probe_data import DATA, ProbeData, check_classes, open_data
@@ -133,7 +133,7 @@ def extract_features(
     extractor = Extractor(model)
     features: list[np.ndarray] = []
     labels: list[np.ndarray] = []
-    for images, targets in tqdm(loader, desc=name, unit="batch", disable=None if progress else True):
+    for images, targets in progress_bar(loader, progress, desc=name, unit="batch"):
         features += [found.embedding for found in extractor(images)]
         labels.append(targets.numpy())
     if not features:
@@ -175,7 +175,7 @@ def knn_accuracy(
     classifier = KNeighborsClassifier(k, weights=weights, algorithm="brute", metric="cosine")
     classifier.fit(train_features, train_labels)
     correct = 0
-    for start in tqdm(range(0, len(test_features), TEST_CHUNK), desc="kNN", disable=None if progress else True):
+    for start in progress_bar(range(0, len(test_features), TEST_CHUNK), progress, desc="kNN", unit="step"):
         chunk = slice(start, start + TEST_CHUNK)
         correct += int((classifier.predict(test_features[chunk]) == test_labels[chunk]).sum())
     return correct / len(test_features)
@@ -204,7 +204,7 @@ def linear_probe_accuracy(
         raise ValueError("a linear classifier needs two classes, and all training images are of one")
     kept, held = hold_out(train_labels, HELD_OUT)
     held_out = {}
-    for c in tqdm(c_grid, desc="linear", unit="fit", disable=None if progress else True):
+    for c in progress_bar(c_grid, progress, desc="linear", unit="fit"):
         model = _fit(train_features[kept], train_labels[kept], c)
         held_out[c] = model.score(train_features[held], train_labels[held])
     best = max(held_out, key=lambda c: (held_out[c], -c))

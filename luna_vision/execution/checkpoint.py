@@ -88,6 +88,11 @@ class Checkpoint:
         with new_file(self.path) as file:
             file.write(save(state.tensors(), {"about": json.dumps(self.about), **place}))
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is a state to go on from."""
+        return self.path.exists()
+
     def remove(self) -> None:
         """Remove what is here, and the folder if that was all."""
         self.patches.unlink(missing_ok=True)  # first: a state without patches counts for nothing

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import luna_vision
 
@@ -21,6 +20,7 @@ from ..images.values import model_values
 from ..models import LunaVit
 from ..models.luna_vit import initial_memory
 from ..utils.fingerprint import describe
+from ..utils.progress import progress_bar
 from .check import check_model
 from .checkpoint import Checkpoint
 from .grid import Grid, check_apart, check_grid
@@ -100,7 +100,7 @@ def encode(
             not depend on it, but for rounding.
         grid: A .npy or .zarr file for the patches after the final norm, (H', W', C). What is there is replaced in the
             end, a .zarr folder as a whole.
-        progress: Show a progress bar on stderr, if that is a terminal.
+        progress: Show a progress bar on stderr or, if that is no terminal, a line from time to time.
         save: Called with the result before the store is emptied, to keep it: if that fails, the same call goes on from
             there.
 
@@ -137,24 +137,24 @@ def encode(
         about = _about(model, pixels, statistics, start.memory, store_dtype, band_rows, grid)
         checkpoint = Checkpoint(Path(store), about)
         band = checkpoint.band or band
-    plan = make_plan(model, pixels, grid_size, store_dtype, store is not None, budget, band)
-    if checkpoint is not None:  # only now that there is room for pixels
-        checkpoint.expect({"image": hashlib.sha256(pixels.raw(0, 1).tobytes()).hexdigest()})
-    resume = checkpoint is not None and checkpoint.band is not None
-    state = checkpoint.load(parameter.device) if resume else start
-    shape = grid_size[0] + plan.margin, grid_size[1] * model.embed_dim, store_dtype
-    rows = RamRows(*shape) if checkpoint is None else FileRows(checkpoint.patches, *shape, resume=resume)
-    # killed when the grid had its name, and before the store was removed
-    at_end = (state.sweep, state.row) == (len(model.blocks), grid_size[0])
-    out = None
+    rows = out = None
     try:
+        plan = make_plan(model, pixels, grid_size, store_dtype, store is not None, budget, band)
+        if checkpoint is not None:  # only now that there is room for pixels
+            checkpoint.expect({"image": hashlib.sha256(pixels.raw(0, 1).tobytes()).hexdigest()})
+        resume = checkpoint is not None and checkpoint.band is not None
+        state = checkpoint.load(parameter.device) if resume else start
+        shape = grid_size[0] + plan.margin, grid_size[1] * model.embed_dim, store_dtype
+        rows = RamRows(*shape) if checkpoint is None else FileRows(checkpoint.patches, *shape, resume=resume)
+        # killed when the grid had its name, and before the store was removed
+        at_end = (state.sweep, state.row) == (len(model.blocks), grid_size[0])
         if grid is not None and not (at_end and Grid.is_finished(Path(grid))):
             out = Grid(Path(grid), (*grid_size, model.embed_dim), parameter.dtype, plan.band, resume)
         ring = Ring(rows, grid_size[0], grid_size[1], plan.margin)
         engine = Engine(model, pixels, grid_size, plan.band, ring, state, out)
         done = state.sweep * grid_size[0] + state.row
         total = engine.sweeps * grid_size[0]
-        with tqdm(total=total, initial=done, desc="encoding", unit="row", disable=None if progress else True) as bar:
+        with progress_bar(show=progress, total=total, initial=done, desc="encoding", unit="row") as bar:
 
             def after_band(state: State, new: int) -> None:
                 if checkpoint is not None:
@@ -170,10 +170,17 @@ def encode(
             save(result)
         if out is not None:
             out.finish()
+    except BaseException:
+        if checkpoint is None or not checkpoint.is_begun:  # nothing that the same call could go on with
+            if out is not None:
+                out.discard()
+            if checkpoint is not None:
+                checkpoint.remove()
+        raise
     finally:
-        rows.close()
-        if out is not None:
-            out.close()
+        for opened in (rows, out):
+            if opened is not None:
+                opened.close()
     if checkpoint is not None:
         checkpoint.remove()
     return result

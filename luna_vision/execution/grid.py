@@ -65,7 +65,11 @@ class Grid:
         header = npy_header(shape, np.dtype(name))
         self.rows = FileRows(self.partial, shape[0], shape[1] * shape[2], self.dtype, len(header), resume)
         self.rows.file.seek(0)
-        write_all(self.rows.file, memoryview(header))
+        try:
+            write_all(self.rows.file, memoryview(header))
+        except OSError as error:
+            self.discard()
+            raise OSError(f"cannot write {self.partial}: {error.strerror}") from error
 
     def write(self, start: int, x: Tensor) -> None:
         """Write rows (n, W', C) from `start` on."""
@@ -91,6 +95,11 @@ class Grid:
     def is_finished(path: Path) -> bool:
         """Whether a run that has written all rows has given the file its name, too."""
         return path.exists() and not _partial(path).exists()
+
+    def discard(self) -> None:
+        """Leave nothing of a file that nobody goes on with."""
+        self.close()
+        remove(self.partial)
 
     def finish(self) -> None:
         """Give the complete file its name."""

@@ -114,7 +114,10 @@ class FileRows:
             raise OSError(f"cannot write {self.path}: {error.strerror}") from error
 
     def sync(self) -> None:
-        os.fsync(self.file.fileno())
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as error:  # a disk may be full only now
+            raise OSError(f"cannot write {self.path}: {error.strerror}") from error
 
     def close(self) -> None:
         self.file.close()

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from luna_vision.images.decode import SampleError
 from luna_vision.utils.errors import one_line
 from luna_vision.utils.files import check_folder, save_figure
+from luna_vision.utils.progress import progress_bar
 from luna_vision.utils.text import printable
 
 from .features import FeatureColors, feature_maps, thinned
@@ -185,5 +186,4 @@ def _draw(model: nn.Module, seen: View, kind: str, fitted: dict[int, FeatureColo
 
 
 def _bar(files: Sequence[str], name: str) -> tqdm:
-    # None: only on a terminal
-    return tqdm(files, desc=name, unit="image", disable=None if len(files) > 1 else True)
+    return progress_bar(files, len(files) > 1, desc=name, unit="image")
