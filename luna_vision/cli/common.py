@@ -134,12 +134,12 @@ def add_statistics_options(group: Any, help: str) -> None:
 
 def add_value_options(group: Any, percentile: str = "") -> None:
     """--value-range, --nodata and --fill, which `value_options` reads; `percentile` says of what images, if of any."""
-    choice = f", or percentile: the 2nd and 98th of {percentile}" if percentile else ""
+    choice = f", or percentile, the 2nd and 98th of {percentile}" if percentile else ""
     group.add_argument(
         "--value-range",
         nargs="+",
         metavar="X",
-        help="what numbers in files become 0 and 1: LOW HIGH, or dtype: what their type can hold, and 0 1 of floating "
+        help="what numbers in files become 0 and 1: LOW HIGH, or dtype, what their type can hold, and 0 1 of floating "
         f"point{choice} (default: that of the checkpoint's training, else dtype)",
     )
     group.add_argument(

@@ -85,7 +85,7 @@ def walk(root: str | os.PathLike, on_error: Callable[[OSError], object] | None =
                 here.images.append(entry.path)
                 here.dangling.extend([entry.path] * (kind == "nothing"))
             elif kind != "hidden":
-                here.others[_suffix(entry.name) if kind in ("file", "nothing") else "no file"] += 1
+                here.others[_suffix(entry.name) if kind in ("file", "nothing") else "not a file"] += 1
         yield here._replace(hidden=hidden)
 
 

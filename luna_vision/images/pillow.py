@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any, BinaryIO, NamedTuple
@@ -58,7 +59,7 @@ def deep_numbers(image: Image.Image) -> Deep | None:
     """
     if image.format == "TIFF":
         _check_tiff(image)
-    reader = {"PNG": _png, "PPM": _ppm, "JPEG2000": _jpeg2000}.get(image.format)
+    reader = {"PNG": _png, "PPM": _ppm, "JPEG2000": _jpeg2000, "FITS": _fits}.get(image.format)
     deep = reader(image) if reader else None
     return deep or _mode(image)
 
@@ -141,6 +142,30 @@ def _jpeg2000(image: Image.Image) -> Deep | None:
     decode = _codec("jpeg2k_decode", "a JPEG 2000 of more than 8 bits")
     top = None if signed or bits == 16 else float(2**bits - 1)
     return Deep(bands, np.dtype(np.int16 if signed else np.uint16), top, lambda: decode(_content(image)))
+
+
+def _fits(image: Image.Image) -> Deep | None:
+    """Integers with signs, scaled as the header says; Pillow gives them without signs, and not scaled."""
+    image.fp.seek(0)
+    head = image.fp.read(2**18)
+    scale, zero = (_fits_number(head, key, default) for key, default in ((b"BSCALE", 1.0), (b"BZERO", 0.0)))
+    if not image.mode.startswith("I;16") and (scale, zero) == (1.0, 0.0):
+        return None
+    if image.mode in ("I", "F", "L") or (scale, zero) not in ((1.0, 0.0), (1.0, 32768.0)):
+        raise ValueError("a FITS with BSCALE or BZERO is read of 16-bit integers without signs alone")
+    dtype = np.dtype(np.uint16 if zero else np.int16)
+
+    def read() -> np.ndarray:
+        image.load()
+        numbers = np.asarray(image).astype(np.uint16, copy=False)
+        return numbers ^ np.uint16(0x8000) if zero else numbers.view(np.int16)
+
+    return Deep(1, dtype, None, read)
+
+
+def _fits_number(head: bytes, key: bytes, default: float) -> float:
+    found = re.search(rb"(?:^|[ \n])" + key.ljust(8) + rb"= *([-+.\dEeDd]+)", head)
+    return float(found[1].replace(b"D", b"E")) if found else default
 
 
 def _check_tiff(image: Image.Image) -> None:

@@ -241,6 +241,14 @@ def ppm(path: Path, array: np.ndarray, top: int) -> None:
     path.write_bytes(head.encode() + array.astype(">u2").tobytes())
 
 
+def fits(path: Path, array: np.ndarray, **more: int) -> None:
+    """FITS begins with the lowest row."""
+    height, width = array.shape
+    keys = {"SIMPLE": "T", "BITPIX": 16, "NAXIS": 2, "NAXIS1": width, "NAXIS2": height, **more}
+    head = "".join(f"{key:8}= {value:>20}".ljust(80) for key, value in keys.items()) + "END".ljust(80)
+    path.write_bytes(head.ljust(2880).encode() + np.ascontiguousarray(array[::-1]).tobytes())
+
+
 def deep_files(folder: Path) -> dict[str, tuple[Path, np.ndarray, float]]:
     """Files of every kind that holds more than 8 bits, their numbers (H, W[, 3]), and what becomes 1."""
     grey = RNG.integers(0, 65536, (37, 50), dtype=np.uint16)
@@ -269,6 +277,9 @@ def deep_files(folder: Path) -> dict[str, tuple[Path, np.ndarray, float]]:
     ppm(add("ten.ppm", rgb >> 6, 1023), rgb >> 6, 1023)
     jpeg2000(add("grey.jp2", grey, 65535), grey)
     jpeg2000(add("rgb.jp2", rgb, 65535), rgb)
+    fits(add("unsigned.fits", grey, 65535), (grey ^ 0x8000).astype(">i2"), BZERO=32768)
+    fits(add("signed.fits", grey >> 1, 1), (grey >> 1).astype(">i2"))
+    files["signed.fits"] = folder / "signed.fits", (grey >> 1) + 32768.0, 65535
     np.save(add("a.npy", rgb, 65535), rgb)
     np.save(add("big.npy", grey, 65535), grey.astype(">u2"))
     return files
