@@ -10,7 +10,7 @@ Shapes: H, W pixels, n rows, c bands of a file, C channels of a model.
 
 import logging
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,7 +43,7 @@ FEW_LEVELS = 1 / 8  # of the range: an image that lies within less of it is told
 NAMED_FILES = 5  # that one process names for each kind of warning
 
 logger = logging.getLogger(__name__)
-warned: Counter[str] = Counter()  # how many files of each kind this process has named
+warned: defaultdict[str, set[str]] = defaultdict(set)  # what this process has said, by kind
 
 
 @dataclass
@@ -111,7 +111,7 @@ def parse_value_range(option: str | Sequence[float | str] | None) -> tuple[float
     if option is None or isinstance(option, str) and option in (DTYPE, PERCENTILE):
         return option
     try:
-        words = option.split() if isinstance(option, str) else list(option)
+        words = option.strip("[]()").replace(",", " ").split() if isinstance(option, str) else list(option)
         if words in ([DTYPE], [PERCENTILE]):
             return words[0]
         low, high = (float(word) for word in words)
@@ -339,11 +339,12 @@ class Levels:
 
 
 def _warn(kind: str, text: str) -> None:
-    """Log a warning about a file, of each kind for a few files only."""
-    warned[kind] += 1
-    if warned[kind] <= NAMED_FILES:
-        more = "; further files are not named" if warned[kind] == NAMED_FILES else ""
-        logger.warning(printable(text + more))
+    """Log a warning about a file once, and of each kind for a few files only."""
+    if text in warned[kind] or len(warned[kind]) == NAMED_FILES:
+        return
+    warned[kind].add(text)
+    more = "; further files are not named" if len(warned[kind]) == NAMED_FILES else ""
+    logger.warning(printable(text + more))
 
 
 def percentile_range(

@@ -3,7 +3,7 @@
 Not a test of pytest's: it takes minutes (tests/images/test_damaged.py does a few hundred files with a fixed seed). A
 damaged file gives pixels, or an error of one line that names it; or there is no room for it. Anything else, a traceback
 of a decoder, a process that dies or that takes longer than a minute for a file, is printed, kept and ends in exit
-code 1. The counts are written to --out, which docs/reliability.md is about.
+code 1. The counts are written to --out, which docs/pixels.md is about.
 """
 
 import argparse
