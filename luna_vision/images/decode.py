@@ -17,11 +17,12 @@ from ..utils.errors import UserError, one_line
 from .limits import pixel_limit
 from .npy import MAGIC as NPY
 from .npy import read_npy
-from .pillow import deep_numbers, open_image_file
+from .pillow import deep_numbers, nodata_of, open_image_file
 from .tiff import NotReadHere, Turn, is_tiff, missing_library, read_tiff
 from .values import Levels, Raster, Values, to_unit
 
 __all__ = [
+    "GREY",
     "MODES",
     "ORIENTATION",
     "SampleError",
@@ -35,6 +36,7 @@ __all__ = [
 
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's name of an image, by the number of channels that a model wants
+GREY = ("1", "L", "LA", "La")  # Pillow's names of what is grey
 ORIENTATION = 0x0112  # of EXIF
 
 
@@ -86,16 +88,19 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int | None = None) -> Im
                 file.seek(0)
                 kind = f"it has {error}, and Pillow does not read it: "
         with _open(file, max_pixels) as image:
-            deep = deep_numbers(image)
+            deep, nodata = deep_numbers(image), nodata_of(image)
             if deep is not None:
                 if image.width * image.height > limit:  # which decoders other than Pillow's do not know
                     raise ValueError(f"{image.width} x {image.height} pixels are more than {limit}")
                 array = deep.read()
                 # not the PNG's own, which would have Pillow decode it as well
                 turn = Turn.of(Image.Image.getexif(image).get(ORIENTATION, 1))
-                return Raster(np.ascontiguousarray(turn(array)), deep.top, name=name)
+                return Raster(np.ascontiguousarray(turn(array)), deep.top, nodata, name)
             image.load()
-            return ImageOps.exif_transpose(image)
+            upright = ImageOps.exif_transpose(image)
+            if nodata is None:
+                return upright
+            return Raster(np.asarray(plain(upright, image.mode in GREY)), nodata=nodata, name=name)
     except MemoryError:
         raise
     except UnidentifiedImageError as error:  # whose message names the stream, not the file
@@ -145,7 +150,7 @@ def to_raster(image: Image.Image | np.ndarray | Raster) -> Raster:
         return Raster(np.asarray(image).astype(np.uint16, copy=False))
     if image.mode in ("I", "F"):
         return Raster(np.asarray(image))
-    return Raster(np.asarray(plain(image, grey=image.mode in ("1", "L", "LA", "La"))))
+    return Raster(np.asarray(plain(image, grey=image.mode in GREY)))
 
 
 def plain(image: Image.Image, grey: bool) -> Image.Image:

@@ -17,11 +17,11 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..utils.errors import UserError, one_line
-from .decode import ORIENTATION, plain
+from .decode import GREY, ORIENTATION, plain
 from .limits import pixel_limit
 from .npy import MAGIC as NPY
 from .npy import read_header
-from .pillow import deep_numbers, open_image_file
+from .pillow import deep_numbers, nodata_of, open_image_file
 from .tiff import Kind, NotReadHere, Turn, check_axes, is_tiff, open_tiff
 
 __all__ = ["ChunkedImage", "NpyImage", "PillowImage", "open_image"]
@@ -249,7 +249,7 @@ class PillowImage:
         self.path, self.deep, self.turn, self.numbers = path, deep, Turn.of(turned), None
         self.identity, self.loaded = "", False
         mode = self.image.mode
-        self.grey = mode in ("1", "L", "LA", "La")
+        self.grey, self.nodata = mode in GREY, nodata_of(self.image)
         height, width = self.image.size[::-1] if not self.turn.transposed else self.image.size
         bands = deep.bands if deep else 1 if self.grey else 3
         self.shape = (height, width) if bands == 1 else (height, width, bands)

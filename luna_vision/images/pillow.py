@@ -10,12 +10,13 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-__all__ = ["Deep", "deep_numbers", "has_heif", "open_image_file"]
+__all__ = ["Deep", "deep_numbers", "has_heif", "nodata_of", "open_image_file"]
 
 PROGRAMS = ("EPS", "WMF")  # which Pillow hands to Ghostscript and to Windows
 _BIT_DEPTH, _COLOUR = 24, 25  # of a PNG, where they are in the file
 _SIZ = b"\xff\x4f\xff\x51"  # what a JPEG 2000 codestream begins with
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT, _EXTRA_SAMPLES, _SAMPLES = 258, 262, 339, 338, 277
+_NODATA = 42113
 
 
 class Deep(NamedTuple):
@@ -62,6 +63,16 @@ def deep_numbers(image: Image.Image) -> Deep | None:
     reader = {"PNG": _png, "PPM": _ppm, "JPEG2000": _jpeg2000, "FITS": _fits}.get(image.format)
     deep = reader(image) if reader else None
     return deep or _mode(image)
+
+
+def nodata_of(image: Image.Image) -> float | None:
+    """The number that GDAL's tag of a TIFF names for no data, where it is one of the numbers that Pillow gives."""
+    if image.format != "TIFF" or image.mode in ("P", "PA", "CMYK", "YCbCr", "LAB"):
+        return None
+    try:
+        return float(str(image.tag_v2.get(_NODATA)).strip("\0 "))
+    except ValueError:  # there is none
+        return None
 
 
 def _mode(image: Image.Image) -> Deep | None:

@@ -12,8 +12,9 @@ import pytest
 import tifffile
 import torch
 from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_image
 
-from luna_vision.images import open_image
+from luna_vision.images import decode, open_image
 from luna_vision.images.decode import SampleError, plain, read_image, to_channels, to_raster
 from luna_vision.images.pixels import Pixels
 from luna_vision.images.transforms import to_tensor
@@ -209,3 +210,68 @@ def test_every_kind_of_tiff_is_read_alike(photometric: str, tmp_path: Path):
 @pytest.mark.parametrize("seed", range(2, 10))
 def test_every_kind_of_tiff_is_read_alike_in_other_draws(seed: int, tmp_path: Path):
     differ(tmp_path / "a.tif", KINDS, seed)
+
+
+@pytest.mark.parametrize("compression", ["jpeg", "tiff_lzma", "group4", "tiff_lzw", "tiff_adobe_deflate"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "YCbCr", "LAB", "I;16"])
+def test_files_that_pillow_writes(mode: str, compression: str, photo: np.ndarray, tmp_path: Path):
+    """Some of them by compressions and colours that only Pillow reads, as a whole."""
+    image = Image.fromarray(photo[:, :, 0].astype(np.uint16) * 200) if mode == "I;16" else None
+    image = image or Image.fromarray(photo).convert("L" if mode == "1" else "RGB").convert(mode)
+    path = tmp_path / "a.tif"
+    try:
+        image.save(path, compression=compression)
+    except OSError:
+        pytest.skip("not written")
+    whole = to_raster(read_image(path)).array
+    assert whole.dtype == (np.uint16 if mode == "I;16" else np.uint8)
+    np.testing.assert_array_equal(np.asarray(open_image(path)[0 : len(whole)]).reshape(whole.shape), whole)
+    with Image.open(path) as opened:
+        opened.load()
+        expected = np.asarray(opened if mode == "I;16" else plain(opened, mode in ("1", "L")))
+    np.testing.assert_array_equal(whole.squeeze(), expected)
+
+
+@pytest.fixture(scope="module")
+def photo() -> np.ndarray:
+    return load_sample_image("china.jpg")[100:163, 200:271]
+
+
+@pytest.mark.parametrize("name", ["jpeg", "jpeg2000", "webp"])
+@pytest.mark.parametrize("tile", [None, (32, 32)])
+def test_tiles_that_are_images(name: str, tile, photo: np.ndarray, tmp_path: Path):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, photo, photometric="rgb", compression=name, tile=tile, rowsperstrip=16, metadata=None)
+    whole = np.asarray(read_image(path))
+    np.testing.assert_array_equal(open_image(path)[0:63], whole)
+    assert np.abs(whole.astype(int) - photo).mean() < 10
+    if name == "jpeg":
+        np.testing.assert_array_equal(whole, pillow(path))
+
+
+def test_without_the_libraries_pillow_reads_what_it_reads_rightly(photo, tmp_path, monkeypatch):
+    tags = {"extratags": [(42113, 2, 2, "0", True)]}
+    deep, four = photo.astype(np.uint16) * 257, np.concatenate([photo, photo[..., :1]], 2)
+    files = {
+        "rgb.tif": (photo, {"photometric": "rgb"}),
+        "grey.tif": (photo[..., 0], {"photometric": "minisblack"}),
+        "deep.tif": (deep[..., 0], {"photometric": "minisblack"}),
+        "twelve.tif": (deep[..., 0] >> 4, {"photometric": "minisblack", "bitspersample": 12}),
+        "nodata.tif": (photo[..., 0], {"photometric": "minisblack", **tags}),
+        "deep-rgb.tif": (deep, {"photometric": "rgb"}),
+        "inverted.tif": (deep[..., 0], {"photometric": "miniswhite"}),
+        "signed.tif": ((photo[..., 0].astype(int) - 128).astype(np.int8), {"photometric": "minisblack"}),
+        "bands.tif": (four, {"photometric": "rgb", "extrasamples": ["unspecified"]}),
+    }
+    for name, (array, options) in files.items():
+        tifffile.imwrite(tmp_path / name, array, metadata=None, **options)
+    wanted = {name: to_raster(read_image(tmp_path / name)) for name in files}
+    monkeypatch.setattr(decode, "missing_library", lambda: "tifffile")
+    for name in files:
+        if name in ("deep-rgb.tif", "inverted.tif", "signed.tif", "bands.tif"):
+            with pytest.raises(SampleError, match=name):
+                read_image(tmp_path / name)
+            continue
+        found, want = to_raster(read_image(tmp_path / name)), wanted[name]
+        np.testing.assert_array_equal(found.array, want.array)
+        assert (found.top, found.nodata) == (want.top, want.nodata), name
