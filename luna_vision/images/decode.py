@@ -17,14 +17,13 @@ from ..utils.errors import UserError, one_line
 from .limits import pixel_limit
 from .npy import MAGIC as NPY
 from .npy import read_npy
-from .pillow import deep_numbers, nodata_of, open_image_file
+from .pillow import deep_numbers, nodata_of, open_image_file, orientation_of
 from .tiff import NotReadHere, Turn, is_tiff, missing_library, read_tiff
 from .values import Levels, Raster, Values, to_unit
 
 __all__ = [
     "GREY",
     "MODES",
-    "ORIENTATION",
     "SampleError",
     "decode_image",
     "plain",
@@ -37,7 +36,6 @@ __all__ = [
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's name of an image, by the number of channels that a model wants
 GREY = ("1", "L", "LA", "La")  # Pillow's names of what is grey
-ORIENTATION = 0x0112  # of EXIF
 
 
 class SampleError(UserError):
@@ -92,10 +90,8 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int | None = None) -> Im
             if deep is not None:
                 if image.width * image.height > limit:  # which decoders other than Pillow's do not know
                     raise ValueError(f"{image.width} x {image.height} pixels are more than {limit}")
-                array = deep.read()
-                # not the PNG's own, which would have Pillow decode it as well
-                turn = Turn.of(Image.Image.getexif(image).get(ORIENTATION, 1))
-                return Raster(np.ascontiguousarray(turn(array)), deep.top, nodata, name)
+                turn = Turn.of(orientation_of(image))
+                return Raster(np.ascontiguousarray(turn(deep.read())), deep.top, nodata, name)
             image.load()
             upright = ImageOps.exif_transpose(image)
             if nodata is None:

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ImageOps, UnidentifiedImageError
 
 from ..utils.errors import UserError, one_line
-from .decode import GREY, ORIENTATION, plain
+from .decode import GREY, plain
 from .limits import pixel_limit
 from .npy import MAGIC as NPY
 from .npy import read_header
-from .pillow import deep_numbers, nodata_of, open_image_file
+from .pillow import deep_numbers, nodata_of, open_image_file, orientation_of
 from .tiff import Kind, NotReadHere, Turn, check_axes, is_tiff, open_tiff
 
 __all__ = ["ChunkedImage", "NpyImage", "PillowImage", "open_image"]
@@ -237,8 +237,7 @@ class PillowImage:
             with pixel_limit(None):  # large images, and large bands of them, are what this is for
                 self.image = open_image_file(path)
             deep = deep_numbers(self.image)
-            # not the PNG's own, which would decode all pixels, before a budget is known, to look for an entry behind
-            turned = Image.Image.getexif(self.image).get(ORIENTATION, 1)
+            turned = orientation_of(self.image)
             channels = len(self.image.getbands())
         except MemoryError:
             raise

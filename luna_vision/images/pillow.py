@@ -10,9 +10,10 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-__all__ = ["Deep", "deep_numbers", "has_heif", "nodata_of", "open_image_file"]
+__all__ = ["Deep", "deep_numbers", "has_heif", "nodata_of", "open_image_file", "orientation_of"]
 
 PROGRAMS = ("EPS", "WMF")  # which Pillow hands to Ghostscript and to Windows
+ORIENTATION = 0x0112  # of EXIF
 _BIT_DEPTH, _COLOUR = 24, 25  # of a PNG, where they are in the file
 _SIZ = b"\xff\x4f\xff\x51"  # what a JPEG 2000 codestream begins with
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT, _EXTRA_SAMPLES, _SAMPLES = 258, 262, 339, 338, 277
@@ -63,6 +64,23 @@ def deep_numbers(image: Image.Image) -> Deep | None:
     reader = {"PNG": _png, "PPM": _ppm, "JPEG2000": _jpeg2000, "FITS": _fits}.get(image.format)
     deep = reader(image) if reader else None
     return deep or _mode(image)
+
+
+def orientation_of(image: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8, of an image that is open and perhaps not decoded yet.
+
+    A PNG may have it behind its pixels, where Pillow finds it only by decoding them.
+    """
+    if image.format == "PNG" and "exif" not in image.info and image.fp is not None:
+        at, size = 8, image.fp.seek(0, os.SEEK_END)
+        while at + 8 <= size:
+            image.fp.seek(at)
+            length, kind = int.from_bytes(image.fp.read(4)), image.fp.read(4)
+            if kind == b"eXIf" and at + 12 + length <= size:
+                image.info["exif"] = b"Exif\0\0" + image.fp.read(length)
+                break
+            at += 12 + length
+    return Image.Image.getexif(image).get(ORIENTATION, 1)  # not the PNG's own, which decodes
 
 
 def nodata_of(image: Image.Image) -> float | None:

@@ -1,6 +1,8 @@
 """Numbers in files keep their meaning, and every command makes the same pixels of the same file."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import imagecodecs
@@ -468,3 +470,29 @@ def test_a_deep_image_is_resized_and_cut_as_a_photograph_is():
         eight = EvalTransform(3, (24, 32), crop_pct=crop_pct, mean=(0.0,) * 3, std=(1.0,) * 3)
         deep = EvalTransform(3, (24, 32), crop_pct=crop_pct, mean=(0.0,) * 3, std=(1.0,) * 3, values=Values((0, 255)))
         torch.testing.assert_close(eight(photo), deep(photo), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "I;16", "rgb of 16 bits"])
+def test_a_png_may_say_behind_its_pixels_that_it_lies_on_its_side(mode, tmp_path):
+    numbers = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    if mode == "RGB":
+        Image.fromarray(numbers).save(buffer, "png")
+    elif mode == "I;16":
+        numbers = numbers[..., 0].astype(np.uint16)
+        Image.fromarray(numbers).save(buffer, "png")
+    else:
+        numbers = numbers.astype(np.uint16)
+        buffer.write(imagecodecs.png_encode(numbers))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(data)) + b"eXIf" + data + struct.pack(">I", zlib.crc32(b"eXIf" + data))
+    content = buffer.getvalue()
+    (tmp_path / "a.png").write_bytes(content[:-12] + chunk + content[-12:])
+    upright = np.rot90(numbers, -1)
+    whole = read_image(tmp_path / "a.png")
+    np.testing.assert_array_equal(np.squeeze(whole.array if isinstance(whole, Raster) else whole), upright)
+    image = open_image(tmp_path / "a.png")
+    assert image.shape == upright.shape
+    np.testing.assert_array_equal(np.concatenate([image[0:7], image[7:30]]), upright)

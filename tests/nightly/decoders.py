@@ -277,7 +277,7 @@ def main() -> int:
         if not name.startswith(args.only):
             continue
         folder = Path(tempfile.mkdtemp(prefix="decoders-"))
-        process = multiprocessing.get_context("spawn").Process(
+        process = multiprocessing.get_context("fork").Process(
             target=work, args=(name, content, args.seed, args.seconds, folder)
         )
         process.start()
