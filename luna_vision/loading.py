@@ -11,7 +11,8 @@ from torch import nn
 from .downstream.detection import detector_of
 from .downstream.segmentation import segmenter_of
 from .images.decode import MODES
-from .images.transforms import EvalTransform
+from .images.transforms import EvalTransform, per_channel
+from .images.values import model_values
 from .models import unwrap_state_dict
 from .models.factory import LOCAL, load_model, training_checkpoint
 
@@ -85,4 +86,5 @@ def _transform_of(model: nn.Module) -> EvalTransform | None:
     if in_chans not in MODES or not (squash or cfg["crop_mode"] == "center"):
         return None
     crop_pct = None if squash else cfg["crop_pct"]
-    return EvalTransform(in_chans, tuple(size), cfg["mean"], cfg["std"], crop_pct, cfg["interpolation"])
+    values = model_values(model.pretrained_cfg, per_channel("mean", cfg["mean"], in_chans))
+    return EvalTransform(in_chans, tuple(size), cfg["mean"], cfg["std"], crop_pct, cfg["interpolation"], values)

@@ -22,12 +22,14 @@ __all__ = [
     "Parser",
     "add_model_options",
     "add_statistics_options",
+    "add_value_options",
     "at_least",
     "load",
     "model_options",
     "named",
     "pairs",
     "run_command",
+    "value_options",
 ]
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -128,6 +130,35 @@ def add_statistics_options(group: Any, help: str) -> None:
     """Add --mean and --std; `help` says how many numbers they take, and the default."""
     group.add_argument("--mean", type=float, nargs="+", metavar="X", help=f"of pixels in [0, 1], {help}")
     group.add_argument("--std", type=float, nargs="+", metavar="X", help="likewise")
+
+
+def add_value_options(group: Any, percentile: str = "") -> None:
+    """--value-range, --nodata and --fill, which `value_options` reads; `percentile` says of what images, if of any."""
+    choice = f", or percentile, the 2nd and 98th of {percentile}" if percentile else ""
+    group.add_argument(
+        "--value-range",
+        nargs="+",
+        metavar="X",
+        help="what numbers in files become 0 and 1: LOW HIGH, or dtype, what their type can hold, and 0 1 of floating "
+        f"point{choice} (default: that of the checkpoint's training, else dtype)",
+    )
+    group.add_argument(
+        "--nodata", type=float, metavar="X", help="a number that means no data, besides that which a file names"
+    )
+    group.add_argument(
+        "--fill", metavar="X", help="what missing numbers and NaN become: mean, error or a number (default: mean)"
+    )
+
+
+def value_options(args: Namespace) -> dict[str, Any]:
+    """What the options of `add_value_options` say, as the arguments of these names."""
+    from ..images.values import parse_fill, parse_value_range
+
+    return {
+        "value_range": parse_value_range(args.value_range),
+        "nodata": args.nodata,
+        "fill": parse_fill(args.fill),
+    }
 
 
 def model_options(args: Namespace) -> dict[str, Any]:

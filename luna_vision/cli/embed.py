@@ -4,7 +4,17 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from .common import Parser, add_model_options, add_statistics_options, at_least, load, model_options, named
+from .common import (
+    Parser,
+    add_model_options,
+    add_statistics_options,
+    add_value_options,
+    at_least,
+    load,
+    model_options,
+    named,
+    value_options,
+)
 
 
 def _parser() -> Parser:
@@ -29,6 +39,7 @@ def _parser() -> Parser:
         help="squares of this side, by the evaluation transform with the model's crop_pct and crop_mode",
     )
     add_statistics_options(group, "1 or 3 numbers (default: the model's)")
+    add_value_options(group, "the files")
     group.add_argument(
         "--max-pixels",
         type=at_least(1),
@@ -55,7 +66,9 @@ def main(words: list[str]) -> int:
     from ..models.factory import random_weights
 
     names = ("max_size", "img_size", "mean", "std", "memory", "grid", "batch_size", "max_pixels", "workers")
-    settings = Settings(**{name: getattr(args, name) for name in names if getattr(args, name) is not None})
+    settings = Settings(
+        **{name: getattr(args, name) for name in names if getattr(args, name) is not None}, **value_options(args)
+    )
     check_target(args.out, args.overwrite)
     files, missing = find_files(args.images, partial(print, file=sys.stderr))
     model = load(args, num_classes=0)

@@ -5,7 +5,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import Parser, add_model_options, add_statistics_options, at_least, load, model_options
+from .common import (
+    Parser,
+    add_model_options,
+    add_statistics_options,
+    add_value_options,
+    at_least,
+    load,
+    model_options,
+    value_options,
+)
 
 if TYPE_CHECKING:
     from ..execution import Encoded
@@ -32,6 +41,7 @@ def _parser() -> Parser:
     group = parser.add_argument_group("pixels")
     group.add_argument("--level", type=at_least(0), metavar="N", help="of a pyramid; 0, the default, is the largest")
     add_statistics_options(group, "one number or one a channel (default: the model's)")
+    add_value_options(group)
     group = parser.add_argument_group("memory and disk")
     group.add_argument(
         "--memory-budget", default="4GB", metavar="SIZE", help="beyond model and libraries (default: %(default)s)"
@@ -82,6 +92,7 @@ def main(words: list[str]) -> int:
             image,
             mean=args.mean,
             std=args.std,
+            **value_options(args),
             store=args.store,
             store_dtype=getattr(torch, args.store_dtype) if args.store_dtype else None,
             memory_budget=args.memory_budget,

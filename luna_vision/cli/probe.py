@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from ..utils.errors import UserError
 from ..utils.text import printable
-from .common import Parser, add_model_options, add_statistics_options, at_least, load, model_options, pairs
+from .common import (
+    Parser,
+    add_model_options,
+    add_statistics_options,
+    add_value_options,
+    at_least,
+    load,
+    model_options,
+    pairs,
+    value_options,
+)
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -34,6 +44,7 @@ def _parser() -> Parser:
         "1 or 3 numbers (default: what a training checkpoint or a local-dir says, or timm of its pretrained weights; "
         "else those of the data, with which train.py trains)",
     )
+    add_value_options(group, "the training images")
     group.add_argument("--num-train", type=at_least(1), metavar="N", help="training images at most, of all classes")
     group.add_argument("--num-test", type=at_least(1), metavar="N", help="test images at most")
     group.add_argument("--batch-size", type=at_least(1), default=128, metavar="N", help="(default: %(default)s)")
@@ -80,6 +91,7 @@ def main(words: list[str]) -> int:
             "data": {"name": args.data, "root": args.root, "args": args.data_args},
             "images": {"train": counts[0], "test": counts[1], "height": height, "width": width},
             "normalisation": {"mean": data.module.mean, "std": data.module.std},
+            "values": data.module.values.described(),
             "knn": {"top1": knn, "k": args.knn_k, "temperature": args.knn_t},
             "linear": {**linear._asdict(), "held_out": {f"{c:g}": a for c, a in linear.held_out.items()}},
             "machine": machine(extractor.device.type),
@@ -94,16 +106,18 @@ def _data_arguments(args: "Namespace", extractor: "Extractor") -> dict[str, Any]
     from ..downstream.windows import Settings, data_config
     from ..models.factory import knows_its_images
 
-    mean, std = args.mean, args.std
+    mean, std, values = args.mean, args.std, value_options(args)
     if knows_its_images(**model_options(args)):
-        config = data_config(extractor, Settings(mean=mean, std=std))
+        config, cfg = data_config(extractor, Settings(mean=mean, std=std)), extractor.model.pretrained_cfg
         mean, std = config["mean"], config["std"]
+        values = {name: cfg.get(name) if value is None else value for name, value in values.items()}
     options = {
         "root": args.root,
         "in_chans": extractor.in_chans,
         "side" if args.data == "canvas" else "img_size": args.img_size,
         "mean": mean,
         "std": std,
+        **values,
         "num_workers": args.workers,
     }
     extra = pairs(args.data_args, "--data-args")

@@ -5,7 +5,17 @@ from functools import partial
 from pathlib import Path
 
 from ..utils.text import printable
-from .common import Parser, add_model_options, add_statistics_options, at_least, load, model_options, named
+from .common import (
+    Parser,
+    add_model_options,
+    add_statistics_options,
+    add_value_options,
+    at_least,
+    load,
+    model_options,
+    named,
+    value_options,
+)
 
 KINDS = ("memory", "features", "both")
 
@@ -48,6 +58,7 @@ def _parser() -> Parser:
         help="larger images are reduced to this longer side (default: 1024)",
     )
     add_statistics_options(group, "1 or 3 numbers (default: the model's)")
+    add_value_options(group)
     return parser
 
 
@@ -69,7 +80,7 @@ def main(words: list[str]) -> int:
     targets = picture_files(args.out, files, single=len(files) + len(failures) == 1)
     model = load(args, num_classes=0)  # nothing that is drawn comes from the head
     names = ("kind", "layers", "head", "max_size", "mean", "std")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None} | value_options(args)
     options["slots"] = args.slots or args.top
     if random_weights(**model_options(args)):
         options["warning"] = "RANDOM WEIGHTS: this picture says nothing about the image"

@@ -1,7 +1,7 @@
 """The base of all data modules: common arguments, loaders, and the order of events."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +18,19 @@ from luna_vision.data.sampling import EpochLoader, EpochSampler, EvalSampler, ne
 from luna_vision.data.sizes import BatchDataset, SizeSampler, parse_sizes, patches_of
 from luna_vision.data.transforms import Augmentation, train_transform
 from luna_vision.data.workers import init_worker
+from luna_vision.images.decode import to_raster
 from luna_vision.images.find import find_images, listed
 from luna_vision.images.transforms import SeededTransform, eval_transform, per_channel
+from luna_vision.images.values import (
+    PERCENTILE,
+    SAMPLE_IMAGES,
+    Raster,
+    Values,
+    model_values,
+    parse_fill,
+    parse_value_range,
+    percentile_range,
+)
 from luna_vision.utils.checks import check_at_least
 from luna_vision.utils.errors import one_line
 
@@ -63,6 +74,12 @@ class ImageDataModule(LightningDataModule):
             Stratified by class, and the same images for any ``seed``. 0 trains on everything and validates on nothing.
         mean: Mean of each channel, of pixels in [0, 1], to subtract; one number counts for all channels.
         std: Standard deviation to divide by, likewise.
+        value_range: [LOW, HIGH] of the numbers in files, which become 0 and 1; "dtype", what their type can hold, and
+            [0, 1] of floating point; or "percentile", the 2nd and 98th percentile of the training images. By default
+            that of the checkpoint that is validated, tested, predicted with or resumed, else "dtype". See
+            docs/pixels.md.
+        nodata: A number that stands for no data, besides the one that a file itself names; likewise.
+        fill: What takes the place of missing numbers: "mean", "error" or a number; likewise.
         crop_pct: How evaluation keeps the aspect ratio, see :func:`luna_vision.images.transforms.eval_transform`.
         augmentation: Library of the augmentation, a key of :data:`luna_vision.data.transforms.AUGMENTATIONS`.
         crop: Random crop, see :class:`luna_vision.data.transforms.Augmentation`; likewise down to auto_augment.
@@ -109,6 +126,9 @@ class ImageDataModule(LightningDataModule):
         val_fraction: float = 0.1,
         mean: list[float] | None = None,
         std: list[float] | None = None,
+        value_range: str | list[float] | None = None,
+        nodata: float | None = None,
+        fill: float | str | None = None,
         crop_pct: float | None = None,
         augmentation: str = "albumentations",
         crop: str = "resized",
@@ -151,6 +171,11 @@ class ImageDataModule(LightningDataModule):
         self.crop_pct = crop_pct
         self.mean = per_channel("mean", mean or self.MEAN, in_chans)
         self.std = per_channel("std", std or self.STD, in_chans)
+        self._given = {"value_range": parse_value_range(value_range), "nodata": nodata, "fill": parse_fill(fill)}
+        self._percentile = self._given["value_range"] == PERCENTILE
+        if self._percentile:
+            self._given["value_range"] = None
+        self.values = model_values({}, self.mean, **self._given)
         augment = Augmentation(
             size=self.img_size,
             crop=crop,
@@ -163,15 +188,19 @@ class ImageDataModule(LightningDataModule):
             mean=self.mean,
         )
         self.train_transform: SeededTransform = train_transform(
-            augmentation, augment, self.mean, self.std, random_erasing
+            augmentation, augment, self.mean, self.std, random_erasing, self.values
         )
         self.patch_size = patch_size
         self.train_sizes = [] if train_sizes is None else parse_sizes(train_sizes, patch_size)
         self.sized_transforms = {
-            size: train_transform(augmentation, replace(augment, size=size), self.mean, self.std, random_erasing)
+            size: train_transform(
+                augmentation, replace(augment, size=size), self.mean, self.std, random_erasing, self.values
+            )
             for size in self.train_sizes
         }
-        self.eval_transform: SeededTransform = eval_transform(self.img_size, self.mean, self.std, crop_pct)
+        self.eval_transform: SeededTransform = eval_transform(
+            self.img_size, self.mean, self.std, crop_pct, values=self.values
+        )
         self._datasets: dict[str, TransformedDataset | StreamDataset | None] = {}
         self._said: set[str] = set()
 
@@ -185,6 +214,7 @@ class ImageDataModule(LightningDataModule):
             "input_size": (self.in_chans, *self.img_size),
             "mean": self.mean,
             "std": self.std,
+            **self.values.described(),
             "interpolation": "bicubic",
             "crop_pct": self.crop_pct or 1.0,
             "crop_mode": "center" if self.crop_pct else "squash",
@@ -202,6 +232,41 @@ class ImageDataModule(LightningDataModule):
             self._say(describe(split, dataset, self.num_classes))
         if unused := self.unused():
             self._say(f"not used of {self.root}: {listed(unused)}")
+        if stage == "fit":
+            self.find_values()
+
+    def set_values(self, values: Values) -> None:
+        """Have all transforms take the numbers of files as `values` say."""
+        self.values = values
+        for transform in (self.train_transform, self.eval_transform, *self.sized_transforms.values()):
+            transform.values = values
+
+    def adopt_values(self, cfg: dict[str, Any]) -> None:
+        """Take over what a checkpoint says of the numbers in files, where no option says otherwise.
+
+        Args:
+            cfg: What `timm_cfg` has given when it was written.
+        """
+        self.set_values(model_values(cfg, self.mean, **self._given))
+        self._percentile = self._percentile and "value_range" not in cfg
+
+    def find_values(self) -> None:
+        """Find out the percentiles of the training images, if they are asked for and not known yet.
+
+        Raises:
+            ValueError: There are none, or they are a stream.
+        """
+        if not self._percentile:
+            return
+        source = self.make_source("train")
+        if source is None or isinstance(source, IterableDataset):
+            raise ValueError(f"value_range {PERCENTILE!r} needs training images by index: give LOW and HIGH")
+        # the same ones whatever the seed is; those that cannot be read are told when they are trained on
+        chosen = np.linspace(0, len(source) - 1, min(len(source), SAMPLE_IMAGES)).round().astype(int)
+        found = percentile_range(_rasters(source, chosen), self.values.nodata)
+        self.set_values(replace(self.values, value_range=found))
+        self._percentile = False
+        self._say(f"value_range: {found[0]:g} to {found[1]:g}, the percentiles of {len(chosen)} training images")
 
     def unused(self) -> list[str]:
         """Names of the folders in ``root`` that are not used, where splits are folders."""
@@ -248,6 +313,7 @@ class ImageDataModule(LightningDataModule):
                 faults.broken[[index for index in known if index < faults.length]] = True
 
     def train_dataloader(self) -> DataLoader:
+        self.find_values()
         dataset = self.dataset("train")
         if isinstance(dataset, StreamDataset):
             return self._loader(dataset, self.batch_size, train=True, drop_last=self.drop_last)
@@ -268,6 +334,7 @@ class ImageDataModule(LightningDataModule):
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader:
+        self.find_values()
         if self.predict_path is not None:
             images = find_images(self.predict_path) if self._to_predict is None else self._to_predict
         elif (images := self.make_source("test")) is None or isinstance(images, IterableDataset):
@@ -275,6 +342,7 @@ class ImageDataModule(LightningDataModule):
         return self._loader(PredictDataset(images, self.eval_transform, self.in_chans), self.eval_batch_size)
 
     def _eval_loader(self, split: str) -> DataLoader | list:
+        self.find_values()
         dataset = self.dataset(split)
         if dataset is None:
             return []  # which Lightning skips
@@ -344,6 +412,14 @@ def train_or_val(source: Source, split: str, val_fraction: float) -> Subset | No
     kept, held = hold_out(np.zeros(len(source)) if labels is None else labels, val_fraction)
     indices = kept if split == "train" else held
     return Subset(source, indices.tolist()) if len(indices) else None
+
+
+def _rasters(source: Source, indices: Iterable[int]) -> Iterator[Raster]:
+    for index in indices:
+        try:
+            yield to_raster(source[int(index)][0])
+        except (ValueError, OSError):  # of a file that is broken
+            continue
 
 
 def _height_width(img_size: int | Sequence[int]) -> tuple[int, int]:

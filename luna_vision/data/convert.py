@@ -15,6 +15,7 @@ from luna_vision.data.shards import CLASSES, need
 from luna_vision.data.webdataset_module import INFO
 from luna_vision.images.find import class_folders, listed, split_folder, unused_folders
 from luna_vision.utils.files import new_folder, write_json, write_text
+from luna_vision.utils.progress import progress_bar
 from luna_vision.utils.text import printable
 
 SPLITS = ("train", "val", "test")
@@ -102,7 +103,7 @@ def convert(
         say(f"not used of {folder}: {listed(unused)}")
     counts, infos = {}, {}
     with new_folder(out) as new:
-        with tqdm(total=sum(map(len, sources.values())), unit="image", disable=None) as bar:
+        with progress_bar(total=sum(map(len, sources.values())), unit="image", desc="converting") as bar:
             for split, source in sources.items():
                 bar.set_description(split)
                 samples = _samples(source, folder, split == "train", bar)

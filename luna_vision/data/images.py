@@ -16,16 +16,20 @@ from luna_vision.data.sampling import sample_seed
 from luna_vision.data.sizes import BatchDataset
 from luna_vision.images.decode import SampleError, read_image, to_channels
 from luna_vision.images.transforms import SeededTransform
+from luna_vision.images.values import Raster
 from luna_vision.utils.errors import one_line
 from luna_vision.utils.text import printable
 
 
 class Source(Protocol):
-    """Images and labels by index: (image, label), where an image is PIL or uint8 (H, W[, 3])."""
+    """Images and labels by index: (image, label).
+
+    An image is PIL, an array (H, W[, bands]), or the result of `luna_vision.images.decode.decode_image`.
+    """
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Image.Image | np.ndarray, int]: ...
+    def __getitem__(self, index: int) -> tuple[Image.Image | np.ndarray | Raster, int]: ...
 
 
 class TensorDataset:
@@ -96,14 +100,14 @@ class TransformedDataset(TensorDataset, Dataset):
         if size:
             transform = self.sized[size[0]]
             source = source.at(size[0]) if hasattr(source, "at") else source
-        read = partial(self._read, source)
+        read = partial(self._read, source, transform)
         image, label = read(index) if self.faults is None else self.faults.read(read, index)
         return self.prepare(image, label, epoch, index, f"sample {index}", transform)
 
-    def _read(self, source: Source, index: int) -> tuple[Image.Image, int]:
+    def _read(self, source: Source, transform: SeededTransform, index: int) -> tuple[Image.Image | np.ndarray, int]:
         try:
             image, label = source[index]
-            return to_channels(image, self.in_chans), label
+            return to_channels(image, self.in_chans, transform.values), label
         except IndexError:
             raise  # ends iteration over a map-style dataset
         except Exception as error:  # sources of others, and their decoders, raise nearly anything for a broken file
@@ -185,7 +189,7 @@ class StreamDataset(TensorDataset, IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         for image, label in self.source:
-            image = to_channels(image, self.in_chans)
+            image = to_channels(image, self.in_chans, self.transform.values)
             yield self.prepare(image, label, self.epoch.value, zlib.crc32(image.tobytes()), "stream: an image")
 
 
@@ -202,7 +206,7 @@ class PredictDataset(Dataset):
         item = self.source[index]
         image, name = (read_image(item), item) if isinstance(item, str) else (item[0], str(index))
         try:
-            image = to_channels(image, self.in_chans)
+            image = to_channels(image, self.in_chans, self.transform.values)
         except SampleError as error:
             raise SampleError(f"cannot use image {name}: {error}") from error
         return self.transform(image, 0), name

@@ -4,6 +4,7 @@ An augmentation backend is a function from :class:`Augmentation` to a callable `
 :data:`AUGMENTATIONS` lists them. The rest is the same for all: conversion to float, normalisation, random erasing.
 """
 
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -26,8 +27,12 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from luna_vision.data.sampling import seeded_rng
-from luna_vision.images.transforms import ImageTransform, SeededTransform, resize
+from luna_vision.images.decode import to_picture
+from luna_vision.images.transforms import ImageTransform, SeededTransform, resize, resize_to
+from luna_vision.images.values import Values
 from luna_vision.utils.checks import check_option
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,12 +89,12 @@ class _Albumentations:
         self.compose = A.Compose(steps)
         self.size, self.padding = size, padding
 
-    def __call__(self, image: Image.Image, seed: int) -> np.ndarray:
+    def __call__(self, image: Image.Image | np.ndarray, seed: int) -> np.ndarray:
         # Steps that are not random stay outside of the pipeline, whose steps cost more than the work on a small image.
-        if self.size is not None and (image.height, image.width) != self.size:
-            image = image.resize(self.size[::-1], Image.Resampling.BICUBIC)
-        if self.padding:
-            image = ImageOps.expand(image, self.padding)
+        if self.size is not None and (image.shape[:2] if _deep(image) else image.size[::-1]) != self.size:
+            image = resize_to(image, self.size)
+        if pad := self.padding:
+            image = np.pad(image, ((pad, pad), (pad, pad), (0, 0))) if _deep(image) else ImageOps.expand(image, pad)
         self.compose.set_random_seed(seed)
         array = np.asarray(image)
         return self.compose(image=array[:, :, None] if array.ndim == 2 else array)["image"]
@@ -115,15 +120,35 @@ def albumentations_backend(aug: Augmentation) -> ImageTransform:
     return _Albumentations(steps, None if aug.crop == "resized" else aug.size, padding)
 
 
+def _deep(image: Image.Image | np.ndarray) -> bool:
+    """Whether an image has more than 8 bits: float32 (H, W, C) in [0, 1]."""
+    return isinstance(image, np.ndarray)
+
+
 class _GlobalRNG:
-    """For libraries that draw from the global generators: seeds them for one image, then restores them."""
+    """For libraries that draw from the global generators: seeds them for one image, then restores them.
 
-    def __init__(self, transform: Callable[[Image.Image], Image.Image | Tensor]) -> None:
-        self.transform = transform
+    Args:
+        transform: Of images of Pillow; of tensors (C, H, W) in [0, 1], too, unless `eight_bits`.
+        eight_bits: Bring deep images to 8 bits before.
+        told: What to say, once, when there is a deep image.
+    """
 
-    def __call__(self, image: Image.Image, seed: int) -> Image.Image | Tensor:
+    def __init__(
+        self, transform: Callable[[Any], Image.Image | Tensor], eight_bits: bool = False, told: str = ""
+    ) -> None:
+        self.transform, self.eight_bits, self.told = transform, eight_bits, told
+
+    def __call__(self, image: Image.Image | np.ndarray, seed: int) -> Image.Image | Tensor:
+        if deep := _deep(image):
+            if self.told:
+                _logger.warning(self.told)
+                self.told = ""
+            image = to_picture(image) if self.eight_bits else torch.from_numpy(image).permute(2, 0, 1).contiguous()
         with seeded_rng(seed):
-            return self.transform(image)
+            image = self.transform(image)
+        # interpolation swings beyond black and white
+        return image.clamp(0, 1) if deep and not self.eight_bits else image
 
 
 TORCHVISION_POLICIES: dict[str, type[torch.nn.Module]] = {
@@ -158,7 +183,8 @@ def torchvision_backend(aug: Augmentation) -> ImageTransform:
         steps.append(TORCHVISION_POLICIES[aug.auto_augment]())
     elif aug.color_jitter:
         steps.append(v2.ColorJitter(aug.color_jitter, aug.color_jitter, aug.color_jitter))
-    return _GlobalRNG(v2.Compose(steps))
+    told = "auto_augment of torchvision equalizes in 8 bits: images of more bits lose levels where it does"
+    return _GlobalRNG(v2.Compose(steps), told=told if aug.auto_augment else "")
 
 
 def timm_backend(aug: Augmentation) -> ImageTransform:
@@ -183,7 +209,8 @@ def timm_backend(aug: Augmentation) -> ImageTransform:
             operation.aug_fn = _posterize  # of this transform alone; timm itself stays as it is
     # Without a resized crop, the first transform is replaced, as DeiT's build_transform does for small images.
     first = [] if aug.crop == "resized" and not aug.rotate else _torchvision_crop(aug)
-    return _GlobalRNG(v2.Compose(first + transform.transforms[bool(first) :]))
+    told = "augmentation 'timm' works in 8 bits: images of more bits lose levels in training; albumentations keeps them"
+    return _GlobalRNG(v2.Compose(first + transform.transforms[bool(first) :]), eight_bits=True, told=told)
 
 
 def _operations(step: object) -> list[AugmentOp]:
@@ -213,11 +240,14 @@ class AugmentationError(RuntimeError):
     """
 
 
-def _augment(image: Image.Image, seed: int, transform: ImageTransform) -> Image.Image | np.ndarray | Tensor:
+def _augment(
+    image: Image.Image | np.ndarray, seed: int, transform: ImageTransform
+) -> Image.Image | np.ndarray | Tensor:
     try:
         return transform(image, seed)
     except (ValueError, OSError) as error:
-        what = f"a {image.mode} image of {image.width} x {image.height} pixels with seed {seed}"
+        mode, size = ("floating-point", image.shape[1::-1]) if _deep(image) else (image.mode, image.size)
+        what = f"a {mode} image of {size[0]} x {size[1]} pixels with seed {seed}"
         raise AugmentationError(f"augmentation of {what} failed: {type(error).__name__}: {error}") from error
 
 
@@ -230,12 +260,20 @@ AUGMENTATIONS: dict[str, Callable[[Augmentation], ImageTransform]] = {
 
 
 def train_transform(
-    backend: str, aug: Augmentation, mean: tuple[float, ...], std: tuple[float, ...], random_erasing: float = 0.0
+    backend: str,
+    aug: Augmentation,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    random_erasing: float = 0.0,
+    values: Values | None = None,
 ) -> SeededTransform:
     """The training transform of a backend; an unknown one is a ValueError that lists :data:`AUGMENTATIONS`.
 
     ``random_erasing`` is the probability of replacing a random rectangle by noise after normalisation (Zhong et al.
-    2017, arXiv 1708.04896).
+    2017, arXiv 1708.04896). ``values`` are those of :class:`~luna_vision.images.transforms.SeededTransform`.
+
+    Images of more than 8 bits keep their levels with albumentations, torchvision (but where a policy equalizes) and
+    "none"; timm brings them to 8 bits, which is said once.
 
     When called, it raises an :class:`AugmentationError` where the backend raises a ValueError or an OSError.
     """
@@ -246,7 +284,7 @@ def train_transform(
     erase = (
         partial(_erase, erasing=RandomErasing(random_erasing, mode="pixel", device="cpu")) if random_erasing else None
     )
-    return SeededTransform(augment, mean, std, erase)
+    return SeededTransform(augment, mean, std, erase, values)
 
 
 def _erase(image: Tensor, seed: int, erasing: RandomErasing) -> Tensor:

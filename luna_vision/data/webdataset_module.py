@@ -23,14 +23,14 @@ from luna_vision.data.images import StreamDataset
 from luna_vision.data.sampling import sample_seed
 from luna_vision.data.shards import CONVERT, MAX_BYTES, ShardDataModule, listing, need
 from luna_vision.images.decode import SampleError, decode_image, to_channels
-from luna_vision.images.find import IMG_EXTENSIONS
+from luna_vision.images.find import image_suffixes, listed
 from luna_vision.utils.checks import check_at_least
 from luna_vision.utils.errors import one_line
 
 INFO = "_info.json"  # the list of shards, as in timm's own, for instance timm/imagenet-1k-wds
 LABEL = "cls"
 META = re.compile("__[^/]*__($|/)")  # names that WebDataset leaves out
-IMAGE_KEYS = tuple(suffix.lstrip(".") for suffix in IMG_EXTENSIONS)
+IMAGE_KEYS = tuple(suffix.lstrip(".") for suffix in image_suffixes())
 
 
 class TarShards(IterableDataset):
@@ -170,7 +170,7 @@ class ShardDataset(StreamDataset):
         def read(at: int) -> tuple[Image.Image, int]:
             try:
                 image, label = decode_sample(sample if at == index else self.source.sample(at))
-                return to_channels(image, self.in_chans), label
+                return to_channels(image, self.in_chans, self.transform.values), label
             except Exception as error:  # of a tar that is damaged, and of decoders
                 raise SampleError(f"{self.name} sample {at}: {one_line(error)}") from error
 
@@ -187,7 +187,7 @@ def decode_sample(sample: dict) -> tuple[Image.Image, int]:
     kind = next((key for key in IMAGE_KEYS if key in sample), None)
     if kind is None or LABEL not in sample:
         files = ", ".join(key for key in sample if not key.startswith("__"))
-        raise SampleError(f"{where} has no image file ({', '.join(IMAGE_KEYS)}) or no label file (cls): it has {files}")
+        raise SampleError(f"{where} has no image file ({listed(IMAGE_KEYS)}) or no label file (cls): it has {files}")
     if sample[kind] is None or sample[LABEL] is None:
         raise SampleError(f"{where} has a file of more than {MAX_BYTES} bytes, or a sparse one")
     try:

@@ -25,10 +25,11 @@ import luna_vision
 from luna_vision.images import find_files
 from luna_vision.utils.files import check_output
 from luna_vision.utils.fingerprint import describe
+from luna_vision.utils.progress import progress_bar
 
 from .features import Extractor
 from .parts import WRITERS, PartFolder
-from .windows import Settings, data_config, read_windows
+from .windows import Settings, data_config, pixel_values, read_windows
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -61,7 +62,7 @@ def embed_images(model: nn.Module, paths: Paths, settings: Settings | None = Non
         model: A timm model, on its device; it is put in eval mode.
         paths: Files, and folders that are searched for images.
         settings: How images are read, and which features are wanted.
-        progress: Show a progress bar on stderr, if that is a terminal.
+        progress: Show a progress bar on stderr or, if that is no terminal, a line from time to time.
 
     Raises:
         ValueError: There are no images, none of them can be used, or the settings do not fit the model.
@@ -126,9 +127,11 @@ def write_embeddings(
 ) -> list[tuple[str, str]]:
     """`embed_to_file` for image files that were found before; returns those that could not be used."""
     extractor = Extractor(model, settings.memory, settings.grid)
-    parts = PartFolder(out, _about(extractor, files, settings) | {"random_weights": random_weights})
+    values = pixel_values(extractor, settings, files)
+    about = _about(extractor, files, settings) | values.described() | {"random_weights": random_weights}
+    parts = PartFolder(out, about)
     with _bar(len(files), parts.done, progress) as bar:
-        for window in read_windows(extractor, files, settings, parts.done, bar.update):
+        for window in read_windows(extractor, files, settings, parts.done, bar.update, values):
             parts.add(window)
     parts.finish(files)
     return [(files[i], reason) for i, reason in parts.failures]
@@ -142,8 +145,7 @@ def check_target(out: Path, overwrite: bool) -> None:
 
 
 def _bar(total: int, done: int, progress: bool) -> tqdm:
-    # None: only on a terminal
-    return tqdm(total=total, initial=done, desc="embedding", unit="image", disable=None if progress else True)
+    return progress_bar(show=progress, total=total, initial=done, desc="embedding", unit="image")
 
 
 def _about(extractor: Extractor, files: list[str], settings: Settings) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from luna_vision.data.base import hold_out
+from luna_vision.utils.progress import progress_bar
 
 from .features import Extractor
 from .probe_data import DATA, ProbeData, check_classes, open_data
@@ -85,7 +85,7 @@ def probe_model(
         data_args: Arguments of the data module, if `data` is a key. `in_chans` is the model's; `mean` and `std` are by
             default those with which `train.py` trains on these data.
         k, temperature: As in `knn_accuracy`.
-        progress: Show progress bars on stderr, if that is a terminal.
+        progress: Show progress bars on stderr or, if that is no terminal, a line from time to time.
         say: Called with the results as lines of text.
 
     Raises:
@@ -119,7 +119,7 @@ def extract_features(
     Args:
         model: A timm model, on its device; it is put in eval mode.
         loader: Batches of images (B, channels, height, width) and labels (B,).
-        progress: Show a progress bar on stderr, if that is a terminal.
+        progress: Show a progress bar on stderr or, if that is no terminal, a line from time to time.
         name: Its title.
 
     Returns:
@@ -131,7 +131,7 @@ def extract_features(
     extractor = Extractor(model)
     features: list[np.ndarray] = []
     labels: list[np.ndarray] = []
-    for images, targets in tqdm(loader, desc=name, unit="batch", disable=None if progress else True):
+    for images, targets in progress_bar(loader, progress, desc=name, unit="batch"):
         features += [found.embedding for found in extractor(images)]
         labels.append(targets.numpy())
     if not features:
@@ -184,7 +184,7 @@ def linear_probe_accuracy(
 
     Args:
         train_features, train_labels, test_features, test_labels: As in `knn_accuracy`.
-        progress: Show a progress bar on stderr, if that is a terminal.
+        progress: Show a progress bar on stderr or, if that is no terminal, a line from time to time.
 
     Raises:
         ValueError: There is only one class, a class has too few images to hold some out, or no training images.
@@ -194,7 +194,7 @@ def linear_probe_accuracy(
         raise ValueError("a linear classifier needs two classes, and all training images are of one")
     kept, held = hold_out(train_labels, HELD_OUT)
     held_out = {}
-    for c in tqdm(C_GRID, desc="linear", unit="fit", disable=None if progress else True):
+    for c in progress_bar(C_GRID, progress, desc="linear", unit="fit"):
         model = _fit(train_features[kept], train_labels[kept], c)
         held_out[c] = model.score(train_features[held], train_labels[held])
     best = max(held_out, key=lambda c: (held_out[c], -c))

@@ -80,6 +80,7 @@ def open_data(
         # with a fraction of 0 no training images are held out for validation
         module = DATA[data](val_fraction=0.0, batch_size=batch_size, **arguments)
     module.prepare_data()
+    module.find_values()
     sources = {"training": module.make_source("train"), "test": module.make_source("test") or module.make_source("val")}
     labels, loaders = {}, {}
     for split, limit in (("training", num_train), ("test", num_test)):

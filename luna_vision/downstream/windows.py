@@ -5,19 +5,29 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from timm.data import resolve_data_config
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import InterpolationMode, v2
 
-from luna_vision.images.decode import SampleError, read_image, to_channels
-from luna_vision.images.transforms import SeededTransform, eval_transform, per_channel
+from luna_vision.images.decode import SampleError, read_image, to_channels, to_raster
+from luna_vision.images.transforms import SeededTransform, eval_transform, per_channel, resize_to
+from luna_vision.images.values import (
+    PERCENTILE,
+    SAMPLE_IMAGES,
+    Raster,
+    Values,
+    model_values,
+    parse_fill,
+    parse_value_range,
+    percentile_range,
+)
 from luna_vision.utils.errors import one_line
 
 from .features import Extractor, Features
 
-__all__ = ["Settings", "Window", "data_config", "group", "read_windows"]
+__all__ = ["Settings", "Window", "data_config", "group", "pixel_values", "read_windows"]
 
 # a window is a run of consecutive images that are then grouped by size; it is full when it has this many of either
 WINDOW_IMAGES, WINDOW_PIXELS = 1024, 2**24
@@ -36,6 +46,10 @@ class Settings:
         mean: Mean by channel for pixels in [0, 1], one number or three; by default that of the model's
             `pretrained_cfg`.
         std: Standard deviation by channel, likewise.
+        value_range: What numbers in files become 0 and 1: (LOW, HIGH), "dtype", or "percentile" of the files; the
+            model's own, from its training, by default. See docs/pixels.md.
+        nodata: A number that stands for no data, besides the one that a file itself names; likewise.
+        fill: What takes the place of missing numbers: "mean", "error" or a number; likewise.
         memory: Return the memory slots, too. Needs a Luna ViT.
         grid: Return the patch grid, too.
         batch_size: Images in a batch, at most.
@@ -50,6 +64,9 @@ class Settings:
     img_size: int | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
+    value_range: str | Sequence[float] | None = None
+    nodata: float | None = None
+    fill: float | str | None = None
     memory: bool = False
     grid: bool = False
     batch_size: int = 32
@@ -63,6 +80,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        parse_value_range(self.value_range)
+        parse_fill(self.fill)
 
 
 @dataclass
@@ -97,12 +116,37 @@ def data_config(extractor: Extractor, settings: Settings) -> dict[str, Any]:
     }
 
 
+def pixel_values(extractor: Extractor, settings: Settings, paths: Sequence[str] = ()) -> Values:
+    """What the numbers of these files mean: what the settings say, else the model.
+
+    Raises:
+        ValueError: Percentiles are wanted of files that have no numbers.
+    """
+    mean = data_config(extractor, settings)["mean"]
+    cfg = getattr(extractor.model, "pretrained_cfg", {})
+    value_range = parse_value_range(settings.value_range)
+    if value_range == PERCENTILE:
+        chosen = np.linspace(0, len(paths) - 1, min(len(paths), SAMPLE_IMAGES)).round().astype(int)
+        nodata = cfg.get("nodata") if settings.nodata is None else settings.nodata
+        value_range = percentile_range(_rasters([paths[i] for i in chosen], settings.max_pixels), nodata)
+    return model_values(cfg, mean, value_range, settings.nodata, settings.fill)
+
+
+def _rasters(paths: Sequence[str], max_pixels: int) -> Iterator[Raster]:
+    for path in paths:
+        try:
+            yield to_raster(read_image(path, max_pixels))
+        except (ValueError, OSError):  # which is told when its turn comes
+            continue
+
+
 def read_windows(
     extractor: Extractor,
     paths: Sequence[str],
     settings: Settings,
     start: int = 0,
     advance: Callable[[int], object] = lambda count: None,
+    values: Values | None = None,
 ) -> Iterator[Window]:
     """The features of image files, one window after the other.
 
@@ -115,11 +159,13 @@ def read_windows(
         settings: How they are read.
         start: The first position in `paths` to read.
         advance: Called with the number of images that are finished since the last call.
+        values: Meaning of their numbers, from `pixel_values`; by default of these paths.
 
     Raises:
         ValueError: The model fails on all images of the first window that has any.
     """
-    dataset = ImageFiles(paths, _transform(extractor, settings), extractor.in_chans, settings.max_pixels)
+    values = values or pixel_values(extractor, settings, paths)
+    dataset = ImageFiles(paths, _transform(extractor, settings, values), extractor.in_chans, settings.max_pixels)
     order = range(start, len(paths))
     loader = DataLoader(dataset, batch_size=None, sampler=order, num_workers=settings.workers)
     window, images, pixels, worked = Window(start, start), {}, 0, start > 0
@@ -206,24 +252,25 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, index: int) -> Tensor | str:
         try:
-            image = to_channels(read_image(self.paths[index], self.max_pixels), self.in_chans)
-            return self.transform(image, 0)
+            image = read_image(self.paths[index], self.max_pixels)
+            return self.transform(to_channels(image, self.in_chans, self.transform.values), 0)
         except (SampleError, OSError, MemoryError) as error:
             return one_line(error)
 
 
-def _transform(extractor: Extractor, settings: Settings) -> SeededTransform:
+def _transform(extractor: Extractor, settings: Settings, values: Values) -> SeededTransform:
     config = data_config(extractor, settings)
     mean, std = config["mean"], config["std"]
     if settings.img_size:
         crop_pct = None if config["crop_mode"] == "squash" else config["crop_pct"]
-        return eval_transform((settings.img_size, settings.img_size), mean, std, crop_pct)
-    return SeededTransform(partial(_shrink, max_size=settings.max_size), mean, std)
+        return eval_transform((settings.img_size, settings.img_size), mean, std, crop_pct, values=values)
+    return SeededTransform(partial(_shrink, max_size=settings.max_size), mean, std, values=values)
 
 
-def _shrink(image: Image.Image, seed: int, max_size: int | None) -> Image.Image:
-    longer = max(image.size)
+def _shrink(image: Image.Image | np.ndarray, seed: int, max_size: int | None) -> Image.Image | np.ndarray:
+    size = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
+    longer = max(size)
     if max_size is None or longer <= max_size:
         return image
-    sides = [max(1, round(side * max_size / longer)) for side in (image.height, image.width)]
-    return v2.functional.resize(image, sides, interpolation=InterpolationMode.BICUBIC)
+    height, width = (max(1, round(side * max_size / longer)) for side in size)
+    return resize_to(image, (height, width))

@@ -84,6 +84,11 @@ class Checkpoint:
         with new_file(self.path) as file:
             torch.save({"about": self.about, "band": band, "state": vars(state)}, file)
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is a state to go on from."""
+        return self.path.exists()
+
     def remove(self) -> None:
         """Remove both files, and the folder if it is empty then."""
         self.patches.unlink(missing_ok=True)  # first: a state without patches is of a finished run

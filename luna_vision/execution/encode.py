@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import luna_vision
 
 from ..images.pixels import Pixels, pixel_statistics
+from ..images.values import model_values
 from ..models import LunaVit
 from ..models.luna_vit import initial_memory
 from ..utils.fingerprint import describe
+from ..utils.progress import progress_bar
 from .check import check_model
 from .checkpoint import Checkpoint
 from .grid import Grid, check_apart, check_grid
@@ -61,6 +62,9 @@ def encode(
     *,
     mean: Sequence[float] | float | None = None,
     std: Sequence[float] | float | None = None,
+    value_range: str | Sequence[float] | None = None,
+    nodata: float | None = None,
+    fill: float | str | None = None,
     memory: Tensor | None = None,
     store: str | os.PathLike | None = None,
     store_dtype: torch.dtype | None = None,
@@ -78,11 +82,15 @@ def encode(
     Args:
         model: A Luna ViT, on its device; it is put in eval mode.
         image: Anything with a `shape`, (H, W) or (H, W, channels), and pixel rows by `image[start:stop]`: a numpy array
-            or memmap, a zarr array, the result of `open_image`. 8 bits, 16 bits (scaled to 8), or floating point in
-            [0, 1]. Grey and colour are converted to the channels of the model, transparency is dropped.
+            or memmap, a zarr array, the result of `open_image`. Integers or floating
+            point. Grey and colour are converted to the channels of the model; other bands must be as many as its own.
         mean: Mean for pixels in [0, 1], one number or one for each channel; by default that of the model's
             `pretrained_cfg`, as in training. With mean 0 and std 1 pixels stay as they are.
         std: Standard deviation, likewise.
+        value_range: What numbers become 0 and 1: (LOW, HIGH), or "dtype", what their type can hold, and [0, 1] of
+            floating point. By default that of the model's training, else "dtype". See docs/pixels.md.
+        nodata: A number that stands for no data, besides the one that a file itself names; likewise.
+        fill: What takes the place of missing numbers: "mean", "error" or a number; likewise.
         memory: (L, C), replaces the learned initial memory (`Encoded.raw_memory` of an earlier image).
         store: A folder for the patches; None keeps them in memory. It is emptied at the end.
         store_dtype: Type in which patches are kept between two layers, the model's if None. `torch.bfloat16` halves
@@ -92,7 +100,7 @@ def encode(
             result by rounding only.
         grid: A .npy or .zarr file for the patches after the final norm, (H', W', C). An existing file or .zarr folder
             is replaced at the end.
-        progress: Show a progress bar on stderr, if that is a terminal.
+        progress: Show a progress bar on stderr or, if that is no terminal, a line from time to time.
         save: Called with the result before the store is emptied. If it fails, the same call continues from there.
 
     Raises:
@@ -109,7 +117,9 @@ def encode(
 
     statistics = pixel_statistics(model, mean, std)
     wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    pixels = Pixels(image, model.in_chans, *statistics, dtype=wide, device=parameter.device)
+    cfg = getattr(model, "pretrained_cfg", {})
+    values = model_values(cfg, statistics[0], value_range, nodata, fill)
+    pixels = Pixels(image, model.in_chans, *statistics, dtype=wide, device=parameter.device, values=values)
     (height, width), (p, q) = pixels.shape[:2], model.patch_embed.patch_size
     grid_size = -(-height // p), -(-width // q)
     memory = None if memory is None else memory.reshape(-1, *memory.shape[-2:]).to(parameter.device)
@@ -120,30 +130,37 @@ def encode(
         about = _about(model, pixels, statistics, state.memory, store_dtype, band_rows, grid)
         checkpoint = Checkpoint(Path(store), about)
         band = checkpoint.band or band
-    plan = make_plan(model, pixels, grid_size, store_dtype, store is not None, budget, band)
-    if checkpoint is not None:  # the first row of pixels is read only after the plan has found room for it
-        checkpoint.expect({"image": hashlib.sha256(pixels.raw(0, 1).tobytes()).hexdigest()})
-    resume = checkpoint is not None and checkpoint.band is not None
-    if resume:
-        state = checkpoint.load(parameter.device)
-
-    with ExitStack() as files:
-        shape = grid_size[0] + plan.margin, grid_size[1] * model.embed_dim, store_dtype
-        rows = RamRows(*shape) if checkpoint is None else FileRows(checkpoint.patches, *shape, resume=resume)
-        files.callback(rows.close)
-        out = None
-        # a run that was killed at its very end has a complete grid already
-        at_end = (state.sweep, state.row) == (len(model.blocks), grid_size[0])
-        if grid is not None and not (at_end and Grid.is_finished(Path(grid))):
-            out = Grid(Path(grid), (*grid_size, model.embed_dim), parameter.dtype, plan.band, resume)
-            files.callback(out.close)
-        engine = Engine(model, pixels, grid_size, plan.band, Ring(rows, *grid_size, plan.margin), state, out)
-        embedding, memory = _run(engine, rows, checkpoint, progress)
-        result = _finish(model, embedding, memory, grid_size, plan.bytes)
-        if save is not None:
-            save(result)
-        if out is not None:
-            out.finish()
+    out = None
+    try:
+        with ExitStack() as files:
+            plan = make_plan(model, pixels, grid_size, store_dtype, store is not None, budget, band)
+            if checkpoint is not None:  # the first row of pixels is read only after the plan has found room for it
+                checkpoint.expect({"image": hashlib.sha256(pixels.raw(0, 1).tobytes()).hexdigest()})
+            resume = checkpoint is not None and checkpoint.band is not None
+            if resume:
+                state = checkpoint.load(parameter.device)
+            shape = grid_size[0] + plan.margin, grid_size[1] * model.embed_dim, store_dtype
+            rows = RamRows(*shape) if checkpoint is None else FileRows(checkpoint.patches, *shape, resume=resume)
+            files.callback(rows.close)
+            # a run that was killed at its very end has a complete grid already
+            at_end = (state.sweep, state.row) == (len(model.blocks), grid_size[0])
+            if grid is not None and not (at_end and Grid.is_finished(Path(grid))):
+                out = Grid(Path(grid), (*grid_size, model.embed_dim), parameter.dtype, plan.band, resume)
+                files.callback(out.close)
+            engine = Engine(model, pixels, grid_size, plan.band, Ring(rows, *grid_size, plan.margin), state, out)
+            embedding, memory = _run(engine, rows, checkpoint, progress)
+            result = _finish(model, embedding, memory, grid_size, plan.bytes)
+            if save is not None:
+                save(result)
+            if out is not None:
+                out.finish()
+    except BaseException:
+        if checkpoint is None or not checkpoint.is_begun:  # there is nothing to resume
+            if out is not None:
+                out.discard()
+            if checkpoint is not None:
+                checkpoint.remove()
+        raise
     if checkpoint is not None:
         checkpoint.remove()
     return result
@@ -167,7 +184,7 @@ def _run(
     """Run the engine to its end, with a progress bar; keep its state after every band if there is a checkpoint."""
     done = engine.state.sweep * engine.height + engine.state.row
     total = engine.sweeps * engine.height
-    with tqdm(total=total, initial=done, desc="encoding", unit="row", disable=None if progress else True) as bar:
+    with progress_bar(show=progress, total=total, initial=done, desc="encoding", unit="row") as bar:
 
         def after_band(state: State, new: int) -> None:
             if checkpoint is not None:
@@ -210,6 +227,7 @@ def _about(
         "image_name": str(getattr(pixels.image, "identity", "")),
         "mean": statistics[0],
         "std": statistics[1],
+        **pixels.values.described(),
         "memory": hashlib.sha256(memory.detach().double().cpu().numpy().tobytes()).hexdigest(),
         "store_dtype": str(store_dtype),
         "band_rows": band_rows,

@@ -67,7 +67,11 @@ class Grid:
         np.lib.format.write_array_header_1_0(buffer, header)
         self.rows = FileRows(self.partial, shape[0], shape[1] * shape[2], self.dtype, buffer.tell(), resume)
         self.rows.file.seek(0)
-        write_all(self.rows.file, buffer.getbuffer())
+        try:
+            write_all(self.rows.file, buffer.getbuffer())
+        except OSError as error:
+            self.discard()
+            raise OSError(f"cannot write {self.partial}: {error.strerror}") from error
 
     def write(self, start: int, x: Tensor) -> None:
         """Write rows (n, W', C) at `start`."""
@@ -93,6 +97,11 @@ class Grid:
     def is_finished(path: Path) -> bool:
         """Whether a run that has written all rows has also given the file its name."""
         return path.exists() and not _partial(path).exists()
+
+    def discard(self) -> None:
+        """Leave nothing of a file that nobody goes on with."""
+        self.close()
+        remove(self.partial)
 
     def finish(self) -> None:
         """Give the complete file its name."""

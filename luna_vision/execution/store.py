@@ -102,7 +102,10 @@ class FileRows:
 
     def sync(self) -> None:
         """Return when the rows would survive a loss of power."""
-        os.fsync(self.file.fileno())
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as error:  # a disk may be full only now
+            raise OSError(f"cannot write {self.path}: {error.strerror}") from error
 
     def close(self) -> None:
         self.file.close()

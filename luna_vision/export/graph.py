@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ..images.decode import MODES
+from ..models.factory import PIXEL_CFG
 from ..models.luna_vit import LunaVit, join_tokens
 from ..utils.checks import check_option
 from ..utils.files import check_output, new_file
@@ -203,6 +204,8 @@ def metadata(model: LunaVit, output: str, memory: bool) -> dict[str, Any]:
         # mean and std are for pixels in [0, 1]
         **{name: cfg[name] for name in ("interpolation", "crop_pct", "crop_mode", "mean", "std")},
         "patch_size": model.patch_embed.patch_size,
+        # of files of more than 8 bits, see docs/pixels.md
+        **{name: model.pretrained_cfg[name] for name in PIXEL_CFG if name in model.pretrained_cfg},
     }
     if model.in_chans in MODES:
         about["channels"] = MODES[model.in_chans]

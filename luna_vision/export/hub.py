@@ -12,7 +12,7 @@ from timm.models._hub import generate_readme
 from timm.models._input import get_model_input_config
 
 from ..images.decode import MODES
-from ..models.factory import RANDOM_WEIGHTS, training_checkpoint
+from ..models.factory import PIXEL_CFG, PIXELS, RANDOM_WEIGHTS, training_checkpoint
 from ..models.luna_vit import LunaVit
 from ..utils.cost import count_macs
 from ..utils.files import check_folder, new_folder, write_text
@@ -86,13 +86,19 @@ def save_for_hf(
     check_hf_folder(folder, overwrite)
     with new_folder(folder) as temporary:
         size, tag = get_model_input_config(model)["input_size"], "untrained" if random_weights else ""
-        timm.models.save_for_hf(
-            model.eval(),
-            temporary,
-            safe_serialization=True,
-            data_config={"input_size": size},
-            model_config={"pretrained_cfg": {"tag": tag}, RANDOM_WEIGHTS: random_weights},
-        )
+        cfg = model.pretrained_cfg
+        pixels = {name: cfg[name] for name in PIXEL_CFG if name in cfg}
+        try:  # timm reads back only the names that it knows
+            model.pretrained_cfg = {name: value for name, value in cfg.items() if name not in pixels}
+            timm.models.save_for_hf(
+                model.eval(),
+                temporary,
+                safe_serialization=True,
+                data_config={"input_size": size},
+                model_config={"pretrained_cfg": {"tag": tag}, RANDOM_WEIGHTS: random_weights, PIXELS: pixels},
+            )
+        finally:
+            model.pretrained_cfg = cfg
         # safetensors writes files that only their owner can read
         shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
         card = model_card(model, folder.resolve().name, training or {}, random_weights)

@@ -1,7 +1,8 @@
-"""Image files and arrays as 8-bit images of the channels that a model reads.
+"""Image files and arrays as the image that a model reads.
 
-Whatever reads images goes through here: training, prediction, embeddings, pictures. (Images that are never held as a
-whole are converted by the same rules, row by row, in `luna_vision.images.pixels`.)
+Whatever reads images as a whole goes through here: training, prediction, embeddings, pictures. (Rows of images that are
+never held as a whole are made by the same functions, in `luna_vision.images.pixels`.) What the numbers of a file mean
+is settled in `luna_vision.images.values`.
 """
 
 import os
@@ -14,12 +15,27 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..utils.errors import UserError, one_line
 from .limits import pixel_limit
-from .pillow import open_image_file
+from .npy import MAGIC as NPY
+from .npy import read_npy
+from .pillow import deep_numbers, nodata_of, open_image_file, orientation_of
+from .tiff import NotReadHere, Turn, is_tiff, missing_library, read_tiff
+from .values import Levels, Raster, Values, to_unit
 
-__all__ = ["MODES", "SampleError", "decode_image", "read_image", "to_8_bit", "to_channels"]
+__all__ = [
+    "GREY",
+    "MODES",
+    "SampleError",
+    "decode_image",
+    "plain",
+    "read_image",
+    "to_channels",
+    "to_picture",
+    "to_raster",
+]
 
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's name of an image, by the number of channels that a model wants
+GREY = ("1", "L", "LA", "La")  # Pillow's names of what is grey
 
 
 class SampleError(UserError):
@@ -31,14 +47,14 @@ class SampleError(UserError):
         super().__init__(message.rstrip().rsplit("\n", 1)[-1].rpartition(f"{__name__}.SampleError: ")[2])
 
 
-def read_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.Image:
+def read_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.Image | Raster:
     """Decode an image file, see :func:`decode_image`; a missing one is a FileNotFoundError."""
     with open(path, "rb") as file:
         return decode_image(file, str(path), max_pixels)
 
 
-def decode_image(file: BinaryIO, name: str, max_pixels: int | None = None) -> Image.Image:
-    """Decode an image completely and turn it upright as its EXIF orientation says.
+def decode_image(file: BinaryIO, name: str, max_pixels: int | None = None) -> Image.Image | Raster:
+    """Decode an image completely and turn it upright as its orientation says. Its content tells the format.
 
     Args:
         file: Where it is read from.
@@ -47,20 +63,47 @@ def decode_image(file: BinaryIO, name: str, max_pixels: int | None = None) -> Im
             ``Image.MAX_IMAGE_PIXELS``: 179 megapixels. Threads that give a number decode one after the other, see
             `luna_vision.images.limits`.
 
+    Returns:
+        Pillow's image of 8-bit grey or colour, with or without alpha; of more bits, of other bands and of files that
+        name a number for no data, the numbers of the file.
+
     Raises:
-        SampleError: The file is empty, is larger than ``max_pixels`` or is not an image that Pillow can decode.
+        SampleError: The file is empty, is larger than ``max_pixels`` or is not an image that is read here.
+        MemoryError: There is no room for it.
     """
-    if not file.read(1):
+    head, kind = file.read(16), ""
+    if not head:
         raise SampleError(f"image file {name} is empty (0 bytes)")
     file.seek(0)
+    limit = max_pixels if max_pixels is not None else 2 * (Image.MAX_IMAGE_PIXELS or 2**62)
     try:
+        if head.startswith(NPY):
+            return Raster(read_npy(file, limit), name=name)
+        if is_tiff(head) and not missing_library():
+            try:
+                return _as_picture(read_tiff(file, name, limit))
+            except NotReadHere as error:
+                file.seek(0)
+                kind = f"it has {error}, and Pillow does not read it: "
         with _open(file, max_pixels) as image:
+            deep, nodata = deep_numbers(image), nodata_of(image)
+            if deep is not None:
+                if image.width * image.height > limit:  # which decoders other than Pillow's do not know
+                    raise ValueError(f"{image.width} x {image.height} pixels are more than {limit}")
+                turn = Turn.of(orientation_of(image))
+                return Raster(np.ascontiguousarray(turn(deep.read())), deep.top, nodata, name)
             image.load()
-            return ImageOps.exif_transpose(image)
+            upright = ImageOps.exif_transpose(image)
+            if nodata is None:
+                return upright
+            return Raster(np.asarray(plain(upright, image.mode in GREY)), nodata=nodata, name=name)
+    except MemoryError:
+        raise
     except UnidentifiedImageError as error:  # whose message names the stream, not the file
-        raise SampleError(f"cannot decode image file {name}: not an image of a format that Pillow knows") from error
-    except Exception as error:  # Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
-        raise SampleError(f"cannot decode image file {name}: {one_line(error)}") from error
+        reason = f"{kind}not an image of a format that Pillow knows"
+        raise SampleError(f"cannot decode image file {name}: {reason}") from error
+    except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
+        raise SampleError(f"cannot decode image file {name}: {kind}{one_line(error)}") from error
 
 
 @contextmanager
@@ -79,31 +122,80 @@ def _open(file: BinaryIO, max_pixels: int | None) -> Iterator[Image.Image]:
             yield image
 
 
-def to_8_bit(array: np.ndarray) -> np.ndarray:
-    """16-bit numbers, 0 to 65,535 in any integer type, scaled to uint8."""
-    return (array // 257).astype(np.uint8)
+def _as_picture(raster: Raster) -> Image.Image | Raster:
+    """Pillow's image of what 8 bits of grey or colour hold."""
+    array = raster.array
+    if array.dtype != np.uint8 or array.shape[2] not in MODES or raster.nodata is not None:
+        return raster
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
-def to_channels(image: Image.Image | np.ndarray, in_chans: int) -> Image.Image:
-    """Convert to 8-bit grey (``in_chans=1``) or RGB (3); transparency is dropped, 16-bit greys are scaled to 8.
-
-    Floating-point greys are taken as shares of white where none is above 1, else as 8-bit or, above 255, 16-bit values.
+def to_raster(image: Image.Image | np.ndarray | Raster) -> Raster:
+    """The numbers of an image that is decoded; those of 8 bits as grey or colour, without alpha.
 
     Raises:
-        SampleError: Pillow does not convert it.
+        TypeError, ValueError: Of a mode of Pillow that it does not convert, or an array that is no image.
     """
+    if isinstance(image, Raster):
+        return image
+    if isinstance(image, np.ndarray):
+        if image.ndim not in (2, 3):
+            raise ValueError(f"an array must have shape (height, width) or (height, width, bands), got {image.shape}")
+        return Raster(image.astype(image.dtype.newbyteorder("="), copy=False))
+    if image.mode.startswith("I;16"):
+        return Raster(np.asarray(image).astype(np.uint16, copy=False))
+    if image.mode in ("I", "F"):
+        return Raster(np.asarray(image))
+    return Raster(np.asarray(plain(image, grey=image.mode in GREY)))
+
+
+def plain(image: Image.Image, grey: bool) -> Image.Image:
+    """An image of Pillow with 8 bits as grey or RGB; alpha is dropped."""
+    if image.mode in ("P", "PA"):  # a palette may carry transparency, which Pillow only resolves by way of RGBA
+        image = image.convert("RGBA")
+    elif image.mode in ("La", "RGBa"):  # alpha is multiplied in
+        image = image.convert(image.mode.upper())
+    mode = "L" if grey else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def to_channels(
+    image: Image.Image | np.ndarray | Raster, in_chans: int, values: Values | None = None
+) -> Image.Image | np.ndarray:
+    """Convert to the channels that a model reads; alpha is dropped, grey and colour are converted to each other.
+
+    Args:
+        image: Of Pillow, what `decode_image` returns, or an array (H, W) or (H, W, bands).
+        in_chans: C.
+        values: What the numbers mean; by default as :class:`~luna_vision.images.values.Values` has it.
+
+    Returns:
+        Grey or RGB of 8 bits, where the image has no more and `values` leave them as they are; else pixels in [0, 1],
+        float32 (H, W, C), in which nothing is missing.
+
+    Raises:
+        SampleError: Pillow does not convert it, the model does not take its bands, or numbers are missing in it that
+            `values` refuse to fill.
+    """
+    values = values or Values()
     try:
-        if isinstance(image, np.ndarray):
-            image = Image.fromarray(image)
-        if image.mode.startswith("I"):  # 16-bit greys (Pillow reads some as 32-bit); convert() would clip them at 255
-            image = Image.fromarray(to_8_bit(np.asarray(image).astype(np.int64).clip(0, 65535)))
-        elif image.mode == "F":
-            grey = np.nan_to_num(np.asarray(image))
-            grey = grey * (255 if grey.max() <= 1 else 1 if grey.max() <= 255 else 1 / 257)
-            image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
-        elif image.mode in ("P", "PA"):  # a palette may carry transparency, which Pillow only resolves by way of RGBA
-            image = image.convert("RGBA")
-        mode = MODES[in_chans]
-        return image if image.mode == mode else image.convert(mode)
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+            image = _as_picture(to_raster(image))
+        if isinstance(image, Image.Image) and in_chans in MODES and values.keeps_8_bits:
+            if not (image.mode.startswith("I") or image.mode == "F"):
+                return plain(image, grey=in_chans == 1)
+        raster = to_raster(image)
+        levels = Levels(raster.name, default=values.value_range is None)
+        unit = to_unit(raster.array, in_chans, values, raster.top, raster.nodata, levels)
     except (TypeError, ValueError) as error:  # of Pillow: a mode, such as LAB, or numbers of another kind
         raise SampleError(one_line(error)) from error
+    levels.warn()
+    return unit
+
+
+def to_picture(image: Image.Image | np.ndarray) -> Image.Image:
+    """What `to_channels` returns, of 1 or 3 channels, as an image of 8 bits: to draw, and for what takes no other."""
+    if isinstance(image, Image.Image):
+        return image
+    array = np.round(image * 255).astype(np.uint8)
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)

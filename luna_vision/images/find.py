@@ -2,15 +2,25 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ..utils.errors import one_line
 from ..utils.text import printable
+from .pillow import has_heif
 
-# of an animation, the first frame is read
-IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+# All that Pillow opens by itself, the most frequent first, and what slide scanners call TIFF. The content alone decides
+# how a file is read; of an animation, that is the first frame.
+IMG_EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"),
+    *(".apng", ".avif", ".avifs", ".bif", ".blp", ".btf", ".bw", ".cur", ".dcx", ".dds", ".dib", ".fit", ".fits"),
+    *(".flc", ".fli", ".ftc", ".ftu", ".gbr", ".icb", ".icns", ".ico", ".im", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc"),
+    *(".jpe", ".jpf", ".jpx", ".mpo", ".msp", ".ndpi", ".pbm", ".pcd", ".pcx", ".pfm", ".pnm", ".psd", ".pxr"),
+    *(".qoi", ".qptiff", ".ras", ".rgb", ".rgba", ".scn", ".sgi", ".svs", ".tga", ".vda", ".vst", ".xbm", ".xpm"),
+)
+HEIF_EXTENSIONS = (".heic", ".heif", ".hif")  # where pillow-heif is installed
 HIDDEN = ("__MACOSX", "@eaDir")  # what macOS adds to archives, and a NAS to folders, beside names that begin with a dot
 VAL_NAMES = ("val", "validation", "valid")
 # what a line of text cannot hold: control characters, line ends, and bytes that are no UTF-8
@@ -25,7 +35,8 @@ class Folder(NamedTuple):
         images: Paths of the image files, sorted. Links to nothing are among them: whoever reads one says what it lacks.
         folders: Names of the folders, sorted.
         hidden: How many names were skipped because they are hidden.
-        others: How many were skipped that are neither: other files, pipes, sockets, devices, links to a folder above.
+        others: How many were skipped that are neither, by suffix: other files, pipes, sockets, devices, links to a
+            folder above.
         dangling: Those of the images that are links to nothing.
     """
 
@@ -33,7 +44,7 @@ class Folder(NamedTuple):
     images: list[str]
     folders: list[str]
     hidden: int
-    others: int
+    others: Counter[str]
     dangling: list[str]
 
 
@@ -47,7 +58,7 @@ def walk(root: str | os.PathLike, on_error: Callable[[OSError], object] | None =
     Raises:
         OSError: A folder cannot be read.
     """
-    folders, links, seen = [os.fspath(root)], [], set()
+    folders, links, seen, suffixes = [os.fspath(root)], [], set(), image_suffixes()
     while folders or links:
         path = (folders or links).pop()  # by way of a link only what is not found otherwise
         place = os.path.realpath(path)
@@ -62,20 +73,31 @@ def walk(root: str | os.PathLike, on_error: Callable[[OSError], object] | None =
                 raise
             on_error(error)
             continue
-        here = Folder(path, [], [], 0, 0, [])
-        hidden = others = 0
+        here = Folder(path, [], [], 0, Counter(), [])
+        hidden = 0
         for entry in found:
             kind = "hidden" if entry.name.startswith(".") or entry.name in HIDDEN else _kind(entry)
             hidden += kind == "hidden"
             if kind == "folder" and not (entry.is_symlink() and _is_above(entry.path, place)):
                 here.folders.append(entry.name)
                 (links if entry.is_symlink() else folders).append(entry.path)
-            elif kind in ("file", "nothing") and entry.name.lower().endswith(IMG_EXTENSIONS):
+            elif kind in ("file", "nothing") and entry.name.lower().endswith(suffixes):
                 here.images.append(entry.path)
                 here.dangling.extend([entry.path] * (kind == "nothing"))
-            else:
-                others += kind != "hidden"
-        yield here._replace(hidden=hidden, others=others)
+            elif kind != "hidden":
+                here.others[_suffix(entry.name) if kind in ("file", "nothing") else "not a file"] += 1
+        yield here._replace(hidden=hidden)
+
+
+def image_suffixes() -> tuple[str, ...]:
+    """What the names of image files end in, in lower case."""
+    return IMG_EXTENSIONS + (HEIF_EXTENSIONS if has_heif() else ())
+
+
+def _suffix(name: str) -> str:
+    """The suffix of a file in lower case, printable, and not longer than suffixes are."""
+    suffix = printable(os.path.splitext(name)[1].lower())
+    return suffix if 1 < len(suffix) <= 12 else "without suffix"
 
 
 def _kind(entry: os.DirEntry) -> str:
@@ -96,8 +118,12 @@ def _is_above(link: str, place: str) -> bool:
 
 def skipped(found: Sequence[Folder]) -> str:
     """What a walk has left out, in words that follow others; empty if that is nothing."""
-    hidden, others = sum(at.hidden for at in found), sum(at.others for at in found)
-    return f"; skipped {hidden} hidden and {others} other names" if hidden or others else ""
+    hidden, others = sum(at.hidden for at in found), sum((at.others for at in found), Counter())
+    if not hidden and not others:
+        return ""
+    kinds = listed([f"{count} {suffix}" for suffix, count in sorted(others.items(), key=lambda at: (-at[1], at[0]))])
+    heif = "; HEIC takes pillow-heif: pip install 'luna-vision[heif]'" if set(HEIF_EXTENSIONS) & set(others) else ""
+    return f"; skipped {hidden} hidden and {others.total()} other names{f' ({kinds}{heif})' if others else ''}"
 
 
 def listed(names: Sequence[str], most: int = 10) -> str:
@@ -126,18 +152,21 @@ def find_images(
     """
     roots = [path] if isinstance(path, str | os.PathLike) else list(path)
     files: list[str] = []
+    left_out: list[str] = []
     for root in map(Path, roots):
         if root.is_dir():
             found = list(walk(root, on_error))
             files += sorted(image for folder in found for image in folder.images)
             if words := skipped(found):
                 say(f"{root}{words}")
+                left_out.append(words)
         elif root.is_file():
             files.append(str(root))
         else:
             raise FileNotFoundError(f"there is no image file or folder {root}")
     if not files:
-        raise ValueError(f"no images ({', '.join(IMG_EXTENSIONS)}) in {', '.join(map(str, roots)) or 'an empty list'}")
+        where = ", ".join(map(str, roots)) or "an empty list"
+        raise ValueError(f"no images ({listed(IMG_EXTENSIONS)} suffixes) in {where}{'; '.join(left_out)}")
     return files
 
 

@@ -1,34 +1,31 @@
 """Image files as rows of pixels: TIFF (tiled, pyramids too), zarr, .npy, and what Pillow decodes.
 
-TIFF, zarr and .npy files are read piece by piece. Pillow decodes a PNG or a JPEG as a whole, and keeps it: 4 bytes a
-pixel in colour, which counts as `held_bytes`, as does what decoders take beside what they give.
+The content of a file says what it is, not its name. TIFF, zarr and .npy files are read piece by piece. Pillow decodes
+a PNG or a JPEG as a whole, and keeps it: 4 bytes a pixel in colour, which counts as `held_bytes`, as does what decoders
+take beside what they give.
 
 Shapes: H, W pixels, c channels.
 """
 
 import importlib.util
-import io
 import math
 import os
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ImageOps, UnidentifiedImageError
 
+from ..utils.errors import UserError, one_line
+from .decode import GREY, plain
 from .limits import pixel_limit
-from .pillow import open_image_file
+from .npy import MAGIC as NPY
+from .npy import read_header
+from .pillow import deep_numbers, nodata_of, open_image_file, orientation_of
+from .tiff import Kind, NotReadHere, Turn, check_axes, is_tiff, open_tiff
 
 __all__ = ["ChunkedImage", "NpyImage", "PillowImage", "open_image"]
 
-TIFF_SUFFIXES = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".btf")
-# None, LZW, JPEG (2), deflate (2), PackBits, JPEG 2000 (4), ZSTD (2), WebP (2). A decoder is given the room that a
-# tile takes, and no more; those of the formats that are images of their own are not, see `_checked`.
-_TIFF_COMPRESSIONS = (1, 5, 7, 33007, 8, 32946, 32773, 33003, 33004, 33005, 34712, 50000, 34926, 50001, 34927)
-_IN_TILES = ("JPEG", "JPEG2000", "WEBP")
-_TURNED = 0x0112  # EXIF's orientation
 # Bytes that a decoder takes for each number of a pixel, beyond what it gives: measured, as none of them says so.
 _DECODING = {"JPEG": 2, "WEBP": 4, "JPEG2000": 5, "AVIF": 2}
 
@@ -37,11 +34,12 @@ def open_image(path: str | os.PathLike, level: int | None = None) -> Any:
     """Open an image file for `encode`.
 
     Args:
-        path: .tif, .tiff, .svs, .ndpi, .scn, .btf; a .zarr folder; .npy; else what Pillow knows.
+        path: TIFF (.svs, .ndpi, .scn and others are TIFF), a .zarr folder, .npy, or what Pillow knows.
         level: Of a pyramid (TIFF, or a zarr group with multiscales), 0 is the largest.
 
     Returns:
-        An image with a `shape`, (H, W) or (H, W, c), a `dtype`, and rows by `image[start:stop]`.
+        An image with a `shape`, (H, W) or (H, W, c), a `dtype`, and rows by `image[start:stop]`; `top` and `nodata`,
+        if it has them, are those of `luna_vision.images.values.Raster`.
 
     Raises:
         ValueError: The file is not an image that can be read row by row, or has no such level.
@@ -52,17 +50,21 @@ def open_image(path: str | os.PathLike, level: int | None = None) -> Any:
         raise FileNotFoundError(f"there is no image {path}")
     if level is not None and level < 0:
         raise ValueError(f"level must be at least 0, got {level}")
-    suffix = path.suffix.lower()
-    zarr = path.is_dir()
-    if not zarr and path.stat().st_size == 0:
-        raise ValueError(f"image file {path} is empty (0 bytes)")
-    if level is not None and not zarr and suffix not in TIFF_SUFFIXES:
+    head = b""
+    if not (zarr := path.is_dir()):
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError(f"{path} is neither a file nor a folder")
+        with open(path, "rb") as file:
+            head = file.read(16)
+        if not head:
+            raise ValueError(f"image file {path} is empty (0 bytes)")
+    if level is not None and not (zarr or is_tiff(head)):
         raise ValueError(f"only TIFF and zarr images have levels, and {path} is none")
     if zarr:
         image = _open_zarr(path, level or 0)
-    elif suffix in TIFF_SUFFIXES:
+    elif is_tiff(head):
         image = _open_tiff(path, level or 0)
-    elif suffix == ".npy":
+    elif head.startswith(NPY):
         image = NpyImage(path)
     else:
         image = PillowImage(path)
@@ -77,47 +79,61 @@ def _need(name: str, what: str) -> None:
         raise ValueError(f"{what} takes {name} (pip install 'luna-vision[streaming]')")
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 class ChunkedImage:
-    """A zarr array with any order of axes as an image (H, W) or (H, W, c)."""
+    """A zarr array with any order of axes as an image (H, W) or (H, W, c), upright."""
 
-    def __init__(self, array: Any, axes: str, name: str, encoded: int | None = None) -> None:
+    def __init__(
+        self,
+        array: Any,
+        axes: str,
+        encoded: int | None = None,
+        kind: Kind | None = None,
+        turn: Turn | None = None,
+    ) -> None:
         """
         Args:
             array: The zarr array.
             axes: A letter for each axis: Y and X, C or S for channels; others must have length 1.
-            name: What errors call it.
             encoded: Bytes of a chunk in the file at most, if it is known; otherwise as many as decoded.
+            kind: What its numbers become; by default they stay.
+            turn: How it becomes upright; by default it is.
 
         Raises:
             ValueError: Other axes, or longer ones.
         """
         axes = axes.upper().replace("S", "C")
-        extra = [a for a, n in zip(axes, array.shape, strict=False) if a not in "YXC" and n != 1]
-        counts = axes.count("Y"), axes.count("X"), axes.count("C")
-        if len(axes) != len(array.shape) or counts not in ((1, 1, 0), (1, 1, 1)) or extra:
-            raise ValueError(f"{name} has axes {axes} of shape {tuple(array.shape)}: an image has Y, X and channels")
-        self.array, self.axes, self.dtype = array, axes, np.dtype(array.dtype)
+        check_axes(axes, tuple(array.shape))
+        self.array, self.axes, self.kind, self.turn = array, axes, kind, turn or Turn()
         kept = [a for a in axes if a in "YXC"]
         self.order = [kept.index(a) for a in "YXC" if a in kept]
-        self.shape = tuple(array.shape[axes.index(a)] for a in "YXC" if a in kept)
-        self.chunks = (array.chunks[axes.index("Y")],)
+        height, width, *bands = (array.shape[axes.index(a)] for a in "YXC" if a in kept)
+        if kind is not None:
+            bands = [kind.bands] if kind.bands > 1 else []
+        rows, columns = ("X", "Y") if self.turn.transposed else ("Y", "X")  # as they are stored
+        self.shape = (width, height, *bands) if self.turn.transposed else (height, width, *bands)
+        self.rows = rows
+        self.dtype = np.dtype(array.dtype) if kind is None else kind.dtype
+        self.top, self.nodata = (None, None) if kind is None else (kind.top, kind.nodata)
+        self.chunks = (array.chunks[axes.index(rows)],)
         # what is read at a time: a chunk, or of a shard the chunks that are beside each other
         shards = array.shards or array.chunks
-        parts = [s if a in "XC" else c for a, s, c in zip(axes, shards, array.chunks, strict=True)]
-        across = math.prod(-(-n // p) for a, n, p in zip(axes, array.shape, parts, strict=True) if a in "XC")
-        size = math.prod(parts) * self.dtype.itemsize
+        others = columns + "C"
+        parts = [s if a in others else c for a, s, c in zip(axes, shards, array.chunks, strict=True)]
+        across = math.prod(-(-n // p) for a, n, p in zip(axes, array.shape, parts, strict=True) if a in others)
+        size = math.prod(parts) * array.dtype.itemsize
         # encoded and decoded, and in a shard put together
         copies = size * (2 if array.shards else 1) + (size if encoded is None else encoded)
         self.held_bytes = int(min(across, _chunks_at_once())) * copies
         self.identity = ""
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        index = tuple(rows if a == "Y" else slice(None) if a in "XC" else 0 for a in self.axes)
-        return np.asarray(self.array[index]).transpose(self.order)
+        start, stop, _ = rows.indices(self.shape[0])
+        stored = self.turn.stored(start, stop, self.shape[0])
+        index = tuple(stored if a == self.rows else slice(None) if a in "YXC" else 0 for a in self.axes)
+        array = np.asarray(self.array[index]).transpose(self.order)
+        if self.kind is not None:
+            array = self.kind.convert(array if array.ndim == 3 else array[:, :, None])
+        return self.turn(array).reshape(stop - start, *self.shape[1:])
 
 
 def _chunks_at_once() -> float:
@@ -128,64 +144,29 @@ def _chunks_at_once() -> float:
     return math.inf if limit is None else limit
 
 
-def _open_tiff(path: Path, level: int) -> ChunkedImage:
+def _open_tiff(path: Path, level: int) -> Any:
+    """Rows of a TIFF or, of a kind that only Pillow reads, the whole."""
     _need("tifffile", f"{path}")
     _need("zarr", f"{path}")
-    import tifffile
     import zarr
 
     try:
-        # of several files, only the one that is named is opened
-        file = tifffile.TiffFile(path, is_mmstack=False, is_ndtiff=False, _multifile=False)
-        if others := _other_files(file.ome_metadata or "", path.name):
-            raise ValueError(f"{path} is a part of an image: there are pixels in other files, such as {others[0]!r}")
-        series = file.series[0]
-        levels = series.levels
-        if level >= len(levels):
-            raise ValueError(f"{path} has levels 0 to {len(levels) - 1}, got {level}")
-        page = levels[level].keyframe
-        kind = getattr(page.photometric, "name", str(page.photometric))
-        if kind not in ("MINISBLACK", "RGB", "YCBCR"):
-            raise ValueError(f"{path} has colours of kind {kind}: RGB and grey are read")
-        if page.compression not in _TIFF_COMPRESSIONS:
-            raise ValueError(
-                f"{path} has the compression {getattr(page.compression, 'name', page.compression)}: it is not read"
-            )
-        encoded = max(max(one.databytecounts, default=0) for one in levels[level].pages if one is not None)
-        if encoded > path.stat().st_size:
-            raise ValueError(f"{path} ends before a tile of {encoded} bytes")
-        if page.compression in tifffile.TIFF.IMAGE_COMPRESSIONS:
-            page.decode = _checked(page.decode, math.prod(page.chunks))
-        array = zarr.open(series.aszarr(level=level), mode="r")
-        return ChunkedImage(array, levels[level].axes.replace("Q", "Z").replace("I", "Z"), f"{path}", encoded)
-    except (ValueError, OSError):
+        tiff = open_tiff(path, str(path), path.stat().st_size, level)
+        array = zarr.open(tiff.as_zarr(), mode="r")
+        return ChunkedImage(array, tiff.axes, tiff.encoded, tiff.kind, tiff.turn)
+    except NotReadHere as error:
+        try:
+            if not level:
+                return PillowImage(path)
+        except (ValueError, OSError):
+            pass  # what Pillow says is that it does not know the file
+        raise UserError(f"{path} has {error}: it is not read") from error
+    except MemoryError:
         raise
     except Exception as error:  # of a damaged file, nearly anything
-        raise ValueError(f"cannot read {path}: {_one_line(error)}") from error
-
-
-def _other_files(ome: str, name: str) -> list[str]:
-    """The files that OME-XML names, but for the one that it stands in, which may have got another name since."""
-    own = re.search(r"""<(?:\w+:)?OME\s[^>]*\bUUID\s*=\s*["']([^"']*)""", ome)
-    parts = re.findall(r"""<(?:\w+:)?UUID\s[^>]*\bFileName\s*=\s*["']([^"']*)["'][^>]*>\s*([^<\s]*)""", ome)
-    return [file for file, part in parts if file.lower() != name.lower() and (own is None or part != own[1])]
-
-
-def _checked(decode: Callable[..., Any], numbers: int) -> Callable[..., Any]:
-    """A decoder of tiles that are images of their own, which say how large they are: see that they are not larger."""
-
-    def checked(data: bytes | None, index: int, jpegheader: bytes | None = None, **options: Any) -> Any:
-        if data is not None:
-            try:
-                with pixel_limit(None), Image.open(io.BytesIO((jpegheader or b"") + data), formats=_IN_TILES) as image:
-                    found = image.width * image.height * len(image.getbands())
-            except UnidentifiedImageError as error:
-                raise ValueError("a tile is an image of unknown size") from error
-            if found > numbers:
-                raise ValueError(f"a tile of {numbers} numbers is an image of {found}")
-        return decode(data, index, jpegheader=jpegheader, **options)
-
-    return checked
+        if isinstance(error, UserError):
+            raise
+        raise ValueError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def _open_zarr(path: Path, level: int) -> ChunkedImage:
@@ -212,9 +193,9 @@ def _open_zarr(path: Path, level: int) -> ChunkedImage:
         if axes is None:
             first = node.ndim == 3 and node.shape[0] in (1, 3, 4) and node.shape[2] > 4
             axes = {2: "YX", 3: "CYX" if first else "YXC", 5: "TCZYX"}.get(node.ndim, "?" * node.ndim)
-        return ChunkedImage(bounded(node), axes, "it")
+        return ChunkedImage(bounded(node), axes)
     except Exception as error:  # zarr's errors are of many kinds, and so are those of other descriptions
-        raise ValueError(f"cannot read the folder {path} as zarr: {_one_line(error)}") from error
+        raise ValueError(f"cannot read the folder {path} as zarr: {one_line(error)}") from error
 
 
 class NpyImage:
@@ -226,13 +207,13 @@ class NpyImage:
             ValueError: Not a .npy file, or one of Python objects or in Fortran's order.
         """
         try:
-            mapped = np.lib.format.open_memmap(path, mode="r")
-        except ValueError as error:
-            raise ValueError(f"cannot read {path}: {_one_line(error)}") from error
-        if not mapped.flags.c_contiguous:
-            raise ValueError(f"{path} is in Fortran's order, column by column: save it in C's")
-        self.path, self.shape, self.dtype = path, mapped.shape, mapped.dtype
-        self.offset, self.identity = mapped.offset, ""
+            with open(path, "rb") as file:
+                self.shape, self.dtype, self.offset = read_header(file)
+        except OSError:
+            raise
+        except Exception as error:  # numpy parses the header as Python's text
+            raise ValueError(f"cannot read {path}: {one_line(error)}") from error
+        self.path, self.identity = path, ""
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         start, stop, _ = rows.indices(self.shape[0])
@@ -245,7 +226,7 @@ class NpyImage:
 
 
 class PillowImage:
-    """What Pillow decodes: as a whole, when the first row is asked for."""
+    """What Pillow opens: decoded as a whole, when the first row is asked for."""
 
     def __init__(self, path: Path) -> None:
         """
@@ -255,39 +236,44 @@ class PillowImage:
         try:
             with pixel_limit(None):  # large images, and large bands of them, are what this is for
                 self.image = open_image_file(path)
+            deep = deep_numbers(self.image)
+            turned = orientation_of(self.image)
+            channels = len(self.image.getbands())
+        except MemoryError:
+            raise
         except UnidentifiedImageError as error:
             raise ValueError(f"{path} is not an image of a format that is known here") from error
-        except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError at damaged PNG headers
-            raise OSError(f"cannot read {path}: {_one_line(error)}") from error
+        except Exception as error:  # of a damaged header, nearly anything
+            raise OSError(f"cannot read {path}: {one_line(error)}") from error
+        self.path, self.deep, self.turn, self.numbers = path, deep, Turn.of(turned), None
+        self.identity, self.loaded = "", False
         mode = self.image.mode
-        if mode == "F":
-            raise ValueError(f"{path} has floating-point pixels, of unknown range: save it in 8 or 16 bits")
-        # not the PNG's own, which would decode all pixels, before a budget is known, to look for an entry behind them
-        turned = Image.Image.getexif(self.image).get(_TURNED, 1)
-        width, height = self.image.size if turned < 5 else self.image.size[::-1]
-        self.path, self.loaded, self.identity = path, False, ""
-        self.deep = mode.startswith("I")  # 16-bit greys, which Pillow reads as 32-bit, too
-        self.target = "L" if mode in ("1", "L", "LA", "La") else "RGB"
-        self.shape = (height, width) if self.deep or self.target == "L" else (height, width, 3)
-        self.dtype = np.dtype(np.uint16 if self.deep else np.uint8)
+        self.grey, self.nodata = mode in GREY, nodata_of(self.image)
+        height, width = self.image.size[::-1] if not self.turn.transposed else self.image.size
+        bands = deep.bands if deep else 1 if self.grey else 3
+        self.shape = (height, width) if bands == 1 else (height, width, bands)
+        self.dtype, self.top = (deep.dtype, deep.top) if deep else (np.dtype(np.uint8), None)
         each = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16L": 2, "I;16B": 2}.get(mode, 4)
-        decoding = _DECODING.get(self.image.format, 0) * len(self.image.getbands())
+        decoding = _DECODING.get(self.image.format, 0) * channels
         if self.image.format == "JPEG" and not self.image.info.get("progressive"):
             decoding = 0
+        if deep:  # with what it is decoded from, and turned
+            each, decoding = 2 * bands * self.dtype.itemsize, 2 * bands * self.dtype.itemsize
         self.held_bytes = height * width * (each + max(decoding, 0 if turned == 1 else each))
 
     def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(self.shape[0])
+        if self.deep:
+            if self.numbers is None:
+                with pixel_limit(None):
+                    self.numbers = self.turn(self.deep.read()).reshape(self.shape)
+            return self.numbers[start:stop]
         if not self.loaded:
             self.image.load()
             ImageOps.exif_transpose(self.image, in_place=True)
             if self.image.size != self.shape[1::-1]:
                 raise OSError(f"{self.path} says after its pixels that they lie on their side: turn it before")
             self.loaded = True
-        start, stop, _ = rows.indices(self.shape[0])
         with pixel_limit(None):
             part = self.image.crop((0, start, self.shape[1], stop))
-        if self.deep:
-            return np.asarray(part).astype(np.int64).clip(0, 65535).astype(np.uint16)
-        if part.mode in ("P", "PA"):  # a palette may carry transparency, which Pillow only resolves by way of RGBA
-            part = part.convert("RGBA")
-        return np.asarray(part if part.mode == self.target else part.convert(self.target))
+        return np.asarray(plain(part, self.grey))

@@ -3,7 +3,6 @@
 Shapes: H, W pixels, c channels, p side of a patch.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +11,9 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from .decode import to_8_bit
+from ..utils.errors import UserError, one_line
 from .transforms import per_channel
+from .values import Levels, Values, check_bands, to_unit, type_range
 
 __all__ = ["Pixels", "pixel_statistics"]
 
@@ -50,33 +50,38 @@ class Pixels:
         std: Sequence[float],
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        values: Values | None = None,
     ) -> None:
         """
         Args:
-            image: Anything with a `shape`, (H, W) or (H, W, c), and rows by `image[start:stop]`. 8 bits, 16 bits
-                (scaled to 8, as `luna_vision.data` does it) or floating point in [0, 1]. Grey and colour are converted
-                to each other, transparency is dropped. What is stored in chunks of many rows (`image.chunks`, as
-                zarr's or dask's) is read chunk by chunk.
+            image: Anything with a `shape`, (H, W) or (H, W, c), and rows by `image[start:stop]`: integers or floating
+                point. Grey and colour are converted to each other. What is stored in chunks of many rows
+                (`image.chunks`, as zarr's or dask's) is read chunk by chunk. `image.top` and `image.nodata`, if there
+                are any, are those of `luna_vision.images.values.Raster`.
             in_chans: Channels that the model wants.
             mean, std: As `pixel_statistics` gives them.
             dtype, device: Of the result.
+            values: What the numbers mean; by default as `Values` has it.
 
         Raises:
             ValueError: Another shape, type or number of channels, or no pixels.
         """
-        shape = tuple(getattr(image, "shape", ()))
+        shape, self.name = tuple(getattr(image, "shape", ())), str(getattr(image, "file", "the image"))
         if len(shape) not in (2, 3) or min(shape) < 1:
-            raise ValueError(f"an image must have shape (height, width) or (height, width, channels), got {shape}")
+            raise ValueError(f"{self.name} must have shape (height, width) or (height, width, channels), got {shape}")
         channels = shape[2] if len(shape) == 3 else 1
-        allowed = (1, 2, 3, 4) if in_chans in (1, 3) else (in_chans,)
-        if channels not in allowed:
-            hint = " (channels come last)" if shape[0] in (1, 3, 4) else ""
-            raise ValueError(
-                f"an image for this model must have {' or '.join(map(str, allowed))} channels, got shape {shape}{hint}"
-            )
+        if shape[0] in (1, 3, 4) and len(shape) == 3 and channels not in (1, 3, in_chans):
+            raise ValueError(f"channels come last: {self.name} of shape {shape} has {channels} of them")
+        check_bands(channels, in_chans, self.name)
         self.dtype = _dtype(image).newbyteorder("=")
-        if self.dtype not in (np.uint8, np.uint16) and self.dtype.kind != "f":
-            raise ValueError(f"pixels must be uint8, uint16 or floating point in [0, 1], got {self.dtype}")
+        self.values = values or Values(mean=tuple(mean))
+        self.top, self.nodata = getattr(image, "top", None), getattr(image, "nodata", None)
+        if self.values.value_range is None:
+            try:
+                type_range(self.dtype, self.top)  # which refuses what no range is known of
+            except UserError as error:
+                raise UserError(f"{self.name}: {error}") from error
+        self.levels = Levels(self.name, default=self.values.value_range is None)
         self.image, self.shape, self.channels, self.in_chans = image, shape, channels, in_chans
         self.step = _rows_of_chunks(image)
         self.slab: tuple[int, np.ndarray] | None = None
@@ -92,8 +97,11 @@ class Pixels:
 
     def band_bytes(self, rows: int, columns: int) -> int:
         """What `rows` needs at most for so many rows, padded to so many columns."""
-        raw = self.channels * self.dtype.itemsize
-        return rows * columns * (2 * raw + 3 * self.in_chans * self.out["dtype"].itemsize)
+        raw, unit = self.channels * self.dtype.itemsize, self.in_chans * self.out["dtype"].itemsize
+        if self.dtype != np.uint8 or not self.values.keeps_8_bits or self.nodata is not None:
+            # in the widest type that they go through, with a mask of what is missing
+            raw += self.channels * (4 if self.dtype.itemsize <= 2 or self.dtype == np.float32 else 8)
+        return rows * columns * (2 * raw + 3 * unit)
 
     def raw(self, start: int, stop: int) -> np.ndarray:
         """Pixels (stop - start, W[, c]) as the image has them, but in the byte order of this machine.
@@ -125,40 +133,39 @@ class Pixels:
         except (MemoryError, KeyboardInterrupt):
             raise
         except Exception as error:  # decoders raise nearly anything
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise OSError(f"cannot read the pixel rows {start} to {stop - 1} of the image: {reason}") from error
+            raise OSError(
+                f"cannot read the pixel rows {start} to {stop - 1} of {self.name}: {one_line(error)}"
+            ) from error
         if rows.shape != (stop - start, *self.shape[1:]):
-            raise OSError(f"the pixel rows {start} to {stop - 1} of the image have shape {rows.shape}")
+            raise OSError(f"the pixel rows {start} to {stop - 1} of {self.name} have shape {rows.shape}")
         return rows
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Normalised pixels (1, in_chans, stop - start, W); on integers exactly those of `eval_transform`.
+        """Normalised pixels (1, in_chans, stop - start, W), those of `eval_transform` at the image's own size.
 
         Raises:
-            ValueError: Floating-point pixels that are not numbers, or clearly not in [0, 1] where they are normalised.
+            UserError: Numbers are missing that `values` refuse to fill.
             OSError: They cannot be read.
         """
-        array = convert(self.raw(start, stop), self.in_chans)
+        array = self.raw(start, stop)
+        deep = array.dtype != np.uint8 or not self.values.keeps_8_bits or self.nodata is not None
+        if deep:
+            array = self._to_unit(array if array.ndim == 3 else array[:, :, None], stop)
+        else:
+            array = convert(array, self.in_chans)
         array = np.require(array, requirements=["C", "W"])  # a copy of what is read-only, which PyTorch does not like
         x = torch.from_numpy(array).to(self.out["device"]).permute(2, 0, 1)
         x = x.to(self.out["dtype"], memory_format=torch.contiguous_format, copy=True)
-        if array.dtype == np.uint8:
+        if not deep:
             x.div_(255)
-        else:
-            self._check_range(x, start, stop)
         return x.sub_(self.mean).div_(self.std)[None]
 
-    def _check_range(self, x: Tensor, start: int, stop: int) -> None:
-        """See that floating-point pixels are what they are taken for: one that is not a number would be in all of the
-        result, and 0 to 255 would go unnoticed. Interpolation may go a little beyond [0, 1]."""
-        low, high = (float(value) for value in torch.aminmax(x))
-        as_they_are = not self.mean.any() and bool((self.std == 1).all())
-        least, most = (-math.inf, math.inf) if as_they_are else (-1, 2)
-        if not (math.isfinite(low) and math.isfinite(high) and least <= low and high <= most):
-            raise ValueError(
-                f"the pixel rows {start} to {stop - 1} of the image have values from {low:g} to {high:g}: floating "
-                "point must be finite, and in [0, 1] (or with mean 0 and std 1, which leave it as it is)"
-            )
+    def _to_unit(self, array: np.ndarray, stop: int) -> np.ndarray:
+        dtype = np.float64 if self.out["dtype"] == torch.float64 else np.float32
+        unit = to_unit(array, self.in_chans, self.values, self.top, self.nodata, self.levels, dtype)
+        if stop == self.shape[0]:
+            self.levels.warn()
+        return unit
 
 
 def _rows_of_chunks(image: Any) -> int:
@@ -177,23 +184,15 @@ def _dtype(image: Any) -> np.dtype:
 
 
 def convert(rows: np.ndarray, in_chans: int) -> np.ndarray:
-    """Pixels (n, W) or (n, W, c) to (n, W, in_chans), 8 bits or floating point.
+    """Pixels of 8 bits (n, W) or (n, W, c) to (n, W, in_chans).
 
     NOTE: what `luna_vision.images.decode.to_channels` does, which is Pillow's conversion, on arrays of any size.
     """
     if rows.ndim == 2:
         rows = rows[:, :, None]
-    if rows.dtype == np.uint16:
-        rows = to_8_bit(rows)
-    if in_chans not in (1, 3):
-        return rows
-    if rows.shape[2] in (2, 4):
-        rows = rows[:, :, :-1]
     if rows.shape[2] == in_chans:
         return rows
     if in_chans == 3:
         return np.broadcast_to(rows, (*rows.shape[:2], 3))
     weights = np.array((19595, 38470, 7471), np.uint32)  # ITU-R 601-2, in 16 bits
-    if rows.dtype == np.uint8:
-        return ((rows.astype(np.uint32) @ weights + 0x8000) >> 16).astype(np.uint8)[:, :, None]
-    return (rows @ (weights / 65536).astype(rows.dtype))[:, :, None]
+    return ((rows.astype(np.uint32) @ weights + 0x8000) >> 16).astype(np.uint8)[:, :, None]

@@ -12,10 +12,21 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .decode import read_image, to_channels
+from .values import Raster, Values
 
-__all__ = ["EvalTransform", "ImageTransform", "SeededTransform", "eval_transform", "per_channel", "resize", "to_tensor"]
+__all__ = [
+    "EvalTransform",
+    "ImageTransform",
+    "SeededTransform",
+    "eval_transform",
+    "per_channel",
+    "resize",
+    "resize_to",
+    "to_tensor",
+]
 
-ImageTransform = Callable[[Image.Image, int], Image.Image | np.ndarray | Tensor]
+# images as `to_channels` returns them, and seed: 8 bits of Pillow, or float32 (H, W, C) in [0, 1]
+ImageTransform = Callable[[Image.Image | np.ndarray, int], Image.Image | np.ndarray | Tensor]
 
 
 def per_channel(name: str, values: Sequence[float], in_chans: int) -> tuple[float, ...]:
@@ -35,13 +46,14 @@ def per_channel(name: str, values: Sequence[float], in_chans: int) -> tuple[floa
 
 
 class SeededTransform:
-    """PIL image and seed to a normalised float32 tensor (C, H, W).
+    """PIL image, or float32 array (H, W, C) in [0, 1], and seed to a normalised float32 tensor (C, H, W).
 
     Args:
-        transform: The part that keeps the image in 8 bits.
+        transform: The part before normalisation, which keeps an image in 8 bits if it is one.
         mean: Mean that is subtracted, by channel, for pixels in [0, 1].
         std: Standard deviation to divide by, by channel.
         erase: What is done to the normalised tensor, given the seed.
+        values: What the numbers of files mean, for `to_channels`, which comes before; by default as `Values` has it.
     """
 
     def __init__(
@@ -50,12 +62,14 @@ class SeededTransform:
         mean: tuple[float, ...],
         std: tuple[float, ...],
         erase: Callable[[Tensor, int], Tensor] | None = None,
+        values: Values | None = None,
     ) -> None:
         self.transform, self.erase = transform, erase
+        self.values = values or Values(mean=tuple(mean))
         self.mean = torch.tensor(mean).view(-1, 1, 1)
         self.std = torch.tensor(std).view(-1, 1, 1)
 
-    def __call__(self, image: Image.Image, seed: int = 0) -> Tensor:
+    def __call__(self, image: Image.Image | np.ndarray, seed: int = 0) -> Tensor:
         tensor = to_tensor(self.transform(image, seed)).sub_(self.mean).div_(self.std)
         return tensor if self.erase is None else self.erase(tensor, seed)
 
@@ -66,6 +80,7 @@ def eval_transform(
     std: tuple[float, ...],
     crop_pct: float | None = None,
     interpolation: str = "bicubic",
+    values: Values | None = None,
 ) -> SeededTransform:
     """The deterministic transform of validation, test and prediction.
 
@@ -76,23 +91,26 @@ def eval_transform(
         crop_pct: None resizes the whole image to ``size``, whatever its aspect ratio. A number keeps the aspect ratio:
             the image is resized to cover ``size / crop_pct``, and the centre of ``size`` is cut out.
         interpolation: A name of Pillow's resampling filters.
+        values: As in :class:`SeededTransform`.
     """
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct must be in (0, 1], got {crop_pct}")
-    return SeededTransform(partial(resize, size=size, crop_pct=crop_pct, interpolation=interpolation), mean, std)
+    transform = partial(resize, size=size, crop_pct=crop_pct, interpolation=interpolation)
+    return SeededTransform(transform, mean, std, values=values)
 
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """An image file, PIL image or uint8 array (H, W[, 3]) to a tensor (C, H, W), as `eval_transform` prepares it.
+    """An image file, PIL image or array (H, W[, bands]) to a tensor (C, H, W), as `eval_transform` prepares it.
 
     Attributes:
         in_chans: C, 1 (grey) or 3 (RGB); images are converted.
         size: Height and width of the result in pixels. None leaves the image at its own, with pixels in [0, 1].
         mean, std, crop_pct, interpolation: As in `eval_transform`.
+        values: Likewise; by default as `Values` has it.
 
     Raises:
-        SampleError: When called: the image cannot be decoded.
+        SampleError: When called: the image cannot be decoded, or the model does not take its bands.
         FileNotFoundError: When called: there is no such file.
     """
 
@@ -102,13 +120,14 @@ class EvalTransform:
     std: tuple[float, ...] = (1.0,)
     crop_pct: float | None = None
     interpolation: str = "bicubic"
+    values: Values | None = None
 
-    def __call__(self, image: str | os.PathLike | Image.Image | np.ndarray) -> Tensor:
+    def __call__(self, image: str | os.PathLike | Image.Image | np.ndarray | Raster) -> Tensor:
         if isinstance(image, str | os.PathLike):
             image = read_image(image)
         elif isinstance(image, Image.Image):
             image = ImageOps.exif_transpose(image)  # as a file is read
-        image = to_channels(image, self.in_chans)
+        image = to_channels(image, self.in_chans, self.values or Values(mean=self.mean))
         if self.size is None:
             return to_tensor(image)
         return eval_transform(self.size, self.mean, self.std, self.crop_pct, self.interpolation)(image)
@@ -116,25 +135,42 @@ class EvalTransform:
 
 # A function and not a lambda, as datasets must be picklable for worker processes that are spawned.
 def resize(
-    image: Image.Image,
+    image: Image.Image | np.ndarray,
     seed: int,
     size: tuple[int, int],
     crop_pct: float | None = None,
     interpolation: str = "bicubic",
-) -> Image.Image:
+) -> Image.Image | np.ndarray:
     """Resize to ``size``, height and width in pixels, with antialiasing. The rest is as in :func:`eval_transform`."""
     (height, width), (rows, columns) = size, size
     if crop_pct is not None:
-        scale = max(height / image.height, width / image.width) / crop_pct
-        rows, columns = max(height, round(image.height * scale)), max(width, round(image.width * scale))
-    image = image.resize((columns, rows), Image.Resampling[interpolation.upper()])
+        own_height, own_width = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+        scale = max(height / own_height, width / own_width) / crop_pct
+        rows, columns = max(height, round(own_height * scale)), max(width, round(own_width * scale))
+    image = resize_to(image, (rows, columns), interpolation)
     top, left = round((rows - height) / 2), round((columns - width) / 2)
+    if isinstance(image, np.ndarray):
+        return image[top : top + height, left : left + width]
     return image.crop((left, top, left + width, top + height))
 
 
+def resize_to(
+    image: Image.Image | np.ndarray, size: tuple[int, int], interpolation: str = "bicubic"
+) -> Image.Image | np.ndarray:
+    """Pillow's resizing, with antialiasing, to a height and width: of its image, or of float32 (H, W, C) in [0, 1]."""
+    filter_ = Image.Resampling[interpolation.upper()]
+    if isinstance(image, Image.Image):
+        return image.resize(size[::-1], filter_)
+    channels = [Image.fromarray(np.ascontiguousarray(channel)) for channel in np.moveaxis(image, 2, 0)]
+    resized = [np.asarray(channel.resize(size[::-1], filter_)) for channel in channels]
+    return np.stack(resized, axis=2).clip(0, 1)  # as 8 bits do not swing beyond black and white either
+
+
 def to_tensor(image: Image.Image | np.ndarray | Tensor) -> Tensor:
-    """8-bit image, (H, W) or (H, W, C) or a tensor (C, H, W), to float32 (C, H, W) in [0, 1]."""
+    """8-bit image, (H, W) or (H, W, C) or a tensor (C, H, W), to float32 (C, H, W) in [0, 1]; floating point stays."""
     if not isinstance(image, Tensor):
         array = np.array(image)  # a copy: PIL's own buffer is read-only
         image = torch.from_numpy(array[:, :, None] if array.ndim == 2 else array).permute(2, 0, 1)
+    if image.is_floating_point():
+        return image.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     return image.to(torch.float32, memory_format=torch.contiguous_format).div_(255)

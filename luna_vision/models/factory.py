@@ -23,6 +23,8 @@ RANDOM_WEIGHTS = "random_weights"  # a key in config.json of an exported folder:
 LOCAL = "local-dir:"  # timm's prefix for the name of a folder
 # the keys about images that are taken from a checkpoint, see `timm_cfg` of the data modules
 IMAGE_CFG = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "num_classes", "label_names")
+PIXEL_CFG = ("value_range", "nodata", "fill")  # likewise, of numbers in files, see `luna_vision.images.values`
+PIXELS = "pixels"  # where config.json of an exported folder has these, which timm does not know
 
 
 def check_model_name(name: str) -> None:
@@ -201,7 +203,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _from_folder(name: str, arguments: dict[str, Any], weights: bool) -> nn.Module:
-    _read_config(_folder(name))
+    pixels = _read_config(_folder(name)).get(PIXELS)
+    pixels = {key: pixels[key] for key in PIXEL_CFG if key in pixels} if isinstance(pixels, dict) else {}
     # with its own head: for another number of classes, timm would load loosely and ignore missing weights
     own = {key: value for key, value in arguments.items() if not weights or key != "num_classes"}
     try:
@@ -209,6 +212,7 @@ def _from_folder(name: str, arguments: dict[str, Any], weights: bool) -> nn.Modu
     except Exception as error:  # a truncated file, and arguments that do not fit it, raise nearly anything
         reason = shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
         raise UserError(f"model {name}: {reason}") from error
+    model.pretrained_cfg = model.pretrained_cfg | pixels
     classes = arguments.get("num_classes", model.num_classes)
     if classes != model.num_classes:
         if classes != 0:
@@ -236,7 +240,7 @@ def training_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
 def image_cfg(run: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's record of its images, limited to the keys in `IMAGE_CFG`."""
     cfg = run.get("data", {}).get("cfg", {})
-    return {name: cfg[name] for name in IMAGE_CFG if name in cfg}
+    return {name: cfg[name] for name in IMAGE_CFG + PIXEL_CFG if name in cfg}
 
 
 def _exported_training(weights: Path) -> dict[str, Any]:

@@ -218,6 +218,7 @@ class TimmTask(LightningModule):
             if self._trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:  # fit may change the classes
                 run = training_checkpoint(Path(checkpoint))
                 self.check_classes(run, self.trainer.datamodule, checkpoint)
+                adopt_values(run, self.trainer.datamodule)
                 self.label_names = _label_names(run)
             self.load_starting_weights(lambda model: load_weights(model, checkpoint, say=rank_zero_info))
         elif vit:
@@ -245,6 +246,7 @@ class TimmTask(LightningModule):
             raise ValueError("the checkpoint has no state of the optimizer: give its weights as --model.checkpoint")
         check_deletions(self.trainer, checkpoint)
         self.check_classes(checkpoint, self.trainer.datamodule, "the checkpoint")
+        adopt_values(checkpoint, self.trainer.datamodule)
         checkpoint["lr_schedulers"] = []  # lengths and rates are those of this configuration, see on_train_start
         if self.trainer.is_global_zero:  # the sums are those of all processes
             for name, state in checkpoint.get("epoch_means", {}).items():
@@ -367,6 +369,12 @@ def _sums(metric: MeanMetric) -> dict[str, float]:
     """The state of a `MeanMetric`, over all processes."""
     with metric.sync_context():
         return {"sum": float(metric.mean_value), "weight": float(metric.weight)}
+
+
+def adopt_values(checkpoint: dict[str, Any], data: LightningDataModule | None) -> None:
+    """Have the data take the numbers of files as a checkpoint's data did, unless its options say otherwise."""
+    if hasattr(data, "adopt_values"):
+        data.adopt_values(checkpoint.get("data", {}).get("cfg", {}))
 
 
 def log_number(task: LightningModule, name: str, value: float, **options: Any) -> None:

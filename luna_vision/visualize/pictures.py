@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backend_bases import FigureCanvasBase
 from torch import nn
-from tqdm import tqdm
 
 from luna_vision.images.decode import SampleError
 from luna_vision.utils.errors import one_line
 from luna_vision.utils.files import check_folder, save_figure
+from luna_vision.utils.progress import progress_bar
 from luna_vision.utils.text import printable
 
 from .features import FeatureColors, feature_maps, fit_colors
@@ -76,6 +76,9 @@ def draw_pictures(
     max_size: int = MAX_SIZE,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    value_range: str | Sequence[float] | None = None,
+    nodata: float | None = None,
+    fill: float | str | None = None,
     warning: str = "",
 ) -> Iterator[Path]:
     """Draw each image, and write its picture.
@@ -87,7 +90,7 @@ def draw_pictures(
         failures: (image, reason) of each image that cannot be read is added here.
         kind: "memory", "features" or "both"; by default what the model has.
         layers, slots, head, warning: As in :func:`luna_vision.visualize.plot_memory`.
-        max_size, mean, std: As in :func:`luna_vision.visualize.view`.
+        max_size, mean, std, value_range, nodata, fill: As in :func:`luna_vision.visualize.view`.
 
     Yields:
         The path of each picture that has been written.
@@ -101,7 +104,7 @@ def draw_pictures(
         check_memory(model)
     elif head is not None or not isinstance(slots, int):
         raise ValueError("--slots and --head choose what is drawn of the memory, and only features are drawn")
-    see = partial(view, model, max_size=max_size, mean=mean, std=std)
+    see = partial(view, model, max_size=max_size, mean=mean, std=std, value_range=value_range, nodata=nodata, fill=fill)
     # find mistakes in the arguments and broken weights on a single pixel, before any work
     pixel = see(np.zeros((1, 1, 3), np.uint8))
     if kind != "features":
@@ -136,7 +139,7 @@ def _fit_colors(
 
 def _read(files: Sequence[str], see: Callable[[str], View], name: str) -> Iterator[tuple[str, View | str]]:
     """Each image file as the model sees it, or the reason why it cannot be read."""
-    for file in tqdm(files, desc=name, unit="image", disable=None if len(files) > 1 else True):
+    for file in progress_bar(files, len(files) > 1, desc=name, unit="image"):
         try:
             seen = see(file)
         except IMAGE_ERRORS as error:

@@ -6,15 +6,16 @@ Shapes: h x w pixels of the picture that is drawn, H x W pixels of the model's i
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from luna_vision.images.decode import SampleError, read_image, to_channels
+from luna_vision.images.decode import SampleError, read_image, to_channels, to_picture
 from luna_vision.images.transforms import eval_transform, per_channel
+from luna_vision.images.values import model_values
 from luna_vision.models.luna_vit import LunaVit
 from luna_vision.utils.text import printable
 
@@ -55,6 +56,9 @@ def view(
     max_size: int = MAX_SIZE,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    value_range: str | Sequence[float] | None = None,
+    nodata: float | None = None,
+    fill: float | str | None = None,
 ) -> View:
     """Prepare an image for a model.
 
@@ -63,10 +67,11 @@ def view(
 
     Args:
         model: A timm model of 1 or 3 channels.
-        image: An image file, a PIL image or a uint8 array (height, width[, 3]); a View is returned as it is.
+        image: An image file, a PIL image or an array (height, width[, 3]); a View is returned as it is.
         max_size: Larger images are first reduced to this longer side in pixels.
         mean: Mean by channel, for pixels in [0, 1]; that of the model's `pretrained_cfg` if None.
         std: Standard deviation by channel, likewise.
+        value_range, nodata, fill: Meaning of numbers in files, see docs/pixels.md; by default that of the training.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -84,16 +89,18 @@ def view(
     name = printable(str(image)) if isinstance(image, str | os.PathLike) else "the image"
     if isinstance(image, str | os.PathLike):
         image = read_image(image)
+    mean = per_channel("mean", cfg["mean"] if mean is None else mean, in_chans)
+    std = per_channel("std", cfg["std"] if std is None else std, in_chans)
+    values = model_values(cfg, mean, value_range, nodata, fill)
     try:
-        original, own = to_channels(image, 3), to_channels(image, in_chans)
+        own = to_channels(image, in_chans, values)
+        original = to_picture(to_channels(image, 3, replace(values, mean=(0.0,))))  # what is missing is black
     except SampleError as error:
         raise SampleError(f"cannot use {name}: {error}") from error
     if min(original.size) < 1:
         raise SampleError(f"{name} has no pixels: {original.width} x {original.height}")
 
     height, width = _input_size(model, original.height, original.width, max_size)
-    mean = per_channel("mean", cfg["mean"] if mean is None else mean, in_chans)
-    std = per_channel("std", cfg["std"] if std is None else std, in_chans)
     pixels = eval_transform((height, width), mean, std)(own, 0)[None]
     patch_size = tuple(model.patch_embed.patch_size) if isinstance(model, LunaVit) else None
     # a picture of fewer pixels than there are patches could not show them all

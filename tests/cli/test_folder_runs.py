@@ -159,3 +159,27 @@ def test_a_run_does_not_go_on_with_other_classes(run):
     code, _, err = run("fit", "--resume")
     assert code == 2 and "the data lacks dog; the data alone has eel" in err[-1]
     assert run("fit")[0] == 0
+
+
+@pytest.mark.parametrize("how", ["[1000, 4000]", "percentile"])
+def test_a_value_range_goes_from_training_to_prediction(how: str, run, caplog):
+    """By the checkpoint: another folder is predicted, whose percentiles are others."""
+    caplog.set_level("INFO")
+    rng = np.random.default_rng(0)
+    for path in sorted(Path("photos").rglob("*.png")):
+        Image.fromarray(rng.integers(1000, 4000, (16, 16), dtype=np.uint16)).save(path)
+    assert run("fit", f"--data.value_range={how}", "--data.augmentation=none", "--data.fill=error")[0] == 0
+    (found,) = sorted(Path("runs").rglob("best.ckpt"))
+    values = luna_vision.load(found).transform.values
+    assert values.fill == "error" and values.value_range == pytest.approx((1000, 4000), abs=100)
+    Path("new").mkdir()
+    dark = Image.fromarray(rng.integers(1000, 1300, (16, 16), dtype=np.uint16))
+    dark.save("new/a.png")
+    words = [f"--ckpt_path={found}", "--data.predict_path=new", "--out=out.csv"]
+    assert run("predict", *words)[0] == 0
+    with open("out.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    model, transform, names = luna_vision.load(found)
+    probabilities = model(transform("new/a.png")[None]).softmax(1)[0]
+    assert row["label1"] == names[int(probabilities.argmax())]
+    assert float(row["probability1"]) == pytest.approx(float(probabilities.max()), abs=1e-4)

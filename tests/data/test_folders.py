@@ -145,11 +145,11 @@ def test_a_run_says_what_it_has_found(folder_root: Path, caplog: pytest.LogCaptu
     for stage in ("fit", "test", "fit", "validate"):  # as a run does: the second time it has nothing new to say
         module.setup(stage)
     assert said(caplog) == [
-        f"train: 19 images in {folder_root}/train, 3 classes; skipped 10 hidden and 4 other names; "
-        f"links to nothing: {folder_root}/train/cat/gone.png",
-        f"val: 4 images in {folder_root}/val, 2 classes; skipped 5 hidden and 2 other names",
+        f"train: 19 images in {folder_root}/train, 3 classes; skipped 10 hidden and 4 other names "
+        f"(2 .txt, 2 not a file); links to nothing: {folder_root}/train/cat/gone.png",
+        f"val: 4 images in {folder_root}/val, 2 classes; skipped 5 hidden and 2 other names (1 .txt, 1 not a file)",
         f"not used of {folder_root}: Val, masks",
-        f"test: 4 images in {folder_root}/val, 2 classes; skipped 5 hidden and 2 other names",
+        f"test: 4 images in {folder_root}/val, 2 classes; skipped 5 hidden and 2 other names (1 .txt, 1 not a file)",
     ]
 
 
@@ -179,7 +179,7 @@ def test_images_to_predict_are_counted(folder_root: Path, caplog: pytest.LogCapt
     clutter(folder_root)
     path = str(folder_root / "val" / "dog")
     folder_module(folder_root / "nowhere", predict_path=path).setup("predict")
-    assert said(caplog) == [f"{path}; skipped 5 hidden and 2 other names", "predict: 2 images"]
+    assert said(caplog) == [f"{path}; skipped 5 hidden and 2 other names (1 .txt, 1 not a file)", "predict: 2 images"]
 
 
 def test_other_data_says_what_it_has(caplog: pytest.LogCaptureFixture):

@@ -16,6 +16,7 @@ from luna_vision.data.images import PredictDataset
 from luna_vision.downstream.windows import ImageFiles
 from luna_vision.images.decode import SampleError, read_image, to_channels
 from luna_vision.images.transforms import eval_transform
+from luna_vision.images.values import Raster
 
 FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "PPM", "JPEG2000", "ICO", "TGA", "PCX", "SGI", "IM", "DDS")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16", "I;16B")
@@ -83,18 +84,21 @@ def test_any_file_is_an_image_or_named(file: Path, content: bytes):
             assert str(file) in str(error) and "\n" not in str(error)
             image = None
         if image is not None:
-            assert isinstance(image, Image.Image) and min(image.size) >= 1
+            assert isinstance(image, Image.Image | Raster) and min(image.size) >= 1
         for in_chans in (1, 3):
             try:
                 pixels, name = PredictDataset([str(file)], TRANSFORMS[in_chans], in_chans)[0]
             except SampleError as error:
                 assert str(file) in str(error) and "\n" not in str(error)
-                assert image is None or image.mode in ("LAB", "HSV")  # Pillow does not convert them
+                # Pillow does not convert some modes, and of other bands none is left out
+                bands = 1 if image is None or isinstance(image, Image.Image) else image.array.shape[2]
+                assert image is None or bands not in (1, 3) or image.mode in ("LAB", "HSV")
                 assert isinstance(ImageFiles([str(file)], TRANSFORMS[in_chans], in_chans, 40_000)[0], str)
             else:
                 assert name == str(file) and pixels.dtype == torch.float32 and pixels.shape == (in_chans, 8, 8)
                 assert pixels.isfinite().all() and pixels.abs().max() <= 1.001
                 array = np.asarray(to_channels(image, in_chans))
-                assert array.dtype == np.uint8 and array.shape[:2] == image.size[::-1]
+                deep = isinstance(image, Raster)
+                assert array.dtype == (np.float32 if deep else np.uint8) and array.shape[:2] == image.size[::-1]
                 embedded = ImageFiles([str(file)], TRANSFORMS[in_chans], in_chans, 40_000)[0]
                 torch.testing.assert_close(embedded, pixels, rtol=0, atol=0)

@@ -428,7 +428,7 @@ def test_conversion_of_a_folder_as_it_is(source: str, photos: Path, tmp_path: Pa
     os.mkfifo(folder / "train" / "dog" / "pipe.png")
     main([str(folder), str(tmp_path / "out"), "--format", source])
     assert capsys.readouterr().out.splitlines()[:5] == [
-        f"train: 42 images in {folder}/train, 3 classes; skipped 2 hidden and 2 other names",
+        f"train: 42 images in {folder}/train, 3 classes; skipped 2 hidden and 2 other names (1 .txt, 1 not a file)",
         f"val: 9 images in {folder}/valid, 3 classes",
         f"not used of {folder}: masks",
         "train: 42 images in 1 shards",

@@ -421,7 +421,7 @@ def test_hidden_names_are_skipped_and_counted(photos, weights, tmp_path, capsys)
     assert main([str(photos), "--out", str(tmp_path / "out.npz"), *weights]) == 0
     out, err = capsys.readouterr()
     assert out == f"{tmp_path / 'out.npz'}: 11 of 11 images\n"
-    assert f"{photos}; skipped 2 hidden and 1 other names" in err.splitlines()
+    assert f"{photos}; skipped 2 hidden and 1 other names (1 not a file)" in err.splitlines()
 
 
 def test_no_images_at_all(tiny, tmp_path):

@@ -275,7 +275,8 @@ def test_folders_as_they_are(folder, weights, capsys):
         (folder / of).rename(folder / name)
         assert main(words) == 0
         assert capsys.readouterr().out.splitlines() == [
-            f"training: 20 images in {folder}/train, 2 classes; skipped 2 hidden and 2 other names",
+            f"training: 20 images in {folder}/train, 2 classes; skipped 2 hidden and 2 other names "
+            "(1 .txt, 1 not a file)",
             f"test: 10 images in {folder}/{name}, 2 classes; skipped 1 hidden and 0 other names",
             f"not used of {folder}: masks",
             *clean,

@@ -225,7 +225,7 @@ def test_a_file_that_was_damaged_may_be_replaced(make, image, tmp_path):
     with tifffile.TiffFile(path) as file:
         offset, count = file.pages[0].dataoffsets[-1], file.pages[0].databytecounts[-1]
     path.write_bytes(whole[:offset] + b"\xff" * count + whole[offset + count :])
-    with pytest.raises(OSError, match="cannot read the pixel rows 48 to 60 of the image"):
+    with pytest.raises(OSError, match="cannot read the pixel rows 48 to 60 of .*a.tif"):
         run(model, open_image(path), tmp_path / "store")
     path.write_bytes(whole + b"\0")  # of another size and date
     same(run(model, open_image(path), tmp_path / "store"), run(model, image, None))

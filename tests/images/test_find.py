@@ -28,7 +28,7 @@ def test_hidden_names_are_skipped_and_counted(tmp_path: Path):
     touch(tmp_path / "notes.txt", tmp_path / "b" / "labels.csv")
     said: list[str] = []
     assert names(tmp_path, say=said.append) == ["a.png", "b/c.JPG"]
-    assert said == [f"{tmp_path}; skipped 5 hidden and 2 other names"]
+    assert said == [f"{tmp_path}; skipped 5 hidden and 2 other names (1 .csv, 1 .txt)"]
     assert find_images(tmp_path / ".Trash-0" / "files") == [
         str(tmp_path / ".Trash-0" / "files" / "old.png")
     ]  # asked for
@@ -44,7 +44,7 @@ def test_only_regular_files_are_images(tmp_path: Path, monkeypatch: pytest.Monke
         Path("photos/link.png").symlink_to("../elsewhere/photo")
         said: list[str] = []
         assert names(Path("photos"), say=said.append) == ["a.png", "link.png"]
-    assert said == ["photos; skipped 0 hidden and 3 other names"]
+    assert said == ["photos; skipped 0 hidden and 3 other names (3 not a file)"]
     with pytest.raises(FileNotFoundError, match="photos/pipe.png"):
         find_images("photos/pipe.png")
 
@@ -110,3 +110,44 @@ def test_a_split_that_is_no_folder_is_not_taken_for_none(tmp_path: Path):
 def test_neither_lightning_nor_albumentations_is_needed():
     code = "import sys; sys.modules.update(lightning=None, albumentations=None); import luna_vision.images"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_all_that_pillow_opens_by_itself_is_an_image(tmp_path: Path):
+    from PIL import Image
+
+    from luna_vision.images.pillow import PROGRAMS
+
+    Image.init()
+    data = ("BUFR", "GRIB", "HDF5", "IPTC", "MPEG")  # which Pillow recognises, and does not draw
+    suffixes = [s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in data]
+    for suffix in suffixes:
+        touch(tmp_path / f"a{suffix}")
+    drawn = {s for s in suffixes if Image.registered_extensions()[s] in PROGRAMS}
+    found = {os.path.splitext(name)[1] for name in names(tmp_path)}
+    assert set(suffixes) - drawn - {".heic", ".heif", ".hif", ".heics", ".heifs"} <= found and not drawn & found
+
+
+def test_what_is_skipped_is_counted_by_suffix(tmp_path: Path):
+    touch(tmp_path / "a.png", *(tmp_path / name for name in ("1.xml", "2.XML", "b" * 40, "c.\x1b[31m", "d.eps")))
+    said: list[str] = []
+    names(tmp_path, say=said.append)
+    (line,) = said
+    assert "5 other names (2 .xml, " in line and "1 .eps" in line and "1 without suffix" in line and line.isprintable()
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(ValueError, match="no images .*5 other names .*2 .xml"):
+        find_images(tmp_path)
+
+
+def test_heic_where_its_library_is(tmp_path: Path):
+    heif = pytest.importorskip("pillow_heif")
+    import numpy as np
+    from PIL import Image
+
+    from luna_vision.images import open_image
+    from luna_vision.images.decode import read_image
+
+    picture = Image.fromarray(np.full((40, 60, 3), (200, 30, 60), np.uint8))
+    heif.from_pillow(picture).save(tmp_path / "a.heic", quality=90)
+    (path,) = find_images(tmp_path)
+    np.testing.assert_allclose(np.asarray(read_image(path)), np.asarray(picture), atol=4)
+    np.testing.assert_array_equal(open_image(path)[0:40], np.asarray(read_image(path)))
