@@ -82,8 +82,8 @@ def encode(
     Args:
         model: A Luna ViT, on its device; it is put in eval mode.
         image: Anything with a `shape`, (H, W) or (H, W, channels), and pixel rows by `image[start:stop]`: a numpy array
-            or memmap, a zarr array, the result of `open_image`. Integers or floating
-            point. Grey and colour are converted to the channels of the model; other bands must be as many as its own.
+            or memmap, a zarr array, the result of `open_image`. Integers or floating point. Grey and colour are
+            converted to the channels of the model; other bands must be as many as its own.
         mean: Mean for pixels in [0, 1], one number or one for each channel; by default that of the model's
             `pretrained_cfg`, as in training. With mean 0 and std 1 pixels stay as they are.
         std: Standard deviation, likewise.
