@@ -166,7 +166,8 @@ def check(path: Path, want: np.ndarray | None, what: str) -> None:
 def pillow(path: Path) -> np.ndarray | None:
     """The image as Pillow reads it, without alpha; None where it does not."""
     try:
-        with Image.open(path) as image:
+        # by its name, Pillow would map the file, and mistake the rows of an image that lies on its side
+        with open(path, "rb") as file, Image.open(file) as image:
             image.load()
             return np.asarray(plain(ImageOps.exif_transpose(image), image.mode in ("1", "L", "LA", "La")))
     except (OSError, ValueError):
