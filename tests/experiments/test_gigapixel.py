@@ -29,7 +29,7 @@ def test_the_report(tmp_path, capsys):
     assert report["streamed"]["peak_resident_bytes"] > report["streamed"]["planned_bytes"]
     assert all(report["equality"][name] < 1e-4 for name in ("embedding", "logits", "memory"))
     assert "throughput, streamed over ordinary" in capsys.readouterr().out
-    (tmp_path / "state.safetensors").write_bytes(b"")
+    (tmp_path / "state.pt").write_bytes(b"")
     for wrong, message in ((["--side", "500"], "not that of --side 500"), (["--store", str(tmp_path)], "was stopped")):
         with pytest.raises(SystemExit) as exit_:
             main([*words, *wrong])
