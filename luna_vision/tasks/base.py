@@ -111,7 +111,6 @@ class TimmTask(LightningModule):
             self._load_starting_weights()
         if stage == "fit" and self.hparams.freeze is not None:
             self._frozen = freeze_layers(self.timm_model, self.hparams.freeze)
-            self.train()
 
     def configure_model(self) -> None:
         if self._is_sharded():
