@@ -164,9 +164,11 @@ class DistillationTask(ClassificationTask):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self._run = logits_and_layers_of(self.compiles() and not self.trainer._detect_anomaly)
-        if stage == "fit":
-            self.teacher.to(self.trainer.strategy.root_device)
-            self.teacher.run = logits_and_layers_of(self.compiles())  # it has no gradients, so no anomalies
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.teacher.to(self.device)
+        self.teacher.run = logits_and_layers_of(self.compiles())  # it has no gradients, so no anomalies
 
     # ---- training
 
