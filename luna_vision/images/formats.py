@@ -1,4 +1,4 @@
-"""Image files as rows of pixels: TIFF (tiled, pyramids too), zarr, .npy, and what Pillow decodes.
+"""Image files as rows of pixels, for `encode`: TIFF (tiled, pyramids too), zarr, .npy, and what Pillow decodes.
 
 The content of a file says what it is, not its name. TIFF, zarr and .npy files are read piece by piece. Pillow decodes
 a PNG or a JPEG as a whole, and keeps it: 4 bytes a pixel in colour, which counts as `held_bytes`, as does what decoders

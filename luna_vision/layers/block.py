@@ -210,7 +210,8 @@ class LunaBlock(Shell):
     The paper's block is post-norm (`norm_first=False`), without local mixing and without an MLP on the memory.
 
     Attributes:
-        mix_halo: Rows of the patch grid above and below a tile that `mix_tile` has to be given with it.
+        mix_halo: Rows of the patch grid above and below a tile that `mix_tile` has to be given with it: 0 or 1, as
+            `luna_vision.execution` keeps no more.
         unpack_halo: Likewise, for `unpack_tile`.
         drops_values: Whether activations or attention weights are dropped in training, one by one: a tile that is
             computed again would be another.
