@@ -177,6 +177,7 @@ def error_line(capsys) -> str:
             ["fit", "--config", DEBUG, "--data.init_args.batch=1"],
             "Option .batch. is not accepted; .* --data.help CLASS",
         ),
+        (["fit", "--config", DEBUG, "--model.model_name=1e400"], "model_name must be a name, got inf"),
         (["fit", "--data", "ImageFolderDataModule", "--data.root", "photos"], "--data needs a --config"),
         (["fit", "--config", "missing.yaml"], "missing.yaml"),
         (["fit", "--config", DEBUG, "--model.model_name=luna_vit_tinny"], "did you mean luna_vit_tiny"),
