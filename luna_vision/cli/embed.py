@@ -27,7 +27,7 @@ def _parser() -> Parser:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".parquet or .npz")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE, which is refused otherwise")
     add_model_options(parser)
-    group = parser.add_argument_group("what is written")
+    group = parser.add_argument_group("output")
     group.add_argument("--memory", action="store_true", help="the memory slots (L, C), too; takes a Luna ViT")
     group.add_argument("--grid", action="store_true", help="the patch grid (H', W', C), too")
     group = parser.add_argument_group("reading", "Images keep their size, unless one of the first two is given.")
@@ -58,7 +58,7 @@ def _parser() -> Parser:
 
 
 def main(words: list[str]) -> int:
-    """Do what the command line says; returns the exit code: 1 if an image could not be used, 130 after Ctrl-C."""
+    """Run the command. Returns the exit code: 1 if an image could not be used, 130 after Ctrl-C."""
     args = _parser().parse_args(words)
 
     from ..downstream.embed import Settings, check_target, write_embeddings

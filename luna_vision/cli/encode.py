@@ -36,7 +36,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".npz or .safetensors")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="the patch features (H', W', C), .npy or .zarr")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at --out and --grid")
+    parser.add_argument("--overwrite", action="store_true", help="replace files at --out and --grid")
     add_model_options(parser, default=MODEL)
     group = parser.add_argument_group("pixels")
     group.add_argument("--level", type=at_least(0), metavar="N", help="of a pyramid; 0, the default, is the largest")
@@ -53,7 +53,7 @@ def _parser() -> Parser:
 
 
 def main(words: list[str]) -> int:
-    """Do what the command line says; returns the exit code, 130 after Ctrl-C."""
+    """Run the command. Returns the exit code, 130 after Ctrl-C."""
     args = _parser().parse_args(words)
 
     import torch

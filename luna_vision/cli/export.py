@@ -28,7 +28,7 @@ def _parser() -> Parser:
     )
     # a torch-export program stays on the device on which it was made
     add_model_options(parser, device="cpu")
-    group = parser.add_argument_group("what is written")
+    group = parser.add_argument_group("output")
     group.add_argument(
         "--format",
         choices=FORMATS,
@@ -36,7 +36,7 @@ def _parser() -> Parser:
         help="onnx and torch-export: a file that takes any batch, height and width; hf: a folder for timm and the hub",
     )
     group.add_argument("--out", type=Path, required=True, metavar="PATH", help=".onnx or .pt2 file, or folder")
-    group.add_argument("--overwrite", action="store_true", help="replace what is there; refused otherwise")
+    group.add_argument("--overwrite", action="store_true", help="replace PATH, which is refused otherwise")
     group.add_argument(
         "--output",
         choices=OUTPUTS,
@@ -53,7 +53,7 @@ def _parser() -> Parser:
 
 
 def main(words: list[str]) -> None:
-    """Do what the command line says.
+    """Run the command.
 
     Raises:
         ValueError, OSError: A mistake of the user.
@@ -61,7 +61,7 @@ def main(words: list[str]) -> None:
     """
     args = _parser().parse_args(words)
     if args.format == "hf" and (args.output or args.memory):
-        raise UserError("--output and --memory choose what a graph computes, and --format hf has none: leave them out")
+        raise UserError("--output and --memory are for graphs, not for --format hf: leave them out")
 
     from ..export import export_onnx, export_program, onnx_libraries, save_for_hf
     from ..export.compare import check_model

@@ -41,7 +41,7 @@ def _parser() -> Parser:
     group.add_argument("--img-size", type=at_least(1), metavar="N", help="side in pixels (default: the data module's)")
     add_statistics_options(
         group,
-        "1 or 3 numbers (default: what a training checkpoint or a local-dir says, or timm of its pretrained weights; "
+        "1 or 3 numbers (default: those of a training checkpoint, a local-dir or timm's pretrained weights; "
         "else those of the data, with which train.py trains)",
     )
     add_value_options(group, "the training images")
@@ -59,7 +59,7 @@ def _parser() -> Parser:
 
 
 def main(words: list[str]) -> int:
-    """Do what the command line says; returns the exit code."""
+    """Run the command. Returns the exit code."""
     args = _parser().parse_args(words)
 
     from ..downstream.features import Extractor

@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 import warnings
+from enum import Enum
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -27,9 +28,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from ..models.factory import training_checkpoint
 from ..tasks.base import TimmTask
+from ..tasks.callbacks import check_tools
 from ..tasks.checkpoints import AtomicCheckpointIO, best_checkpoint, check_checkpoint
 from ..tasks.reporting import ExportBest, ModelSize, PredictionWriter, relative
-from ..tasks.resume import ExactResume, resume
+from ..tasks.resume import ExactResume, resume, take_tuned
 from ..tasks.sharding import FSDP2Strategy
 from ..tasks.stopping import StopTogether
 from ..utils.errors import UserError, arguments_of, is_check, one_line
@@ -51,6 +53,10 @@ CALLBACKS = [
     "luna_vision.tasks.ExportBest",
     "luna_vision.tasks.PredictionWriter",
 ]
+
+
+# the default of Lightning's Timer is an enum, which jsonargparse could not write into a config.yaml
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_data(value.value))
 
 
 class _Parser(LightningArgumentParser):
@@ -137,6 +143,8 @@ class LunaCLI(LightningCLI):
             raised: BaseException = error
             while raised.__cause__ is not None and str(raised).startswith(WRAPPERS):
                 raised = raised.__cause__
+            if isinstance(raised, ModuleNotFoundError):  # a logger without its package, for instance
+                raise UserError(f"the configuration needs a package: {one_line(raised)}") from raised
             if isinstance(raised, ValueError) and not is_check(raised):  # a library about its arguments
                 raise UserError(f"the configuration does not fit: {one_line(raised)}") from raised
             raised.__suppress_context__ = True
@@ -180,9 +188,10 @@ class LunaCLI(LightningCLI):
         if self.subcommand == "predict" and (out := self._get(self.config, "out")):
             check_output(Path(out), [".csv"], overwrite=True)
             callbacks.append(PredictionWriter(out))
-        last = {type(c).__name__: c for c in callbacks}
         standard = {path.rpartition(".")[2] for path in CALLBACKS}
-        return [c for c in callbacks if type(c).__name__ not in standard or c is last[type(c).__name__]]
+        names = [ProgressBar if isinstance(c, ProgressBar) else type(c).__name__ for c in callbacks]
+        last = dict(zip(names, callbacks, strict=True))
+        return [c for c, n in zip(callbacks, names, strict=True) if c is last[n] or n not in {*standard, ProgressBar}]
 
     def _configuration(self) -> dict[str, Any]:
         config = self.config[self.subcommand].clone()
@@ -220,10 +229,13 @@ class LunaCLI(LightningCLI):
             if self.subcommand == "fit" and self._get(self.config, "test_after_fit"):
                 self.datamodule.setup("test")  # find its mistakes now, not after the training
         if self.subcommand == "fit":
-            checkpoint = resume(self.trainer, self._configuration(), self._get(self.config, "resume"))
+            resumed = resume(self.trainer, self._configuration(), self._get(self.config, "resume"))
+            check_tools(self.trainer, self.model, resumed is not None)
             self.config[self.subcommand]["resume"] = False  # the run's config.yaml is for new runs
-            if checkpoint:
-                self.config_init[self.subcommand]["ckpt_path"] = checkpoint
+            if resumed:
+                self.config_init[self.subcommand]["ckpt_path"] = resumed
+            if start := resumed or path:
+                take_tuned(self.trainer, self.model, self.datamodule, start)
 
     before_fit = before_validate = before_test = before_predict = check_run
 

@@ -50,7 +50,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--head", type=at_least(0), metavar="N", help="one head (default: the mean over heads)")
     add_model_options(parser)
-    group = parser.add_argument_group("what the model sees")
+    group = parser.add_argument_group("images")
     group.add_argument(
         "--max-size",
         type=at_least(1),
@@ -76,7 +76,7 @@ def main(words: list[str]) -> int:
     from ..models.factory import random_weights
     from ..visualize.pictures import draw_pictures, picture_files
 
-    files, failures = find_files(args.images, partial(print, file=sys.stderr))  # which tells what is skipped
+    files, failures = find_files(args.images, partial(print, file=sys.stderr))
     targets = picture_files(args.out, files, single=len(files) + len(failures) == 1)
     model = load(args, num_classes=0)  # nothing that is drawn comes from the head
     names = ("kind", "layers", "head", "max_size", "mean", "std")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from copy import copy
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -11,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import timm
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -19,6 +21,7 @@ from timm.models import get_arch_name
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
 from luna_vision.data.sampling import next_batch
@@ -27,8 +30,10 @@ from luna_vision.models import init_from_vit, load_weights  # registers the luna
 from luna_vision.models.factory import training_checkpoint
 
 from .checkpoints import check_deletions
-from .optimization import build_optimizer, build_scheduler, check_rates
+from .optimization import build_optimizer, build_scheduler, check_rates, freeze_layers, frozen_layers
 from .sharding import check_same_weights, shard
+
+TUNERS = (LearningRateFinder, BatchSizeFinder)
 
 
 class SkippedStep(Exception):
@@ -55,6 +60,7 @@ class TimmTask(LightningModule):
         warmup_lr: learning rate at which the warm-up begins.
         min_lr: learning rate at the end.
         scheduler_kwargs: further arguments of ``timm.scheduler.create_scheduler_v2``; lengths in epochs.
+        freeze: train neither the stem nor the first N blocks, and keep them in eval mode; 0 is the stem alone.
 
     Attributes:
         model: the module that is trained.
@@ -88,26 +94,34 @@ class TimmTask(LightningModule):
         warmup_lr: float = 1e-6,
         min_lr: float = 1e-6,
         scheduler_kwargs: dict[str, Any] | None = None,
+        freeze: int | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()  # plain data, so that checkpoints load with weights_only=True
         if checkpoint and init_from_vit:
             raise ValueError("checkpoint and init_from_vit both name the starting weights: give one of them")
         self.means = nn.ModuleDict()  # Lightning's own sums over an epoch are not in its checkpoints
+        self._frozen: list[nn.Module] = []
 
     # ---- start of a run
 
     def setup(self, stage: str) -> None:
         self.check_data(self.trainer.datamodule, stage)
+        if stage == "fit" and self.hparams.freeze is not None:
+            self._frozen = freeze_layers(self.timm_model, self.hparams.freeze)
+            self.train()
 
     def configure_model(self) -> None:
         """Under FSDP2, load the starting weights, then shard the model: files hold whole weights."""
-        if not self._is_sharded():
-            return
-        if self.trainer.ckpt_path:
-            self._has_weights = True  # Lightning loads them after on_fit_start
-        self._load_starting_weights()
-        shard(self.model, self.device_mesh["data_parallel"], self.trainer.strategy.root_device)
+        if self._is_sharded():
+            self._load_starting_weights()
+            shard(self.model, self.device_mesh["data_parallel"], self.trainer.strategy.root_device)
+
+    def train(self, mode: bool = True) -> TimmTask:
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
 
     def _is_sharded(self) -> bool:
         return self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
@@ -176,13 +190,28 @@ class TimmTask(LightningModule):
         if optimizer:
             check_rates(hp)
             self._build_optimizer()
+            if hp.freeze is not None:
+                frozen_layers(self.timm_model, hp.freeze)
+
+    @property
+    def timm_model(self) -> nn.Module:
+        """The timm model in ``self.model``."""
+        return self.model
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The timm model without its classifier, with the same parameters, for Lightning's BackboneFinetuning."""
+        backbone = copy(self.timm_model)
+        parts, head = backbone._modules, self.timm_model.get_classifier()
+        backbone._modules = {name: module for name, module in parts.items() if module is not head}
+        return backbone
 
     def load_starting_weights(self, load: Callable[[nn.Module], None]) -> None:
-        """Apply ``load`` to the timm model in ``self.model``."""
+        """Apply ``load`` to the timm model, or to a whole one that it is a part of."""
         load(self.model)
 
     def _load_starting_weights(self) -> None:
-        """Load them once, and only if Lightning has not loaded a checkpoint (between ``setup`` and these hooks)."""
+        """Load them once, and not if Lightning has loaded a checkpoint, which it does after ``setup``."""
         if self._has_weights:
             return
         self._has_weights = True
@@ -197,7 +226,7 @@ class TimmTask(LightningModule):
         elif vit:
             self.load_starting_weights(lambda model: init_from_vit(model, vit))
 
-    on_fit_start = on_validation_start = on_test_start = on_predict_start = _load_starting_weights
+    on_validation_start = on_test_start = on_predict_start = _load_starting_weights
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add how images are preprocessed, the class names, and the sums of the epoch so far."""
@@ -262,6 +291,7 @@ class TimmTask(LightningModule):
         return self.model
 
     def configure_optimizers(self) -> dict[str, Any]:
+        self._load_starting_weights()  # on_fit_start would be after that of tuners, which train
         optimizer = self._build_optimizer()
         scheduler = build_scheduler(optimizer, self.trainer, self.hparams)
         interval = "epoch" if self.hparams.schedule_by == "epoch" else "step"
@@ -271,16 +301,29 @@ class TimmTask(LightningModule):
         with suppress(SkippedStep):
             super().optimizer_step(*args, **kwargs)
 
-    def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:
+    def lr_scheduler_step(self, scheduler: Scheduler | LRScheduler, metric: Any) -> None:
         # Lightning calls this after the optimizer step that global_step counts, but within the epoch that it ends.
-        if self.hparams.schedule_by == "update":
+        if not isinstance(scheduler, Scheduler):  # a callback has swapped timm's for torch's
+            super().lr_scheduler_step(scheduler, metric)
+        elif self.hparams.schedule_by == "update":
             scheduler.step_update(num_updates=self.global_step)
         else:
             scheduler.step(epoch=self.current_epoch + 1)
 
     def on_train_start(self) -> None:
-        """Set the learning rate of this run's schedule, where the optimizer has that of a checkpoint."""
-        scheduler, (epoch, _) = self.lr_schedulers(), next_batch(self.trainer)
+        """Set the learning rate of this run's schedule, where the optimizer has that of a checkpoint or a tuner."""
+        for optimizer in self.trainer.optimizers:  # BaseFinetuning freezes its weights again when a run is resumed
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                parameter.requires_grad_(True)
+        config = next(iter(self.trainer.lr_scheduler_configs), None)
+        if config is None or not isinstance(config.scheduler, Scheduler):
+            return
+        if any(isinstance(callback, TUNERS) for callback in self.trainer.callbacks):
+            optimizer = config.scheduler.optimizer
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] = self.hparams.lr
+            config.scheduler = build_scheduler(optimizer, self.trainer, self.hparams)
+        scheduler, (epoch, _) = config.scheduler, next_batch(self.trainer)
         if self.hparams.schedule_by == "update" and self.global_step:
             scheduler.step_update(num_updates=self.global_step)
         elif self.hparams.schedule_by == "epoch" and epoch:

@@ -7,12 +7,21 @@ import warnings
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from .base import log_number
+from luna_vision.utils.errors import UserError
+
+from .base import TUNERS, TimmTask, log_number
 from .guard import NonFiniteGuard
 
 
@@ -94,6 +103,40 @@ class EMA(WeightAveraging):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+
+def check_tools(trainer: Trainer, task: TimmTask, resumed: bool) -> None:
+    """Refuse Lightning's callbacks where they would break a run or do something else than they say.
+
+    Args:
+        trainer: Before a fit.
+        task: That it trains.
+        resumed: Whether it resumes a run.
+
+    Raises:
+        UserError: Says which, and what to do.
+    """
+
+    def found(*kinds: type) -> str:
+        return next((type(c).__name__ for c in trainer.callbacks if isinstance(c, kinds)), "")
+
+    for callback in trainer.callbacks:
+        if type(callback) in (WeightAveraging, EMAWeightAveraging):
+            raise UserError(f"{type(callback).__name__} tests the raw weights after a fit: use luna_vision.tasks.EMA")
+    if found(EMA) and (name := found(ModelPruning, StochasticWeightAveraging)):
+        raise UserError(f"{name} and EMA do not go together, as both replace the weights: leave one of them out")
+    if resumed and (name := found(ModelPruning, StochasticWeightAveraging)):
+        raise UserError(f"a run with {name} cannot be resumed: Lightning's checkpoints have not all of its state")
+    if trainer.world_size > 1 and (name := found(BaseFinetuning)):
+        raise UserError(f"{name} is for one process: others would not average the gradients of unfrozen weights")
+    sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+    if sharded and (name := found(ModelPruning, StochasticWeightAveraging, *TUNERS)):
+        raise UserError(f"{name} needs whole weights, which no process has with fsdp2: use ddp")
+    if task.hparams.freeze is not None and (name := found(BaseFinetuning)):
+        raise UserError(f"{name} unfreezes what model.freeze freezes: leave one of them out")
+    loads = task.hparams.checkpoint or task.hparams.init_from_vit
+    if loads and any(isinstance(c, ModelPruning) and c._use_lottery_ticket_hypothesis for c in trainer.callbacks):
+        raise UserError("ModelPruning would reset weights to random ones: set use_lottery_ticket_hypothesis to false")
 
 
 class ImagesPerSecond(Callback):

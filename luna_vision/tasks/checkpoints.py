@@ -12,7 +12,7 @@ from zipfile import is_zipfile
 import torch
 from fsspec.utils import get_protocol
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from luna_vision.models.checkpoints import not_plain
@@ -183,6 +183,10 @@ class LastCheckpoint(Checkpoint):
         _ = trainer.callback_metrics
         self._save(trainer)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if averages_at_end(trainer):
+            self._save(trainer)
+
     def _save(self, trainer: Trainer) -> None:
         if trainer.fast_dev_run:
             return
@@ -192,14 +196,19 @@ class LastCheckpoint(Checkpoint):
         self.path, self._step, self._time, self._late = str(path), trainer.global_step, time.monotonic(), False
 
 
+def averages_at_end(trainer: Trainer) -> bool:
+    """Whether the trained weights come at the very end, as an average, after the last validation."""
+    return any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks)
+
+
 def model_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
     """The callback that keeps the best checkpoint."""
     return next((c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)), None)
 
 
 def best_checkpoint(trainer: Trainer) -> str:
-    """Path of the best checkpoint of this run, or of the last one if there was no validation, or ''."""
-    callback = model_checkpoint(trainer)
+    """Path of the best checkpoint, or of the last one without validation or with weights averaged at the end, or ''."""
+    callback = None if averages_at_end(trainer) else model_checkpoint(trainer)
     return (callback.best_model_path if callback else "") or last_checkpoint(trainer)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from luna_vision.data.images import known_labels
 from luna_vision.execution import set_band_checkpointing
 from luna_vision.models import LunaVit
 from luna_vision.models.factory import build_model, sized
@@ -42,6 +43,8 @@ class ClassificationTask(TimmTask):
             cross-entropy per class, averaged over classes).
         label_smoothing: share of the target spread over all classes, in [0, 1).
         bce_threshold: with ``bce``, targets above this value become 1, others 0; None keeps them soft.
+        class_weights: weight of each class in the training loss, or ``balanced``: inverse to the number of its training
+            images, 1 on average over the images.
         layer_decay: learning rate factor from each layer to the one below; None trains all at the same rate.
         mixup: alpha of MixUp (arXiv 1710.09412); 0 is off.
         cutmix: alpha of CutMix (arXiv 1905.04899); 0 is off.
@@ -71,6 +74,7 @@ class ClassificationTask(TimmTask):
         loss: Literal["ce", "bce"] = "ce",
         label_smoothing: float = 0.0,
         bce_threshold: float | None = None,
+        class_weights: list[float] | Literal["balanced"] | None = None,
         layer_decay: float | None = None,
         mixup: float = 0.0,
         cutmix: float = 0.0,
@@ -100,7 +104,10 @@ class ClassificationTask(TimmTask):
             self._set_bands()
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
+        self.register_buffer("class_weight", self._class_weight(), persistent=False)
         self.bce = BinaryCrossEntropy(label_smoothing, target_threshold=bce_threshold) if loss == "bce" else None
+        if self.bce is not None:  # `compute_loss` sets its weight, which does not belong into checkpoints
+            self.bce.register_buffer("weight", None, persistent=False)
         self.mix = self._mixer()
         tops = (1, 5) if hp.num_classes > 5 else (1,)
         accuracy = partial(MulticlassAccuracy, hp.num_classes, average="micro", validate_args=False)
@@ -115,6 +122,14 @@ class ClassificationTask(TimmTask):
         if not isinstance(self.model, LunaVit):
             raise ValueError(f"band_rows is for Luna ViTs, and {hp.model_name} is none: set it to 0")
         set_band_checkpointing(self.model, hp.band_rows)
+
+    def _class_weight(self) -> Tensor | None:
+        given, count = self.hparams.class_weights, self.hparams.num_classes
+        if given is None or given == "balanced":  # `setup` counts the images
+            return given and torch.ones(count)
+        if len(given) != count or not all(0 <= weight < math.inf for weight in given):
+            raise ValueError(f"class_weights must be {count} finite numbers of at least 0, got {given}")
+        return torch.tensor(given, dtype=torch.float32)
 
     def _mixer(self) -> StepMixup | None:
         hp = self.hparams
@@ -139,9 +154,18 @@ class ClassificationTask(TimmTask):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        if stage == "fit" and self.hparams.class_weights == "balanced":
+            self.class_weight.copy_(self._balanced(self.trainer.datamodule))
         # in compiled code, autograd cannot say which operation has the anomaly
         if self.compiles() and not self.trainer._detect_anomaly:
             self.model.compile()  # at the first call
+
+    def _balanced(self, data: LightningDataModule | None) -> Tensor:
+        labels = known_labels(getattr(data.dataset("train"), "source", None)) if hasattr(data, "dataset") else None
+        if labels is None:
+            raise ValueError("class_weights=balanced needs data whose labels are known without reading it: give a list")
+        counts = torch.bincount(torch.as_tensor(labels), minlength=self.hparams.num_classes)
+        return len(labels) / (self.hparams.num_classes * counts.clamp(min=1))
 
     def compiles(self) -> bool:
         """Whether to compile for the trainer's device."""
@@ -176,9 +200,10 @@ class ClassificationTask(TimmTask):
     def compute_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Training loss of logits (B, K) for class indices (B,) or soft targets (B, K)."""
         if self.bce is not None:
+            self.bce.weight = self.class_weight
             return self.bce(logits.float(), targets)
         smoothing = 0.0 if targets.ndim == 2 else self.hparams.label_smoothing  # mixing has smoothed soft targets
-        return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+        return F.cross_entropy(logits.float(), targets, self.class_weight, label_smoothing=smoothing)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch

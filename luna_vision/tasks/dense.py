@@ -33,6 +33,10 @@ class _PyramidTask(TimmTask):
         hp.num_classes = 10 if hp.num_classes is None else hp.num_classes
         hp.in_chans = 3 if hp.in_chans is None else hp.in_chans
 
+    @property
+    def timm_model(self) -> nn.Module:
+        return self.model.get_submodule(self.pyramid).body
+
     def load_starting_weights(self, load: Callable[[nn.Module], None]) -> None:
         backbone = self.model.get_submodule(self.pyramid)
         full = build_model(**backbone.arguments)

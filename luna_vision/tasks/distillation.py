@@ -165,10 +165,10 @@ class DistillationTask(ClassificationTask):
         super().setup(stage)
         self._run = logits_and_layers_of(self.compiles() and not self.trainer._detect_anomaly)
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self.teacher.to(self.device)
+    def configure_optimizers(self) -> dict[str, Any]:
+        self.teacher.to(self.trainer.strategy.root_device)  # before tuners train, as the starting weights
         self.teacher.run = logits_and_layers_of(self.compiles())  # it has no gradients, so no anomalies
+        return super().configure_optimizers()
 
     # ---- training
 

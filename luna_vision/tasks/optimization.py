@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -59,6 +61,35 @@ def build_optimizer(
         )
 
 
+def frozen_layers(model: nn.Module, blocks: int) -> set[str]:
+    """The names of the parameters in the stem and the first blocks of a timm model, as layer decay counts them.
+
+    Raises:
+        ValueError: There are fewer blocks, or the model does not name its layers.
+    """
+    if not hasattr(model, "group_matcher"):
+        raise ValueError(f"freeze: {type(model).__name__} has no group_matcher, which names its layers")
+    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    most = max(layers.values()) - (model.num_classes > 0)  # the head is the last layer
+    if not 0 <= blocks <= most:
+        raise ValueError(f"freeze must be 0 to {most}, the blocks of the model, got {blocks}")
+    return {name for name, layer in layers.items() if layer <= blocks}
+
+
+def freeze_layers(model: nn.Module, blocks: int) -> list[nn.Module]:
+    """Freeze the stem and the first blocks of a timm model.
+
+    Returns:
+        The modules with frozen parameters only, which are to be in eval mode.
+    """
+    names = frozen_layers(model, blocks)
+    for name, parameter in model.named_parameters():
+        if name in names:
+            parameter.requires_grad_(False)
+    parameters = ((module, list(module.parameters())) for module in model.modules() if module is not model)
+    return [module for module, own in parameters if own and not any(p.requires_grad for p in own)]
+
+
 def check_rates(hp: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` unless the learning rates and lengths in a task's hyperparameters are at least 0."""
     for name in ("lr", "warmup_epochs", "warmup_lr", "min_lr", "layer_decay"):
@@ -79,10 +110,15 @@ def build_scheduler(optimizer: torch.optim.Optimizer, trainer: Trainer, hp: Mapp
     """
     if trainer.train_dataloader is None:  # with max_steps alone, Lightning does not look at the data for an estimate
         trainer.fit_loop.setup_data()
-    updates = trainer.estimated_stepping_batches
-    if math.isinf(trainer.num_training_batches):
+    updates, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
+    if math.isinf(batches):
         raise ValueError("a schedule needs the length of an epoch, but it has none: set trainer.limit_train_batches")
-    updates_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+    updates_per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+    for callback in trainer.callbacks:
+        if isinstance(callback, GradientAccumulationScheduler):  # trainer.estimated_stepping_batches ignores it
+            epochs = max(trainer.max_epochs, 1)
+            steps = sum(math.ceil(batches / callback.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+            updates, updates_per_epoch = min(updates, steps), steps / epochs
     if not math.isfinite(updates) or updates < 0:
         raise ValueError("a schedule needs an end: set trainer.max_epochs or trainer.max_steps")
     arguments = hp["scheduler_kwargs"] or {}

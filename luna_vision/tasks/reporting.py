@@ -23,7 +23,7 @@ from luna_vision.utils.files import new_file
 from luna_vision.utils.text import csv_cell, printable
 
 from .base import TimmTask
-from .checkpoints import best_checkpoint, last_checkpoint, model_checkpoint, read_checkpoint
+from .checkpoints import averages_at_end, best_checkpoint, last_checkpoint, model_checkpoint, read_checkpoint
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -131,7 +131,8 @@ class ExportBest(Callback):
             score = callback.best_model_score
             score = "" if score is None else f" ({callback.monitor} {float(score):.4f})"
         else:
-            score = f" (the last one: {callback.monitor} was never measured, so none is best)"
+            reason = "it has the average" if averages_at_end(trainer) else f"{callback.monitor} was never measured"
+            score = f" (the last one: {reason})"
         self._closing = [
             f"best checkpoint: {relative(path)}{score}",
             "load it with:    import luna_vision; model, transform, class_names = "

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
@@ -31,6 +31,7 @@ from luna_vision.images.find import listed
 from luna_vision.utils.files import remove_leftovers, write_json
 from luna_vision.utils.text import printable
 
+from .base import TUNERS
 from .checkpoints import is_exact, read_checkpoint
 
 RUN_FILE, LOCK_FILE = "run.json", ".run.lock"
@@ -124,17 +125,19 @@ class ExactResume(Callback):
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
             dist.all_gather_object(states, mine)
-        return {**self._about(), "exact": is_exact(trainer), "random": states}
+        tuned = {"lr": trainer.lightning_module.hparams.get("lr")}
+        tuned["batch_size"] = getattr(trainer.datamodule, "batch_size", None)
+        return {**self._about(), "exact": is_exact(trainer), "random": states, "tuned": tuned}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
         state, about = checkpoint["callbacks"].get(self.state_key), self._about()
         if state is None:
-            found = ["what it does not say"]
+            found = ["it does not say in what"]
         else:
             found = differences({name: state[name] for name in about}, about)
-            found += [] if state["exact"] else ["the moment, from which no run goes on exactly"]
+            found += [] if state["exact"] else ["the moment, from which no exact resume is possible"]
             if len(state["random"]) == trainer.world_size:
                 self._random = state["random"][trainer.global_rank]
         if found:
@@ -191,7 +194,7 @@ def resume(trainer: Trainer, config: dict[str, Any], asked: bool) -> str | None:
     run = next((folder for folder, known in runs if not differences(known, config)), None)
     if not asked and not any(int(os.environ.get(name) or 0) for name in RESTARTS):
         if run is not None:
-            rank_zero_info(printable(f"{run} is an unfinished run of this configuration: --resume goes on with it"))
+            rank_zero_info(printable(f"{run} is an unfinished run of this configuration: --resume continues it"))
         return None
     if run is None:
         if asked and runs:
@@ -279,6 +282,15 @@ def latest_complete(trainer: Trainer, run: Path, config: dict[str, Any]) -> str 
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             rank_zero_warn(printable(f"{path} is left out, as it cannot be resumed from ({reason})"))
     return None
+
+
+def take_tuned(trainer: Trainer, task: LightningModule, data: LightningDataModule | None, checkpoint: str) -> None:
+    """Take learning rate and batch size from a checkpoint in place of tuning them anew, where a run has a tuner."""
+    tuners = [callback for callback in trainer.callbacks if isinstance(callback, TUNERS)]
+    tuned = read_checkpoint(checkpoint)["callbacks"].get(ExactResume.__name__, {}).get("tuned") if tuners else None
+    trainer.callbacks = [callback for callback in trainer.callbacks if callback not in tuners]
+    if tuned is not None:
+        task.hparams.lr, data.batch_size = float(tuned["lr"]), int(tuned["batch_size"])
 
 
 def log_dir(trainer: Trainer) -> Path:

@@ -93,7 +93,7 @@ def test_weights_of_a_whole_model_start_the_backbone(name: str, tmp_path):
     whole = timm.create_model("test_luna_vit", num_classes=7, embed_dim=32, depth=2)
     torch.save(whole.state_dict(), tmp_path / "whole.pt")
     task, data = make(name, checkpoint=str(tmp_path / "whole.pt"))
-    task.on_fit_start()
+    task.on_validation_start()
     body = task.model.get_submodule(task.pyramid).body
     assert torch.equal(body.blocks[0].attn.pack_q.weight, whole.blocks[0].attn.pack_q.weight)
     assert torch.equal(body.norm.weight, whole.norm.weight)

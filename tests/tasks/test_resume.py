@@ -246,7 +246,7 @@ def test_a_run_is_resumed_if_asked_or_if_the_job_was_restarted(unfinished, tmp_p
         for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
             monkeypatch.setenv(name, "0")  # as torchrun sets it
         assert resume(trainer, config, asked=False) is None and trainer.logger.version == 4
-        unfinished = "version_3 is an unfinished run of this configuration: --resume goes on with it"
+        unfinished = "version_3 is an unfinished run of this configuration: --resume continues it"
         assert (unfinished in caplog.text) == (number == 3)
         caplog.clear()
         if how != "asked":
@@ -289,7 +289,7 @@ def test_a_checkpoint_of_another_run_says_what_differs(tmp_path, other):
         state["exact"] = False
     else:
         del checkpoint["callbacks"]["ExactResume"]
-        words = "what it does not say"
+        words = "it does not say in what"
     torch.save(checkpoint, tmp_path / "other.ckpt")
     with pytest.warns(UserWarning, match=rf"other.ckpt is not of this run as it is now: .*{words}"):
         fit(tmp_path / "second", checkpoint=tmp_path / "other.ckpt", max_epochs=1)
