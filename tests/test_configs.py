@@ -49,7 +49,7 @@ def test_header_says_how_to_run_it_and_what_comes_out(path):
     assert set(fields) == {"Command", "Hardware", "Time", "Score"}
     assert all(value and "not measured" not in value for value in fields.values())
     named = "" if path.stem == "digits" else f" --config configs/{path.name}"
-    named += " --data.init_args.root photos" if path.stem == "image_folder" else ""
+    named += " --data.root photos" if path.stem == "image_folder" else ""
     assert fields["Command"] == f"python train.py fit{named}"
 
 
