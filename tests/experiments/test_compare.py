@@ -273,7 +273,10 @@ def test_plots(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--tasks", "mnist"], "--tasks: unknown 'mnist'; choose from cifar10, tiny_imagenet, fashion32"),
+        (
+            ["--tasks", "mnist"],
+            "--tasks: unknown 'mnist'; choose from cifar10, tiny_imagenet, fashion32, canvas, digits",
+        ),
         (["--only", "lunar"], "--only: unknown 'lunar'; choose from luna, "),
         (["--repeat", "lunar"], "--repeat: unknown 'lunar'"),
         (["--width", "50"], "--width must be a multiple of 32, got 50"),
