@@ -1,10 +1,13 @@
 """The command line of the experiments."""
 
 import argparse
-from collections.abc import Callable
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-__all__ = ["Parser", "at_least"]
+__all__ = ["Parser", "at_least", "quiet_lightning"]
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -31,3 +34,20 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return whole_number
+
+
+@contextlib.contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Keep Lightning's notes and warnings from a script's own lines of progress; then let it speak as before."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -9,14 +9,12 @@ import argparse
 import datetime
 import hashlib
 import json
-import logging
 import multiprocessing
 import os
 import signal
 import sys
 import time
 import traceback
-import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,7 +34,7 @@ from luna_vision.data import ImageDataModule
 from luna_vision.utils.files import write_json
 from luna_vision.utils.record import machine
 
-from .command import Parser, at_least
+from .command import Parser, at_least, quiet_lightning
 from .mosaics import mosaic_dataset
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -208,6 +206,7 @@ def make_data(config: Config, root: str, scale: int = 1, download: bool = False)
     return getattr(luna_vision.data, data["class"])(**arguments, **shared)
 
 
+@quiet_lightning()
 def fit(configs: Sequence[Path | Config], folder: Path) -> tuple[LunaCLI, Ledger]:
     """`train.py fit` of a config with overlays, in this process; goes on from the checkpoint in `folder`.
 
@@ -217,11 +216,6 @@ def fit(configs: Sequence[Path | Config], folder: Path) -> tuple[LunaCLI, Ledger
         configs: Files or what would be in them, each laid over those before it; one of them names the `Ledger`.
         folder: Of this run's checkpoints.
     """
-    # lines of progress of many runs are printed: Lightning's own would get lost among them
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     folder.mkdir(parents=True, exist_ok=True)
     words = ["fit"]
     for i, config in enumerate([*configs, {"trainer": {"default_root_dir": str(folder)}}]):

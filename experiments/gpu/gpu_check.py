@@ -10,7 +10,6 @@ import datetime
 import functools
 import importlib.util
 import json
-import logging
 import os
 import statistics
 import subprocess
@@ -32,7 +31,7 @@ from torch.profiler import profile as profiled
 from torch.utils.data import DataLoader, Dataset
 
 from experiments.benchmarks.cell import Spec, build
-from experiments.command import Parser
+from experiments.command import Parser, quiet_lightning
 from luna_vision import functional as LF
 from luna_vision.execution import encode, set_band_checkpointing
 from luna_vision.layers import LunaAttention
@@ -559,9 +558,9 @@ class _Clock(L.Callback):
         self.ms = 1e3 * (time.perf_counter() - self.since) / (trainer.global_step - self.skipped)
 
 
+@quiet_lightning()
 def training(check: Check) -> None:
     """A step of the real training loop, bare and with the callbacks of the configs."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     name, side, batch, steps, skipped = "luna_vit_small", 224, 64, 50, 10
     if check.small:
         name, side, batch, steps, skipped = "test_luna_vit", 64, 2, 3, 1

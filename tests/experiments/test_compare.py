@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -141,7 +142,7 @@ def test_worker_that_dies_is_a_row(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_variants_see_the_same_images_in_the_same_order(tmp_path, monkeypatch):
-    seen = []
+    seen, level = [], logging.getLogger("lightning.pytorch").level
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         seen[-1].append(batch)
@@ -155,6 +156,7 @@ def test_variants_see_the_same_images_in_the_same_order(tmp_path, monkeypatch):
     assert len(luna) == 2 and len(luna[0][0]) == 64
     torch.testing.assert_close(luna, softmax, rtol=0, atol=0)
     assert not torch.equal(luna[0][0], other[0][0])
+    assert logging.getLogger("lightning.pytorch").level == level  # else later messages of the process would be lost
 
 
 def test_order_of_runs_makes_partial_results_useful():
