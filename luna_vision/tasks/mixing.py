@@ -6,25 +6,14 @@ run would differ. Here each call seeds that generator and restores the former st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from torch import Tensor
-
-
-@contextmanager
-def numpy_seed(*entropy: int) -> Iterator[None]:
-    """Seed NumPy's global generator with ``entropy`` inside the block, and restore its state afterwards."""
-    state = np.random.get_state()  # noqa: NPY002  (timm reads the global generator)
-    np.random.seed(np.random.SeedSequence(entropy).generate_state(4))  # noqa: NPY002
-    try:
-        yield
-    finally:
-        np.random.set_state(state)  # noqa: NPY002
 
 
 class StepMixup:
@@ -54,7 +43,8 @@ class StepMixup:
         even = len(images) // 2 * 2
         if even == 0:
             return images, self._soft(targets)
-        with numpy_seed(self.seed, *step):
+        with isolate_rng(include_cuda=False):
+            np.random.seed(np.random.SeedSequence((self.seed, *step)).generate_state(4))  # noqa: NPY002
             mixed, soft = self.mixup(images[:even], targets[:even])
         if even < len(images):
             mixed = torch.cat([mixed, images[even:]])
