@@ -707,6 +707,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 # there are no weights yet, and the tag says so
 default_cfgs = generate_default_cfgs(
     {
+        "luna_vit_nano_patch8.untrained": _cfg(input_size=(3, 64, 64), crop_pct=1.0),
         "luna_vit_tiny.untrained": _cfg(),
         "luna_vit_small.untrained": _cfg(),
         "luna_vit_base.untrained": _cfg(),
@@ -809,6 +810,13 @@ def _create_luna_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> L
         if len(model.model.blocks) == max(model.out_indices, default=-1) + 1:
             prune_memory_update(model.model)
     return model
+
+
+@register_model
+def luna_vit_nano_patch8(pretrained: bool = False, **kwargs: Any) -> LunaVit:
+    """Luna ViT-Nano, patch 8: for small images and small machines."""
+    model_args = dict(patch_size=8, embed_dim=128, depth=8, num_heads=4)
+    return _create_luna_vit("luna_vit_nano_patch8", pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
