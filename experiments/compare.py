@@ -83,6 +83,9 @@ BLOCK = {
 
 # the same for photographs, with what the ablation chose
 PHOTO_BLOCK = BLOCK | {"memory_len": 8}
+TOKEN = {"global_pool": "token", "last_block": "memory"}
+BOTH = {"global_pool": "both", "last_block": "both"}
+FINAL_PACK = {"global_pool": "token", "last_block": "final_pack"}
 SOFTMAX = {"mixer": "softmax", "mixer_args": {"query_gain": 8.0}}
 SLOTS = {"pack_slots": True, "memory_mlp": "shared"}
 WHOLE = {"data": {"crop": "pad"}}
@@ -96,7 +99,7 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
         # with initial queries as much larger as Luna's are by default
         "softmax-query-gain-8": {"mixer": "softmax", "mixer_args": {"query_gain": 8.0}},
         # whose heads do not average the patches: Luna's reads the memory, and softmax attention has one query for it
-        "luna-pool-token": {"global_pool": "token"},
+        "luna-pool-token": TOKEN,
         "softmax-query-gain-8-pool-map": {
             "mixer": "softmax",
             "mixer_args": {"query_gain": 8.0},
@@ -122,11 +125,11 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
             "stem-conv": {"stem": "conv"},
             "pos-none": {"pos_embed": "none"},
             "pos-learn": {"pos_embed": "learn"},
-            "pool-token": {"global_pool": "token"},
-            "pool-both": {"global_pool": "both"},
+            "pool-token": TOKEN,
+            "pool-both": BOTH,
             # what gained most, together
-            "memory-8-pool-token": {"memory_len": 8, "global_pool": "token"},
-            "memory-8-pool-both": {"memory_len": 8, "global_pool": "both"},
+            "memory-8-pool-token": TOKEN | {"memory_len": 8},
+            "memory-8-pool-both": BOTH | {"memory_len": 8},
         }.items()
     },
     # the questions that photographs are to answer
@@ -142,9 +145,10 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
         "luna-read-memory": PHOTO_BLOCK | {"patches_read": "memory"},
         "luna-slots": PHOTO_BLOCK | SLOTS,
         "luna-read-memory-slots": PHOTO_BLOCK | SLOTS | {"patches_read": "memory"},
-        # 3: the head reads the memory: after a last block that only packs, or after one more
-        "luna-pool-token": PHOTO_BLOCK | {"global_pool": "token"},
-        "luna-final-pack": PHOTO_BLOCK | {"global_pool": "token", "depth": 7},
+        # 3: the head reads the memory: of a last block that only packs, after one more pack, or with the patches
+        "luna-pool-token": PHOTO_BLOCK | TOKEN,
+        "luna-final-pack": PHOTO_BLOCK | FINAL_PACK,
+        "luna-final-pack-both": PHOTO_BLOCK | FINAL_PACK | {"global_pool": "both"},
         # 4: a gate on what the patches read; 5: the MLP, and the convolution
         "luna-gate": PHOTO_BLOCK | {"unpack_gate": True},
         "luna-swiglu": PHOTO_BLOCK | {"mlp": "swiglu", "local_mixing": "mlp"},

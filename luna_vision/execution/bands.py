@@ -53,7 +53,7 @@ def set_band_checkpointing(model: LunaVit, rows: int, store_dtype: torch.dtype |
         raise ValueError(f"store_dtype must be a floating-point type, got {store_dtype}")
     if rows:
         check_model(model, "band checkpointing")
-    if rows and any(block.drops_values for block in model.blocks):
+    if rows and any(block.drops_values for block in model.stages()):
         raise ValueError("bands need attn_drop_rate=0 and proj_drop_rate=0 (drop_path_rate may be above)")
     model.block_runner = partial(block_by_bands, rows=rows, store_dtype=store_dtype) if rows else None
 

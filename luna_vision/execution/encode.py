@@ -143,7 +143,7 @@ def encode(
             rows = RamRows(*shape) if checkpoint is None else FileRows(checkpoint.patches, *shape, resume=resume)
             files.callback(rows.close)
             # a run that was killed at its very end has a complete grid already
-            at_end = (state.sweep, state.row) == (len(model.blocks), grid_size[0])
+            at_end = (state.sweep, state.row) == (len(model.stages()), grid_size[0])
             if grid is not None and not (at_end and Grid.is_finished(Path(grid))):
                 out = Grid(Path(grid), (*grid_size, model.embed_dim), parameter.dtype, plan.band, resume)
                 files.callback(out.close)

@@ -72,7 +72,8 @@ class Engine:
         self.like = {"device": parameter.device, "dtype": parameter.dtype}
         self.pool = model.new_pool(state.pool)
         # no last sweep if nothing reads the patches after the last block: its pack has all that is needed
-        self.sweeps = len(model.blocks) + (1 if self.pool.reads_patches or grid is not None else 0)
+        self.stages = model.stages()
+        self.sweeps = len(self.stages) + (1 if self.pool.reads_patches or grid is not None else 0)
 
     def run(self, after_band: Callable[[State, int], None]) -> tuple[Tensor | None, Tensor]:
         """Run all remaining sweeps.
@@ -90,7 +91,7 @@ class Engine:
         return embedding, self.state.memory
 
     def _block(self, i: int) -> LunaBlock | None:
-        return self.model.blocks[i] if 0 <= i < len(self.model.blocks) else None
+        return self.stages[i] if 0 <= i < len(self.stages) else None
 
     def _sweep(self, after_band: Callable[[State, int], None]) -> None:
         state = self.state

@@ -80,7 +80,7 @@ def make_plan(
     model_dtype = next(model.parameters()).dtype
     settled = band is not None
     band = min(height, band if settled else max(BAND_PATCHES // columns, _least_rows(model, in_file)))
-    patch = max(block.tile_numbers(model.memory_len) for block in model.blocks) * _itemsize(model)
+    patch = max(block.tile_numbers(model.memory_len) for block in model.stages()) * _itemsize(model)
     small = 4 * model.blocks[0].small_numbers(model.memory_len)
 
     def total(band: int, in_file: bool = in_file) -> int:
@@ -108,7 +108,7 @@ def make_plan(
 def _least_rows(model: LunaVit, in_file: bool) -> int:
     """Rows of a band, at least, if memory allows. Each band has a fixed cost: two more rows for local mixing, through
     all of a block's second half or only through a convolution, and with a file a state on the disk."""
-    if any(block.unpack_halo for block in model.blocks):
+    if any(block.unpack_halo for block in model.stages()):
         return 8
     return 4 if in_file else 2
 

@@ -194,7 +194,7 @@ class SequenceParallel(nn.Module):
             x = self._embed(strip, start, height)
             columns = x.shape[2]
             memory = initial_memory(model.learned_memory(), memory, x.flatten(1, 2))
-            for block in model.blocks:
+            for block in model.stages():
                 if model.grad_checkpointing and torch.is_grad_enabled():
                     x, memory = checkpoint(self._block, block, x, memory)
                 else:
@@ -251,7 +251,7 @@ class SequenceParallel(nn.Module):
         """
         allowed = [self.model.head_drop]
         drops = [m for m in self.model.modules() if isinstance(m, nn.Dropout) and m.p > 0 and m not in allowed]
-        if drops or self.model.patch_drop is not None or any(block.drops_values for block in self.model.blocks):
+        if drops or self.model.patch_drop is not None or any(block.drops_values for block in self.model.stages()):
             raise ValueError(
                 "sequence parallelism trains with drop_path_rate and drop_rate only: pos_drop_rate, patch_drop_rate, "
                 "proj_drop_rate and attn_drop_rate must be 0"

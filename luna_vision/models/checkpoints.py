@@ -30,7 +30,7 @@ def unwrap_state_dict(state_dict: dict) -> dict[str, Tensor]:
     return inner or state_dict
 
 
-# parts that a last block has only if something reads its memory or its patches
+# parts that a last block has only if something reads its memory or its patches; the final pack likewise
 _OPTIONAL = re.compile(r"(attn\.(unpack_|proj)|(norm|ls)[12](_memory)?\.|norm_read\.|gate\.|mlp(_memory)?\.)")
 
 
@@ -44,7 +44,9 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     last = f"blocks.{len(model.blocks) - 1}."
     out = {}
     for key, value in unwrap_state_dict(state_dict).items():
-        if key not in own and key.startswith(last) and _OPTIONAL.match(key, len(last)):
+        if key not in own and (
+            key.startswith("final_pack.") or (key.startswith(last) and _OPTIONAL.match(key, len(last)))
+        ):
             continue
         if key == "patch_embed.proj.weight" and value.shape[-2:] != own[key].shape[-2:]:
             value = resample_patch_embed(value, list(own[key].shape[-2:]), verbose=True)

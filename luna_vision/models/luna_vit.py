@@ -46,7 +46,7 @@ from ..layers.pos_embed import axis_centres
 from ..mixers import create_mixer
 from ..utils.checks import check_option
 from .checkpoints import checkpoint_filter_fn
-from .pooling import POOL_TYPES, Pool, key_mask, pool_tokens, read_by
+from .pooling import POOL_TYPES, Pool, key_mask, pool_tokens
 
 __all__ = ["AttentionMaps", "LunaVit", "checkpoint_filter_fn", "join_tokens", "prune_memory_update"]
 
@@ -121,7 +121,7 @@ class LunaVit(nn.Module):
         pos_embed: Literal["fourier", "learn", "none"] = "fourier",
         init_values: float | None = None,
         final_norm: bool | None = None,
-        last_block: Literal["auto", "patches", "memory", "both"] = "auto",
+        last_block: Literal["auto", "patches", "memory", "both", "final_pack"] = "auto",
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         patch_drop_rate: float = 0.0,
@@ -148,7 +148,7 @@ class LunaVit(nn.Module):
             num_classes: Classes of the head; 0 for none.
             global_pool: What the head reads: the patches ("avg", "max", "avgmax", or "map" for attention pooling), the
                 mean memory slot ("token", timm's word for prefix tokens), the mean of both means ("both"), or "" for
-                all tokens. With "token" the last block only packs, since nobody reads its patches.
+                all tokens.
             embed_dim: Width C.
             depth: Number of blocks.
             num_heads: Heads of the unpack.
@@ -170,8 +170,10 @@ class LunaVit(nn.Module):
             pos_embed: "fourier" (computed), "learn" (a reference grid, resampled) or "none".
             init_values: Initial LayerScale; none if None.
             final_norm: Norm after the last block; if None, only with `norm_first`.
-            last_block: What of the last block's output is read, and so which parts it has; "auto" is what `global_pool`
-                reads. A model whose pooling or depth was changed later keeps here how its last block is made.
+            last_block: How the network ends. "final_pack": after the last block, the memory packs the finished patches
+                once more. Else, what of the last block's output is read, and so which parts it has: "patches" alone,
+                "memory" alone (it only packs) or "both". "auto" is "final_pack" where `global_pool` reads the memory,
+                and "patches" elsewhere. A model whose pooling or depth was changed later keeps here how it was made.
             drop_rate: Dropout before the head.
             pos_drop_rate: Dropout after the position embedding.
             patch_drop_rate: Share of patches whose content is hidden in training.
@@ -229,8 +231,8 @@ class LunaVit(nn.Module):
             memory_len = 0
             if global_pool in ("token", "both"):
                 raise ValueError(f"global_pool={global_pool!r} reads the memory, and mixer={mixer!r} has none")
-        check_option("last_block", last_block, ("auto", *READ))
-        last_block = read_by(global_pool) if last_block == "auto" else last_block
+        check_option("last_block", last_block, ("auto", "final_pack", *READ))
+        last_block = _end_for(global_pool) if last_block == "auto" else last_block
         if memory_len == 0 and last_block != "patches":
             raise ValueError(f"last_block={last_block!r} has its memory read, and this model's mixer has none")
         _check_patches_read(last_block, global_pool)
@@ -265,17 +267,17 @@ class LunaVit(nn.Module):
         shell.update(mlp=mlp, proj_drop=proj_drop_rate, act_layer=act_layer, norm_layer=norm_layer, **dd)
         attention = dict(num_heads=num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop_rate)
 
-        def block(i: int) -> nn.Module:
+        def block(drop_path: float, read: str, **shell: Any) -> nn.Module:
             mixing = create_mixer(mixer, mixer_args, dim=embed_dim, proj_drop=proj_drop_rate, **attention, **dd)
             if mixer != "luna":
-                return MixerBlock(embed_dim, mixing, drop_path=drop_paths[i], **shell)
+                return MixerBlock(embed_dim, mixing, drop_path=drop_path, **shell)
             return LunaBlock(
                 embed_dim,
                 pack_heads=pack_heads,
                 tie_kv=tie_kv,
                 memory_mlp=memory_mlp,
-                drop_path=drop_paths[i],
-                read="both" if i < depth - 1 else last_block,
+                drop_path=drop_path,
+                read=read,
                 memory_len=memory_len,
                 pack_form=pack_form,
                 unpack_form=unpack_form,
@@ -287,7 +289,12 @@ class LunaVit(nn.Module):
                 **shell,
             )
 
-        self.blocks = nn.ModuleList(block(i) for i in range(depth))
+        end = "both" if last_block == "final_pack" else last_block
+        reads = ["both"] * (depth - 1) + [end]
+        self.blocks = nn.ModuleList(block(*args, **shell) for args in zip(drop_paths, reads, strict=True))
+        self.final_pack = None
+        if last_block == "final_pack":
+            self.final_pack = block(0.0, "memory", **shell | {"local_mixing": "none"})
         reduction = self.patch_embed.feat_ratio()
         self.feature_info = [dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=reduction) for i in range(depth)]
         self.norm = norm_layer(embed_dim, **dd) if final_norm else nn.Identity()
@@ -334,7 +341,7 @@ class LunaVit(nn.Module):
         """Parameter groups for layer decay; the initial memory belongs to the stem."""
         return dict(
             stem=r"^(?:memory|pos_embed|patch_embed)",
-            blocks=[(r"^blocks\.(\d+)", None), (r"^(?:norm|attn_pool)", (99999,))],
+            blocks=[(r"^blocks\.(\d+)", None), (r"^(?:final_pack|norm|attn_pool)", (99999,))],
         )
 
     @torch.jit.ignore
@@ -378,7 +385,7 @@ class LunaVit(nn.Module):
 
     def _record_last_block(self) -> None:
         """Have the last block built as it is, wherever the model is built again from its arguments."""
-        if self.last_block != read_by(self.global_pool):
+        if self.last_block != _end_for(self.global_pool):
             update_model_args(self, last_block=self.last_block)
 
     def set_input_size(
@@ -411,8 +418,13 @@ class LunaVit(nn.Module):
         if not 1 <= memory_len <= self.memory.shape[1]:
             raise ValueError(f"memory_len must be 1 to {self.memory.shape[1]}, as built, got {memory_len}")
         self.num_prefix_tokens = self.memory_len = memory_len
-        for block in self.blocks:
+        for block in self.stages():
             block.set_memory_len(memory_len)
+
+    @torch.jit.ignore
+    def stages(self) -> list[nn.Module]:
+        """All blocks, and the final pack if there is one: a `LunaBlock` that leaves the patches alone."""
+        return [*self.blocks, *([] if self.final_pack is None else [self.final_pack])]
 
     def learned_memory(self) -> Tensor | None:
         """The slots in use of the learned initial memory, (1, L, C); None for a mixer without memory."""
@@ -477,15 +489,31 @@ class LunaVit(nn.Module):
             if i < last:
                 if torch.jit.is_scripting():
                     x, memory = block(x, memory, grid_size, patch_valid)
-                elif self.block_runner is not None:
-                    x, memory = self.block_runner(block, x, memory, grid_size, patch_valid)
-                elif self.grad_checkpointing:
-                    x, memory = checkpoint(block, x, memory, grid_size, patch_valid)
                 else:
-                    x, memory = block(x, memory, grid_size, patch_valid)
+                    x, memory = self._run_block(block, x, memory, grid_size, patch_valid)
         if len(self.blocks) in keep:
             kept.append((x, memory))
         return x, memory, kept
+
+    @torch.jit.unused
+    def _run_block(
+        self, block: nn.Module, x: Tensor, memory: Tensor, grid_size: tuple[int, int], patch_valid: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.block_runner is not None:
+            return self.block_runner(block, x, memory, grid_size, patch_valid)
+        if self.grad_checkpointing:
+            return checkpoint(block, x, memory, grid_size, patch_valid)
+        return block(x, memory, grid_size, patch_valid)
+
+    def _run_final_pack(
+        self, x: Tensor, memory: Tensor, grid_size: tuple[int, int], patch_valid: Tensor | None
+    ) -> Tensor:
+        """The memory (B, L, C) that leaves the network, from what leaves the last block."""
+        if self.final_pack is None:
+            return memory
+        if torch.jit.is_scripting():
+            return self.final_pack(x, memory, grid_size, patch_valid)[1]
+        return self._run_block(self.final_pack, x, memory, grid_size, patch_valid)[1]
 
     def encode(
         self, x: Tensor, patch_valid: Tensor | None = None, memory: Tensor | None = None
@@ -507,7 +535,7 @@ class LunaVit(nn.Module):
         x, memory, grid_size, patch_valid = self._embed(x, patch_valid, memory)
         keep: list[int] = []
         x, memory, _ = self._run_blocks(x, memory, grid_size, patch_valid, keep)
-        return x, memory
+        return x, self._run_final_pack(x, memory, grid_size, patch_valid)
 
     def forward_features(self, x: Tensor, patch_valid: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
         """Memory, then patches, after the final norm: (B, L + N, C). Arguments and errors as in `encode`."""
@@ -578,7 +606,10 @@ class LunaVit(nn.Module):
                 y = y.reshape(y.shape[0], H, W, -1).permute(0, 3, 1, 2).contiguous()
             spatial.append(y)
             prefix.append(self.norm(slots) if norm else slots)
-        features = None if intermediates_only else self.norm(join_tokens(memory, x))
+        features = None
+        if not intermediates_only:
+            memory = self._run_final_pack(x, memory, (H, W), patch_valid)
+            features = self.norm(join_tokens(memory, x))
         if output_dict:
             out = {"image_intermediates": spatial}
             if return_prefix_tokens:
@@ -633,15 +664,22 @@ class LunaVit(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         if max_index + 1 < len(self.blocks):
             self.blocks = self.blocks[: max_index + 1]
-            self.last_block = "both" if self.memory is not None else "patches"  # as every block but the last is
+            self._end_with_last_block()
             update_model_args(self, depth=len(self.blocks))
-            self._record_last_block()
         if prune_norm:
             self.norm = nn.Identity()
             update_model_args(self, final_norm=False)
         if prune_head:
+            if self.final_pack is not None:
+                self._end_with_last_block()
             self.reset_classifier(0, "")
         return take_indices
+
+    def _end_with_last_block(self) -> None:
+        """End with a last block that is as every block but the last."""
+        self.final_pack = None
+        self.last_block = "both" if self.memory is not None else "patches"
+        self._record_last_block()
 
     @torch.jit.ignore
     def get_attention_maps(
@@ -675,6 +713,11 @@ class LunaVit(nn.Module):
         return maps
 
 
+def _end_for(global_pool: str) -> str:
+    """How a network ends that ends as its pooling needs it, a value of `last_block`."""
+    return "final_pack" if global_pool in ("token", "both") else "patches"
+
+
 def _check_patches_read(last_block: str, global_pool: str) -> None:
     """
     Raises:
@@ -682,8 +725,8 @@ def _check_patches_read(last_block: str, global_pool: str) -> None:
     """
     if last_block == "memory" and global_pool not in ("", "token"):
         raise ValueError(
-            f"a model that was created with global_pool='token' (or last_block='memory') does not update the patches "
-            f"in its last block, and global_pool={global_pool!r} reads them: choose it when the model is created"
+            f"a model that was created with last_block='memory' does not update the patches in its last block, and "
+            f"global_pool={global_pool!r} reads them"
         )
 
 
@@ -733,6 +776,7 @@ def prune_memory_update(model: LunaVit) -> None:
     get no gradient."""
     if model.memory is None:
         return
+    model.final_pack = None
     blocks = model.blocks
     blocks[-1].prune_memory_update()
     if not blocks[-1].updates_patches:

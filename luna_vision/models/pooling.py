@@ -25,11 +25,6 @@ from ..layers.plain import is_plain
 POOL_TYPES = ("", "avg", "max", "avgmax", "map", "token", "both")
 
 
-def read_by(global_pool: str) -> str:
-    """The part of the last block's output that a pooling reads, one of `luna_vision.layers.READ`."""
-    return {"token": "memory", "both": "both"}.get(global_pool, "patches")
-
-
 @register_notrace_function
 def key_mask(patch_valid: Tensor | None) -> Tensor | None:
     """Attention mask (B, 1, 1, N) of a validity mask (B, N); a row without any valid patch attends to all of them."""

@@ -10,6 +10,7 @@ from torchvision.ops import FeaturePyramidNetwork
 
 from luna_vision import LunaVit
 from luna_vision.layers import LOCAL_MIXING, MEMORY_MLP
+from luna_vision.models.checkpoints import checkpoint_filter_fn
 
 POOLS = ["avg", "max", "avgmax", "map", "token", "both"]
 
@@ -259,8 +260,25 @@ def test_features_only_leaves_no_trainable_parameter_without_gradient(pool, norm
 
 @pytest.mark.parametrize("pool", ["avg", "both", "max"])
 def test_model_that_only_packs_last_cannot_be_made_to_read_patches(pool):
-    with pytest.raises(ValueError, match="created with global_pool='token'.*choose it when the model is created"):
-        tiny(global_pool="token").reset_classifier(3, pool)
+    with pytest.raises(ValueError, match="created with last_block='memory' does not update the patches"):
+        tiny(global_pool="token", last_block="memory").reset_classifier(3, pool)
+
+
+@pytest.mark.parametrize("pool", ["token", "both"])
+def test_final_pack_reads_the_finished_patches(pool):
+    model = tiny(global_pool=pool)
+    x, memory = model.encode(image(2, 3, 48, 40))
+    ends = dict(last_block="both", global_pool="avg")
+    other = tiny(**ends)
+    other.load_state_dict(checkpoint_filter_fn(model.state_dict(), other))
+    patches, before = other.encode(image(2, 3, 48, 40))
+    torch.testing.assert_close(x, patches, rtol=0, atol=0)
+    expected = before + model.final_pack.attn.pack(
+        model.final_pack.norm1(patches), model.final_pack.norm1_memory(before)
+    )
+    torch.testing.assert_close(memory, expected)
+    model(image(2, 3, 48, 40)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_reset_classifier():
