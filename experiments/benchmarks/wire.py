@@ -74,7 +74,7 @@ def image_traffic(model: nn.Module, columns: int, neighbours: int = 2) -> tuple[
     the image. Arguments as in `layer_traffic`.
     """
     forward, backward = _pool_traffic(model)
-    for block in model.blocks:
+    for block in model.stages():
         there, back = layer_traffic(block, model.memory_len, columns, neighbours)
         forward, backward = forward + there, backward + back
     return forward, backward

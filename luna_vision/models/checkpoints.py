@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
 import sys
@@ -13,6 +14,8 @@ from timm.models import load_pretrained
 from timm.models import load_state_dict as read_state_dict
 from timm.models._input import get_model_input_config
 from torch import Tensor, nn
+
+_logger = logging.getLogger(__name__)
 
 # where the detectors and segmenters of `luna_vision.downstream` have their backbone
 BODIES = ("backbone.pyramid_backbone.body.", "backbone.body.")
@@ -37,8 +40,8 @@ _OPTIONAL = re.compile(r"(attn\.(unpack_|proj)|(norm|ls)[12](_memory)?\.|norm_re
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     """Fit a checkpoint to `model`, for strict loading.
 
-    Unwraps it, resamples a patch embedding of another patch size, and drops the parts that the last block of this model
-    was built without (see `global_pool`).
+    Unwraps it, resamples a patch embedding of another patch size, and drops the parts that the end of this model was
+    built without (see `last_block`). A final pack that only the model has keeps its initial values, with a warning.
     """
     own = model.state_dict()
     last = f"blocks.{len(model.blocks) - 1}."
@@ -51,7 +54,10 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
         if key == "patch_embed.proj.weight" and value.shape[-2:] != own[key].shape[-2:]:
             value = resample_patch_embed(value, list(own[key].shape[-2:]), verbose=True)
         out[key] = value
-    return out
+    final_pack = {key: value for key, value in own.items() if key.startswith("final_pack.") and key not in out}
+    if final_pack and out:
+        _logger.warning("the checkpoint has no final pack: it keeps its initial values")
+    return out | final_pack
 
 
 def load_weights(

@@ -110,7 +110,7 @@ def unpack_maps(model: nn.Module, image: ImageLike | View, layer: int = -1, head
     seen = view(model, image)
     maps = slot_maps(model, seen, layer, head)[0]
     if maps.unpack is None:
-        raise ValueError(f"layer {maps.layer} only packs (global_pool='token'): no patch reads the memory there")
+        raise ValueError(f"layer {maps.layer} only packs (last_block='memory'): no patch reads the memory there")
     return seen.to_pixels(maps.unpack)
 
 

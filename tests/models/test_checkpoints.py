@@ -60,12 +60,17 @@ def test_overlay_file_goes_through_the_filter(trained, tmp_path, wrapped):
     torch.testing.assert_close(model.blocks[2].mlp.fc1.weight, trained.blocks[2].mlp.fc1.weight)
 
 
-def test_head_that_reads_the_memory_takes_a_checkpoint_of_one_that_reads_patches(trained, tmp_path):
+def test_head_that_reads_the_memory_takes_a_checkpoint_of_one_that_reads_patches(trained, tmp_path, caplog):
     torch.save(trained.state_dict(), tmp_path / "w.pth")
     overlay = dict(file=str(tmp_path / "w.pth"), num_classes=5)
     kwargs = dict(pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5, global_pool="token")
     model = timm.create_model("test_luna_vit", **kwargs).eval()
-    torch.testing.assert_close(model.encode(X)[1], trained.encode(X)[1])
+    assert "no final pack: it keeps its initial values" in caplog.text
+    torch.testing.assert_close(model.head.weight, trained.head.weight)
+    ends = dict(num_classes=5, global_pool="token", last_block="memory")
+    packs = timm.create_model("test_luna_vit", **ends).eval()
+    packs.load_state_dict(checkpoint_filter_fn(trained.state_dict(), packs))
+    torch.testing.assert_close(packs.encode(X)[1], trained.encode(X)[1])
 
 
 def vit(**kwargs):
@@ -198,7 +203,9 @@ def test_the_last_block_can_be_chosen_apart_from_the_pooling():
     assert model.blocks[-1].mlp is None
     model = timm.create_model("test_luna_vit", global_pool="avg", last_block="both", memory_mlp="own")
     assert model.blocks[-1].mlp_memory is not None
-    with pytest.raises(ValueError, match="last_block must be one of 'auto', 'patches', 'memory', 'both', got 'none'"):
+    with pytest.raises(
+        ValueError, match="last_block must be one of 'auto', 'final_pack', 'patches', 'memory', 'both', got 'none'"
+    ):
         timm.create_model("test_luna_vit", last_block="none")
     with pytest.raises(ValueError, match="does not update the patches in its last block, and global_pool='avg' reads"):
         timm.create_model("test_luna_vit", last_block="memory")

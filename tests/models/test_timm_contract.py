@@ -30,6 +30,7 @@ def test_the_names_are_registered():
         "luna_vit_tiny",
         "luna_vit_small",
         "luna_vit_base",
+        "luna_vit_nano_patch8",
         "luna_vit_tiny_patch8",
         "luna_vit_small_patch8",
         "luna_vit_base_patch8",
