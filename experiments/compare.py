@@ -87,6 +87,7 @@ TOKEN = {"global_pool": "token", "last_block": "memory"}
 BOTH = {"global_pool": "both", "last_block": "both"}
 FINAL_PACK = {"global_pool": "token", "last_block": "final_pack"}
 SOFTMAX = {"mixer": "softmax", "mixer_args": {"query_gain": 8.0}}
+SWIGLU = {"mlp": "swiglu", "local_mixing": "mlp"}
 SLOTS = {"pack_slots": True, "memory_mlp": "shared"}
 WHOLE = {"data": {"crop": "pad"}}
 SIDES = {"train_scales": [1, 2]}
@@ -151,7 +152,12 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
         "luna-final-pack-both": PHOTO_BLOCK | FINAL_PACK | {"global_pool": "both"},
         # 4: a gate on what the patches read; 5: the MLP, and the convolution
         "luna-gate": PHOTO_BLOCK | {"unpack_gate": True},
-        "luna-swiglu": PHOTO_BLOCK | {"mlp": "swiglu", "local_mixing": "mlp"},
+        "luna-local-mlp": PHOTO_BLOCK | {"local_mixing": "mlp"},
+        "luna-swiglu": PHOTO_BLOCK | SWIGLU,
+        "softmax-swiglu": SOFTMAX | SWIGLU,
+        # what gained most, together
+        "luna-final-pack-swiglu": PHOTO_BLOCK | FINAL_PACK | SWIGLU,
+        "luna-final-pack-both-swiglu": PHOTO_BLOCK | FINAL_PACK | SWIGLU | {"global_pool": "both"},
         "luna-local-none": PHOTO_BLOCK | {"local_mixing": "none"},
         "softmax-local-none": SOFTMAX | {"local_mixing": "none"},
     },

@@ -203,9 +203,7 @@ def test_the_last_block_can_be_chosen_apart_from_the_pooling():
     assert model.blocks[-1].mlp is None
     model = timm.create_model("test_luna_vit", global_pool="avg", last_block="both", memory_mlp="own")
     assert model.blocks[-1].mlp_memory is not None
-    with pytest.raises(
-        ValueError, match="last_block must be one of 'auto', 'final_pack', 'patches', 'memory', 'both', got 'none'"
-    ):
+    with pytest.raises(ValueError, match="last_block must be one of 'auto', 'final_pack', 'patches', .*, got 'none'"):
         timm.create_model("test_luna_vit", last_block="none")
     with pytest.raises(ValueError, match="does not update the patches in its last block, and global_pool='avg' reads"):
         timm.create_model("test_luna_vit", last_block="memory")
