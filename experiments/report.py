@@ -41,6 +41,7 @@ def _row(variant: str, results: list[dict[str, Any]], timing: dict[str, Any]) ->
     facts = done[0] if done else timing
     row: dict[str, Any] = {
         "variant": variant,
+        "split": (facts or {}).get("config", {}).get("split", "test"),
         "seeds": sorted(r["seed"] for r in done),
         "errors": {str(r["seed"]): r["error"] for r in results if "error" in r},
         "accuracy": {
@@ -82,13 +83,17 @@ def markdown(rows: Rows, titles: dict[str, tuple[str, str]]) -> str:
         batch = next((row["batch_size"] for row in mine if row["batch_size"]), None)
         about = [titles[task][1]]
         if images:
-            about.append(
-                "Test images: " + ", ".join(f"{n} at {sides[s]} px" for s, n in images.items() if s != "mosaic") + "."
-            )
+            counts = ", ".join(f"{n} at {sides[s]} px" for s, n in images.items() if s != "mosaic")
+            about.append(f"{_images(mine).capitalize()}: {counts}.")
         if batch:
             about.append(f"Steps are of {batch} images.")
         parts.append("\n".join([f"## {titles[task][0]}", "", " ".join(about), "", *lines]))
     return "\n\n".join([*parts, NOTE]) + "\n"
+
+
+def _images(rows: list[dict[str, Any]]) -> str:
+    """The images that accuracy is of."""
+    return "held-out images" if any(row["split"] == "val" for row in rows) else "test images"
 
 
 def _accuracy(row: dict[str, Any], scale: str) -> str:
@@ -138,7 +143,7 @@ def _draw_throughput(axes: Any, rows: list[dict[str, Any]]) -> None:
             found = row["accuracy"]["1"]
             axes.errorbar(row["images_per_s"], 100 * found["mean"], yerr=_error_bar(found), **_style(i, row))
     axes.set_xlabel("training images a second, one thread")
-    axes.set_ylabel("test accuracy (%)")
+    axes.set_ylabel(f"accuracy on {_images(rows)} (%)")
     _legend(axes)
 
 
@@ -150,7 +155,7 @@ def _draw_resolution(axes: Any, rows: list[dict[str, Any]]) -> None:
         axes.errorbar(sides, means, yerr=bars, **_style(i, row))
         axes.set_xticks(sides, [str(side) for side in sides])
     axes.set_xlabel("side of test images (px), trained at the first")
-    axes.set_ylabel("test accuracy (%)")
+    axes.set_ylabel(f"accuracy on {_images(rows)} (%)")
     _legend(axes)
 
 
