@@ -146,7 +146,10 @@ def add_value_options(group: Any, percentile: str = "") -> None:
         "--nodata", type=float, metavar="X", help="a number that means no data, besides that which a file names"
     )
     group.add_argument(
-        "--fill", metavar="X", help="what missing numbers and NaN become: mean, error or a number (default: mean)"
+        "--fill",
+        metavar="X",
+        help="what missing numbers and NaN become: mean, error or a number; mask leaves out patches that have no "
+        "others (default: mean)",
     )
 
 

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from ..functional import clamp_fp16
 from ..layers import POS_EMBEDS, READ, ConvPatchEmbed, LunaBlock, MixerBlock
 from ..layers.patches import PatchMaskDrop, blank_invalid, check_image, pad_to_patches, residual_stream
-from ..layers.pos_embed import axis_centres
+from ..layers.pos_embed import grid_coords
 from ..mixers import create_mixer
 from ..utils.checks import check_option
 from .checkpoints import checkpoint_filter_fn
@@ -419,7 +419,14 @@ class LunaVit(nn.Module):
         return None if self.memory is None else self.memory[:, : self.memory_len]
 
     @torch.jit.ignore
-    def embed_tile(self, x: Tensor, start: int, grid_size: tuple[int, int], above: int = 0) -> Tensor:
+    def embed_tile(
+        self,
+        x: Tensor,
+        start: int,
+        grid_size: tuple[int, int],
+        above: int = 0,
+        patch_valid: Tensor | None = None,
+    ) -> Tensor:
         """Patches (B, rows, W', C) of a tile of an image.
 
         Args:
@@ -427,12 +434,19 @@ class LunaVit(nn.Module):
             start: Its first row in the patch grid of the image.
             grid_size: H', W' of the image.
             above: Rows of patches to leave out of the result: `embed_halo`, or fewer where the image begins.
+            patch_valid: (B, N) bool, of the whole image.
         """
         x = pad_to_patches(x, self.patch_embed.patch_size)
-        x = clamp_fp16(self.patch_embed(x))[:, above:]
+        first, stop = start - above, start - above + x.shape[2] // self.patch_embed.patch_size[0]
+        valid = None
+        if patch_valid is not None:
+            valid = patch_valid[:, first * grid_size[1] : stop * grid_size[1]]
+            x = blank_invalid(x, valid, self.patch_embed.patch_size, values=False)
+        x = self.patch_embed(x, valid) if self.mask_stem else self.patch_embed(x)
+        x = clamp_fp16(x)[:, above:]
         if self.pos_embed is not None:
-            rows, columns = (axis_centres(n, x.device) for n in grid_size)
-            x = self.pos_embed.add_at(x, rows[start : start + x.shape[1]], columns)
+            rows, columns = grid_coords(grid_size, x.device, patch_valid)
+            x = self.pos_embed.add_at(x, rows[..., start:stop], columns)
         return residual_stream(x)
 
     @torch.jit.ignore

@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from luna_vision.images.decode import SampleError, read_image, to_channels, to_picture
+from luna_vision.images.masks import no_masks, split_missing
 from luna_vision.images.transforms import eval_transform, per_channel
-from luna_vision.images.values import model_values
+from luna_vision.images.values import MASK, model_values
 from luna_vision.models.luna_vit import LunaVit
 from luna_vision.utils.text import printable
 
@@ -94,7 +95,9 @@ def view(
     values = model_values(cfg, mean, value_range, nodata, fill)
     try:
         own = to_channels(image, in_chans, values)
-        original = to_picture(to_channels(image, 3, replace(values, mean=(0.0,))))  # what is missing is black
+        # what is missing is black
+        black = replace(values, mean=(0.0,), fill="mean" if values.fill == MASK else values.fill)
+        original = to_picture(to_channels(image, 3, black))
     except SampleError as error:
         raise SampleError(f"cannot use {name}: {error}") from error
     if min(original.size) < 1:
@@ -131,9 +134,19 @@ def _shrink(image: Image.Image, max_size: int) -> Image.Image:
 
 @torch.inference_mode()
 def run(model: nn.Module, pixels: Tensor, method: str, **arguments) -> list:
-    """Call a method of the model, in eval mode, with pixels on its device and in its precision."""
+    """Call a method of the model, in eval mode, with pixels on its device and in its precision, without those that are
+    missing (NaN).
+
+    Raises:
+        ValueError: Some are missing, and the model takes no mask.
+    """
     parameter = next(model.parameters())
     training = model.training
+    if pixels.isnan().any():
+        if not isinstance(model, LunaVit):
+            raise ValueError(no_masks(type(model).__name__))
+        pixels, valid = split_missing(pixels, model.patch_embed.patch_size)
+        arguments["patch_valid"] = valid.to(parameter.device)
     model.eval()
     try:
         return getattr(model, method)(pixels.to(parameter.device, parameter.dtype), **arguments)
