@@ -214,7 +214,7 @@ def to_channels(
 
 
 def to_picture(image: Image.Image | np.ndarray) -> Image.Image:
-    """What `to_channels` returns, of 1 or 3 channels, as an image of 8 bits: to draw, and for what takes no other."""
+    """What `to_channels` returns, of grey or colour, as an image of 8 bits: to draw, and for what takes no other."""
     if isinstance(image, Image.Image):
         return image
     array = np.round(image * 255).astype(np.uint8)

@@ -31,12 +31,7 @@ def pixel_statistics(
     out = []
     for name, given in (("mean", mean), ("std", std)):
         values = config[name] if given is None else (given,) if isinstance(given, int | float) else tuple(given)
-        if model.in_chans in (1, 3):
-            out.append(per_channel(name, values, model.in_chans))
-        elif given is not None and len(values) == model.in_chans:
-            out.append(tuple(float(v) for v in values))
-        else:
-            out.append(per_channel(name, values, 1) * model.in_chans)
+        out.append(per_channel(name, values, model.in_chans))
     return out[0], out[1]
 
 

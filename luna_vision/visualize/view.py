@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from luna_vision.images.decode import SampleError, read_image, to_channels, to_picture
+from luna_vision.images.decode import MODES, SampleError, read_image, to_channels, to_picture
 from luna_vision.images.masks import no_masks, split_missing
 from luna_vision.images.transforms import eval_transform, per_channel
 from luna_vision.images.values import MASK, model_values
@@ -67,8 +67,8 @@ def view(
     model the sides are rounded up to multiples of its stride. `picture` always has the image's own aspect ratio.
 
     Args:
-        model: A timm model of 1 or 3 channels.
-        image: An image file, a PIL image or an array (height, width[, 3]); a View is returned as it is.
+        model: A timm model. The picture of an image that is neither grey nor colour is the mean of its bands.
+        image: An image file, a PIL image or an array (height, width[, bands]); a View is returned as it is.
         max_size: Larger images are first reduced to this longer side in pixels.
         mean: Mean by channel, for pixels in [0, 1]; that of the model's `pretrained_cfg` if None.
         std: Standard deviation by channel, likewise.
@@ -85,8 +85,6 @@ def view(
         raise ValueError(f"max_size must be at least 1 pixel, got {max_size}")
     cfg = model.pretrained_cfg
     in_chans = getattr(model, "in_chans", cfg["input_size"][0])
-    if in_chans not in (1, 3):
-        raise ValueError(f"pictures are made for models of 1 or 3 channels, and this one has {in_chans}")
     name = printable(str(image)) if isinstance(image, str | os.PathLike) else "the image"
     if isinstance(image, str | os.PathLike):
         image = read_image(image)
@@ -97,7 +95,8 @@ def view(
         own = to_channels(image, in_chans, values)
         # what is missing is black
         black = replace(values, mean=(0.0,), fill="mean" if values.fill == MASK else values.fill)
-        original = to_picture(to_channels(image, 3, black))
+        original = to_channels(image, 3 if in_chans in MODES else in_chans, black)
+        original = to_picture(original if in_chans in MODES else original.mean(axis=2, keepdims=True)).convert("RGB")
     except SampleError as error:
         raise SampleError(f"cannot use {name}: {error}") from error
     if min(original.size) < 1:
