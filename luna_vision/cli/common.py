@@ -2,10 +2,13 @@
 
 import argparse
 import ast
+import difflib
+import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "WRAPPERS",
+    "Hints",
     "Parser",
     "add_model_options",
     "add_statistics_options",
@@ -47,7 +51,42 @@ class _Help(DefaultHelpFormatter):
         return action.help or ""
 
 
-class Parser(ArgumentParser):
+class Hints:
+    """Mixin of parsers, which name the nearest option to one that there is not."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if found := re.search(r"unrecognized arguments: --([^\s=]+)|^Option '([^']*)' is not accepted$", message):
+            message += did_you_mean(found[1] or found[2], _options_of(self), "--" if found[1] else "")
+        super().error(message, ex)
+
+
+def _options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """The names of the options of a parser and of its subcommands."""
+    options = set()
+    for action in parser._actions:
+        options |= {text[2:] for text in action.option_strings if text.startswith("--")}
+        for inner in action.choices.values() if isinstance(action.choices, dict) else ():
+            options |= _options_of(inner)
+    return options
+
+
+def did_you_mean(name: str, known: Iterable[str], dashes: str = "") -> str:
+    """The nearest of the known names, as the end of a sentence about another; empty if none is near."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return f"; did you mean {dashes}{close[0]}?" if close else ""
+
+
+def _arguments_of_class(path: str) -> set[str]:
+    """The names of the arguments of a class, those of its bases too."""
+    module, _, name = path.rpartition(".")
+    try:
+        bases = getattr(import_module(module), name).__mro__
+    except (ImportError, AttributeError, ValueError):
+        return set()
+    return {name for base in bases for name in inspect.signature(base.__init__).parameters} - {"self", "args", "kwargs"}
+
+
+class Parser(Hints, ArgumentParser):
     """The parser of a command, which also takes options from a YAML file and raises ArgumentErrors."""
 
     def __init__(self, command: str, **kwargs: Any) -> None:
@@ -231,7 +270,7 @@ def useful(text: str) -> str:
     ``Parser key "model": ... Problem with given class_path ...: Parser key "lr": Expected ...`` becomes
     ``model.lr: Expected ...``.
     """
-    keys = []
+    keys, classes = [], re.findall(r"class_path '([\w.]+)'", text)
     while True:
         found = _KEY.match(text)
         if found:
@@ -251,7 +290,9 @@ def useful(text: str) -> str:
         (r"arguments are required: (\w+\.)?", "arguments are required, here or in a --config: "),
     ):
         text = re.sub(pattern, words, text)
-    if re.search(r"Option '[^']*' is not accepted", text) and keys and keys[0] in ("data", "model"):
+    if (found := re.search(r"Option '([^']*)' is not accepted$", text)) and classes:
+        text += did_you_mean(found[1], _arguments_of_class(classes[-1]))
+    if found and keys and keys[0] in ("data", "model"):
         text += f"; luna-vision fit --{keys[0]}.help CLASS lists those of a class"
     return f"{'.'.join(keys)}: {text}" if keys else text
 

@@ -139,6 +139,7 @@ class LunaVit(nn.Module):
         mlp: Literal["gelu", "swiglu"] = "gelu",
         device=None,
         dtype=None,
+        **of_vit: Any,
     ) -> None:
         """
         Args:
@@ -187,11 +188,13 @@ class LunaVit(nn.Module):
             pack_slots: The slots read each other, too, with the patches.
             unpack_gate: Gate what the patches read, see `LunaBlock`.
             mlp: The MLP of the blocks, see `luna_vision.layers.block.Shell`.
+            **of_vit: Arguments of timm's `VisionTransformer` that say what holds here anyway.
 
         Raises:
-            ValueError: An unknown name, no blocks or slots, or a width that the heads do not divide.
+            ValueError: An unknown name or argument, no blocks or slots, or a width that the heads do not divide.
         """
         super().__init__()
+        _check_arguments(type(self).__name__, of_vit, set())
         dd = {"device": device, "dtype": dtype}
         for name, value, options in (
             ("global_pool", global_pool, POOL_TYPES),
@@ -782,17 +785,17 @@ _OF_VIT: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def _check_arguments(variant: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments, without those of timm's ViT that say what holds here anyway.
+def _check_arguments(variant: str, arguments: dict[str, Any], others: set[str]) -> dict[str, Any]:
+    """The arguments, of a model and `others`, without those of timm's ViT that say what holds here anyway.
 
     Raises:
         ValueError: A `LunaVit` has no such argument; the message names the most similar one, or for an argument of
             timm's ViT says what to do instead.
     """
-    known = inspect.signature(LunaVit.__init__).parameters
+    known = inspect.signature(LunaVit.__init__).parameters.keys() - {"self", "of_vit"}
     taken = {}
     for name, value in arguments.items():
-        if name in known or name in _OF_TIMM:
+        if name in known or name in others:
             taken[name] = value
         elif name in _OF_VIT:
             holds, instead = _OF_VIT[name]
@@ -806,7 +809,7 @@ def _check_arguments(variant: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _create_luna_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> LunaVit:
-    kwargs = _check_arguments(variant, kwargs)
+    kwargs = _check_arguments(variant, kwargs, _OF_TIMM)
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         if not (cfg.has_weights or cfg.state_dict):
