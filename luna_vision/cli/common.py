@@ -55,8 +55,11 @@ class Hints:
     """Mixin of parsers, which name the nearest option to one that there is not."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if found := re.search(r"unrecognized arguments: --([^\s=]+)|^Option '([^']*)' is not accepted$", message):
-            message += did_you_mean(found[1] or found[2], _options_of(self), "--" if found[1] else "")
+        # the parser of a subcommand has said it before that of all
+        if found := re.search(r"unrecognized arguments: --([^\s=]+)(?!.*; did you mean)", message):
+            message += did_you_mean(found[1], _options_of(self), "--")
+        elif found := re.search(r"^Option '([^']*)' is not accepted$", message):  # in a YAML file
+            message += did_you_mean(found[1], {name.replace("-", "_") for name in _options_of(self)})
         super().error(message, ex)
 
 
@@ -72,7 +75,7 @@ def _options_of(parser: argparse.ArgumentParser) -> set[str]:
 
 def did_you_mean(name: str, known: Iterable[str], dashes: str = "") -> str:
     """The nearest of the known names, as the end of a sentence about another; empty if none is near."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {dashes}{close[0]}?" if close else ""
 
 

@@ -199,9 +199,9 @@ def test_options():
         parse_value_range(["0", "1e4"]) == parse_value_range("[0, 10000]") == parse_value_range("0 10000") == (0, 10000)
     )
     assert parse_value_range(["dtype"]) == "dtype" and parse_value_range("percentile") == "percentile"
-    assert parse_fill("error") == "error" and parse_fill("-1.5") == -1.5
+    assert parse_fill("error") == "error" and parse_fill("mask") == "mask" and parse_fill("-1.5") == -1.5
     for fill in ("median", "nan", [1]):
-        with pytest.raises(ValueError, match="fill must be 'mean', 'error' or a finite number"):
+        with pytest.raises(ValueError, match="fill must be 'mean', 'error', 'mask' or a finite number"):
             parse_fill(fill)
     with pytest.raises(ValueError, match="int64 take a value_range"):
         unit(np.zeros((2, 2), np.int64))
