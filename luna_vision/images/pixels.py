@@ -70,6 +70,8 @@ class Pixels:
             raise ValueError(f"channels come last: {self.name} of shape {shape} has {channels} of them")
         check_bands(channels, in_chans, self.name)
         self.dtype = _dtype(image).newbyteorder("=")
+        if self.dtype.kind not in "buif":
+            raise ValueError(f"{self.name} has numbers of type {self.dtype}: integers and floating point are read")
         self.values = values or Values(mean=tuple(mean))
         self.top, self.nodata = getattr(image, "top", None), getattr(image, "nodata", None)
         if self.values.value_range is None:

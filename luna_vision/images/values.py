@@ -60,6 +60,9 @@ class Raster:
         top: The largest number that the file can hold, if that is less than its type's: 4095 of 12 bits in 16.
         nodata: The number that stands for no data, if the file has one.
         name: What errors and warnings call it.
+
+    Raises:
+        UserError: It has numbers of another type.
     """
 
     array: np.ndarray
@@ -68,6 +71,8 @@ class Raster:
     name: str = "the image"
 
     def __post_init__(self) -> None:
+        if self.array.dtype.kind not in "buif":
+            raise UserError(f"{self.name} has numbers of type {self.array.dtype}: integers and floating point are read")
         if self.array.ndim == 2:
             self.array = self.array[:, :, None]
 

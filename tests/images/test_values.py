@@ -242,6 +242,10 @@ def jpeg2000(path: Path, array: np.ndarray) -> None:
     path.write_bytes(imagecodecs.jpeg2k_encode(array, level=0, reversible=True))
 
 
+def avif(path: Path, array: np.ndarray, bits: int) -> None:
+    path.write_bytes(imagecodecs.avif_encode(array, level=100, bitspersample=bits))
+
+
 def ppm(path: Path, array: np.ndarray, top: int) -> None:
     kind = "P6" if array.ndim == 3 else "P5"
     head = f"{kind}\n# a comment\n{array.shape[1]} {array.shape[0]}\n{top}\n"
@@ -284,6 +288,9 @@ def deep_files(folder: Path) -> dict[str, tuple[Path, np.ndarray, float]]:
     ppm(add("ten.ppm", rgb >> 6, 1023), rgb >> 6, 1023)
     jpeg2000(add("grey.jp2", grey, 65535), grey)
     jpeg2000(add("rgb.jp2", rgb, 65535), rgb)
+    avif(add("ten.avif", rgb >> 6, 1023), rgb >> 6, 10)
+    avif(add("alpha.avif", rgb >> 4, 4095), np.concatenate([rgb, rgb[..., :1]], 2) >> 4, 12)
+    avif(add("grey.avif", grey >> 4, 4095), grey >> 4, 12)
     fits(add("unsigned.fits", grey, 65535), (grey ^ 0x8000).astype(">i2"), BZERO=32768)
     fits(add("signed.fits", grey >> 1, 1), (grey >> 1).astype(">i2"))
     files["signed.fits"] = folder / "signed.fits", (grey >> 1) + 32768.0, 65535
