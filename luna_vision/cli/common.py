@@ -3,12 +3,10 @@
 import argparse
 import ast
 import difflib
-import inspect
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -77,16 +75,6 @@ def did_you_mean(name: str, known: Iterable[str], dashes: str = "") -> str:
     """The nearest of the known names, as the end of a sentence about another; empty if none is near."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {dashes}{close[0]}?" if close else ""
-
-
-def _arguments_of_class(path: str) -> set[str]:
-    """The names of the arguments of a class, those of its bases too."""
-    module, _, name = path.rpartition(".")
-    try:
-        bases = getattr(import_module(module), name).__mro__
-    except (ImportError, AttributeError, ValueError):
-        return set()
-    return {name for base in bases for name in inspect.signature(base.__init__).parameters} - {"self", "args", "kwargs"}
 
 
 class Parser(Hints, ArgumentParser):
@@ -273,7 +261,7 @@ def useful(text: str) -> str:
     ``Parser key "model": ... Problem with given class_path ...: Parser key "lr": Expected ...`` becomes
     ``model.lr: Expected ...``.
     """
-    keys, classes = [], re.findall(r"class_path '([\w.]+)'", text)
+    keys = []
     while True:
         found = _KEY.match(text)
         if found:
@@ -293,10 +281,8 @@ def useful(text: str) -> str:
         (r"arguments are required: (\w+\.)?", "arguments are required, here or in a --config: "),
     ):
         text = re.sub(pattern, words, text)
-    if (found := re.search(r"Option '([^']*)' is not accepted$", text)) and classes:
-        text += did_you_mean(found[1], _arguments_of_class(classes[-1]))
-    if found and keys and keys[0] in ("data", "model"):
-        text += f"; luna-vision fit --{keys[0]}.help CLASS lists those of a class"
+    if re.search(r"Option '[^']*' is not accepted", text) and keys and keys[0] in ("data", "model"):
+        text += f"{'' if text.endswith('?') else ';'} luna-vision fit --{keys[0]}.help CLASS lists those of a class"
     return f"{'.'.join(keys)}: {text}" if keys else text
 
 

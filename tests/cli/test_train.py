@@ -175,7 +175,7 @@ def error_line(capsys) -> str:
         (["fit", "--config", DEBUG, "--model.learning_rate=1"], "learning_rate"),
         (
             ["fit", "--config", DEBUG, "--data.init_args.batch=1"],
-            "Option .batch. is not accepted; did you mean batch_size\\?; .* --data.help CLASS",
+            "Option .batch. is not accepted; did you mean batch_size\\?.* --data.help CLASS",
         ),
         (["fit", "--config", DEBUG, "--model.model_name=1e400"], "model_name must be a name, got inf"),
         (["fit", "--data", "ImageFolderDataModule", "--data.root", "photos"], "--data needs a --config"),
