@@ -10,7 +10,6 @@ from torch import nn
 
 from .downstream.detection import detector_of
 from .downstream.segmentation import segmenter_of
-from .images.decode import MODES
 from .images.transforms import EvalTransform, per_channel
 from .images.values import model_values
 from .models import unwrap_state_dict
@@ -25,8 +24,8 @@ class Loaded(NamedTuple):
     model: nn.Module
     """In eval mode, on the CPU."""
     transform: EvalTransform | None
-    """Prepares an image file, PIL image or array as validation did; None for a model of other images than grey and RGB,
-    and for a `crop_mode` of timm that this package does not train with."""
+    """Prepares an image file, PIL image or array as validation did; None for a `crop_mode` of timm that this package
+    does not train with."""
     class_names: list[str] | None
     """The name of each label, in the order of the labels; None if they are unknown."""
 
@@ -83,8 +82,9 @@ def _transform_of(model: nn.Module) -> EvalTransform | None:
     cfg = resolve_input_data_config(model)
     in_chans, *size = cfg["input_size"]
     squash = (cfg["crop_mode"], cfg["crop_pct"]) == ("squash", 1.0)
-    if in_chans not in MODES or not (squash or cfg["crop_mode"] == "center"):
+    if not (squash or cfg["crop_mode"] == "center"):
         return None
     crop_pct = None if squash else cfg["crop_pct"]
-    values = model_values(model.pretrained_cfg, per_channel("mean", cfg["mean"], in_chans))
-    return EvalTransform(in_chans, tuple(size), cfg["mean"], cfg["std"], crop_pct, cfg["interpolation"], values)
+    mean, std = (per_channel(name, cfg[name], in_chans) for name in ("mean", "std"))
+    values = model_values(model.pretrained_cfg, mean)
+    return EvalTransform(in_chans, tuple(size), mean, std, crop_pct, cfg["interpolation"], values)

@@ -2,10 +2,11 @@
 
 import argparse
 import ast
+import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "WRAPPERS",
+    "Hints",
     "Parser",
     "add_model_options",
     "add_statistics_options",
@@ -47,7 +49,35 @@ class _Help(DefaultHelpFormatter):
         return action.help or ""
 
 
-class Parser(ArgumentParser):
+class Hints:
+    """Mixin of parsers, which name the nearest option to one that there is not."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        # the parser of a subcommand has said it before that of all
+        if found := re.search(r"unrecognized arguments: --([^\s=]+)(?!.*; did you mean)", message):
+            message += did_you_mean(found[1], _options_of(self), "--")
+        elif found := re.search(r"^Option '([^']*)' is not accepted$", message):  # in a YAML file
+            message += did_you_mean(found[1], {name.replace("-", "_") for name in _options_of(self)})
+        super().error(message, ex)
+
+
+def _options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """The names of the options of a parser and of its subcommands."""
+    options = set()
+    for action in parser._actions:
+        options |= {text[2:] for text in action.option_strings if text.startswith("--")}
+        for inner in action.choices.values() if isinstance(action.choices, dict) else ():
+            options |= _options_of(inner)
+    return options
+
+
+def did_you_mean(name: str, known: Iterable[str], dashes: str = "") -> str:
+    """The nearest of the known names, as the end of a sentence about another; empty if none is near."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {dashes}{close[0]}?" if close else ""
+
+
+class Parser(Hints, ArgumentParser):
     """The parser of a command, which also takes options from a YAML file and raises ArgumentErrors."""
 
     def __init__(self, command: str, **kwargs: Any) -> None:
@@ -146,7 +176,10 @@ def add_value_options(group: Any, percentile: str = "") -> None:
         "--nodata", type=float, metavar="X", help="a number that means no data, besides that which a file names"
     )
     group.add_argument(
-        "--fill", metavar="X", help="what missing numbers and NaN become: mean, error or a number (default: mean)"
+        "--fill",
+        metavar="X",
+        help="what missing numbers and NaN become: mean, error or a number; mask leaves out patches that have no "
+        "others (default: mean)",
     )
 
 
@@ -249,7 +282,7 @@ def useful(text: str) -> str:
     ):
         text = re.sub(pattern, words, text)
     if re.search(r"Option '[^']*' is not accepted", text) and keys and keys[0] in ("data", "model"):
-        text += f"; luna-vision fit --{keys[0]}.help CLASS lists those of a class"
+        text += f"{'' if text.endswith('?') else ';'} luna-vision fit --{keys[0]}.help CLASS lists those of a class"
     return f"{'.'.join(keys)}: {text}" if keys else text
 
 

@@ -38,7 +38,7 @@ def _parser() -> Parser:
         metavar="N",
         help="squares of this side, by the evaluation transform with the model's crop_pct and crop_mode",
     )
-    add_statistics_options(group, "1 or 3 numbers (default: the model's)")
+    add_statistics_options(group, "one number or one a channel (default: the model's)")
     add_value_options(group, "the files")
     group.add_argument(
         "--max-pixels",

@@ -38,11 +38,16 @@ def _parser() -> Parser:
     group.add_argument("--data", choices=DATA, required=True, help="imagefolder is ROOT/train and ROOT/{test,val}")
     group.add_argument("--root", help="folder of the data (default: the data module's)")
     group.add_argument("--data-args", nargs="+", default=[], metavar="NAME=VALUE", help="others of the data module's")
-    group.add_argument("--img-size", type=at_least(1), metavar="N", help="side in pixels (default: the data module's)")
+    group.add_argument(
+        "--img-size",
+        type=at_least(1),
+        metavar="N",
+        help="side in pixels (default: the checkpoint's or the data module's)",
+    )
     add_statistics_options(
         group,
-        "1 or 3 numbers (default: those of a training checkpoint, a local-dir or timm's pretrained weights; "
-        "else those of the data, with which train.py trains)",
+        "one number or one a channel (default: those of a training checkpoint, a local-dir or timm's pretrained "
+        "weights; else those of the data, with which train.py trains)",
     )
     add_value_options(group, "the training images")
     group.add_argument("--num-train", type=at_least(1), metavar="N", help="training images at most, of all classes")
@@ -106,15 +111,18 @@ def _data_arguments(args: "Namespace", extractor: "Extractor") -> dict[str, Any]
     from ..downstream.windows import Settings, data_config
     from ..models.factory import knows_its_images
 
-    mean, std, values = args.mean, args.std, value_options(args)
+    mean, std, size, values = args.mean, args.std, args.img_size, value_options(args)
     if knows_its_images(**model_options(args)):
         config, cfg = data_config(extractor, Settings(mean=mean, std=std)), extractor.model.pretrained_cfg
         mean, std = config["mean"], config["std"]
+        height, width = cfg["input_size"][1:]
+        own = height if args.data == "canvas" or height == width else [height, width]  # canvases are square
+        size = own if size is None else size
         values = {name: cfg.get(name) if value is None else value for name, value in values.items()}
     options = {
         "root": args.root,
         "in_chans": extractor.in_chans,
-        "side" if args.data == "canvas" else "img_size": args.img_size,
+        "side" if args.data == "canvas" else "img_size": size,
         "mean": mean,
         "std": std,
         **values,

@@ -37,7 +37,7 @@ from ..tasks.stopping import StopTogether
 from ..utils.errors import UserError, arguments_of, is_check, one_line
 from ..utils.files import check_output
 from ..utils.text import printable
-from .common import WRAPPERS, run_command
+from .common import WRAPPERS, Hints, run_command
 from .training_help import short_help
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -59,7 +59,7 @@ CALLBACKS = [
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_data(value.value))
 
 
-class _Parser(LightningArgumentParser):
+class _Parser(Hints, LightningArgumentParser):
     def dump(self, *args: Any, **kwargs: Any) -> str:
         """Also dump arguments that were given although the data could supply them."""
         return super().dump(*args, **{"skip_link_targets": False} | kwargs)
@@ -176,6 +176,9 @@ class LunaCLI(LightningCLI):
         name = self._get(self.config, "name")
         if config["default_root_dir"] is None:
             config["default_root_dir"] = f"runs/{name}"
+        if self.subcommand == "predict" and config["logger"] is None and self._get(self.config, "out"):
+            # the file is all that there is to keep
+            config["logger"], self.save_config_callback = False, None
         if config["logger"] is None:
             config["logger"] = [CSVLogger("runs", name), TensorBoardLogger(f"runs/{name}", "tensorboard")]
 

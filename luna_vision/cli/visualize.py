@@ -57,7 +57,7 @@ def _parser() -> Parser:
         metavar="PIXELS",
         help="larger images are reduced to this longer side (default: 1024)",
     )
-    add_statistics_options(group, "1 or 3 numbers (default: the model's)")
+    add_statistics_options(group, "one number or one a channel (default: the model's)")
     add_value_options(group)
     return parser
 

@@ -1,7 +1,7 @@
 """The base of all data modules: common arguments, loaders, and the order of events."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,16 +16,18 @@ from luna_vision.data.faults import check_fault_policy
 from luna_vision.data.images import PredictDataset, Source, StreamDataset, TransformedDataset, describe, known_labels
 from luna_vision.data.sampling import EpochLoader, EpochSampler, EvalSampler, next_batch
 from luna_vision.data.sizes import BatchDataset, SizeSampler, parse_sizes, patches_of
-from luna_vision.data.transforms import Augmentation, train_transform
+from luna_vision.data.transforms import Augmentation, check_masks, train_transform
 from luna_vision.data.workers import init_worker
-from luna_vision.images.decode import to_raster
+from luna_vision.images.decode import MODES, sample_rasters
 from luna_vision.images.find import find_images, listed
 from luna_vision.images.transforms import SeededTransform, eval_transform, per_channel
 from luna_vision.images.values import (
+    DATA,
+    MASK,
     PERCENTILE,
     SAMPLE_IMAGES,
-    Raster,
     Values,
+    channel_statistics,
     model_values,
     parse_fill,
     parse_value_range,
@@ -64,7 +66,7 @@ class ImageDataModule(LightningDataModule):
     Args:
         root: Folder of the data.
         img_size: Side of the images in pixels, or [height, width].
-        in_chans: 1 (grey) or 3 (RGB); images are converted.
+        in_chans: 1 (grey) or 3 (RGB), to which images are converted; or any other number of bands, that of the files.
         batch_size: Images in a batch on each device. An optimizer step sees this number times the number of devices and
             ``accumulate_grad_batches``.
         eval_batch_size: The same for validation, test and prediction; ``batch_size`` if None.
@@ -72,14 +74,17 @@ class ImageDataModule(LightningDataModule):
         seed: Seed of the shuffle and of all augmentation.
         val_fraction: Share of the training set to hold out for validation where the dataset has no validation split.
             Stratified by class, and the same images for any ``seed``. 0 trains on everything and validates on nothing.
-        mean: Mean of each channel, of pixels in [0, 1], to subtract; one number counts for all channels.
-        std: Standard deviation to divide by, likewise.
+        mean: Mean of each channel, of pixels in [0, 1], to subtract; one number counts for all channels. By default
+            MEAN, averaged where there are not as many channels. "data" measures mean and standard deviation of the
+            training images, unless the checkpoint that is validated, tested, predicted with or resumed has them.
+        std: Standard deviation to divide by, likewise; "data" is said by ``mean``.
         value_range: [LOW, HIGH] of the numbers in files, which become 0 and 1; "dtype", what their type can hold, and
             [0, 1] of floating point; or "percentile", the 2nd and 98th percentile of the training images. By default
             that of the checkpoint that is validated, tested, predicted with or resumed, else "dtype". See
             docs/pixels.md.
         nodata: A number that stands for no data, besides the one that a file itself names; likewise.
-        fill: What takes the place of missing numbers: "mean", "error" or a number; likewise.
+        fill: What takes the place of missing numbers: "mean", "error" or a number; or "mask", which leaves out patches
+            that have no others, and takes a Luna ViT; likewise.
         crop_pct: How evaluation keeps the aspect ratio, see :func:`luna_vision.images.transforms.eval_transform`.
         augmentation: Library of the augmentation, a key of :data:`luna_vision.data.transforms.AUGMENTATIONS`.
         crop: Random crop, see :class:`luna_vision.data.transforms.Augmentation`; likewise down to auto_augment.
@@ -87,7 +92,8 @@ class ImageDataModule(LightningDataModule):
         crop_padding: Padding of a "pad" crop in pixels.
         hflip: Probability of a horizontal flip.
         rotate: Largest rotation in degrees.
-        color_jitter: Largest relative change of brightness, contrast, saturation.
+        color_jitter: Largest relative change of brightness, contrast, saturation; by default 0.3 of grey and colour. Of
+            other bands there is none.
         auto_augment: Policy of the timm or torchvision backend, for instance "rand-m9-mstd0.5-inc1".
         random_erasing: Probability of random erasing.
         drop_last: Skip the last training batch if it is incomplete and not the only one (timm's Mixup needs even ones).
@@ -124,7 +130,7 @@ class ImageDataModule(LightningDataModule):
         num_workers: int = 2,
         seed: int = 0,
         val_fraction: float = 0.1,
-        mean: list[float] | None = None,
+        mean: str | list[float] | None = None,
         std: list[float] | None = None,
         value_range: str | list[float] | None = None,
         nodata: float | None = None,
@@ -136,7 +142,7 @@ class ImageDataModule(LightningDataModule):
         crop_padding: int = 4,
         hflip: float = 0.5,
         rotate: float = 0.0,
-        color_jitter: float = 0.3,
+        color_jitter: float | None = None,
         auto_augment: str | None = None,
         random_erasing: float = 0.0,
         drop_last: bool = True,
@@ -149,13 +155,11 @@ class ImageDataModule(LightningDataModule):
         predict_path: str | list[str] | None = None,
     ) -> None:
         super().__init__()
-        if in_chans not in (1, 3):
-            raise ValueError(f"in_chans must be 1 or 3, got {in_chans}")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
         if not 0 <= random_erasing <= 1:
             raise ValueError(f"random_erasing is a probability, got {random_erasing}")
-        check_at_least(1, batch_size=batch_size)
+        check_at_least(1, batch_size=batch_size, in_chans=in_chans)
         check_at_least(0, num_workers=num_workers, seed=seed)
         check_fault_policy(on_error, max_error_share)
         self.max_error_share = max_error_share if on_error == "skip" else None
@@ -169,7 +173,10 @@ class ImageDataModule(LightningDataModule):
         self.predict_path = predict_path
         self._to_predict: list[str] | None = None
         self.crop_pct = crop_pct
-        self.mean = per_channel("mean", mean or self.MEAN, in_chans)
+        self._measure = mean == DATA
+        if isinstance(mean, str) and (not self._measure or std is not None):
+            raise ValueError(f"mean must be numbers, or {DATA!r} without std, got {mean!r} and std {std}")
+        self.mean = per_channel("mean", self.MEAN if self._measure else mean or self.MEAN, in_chans)
         self.std = per_channel("std", std or self.STD, in_chans)
         self._given = {"value_range": parse_value_range(value_range), "nodata": nodata, "fill": parse_fill(fill)}
         self._percentile = self._given["value_range"] == PERCENTILE
@@ -183,13 +190,14 @@ class ImageDataModule(LightningDataModule):
             crop_padding=crop_padding,
             hflip=hflip,
             rotate=rotate,
-            color_jitter=color_jitter,
+            color_jitter=(0.3 if in_chans in MODES else 0.0) if color_jitter is None else color_jitter,
             auto_augment=auto_augment,
             mean=self.mean,
         )
         self.train_transform: SeededTransform = train_transform(
             augmentation, augment, self.mean, self.std, random_erasing, self.values
         )
+        self._policy = augmentation, auto_augment
         self.patch_size = patch_size
         self.train_sizes = [] if train_sizes is None else parse_sizes(train_sizes, patch_size)
         self.sized_transforms = {
@@ -233,13 +241,14 @@ class ImageDataModule(LightningDataModule):
         if unused := self.unused():
             self._say(f"not used of {self.root}: {listed(unused)}")
         if stage == "fit":
+            self._check_masks()
             self.find_values()
 
-    def set_values(self, values: Values) -> None:
-        """Have all transforms take the numbers of files as `values` say."""
-        self.values = values
+    def set_values(self, values: Values, std: Sequence[float] | None = None) -> None:
+        """Have all transforms take the numbers of files as `values` say, and normalise by its mean (and `std`)."""
+        self.values, self.mean, self.std = values, values.mean, self.std if std is None else tuple(std)
         for transform in (self.train_transform, self.eval_transform, *self.sized_transforms.values()):
-            transform.values = values
+            transform.set_values(values, self.std)
 
     def adopt_values(self, cfg: dict[str, Any]) -> None:
         """Take over what a checkpoint says of the numbers in files, where no option says otherwise.
@@ -247,26 +256,38 @@ class ImageDataModule(LightningDataModule):
         Args:
             cfg: What `timm_cfg` has given when it was written.
         """
-        self.set_values(model_values(cfg, self.mean, **self._given))
+        if known := self._measure and "mean" in cfg:
+            self.mean = tuple(cfg["mean"])
+        self._measure = self._measure and not known
+        self.set_values(model_values(cfg, self.mean, **self._given), cfg["std"] if known else None)
         self._percentile = self._percentile and "value_range" not in cfg
 
     def find_values(self) -> None:
-        """Find out the percentiles of the training images, if they are asked for and not known yet.
+        """Find out percentiles, mean and standard deviation of the training images, if they are asked for and not known
+        yet.
 
         Raises:
             ValueError: There are none, or they are a stream.
         """
-        if not self._percentile:
+        if not (self._percentile or self._measure):
             return
         source = self.make_source("train")
         if source is None or isinstance(source, IterableDataset):
-            raise ValueError(f"value_range {PERCENTILE!r} needs training images by index: give LOW and HIGH")
-        # the same ones whatever the seed is; those that cannot be read are told when they are trained on
-        chosen = np.linspace(0, len(source) - 1, min(len(source), SAMPLE_IMAGES)).round().astype(int)
-        found = percentile_range(_rasters(source, chosen), self.values.nodata)
-        self.set_values(replace(self.values, value_range=found))
-        self._percentile = False
-        self._say(f"value_range: {found[0]:g} to {found[1]:g}, the percentiles of {len(chosen)} training images")
+            asked = f"value_range {PERCENTILE!r}" if self._percentile else f"mean {DATA!r}"
+            raise ValueError(f"{asked} needs training images by index: give numbers")
+        count = min(len(source), SAMPLE_IMAGES)
+        if self._percentile:
+            found = percentile_range(sample_rasters(len(source), lambda index: source[index][0]), self.values.nodata)
+            self.set_values(replace(self.values, value_range=found))
+            self._percentile = False
+            self._say(f"value_range: {found[0]:g} to {found[1]:g}, the percentiles of {count} training images")
+        if self._measure:
+            rasters = sample_rasters(len(source), lambda index: source[index][0])
+            mean, std = channel_statistics(rasters, self.in_chans, self.values)
+            self.set_values(replace(self.values, mean=mean), std)
+            self._measure = False
+            shown = [" ".join(f"{number:.4g}" for number in numbers) for numbers in (mean, std)]
+            self._say(f"mean: {shown[0]}; std: {shown[1]}, of {count} training images")
 
     def unused(self) -> list[str]:
         """Names of the folders in ``root`` that are not used, where splits are folders."""
@@ -295,6 +316,10 @@ class ImageDataModule(LightningDataModule):
             raise ValueError("on_error='skip' needs samples with indices, which a stream of timm has not: give 'raise'")
         return StreamDataset(source, *self._arguments(split))
 
+    def _check_masks(self) -> None:
+        if self.values.fill == MASK:
+            check_masks(*self._policy)
+
     def _arguments(self, split: str) -> tuple:
         """Arguments of a `TensorDataset` after the source, down to its name."""
         transform = self.train_transform if split == "train" else self.eval_transform
@@ -313,6 +338,7 @@ class ImageDataModule(LightningDataModule):
                 faults.broken[[index for index in known if index < faults.length]] = True
 
     def train_dataloader(self) -> DataLoader:
+        self._check_masks()
         self.find_values()
         dataset = self.dataset("train")
         if isinstance(dataset, StreamDataset):
@@ -412,14 +438,6 @@ def train_or_val(source: Source, split: str, val_fraction: float) -> Subset | No
     kept, held = hold_out(np.zeros(len(source)) if labels is None else labels, val_fraction)
     indices = kept if split == "train" else held
     return Subset(source, indices.tolist()) if len(indices) else None
-
-
-def _rasters(source: Source, indices: Iterable[int]) -> Iterator[Raster]:
-    for index in indices:
-        try:
-            yield to_raster(source[int(index)][0])
-        except (ValueError, OSError):  # of a file that is broken
-            continue
 
 
 def _height_width(img_size: int | Sequence[int]) -> tuple[int, int]:

@@ -38,7 +38,7 @@ class TensorDataset:
     Args:
         source: Where images and labels come from.
         transform: Makes the float tensor (C, H, W) from a PIL image and a seed.
-        in_chans: Channels of the image that the transform gets, 1 or 3.
+        in_chans: Channels of the image that the transform gets.
         num_classes: Labels must be in [0, num_classes).
         seed: The run's seed, mixed with epoch and index.
         name: Names the source in errors, for instance "train".

@@ -1,7 +1,8 @@
 """Training augmentation by a choice of libraries.
 
-An augmentation backend is a function from :class:`Augmentation` to a callable ``(PIL image, seed) -> image``;
-:data:`AUGMENTATIONS` lists them. The rest is the same for all: conversion to float, normalisation, random erasing.
+An augmentation backend is a function from :class:`Augmentation` to a callable ``(PIL image, seed) -> image``, an
+:data:`~luna_vision.images.transforms.ImageTransform`; :data:`AUGMENTATIONS` lists them. The rest is the same for all:
+conversion to float, normalisation, random erasing.
 """
 
 import logging
@@ -25,10 +26,11 @@ from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAu
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.tv_tensors import Mask
 
 from luna_vision.data.sampling import seeded_rng
-from luna_vision.images.decode import to_picture
-from luna_vision.images.transforms import ImageTransform, SeededTransform, resize, resize_to
+from luna_vision.images.decode import MODES, to_picture
+from luna_vision.images.transforms import ImageTransform, SeededTransform, resize
 from luna_vision.images.values import Values
 from luna_vision.utils.checks import check_option
 
@@ -48,7 +50,8 @@ class Augmentation:
         crop_padding: Padding of "pad" on each side, in pixels.
         hflip: Probability of a horizontal flip.
         rotate: Largest rotation in degrees, either way.
-        color_jitter: Largest relative change of brightness, contrast and (of colour images) saturation.
+        color_jitter: Largest relative change of brightness, contrast and (of colour images) saturation. Neither this
+            nor auto_augment nor timm takes images that are not grey or colour.
         auto_augment: A policy by name: timm's strings such as "rand-m9-mstd0.5-inc1" with the timm backend,
             a key of :data:`TORCHVISION_POLICIES` with the torchvision backend. It takes the place of ``color_jitter``.
         mean: Mean of the pixels in [0, 1] by channel, the fill colour of timm's policies.
@@ -89,15 +92,19 @@ class _Albumentations:
         self.compose = A.Compose(steps)
         self.size, self.padding = size, padding
 
-    def __call__(self, image: Image.Image | np.ndarray, seed: int) -> np.ndarray:
+    def __call__(self, image: Image.Image | np.ndarray, seed: int, missing: np.ndarray | None = None) -> Any:
         # Steps that are not random stay outside of the pipeline, whose steps cost more than the work on a small image.
         if self.size is not None and (image.shape[:2] if _deep(image) else image.size[::-1]) != self.size:
-            image = resize_to(image, self.size)
+            resized = resize(image, seed, self.size, missing=missing)
+            image, missing = resized if missing is not None else (resized, None)
         if pad := self.padding:
             image = np.pad(image, ((pad, pad), (pad, pad), (0, 0))) if _deep(image) else ImageOps.expand(image, pad)
+            missing = None if missing is None else np.pad(missing, pad)
         self.compose.set_random_seed(seed)
         array = np.asarray(image)
-        return self.compose(image=array[:, :, None] if array.ndim == 2 else array)["image"]
+        mask = {} if missing is None else {"mask": missing.astype(np.uint8)}
+        done = self.compose(image=array[:, :, None] if array.ndim == 2 else array, **mask)
+        return done["image"] if missing is None else (done["image"], done["mask"] > 0)
 
 
 def albumentations_backend(aug: Augmentation) -> ImageTransform:
@@ -134,21 +141,22 @@ class _GlobalRNG:
         told: What to say, once, when there is a deep image.
     """
 
-    def __init__(
-        self, transform: Callable[[Any], Image.Image | Tensor], eight_bits: bool = False, told: str = ""
-    ) -> None:
+    def __init__(self, transform: Callable[..., Any], eight_bits: bool = False, told: str = "") -> None:
         self.transform, self.eight_bits, self.told = transform, eight_bits, told
 
-    def __call__(self, image: Image.Image | np.ndarray, seed: int) -> Image.Image | Tensor:
+    def __call__(self, image: Image.Image | np.ndarray, seed: int, missing: np.ndarray | None = None) -> Any:
         if deep := _deep(image):
             if self.told:
                 _logger.warning(self.told)
                 self.told = ""
             image = to_picture(image) if self.eight_bits else torch.from_numpy(image).permute(2, 0, 1).contiguous()
+        mask = () if missing is None else (Mask(torch.from_numpy(missing)),)
         with seeded_rng(seed):
-            image = self.transform(image)
+            image = self.transform(image, *mask)
+        image, *mask = image if mask else (image,)
         # interpolation swings beyond black and white
-        return image.clamp(0, 1) if deep and not self.eight_bits else image
+        image = image.clamp(0, 1) if deep and not self.eight_bits else image
+        return (image, mask[0].numpy()) if mask else image
 
 
 TORCHVISION_POLICIES: dict[str, type[torch.nn.Module]] = {
@@ -240,15 +248,25 @@ class AugmentationError(RuntimeError):
     """
 
 
-def _augment(
-    image: Image.Image | np.ndarray, seed: int, transform: ImageTransform
-) -> Image.Image | np.ndarray | Tensor:
+def _augment(image: Image.Image | np.ndarray, seed: int, transform: ImageTransform, **missing: np.ndarray) -> Any:
     try:
-        return transform(image, seed)
+        return transform(image, seed, **missing)
     except (ValueError, OSError) as error:
         mode, size = ("floating-point", image.shape[1::-1]) if _deep(image) else (image.mode, image.size)
         what = f"a {mode} image of {size[0]} x {size[1]} pixels with seed {seed}"
         raise AugmentationError(f"augmentation of {what} failed: {type(error).__name__}: {error}") from error
+
+
+def check_masks(backend: str, auto_augment: str | None) -> None:
+    """
+    Raises:
+        ValueError: The augmentation cannot take along which pixels are missing.
+    """
+    if backend == "timm" or auto_augment:
+        raise ValueError(
+            "fill 'mask' takes augmentation 'albumentations', 'torchvision' or 'none', without auto_augment: others "
+            "would not move the mask with the image"
+        )
 
 
 AUGMENTATIONS: dict[str, Callable[[Augmentation], ImageTransform]] = {
@@ -278,6 +296,11 @@ def train_transform(
     When called, it raises an :class:`AugmentationError` where the backend raises a ValueError or an OSError.
     """
     check_option("augmentation", backend, AUGMENTATIONS)
+    if len(mean) not in MODES and (aug.color_jitter or aug.auto_augment or backend == "timm"):
+        raise ValueError(
+            f"images of {len(mean)} channels are neither grey nor colour: they take color_jitter 0, no auto_augment, "
+            "and augmentation 'albumentations', 'torchvision' or 'none'"
+        )
     if aug.auto_augment and backend not in ("timm", "torchvision"):
         raise ValueError(f"auto_augment needs augmentation 'timm' or 'torchvision': {backend!r} has no such policies")
     augment = partial(_augment, transform=AUGMENTATIONS[backend](aug))

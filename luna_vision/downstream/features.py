@@ -12,6 +12,7 @@ from timm.models._input import get_model_input_config
 from torch import Tensor, nn
 
 from luna_vision.images.decode import SampleError
+from luna_vision.images.masks import no_masks, split_missing
 from luna_vision.models.luna_vit import LunaVit
 from luna_vision.utils.errors import one_line
 
@@ -33,7 +34,8 @@ class Extractor:
     """Runs a frozen model on images.
 
     A Luna ViT takes images of different sizes in one batch: they are padded to the largest, and a mask excludes the
-    padding, so that each image has the same features as alone. Any other model takes batches of one size.
+    padding, so that each image has the same features as alone, and patches in which all pixels are missing (NaN). Any
+    other model takes batches of one size.
 
     Attributes:
         in_chans: Channels of the images.
@@ -48,7 +50,7 @@ class Extractor:
             grid: Return the patch grid (of a convolutional network, its last feature map).
 
         Raises:
-            ValueError: Not such a model, no memory though it is wanted, or other channels than grey or RGB.
+            ValueError: Not such a model, or no memory though it is wanted.
         """
         self.name = type(model).__name__
         if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
@@ -62,8 +64,6 @@ class Extractor:
         # timm's models keep no other record of their channels than the first convolution
         convs = (module for module in model.modules() if isinstance(module, nn.Conv2d))
         self.in_chans = model.in_chans if hasattr(model, "in_chans") else getattr(next(convs, None), "in_channels", 3)
-        if self.in_chans not in (1, 3):
-            raise ValueError(f"{self.name} reads {self.in_chans} channels; images have 1 (grey) or 3 (RGB)")
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
 
@@ -95,19 +95,22 @@ class Extractor:
         return -(-image.shape[1] // self.patch_size[0]), -(-image.shape[2] // self.patch_size[1])
 
     def _batch(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Images as one batch and, if they have different grids, a mask (B, N) of the patches that belong to them."""
+        """Images as one batch and, if they have different grids or lack pixels, a mask (B, N) of their own patches."""
+        missing = any(bool(image.isnan().any()) for image in images)
+        if missing and self.patch_size is None:
+            raise ValueError(no_masks(self.name))
         if len({image.shape for image in images}) == 1:
             # a single image, which may be large, is not copied
-            return (torch.stack(list(images)) if len(images) > 1 else images[0].unsqueeze(0)), None
-        cells = [self._cells(image) for image in images]
-        rows, columns = (max(side) for side in zip(*cells, strict=True))
-        height, width = rows * self.patch_size[0], columns * self.patch_size[1]
-        batch = torch.zeros(len(images), self.in_chans, height, width)
-        valid = torch.zeros(len(images), rows, columns, dtype=torch.bool)
-        for i, (image, own) in enumerate(zip(images, cells, strict=True)):
-            batch[i, :, : image.shape[1], : image.shape[2]] = image
-            valid[i, : own[0], : own[1]] = True
-        return batch, None if valid.all() else valid.flatten(1)
+            batch = torch.stack(list(images)) if len(images) > 1 else images[0].unsqueeze(0)
+            if not missing:
+                return batch, None
+        else:
+            height, width = (max(side) for side in zip(*(image.shape[1:] for image in images), strict=True))
+            batch = torch.full((len(images), self.in_chans, height, width), torch.nan)
+            for i, image in enumerate(images):
+                batch[i, :, : image.shape[1], : image.shape[2]] = image
+        batch, valid = split_missing(batch, self.patch_size)
+        return batch, None if valid.all() else valid
 
     def _run(self, batch: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens and embeddings of a batch."""

@@ -5,18 +5,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from timm.data import resolve_data_config
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from luna_vision.images.decode import SampleError, read_image, to_channels, to_raster
-from luna_vision.images.transforms import SeededTransform, eval_transform, per_channel, resize_to
+from luna_vision.images.decode import SampleError, read_image, sample_rasters, to_channels
+from luna_vision.images.masks import no_masks
+from luna_vision.images.transforms import SeededTransform, eval_transform, per_channel, shrink
 from luna_vision.images.values import (
+    MASK,
     PERCENTILE,
-    SAMPLE_IMAGES,
-    Raster,
     Values,
     model_values,
     parse_fill,
@@ -43,13 +42,14 @@ class Settings:
         max_size: Images with a longer side are shrunk to it, in pixels; their aspect ratio stays.
         img_size: All images become squares of this side by the evaluation transform, with the model's own `crop_pct`
             and `crop_mode`.
-        mean: Mean by channel for pixels in [0, 1], one number or three; by default that of the model's
+        mean: Mean by channel for pixels in [0, 1], or one number for all; by default that of the model's
             `pretrained_cfg`.
         std: Standard deviation by channel, likewise.
         value_range: What numbers in files become 0 and 1: (LOW, HIGH), "dtype", or "percentile" of the files; the
             model's own, from its training, by default. See docs/pixels.md.
         nodata: A number that stands for no data, besides the one that a file itself names; likewise.
-        fill: What takes the place of missing numbers: "mean", "error" or a number; likewise.
+        fill: What takes the place of missing numbers: "mean", "error" or a number; or "mask", which leaves out patches
+            that have no others, and takes a Luna ViT; likewise.
         memory: Return the memory slots, too. Needs a Luna ViT.
         grid: Return the patch grid, too.
         batch_size: Images in a batch, at most.
@@ -120,24 +120,19 @@ def pixel_values(extractor: Extractor, settings: Settings, paths: Sequence[str] 
     """What the numbers of these files mean: what the settings say, else the model.
 
     Raises:
-        ValueError: Percentiles are wanted of files that have no numbers.
+        ValueError: Percentiles are wanted of files that have no numbers, or a mask of a model that takes none.
     """
     mean = data_config(extractor, settings)["mean"]
     cfg = getattr(extractor.model, "pretrained_cfg", {})
     value_range = parse_value_range(settings.value_range)
     if value_range == PERCENTILE:
-        chosen = np.linspace(0, len(paths) - 1, min(len(paths), SAMPLE_IMAGES)).round().astype(int)
         nodata = cfg.get("nodata") if settings.nodata is None else settings.nodata
-        value_range = percentile_range(_rasters([paths[i] for i in chosen], settings.max_pixels), nodata)
-    return model_values(cfg, mean, value_range, settings.nodata, settings.fill)
-
-
-def _rasters(paths: Sequence[str], max_pixels: int) -> Iterator[Raster]:
-    for path in paths:
-        try:
-            yield to_raster(read_image(path, max_pixels))
-        except (ValueError, OSError):  # which is told when its turn comes
-            continue
+        found = sample_rasters(len(paths), lambda index: read_image(paths[index], settings.max_pixels))
+        value_range = percentile_range(found, nodata)
+    values = model_values(cfg, mean, value_range, settings.nodata, settings.fill)
+    if values.fill == MASK and extractor.patch_size is None:
+        raise ValueError(no_masks(extractor.name))
+    return values
 
 
 def read_windows(
@@ -264,13 +259,4 @@ def _transform(extractor: Extractor, settings: Settings, values: Values) -> Seed
     if settings.img_size:
         crop_pct = None if config["crop_mode"] == "squash" else config["crop_pct"]
         return eval_transform((settings.img_size, settings.img_size), mean, std, crop_pct, values=values)
-    return SeededTransform(partial(_shrink, max_size=settings.max_size), mean, std, values=values)
-
-
-def _shrink(image: Image.Image | np.ndarray, seed: int, max_size: int | None) -> Image.Image | np.ndarray:
-    size = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
-    longer = max(size)
-    if max_size is None or longer <= max_size:
-        return image
-    height, width = (max(1, round(side * max_size / longer)) for side in size)
-    return resize_to(image, (height, width))
+    return SeededTransform(partial(shrink, max_size=settings.max_size), mean, std, values=values)

@@ -76,8 +76,9 @@ def encode(
 ) -> Encoded:
     """Encode an image that need not fit into memory. The result is that of `model(image)`, up to rounding.
 
-    The image is read once, from top to bottom. With a `store` on disk, a call that was stopped (by Ctrl-C, a kill, a
-    full disk or a tile that could not be read) is continued by the same call, and gives the same bits.
+    The image is read once, from top to bottom; twice with a fill of "mask". With a `store` on disk, a call that was
+    stopped (by Ctrl-C, a kill, a full disk or a tile that could not be read) is continued by the same call, and gives
+    the same bits.
 
     Args:
         model: A Luna ViT, on its device; it is put in eval mode.
@@ -90,7 +91,8 @@ def encode(
         value_range: What numbers become 0 and 1: (LOW, HIGH), or "dtype", what their type can hold, and [0, 1] of
             floating point. By default that of the model's training, else "dtype". See docs/pixels.md.
         nodata: A number that stands for no data, besides the one that a file itself names; likewise.
-        fill: What takes the place of missing numbers: "mean", "error" or a number; likewise.
+        fill: What takes the place of missing numbers: "mean", "error" or a number; or "mask", which leaves out patches
+            that have no others; likewise.
         memory: (L, C), replaces the learned initial memory (`Encoded.raw_memory` of an earlier image).
         store: A folder for the patches; None keeps them in memory. It is emptied at the end.
         store_dtype: Type in which patches are kept between two layers, the model's if None. `torch.bfloat16` halves
@@ -139,6 +141,7 @@ def encode(
             resume = checkpoint is not None and checkpoint.band is not None
             if resume:
                 state = checkpoint.load(parameter.device)
+            valid = pixels.valid((p, q), plan.band)
             shape = grid_size[0] + plan.margin, grid_size[1] * model.embed_dim, store_dtype
             rows = RamRows(*shape) if checkpoint is None else FileRows(checkpoint.patches, *shape, resume=resume)
             files.callback(rows.close)
@@ -147,7 +150,8 @@ def encode(
             if grid is not None and not (at_end and Grid.is_finished(Path(grid))):
                 out = Grid(Path(grid), (*grid_size, model.embed_dim), parameter.dtype, plan.band, resume)
                 files.callback(out.close)
-            engine = Engine(model, pixels, grid_size, plan.band, Ring(rows, *grid_size, plan.margin), state, out)
+            ring = Ring(rows, *grid_size, plan.margin)
+            engine = Engine(model, pixels, grid_size, plan.band, ring, state, out, valid)
             embedding, memory = _run(engine, rows, checkpoint, progress)
             result = _finish(model, embedding, memory, grid_size, plan.bytes)
             if save is not None:

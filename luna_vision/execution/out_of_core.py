@@ -55,6 +55,7 @@ class Engine:
         ring: Ring,
         state: State,
         grid: Grid | None = None,
+        patch_valid: Tensor | None = None,
     ) -> None:
         """
         Args:
@@ -65,7 +66,9 @@ class Engine:
             ring: The store of the patches, as it was at `state`.
             state: The state to start from.
             grid: File for the patches after the final norm.
+            patch_valid: (1, N) bool, False where a patch is missing.
         """
+        self.patch_valid = None if patch_valid is None else patch_valid.to(next(model.parameters()).device)
         self.model, self.pixels, self.band, self.ring, self.state, self.grid = model, pixels, band, ring, state, grid
         self.height, self.columns = grid_size
         parameter = next(model.parameters())
@@ -87,7 +90,8 @@ class Engine:
         while self.state.sweep < self.sweeps:
             self._sweep(after_band)
             self._next_sweep()
-        embedding = self.pool.finish(self.model.norm(self.state.memory), self.height * self.columns)
+        count = self.height * self.columns if self.patch_valid is None else int(self.patch_valid.sum())
+        embedding = self.pool.finish(self.model.norm(self.state.memory), count)
         return embedding, self.state.memory
 
     def _block(self, i: int) -> LunaBlock | None:
@@ -104,7 +108,7 @@ class Engine:
                 self._pack(ahead, x, start, stop)
             else:
                 x = self.model.norm(x)
-                self.pool.add(x)
+                self.pool.add(x, self._valid(start, stop))
                 state.pool = self.pool.parts
                 if self.grid is not None:
                     self.grid.write(start, x.view(stop - start, self.columns, -1))
@@ -121,18 +125,27 @@ class Engine:
         memory, read = block.close_pack(self.state.memory, PackState(**self.state.pack))
         self.state = State(self.state.sweep + 1, 0, memory, read)
 
+    def _valid(self, start: int, stop: int) -> Tensor | None:
+        """The mask (1, n) of the rows [start, stop)."""
+        return None if self.patch_valid is None else self.patch_valid[:, start * self.columns : stop * self.columns]
+
     def _embed(self, start: int, stop: int) -> Tensor:
         """Embed the pixels of the rows [start, stop): (1, n, C)."""
         above = min(self.model.embed_halo, start)
         side = self.model.patch_embed.patch_size[0]
         x = self.pixels.rows((start - above) * side, min(stop * side, self.pixels.shape[0]))
-        return self.model.embed_tile(x.to(self.like["dtype"]), start, (self.height, self.columns), above).flatten(1, 2)
+        x = x.to(self.like["dtype"])
+        if self.patch_valid is not None:
+            x = x.masked_fill(x.isnan(), 0.0)  # the mean
+        grid_size = self.height, self.columns
+        return self.model.embed_tile(x, start, grid_size, above, self.patch_valid).flatten(1, 2)
 
     def _unpack(self, block: LunaBlock, start: int, stop: int) -> Tensor:
         """The rows [start, stop), (1, n, C), after a block."""
         top, bottom = max(start - block.unpack_halo, 0), min(stop + block.unpack_halo, self.height)
         x = self.ring.read(top, bottom).to(**self.like)
-        x = block.unpack_tile(x, block.norm_tile(x), self.state.read, (bottom - top, self.columns))
+        grid_size, valid = (bottom - top, self.columns), self._valid(top, bottom)
+        x = block.unpack_tile(x, block.norm_tile(x), self.state.read, grid_size, valid)
         return x[:, (start - top) * self.columns : (stop - top) * self.columns]
 
     def _pack(self, block: LunaBlock, x: Tensor, start: int, stop: int) -> None:
@@ -148,10 +161,10 @@ class Engine:
         last = stop if stop == self.height else stop - halo
         if halo:
             state.tail = x[:, -min(2 * halo * W, x.shape[1]) :].clone()
-        x = block.mix_tile(x, (x.shape[1] // W, W))
+        x = block.mix_tile(x, (x.shape[1] // W, W), self._valid(start - waiting, stop))
         above = first - (start - waiting)
         x = x[:, above * W : (above + last - first) * W]
         if x.shape[1]:
-            tile = block.pack_tile(block.norm_tile(x), block.pack_query(state.memory))
+            tile = block.pack_tile(block.norm_tile(x), block.pack_query(state.memory), self._valid(first, last))
             state.pack = (PackState(**state.pack).merge(tile) if state.pack else tile)._asdict()
             self.ring.write(first, x)

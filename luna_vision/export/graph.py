@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ..images.decode import MODES
+from ..images.values import MASK
 from ..models.factory import PIXEL_CFG
 from ..models.luna_vit import LunaVit, join_tokens
 from ..utils.checks import check_option
@@ -207,6 +208,8 @@ def metadata(model: LunaVit, output: str, memory: bool) -> dict[str, Any]:
         # of files of more than 8 bits, see docs/pixels.md
         **{name: model.pretrained_cfg[name] for name in PIXEL_CFG if name in model.pretrained_cfg},
     }
+    if about.get("fill") == MASK:  # which the graph does not take
+        about["fill"] = "mean"
     if model.in_chans in MODES:
         about["channels"] = MODES[model.in_chans]
     names = model.pretrained_cfg.get("label_names")

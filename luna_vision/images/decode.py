@@ -6,7 +6,7 @@ is settled in `luna_vision.images.values`.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
@@ -14,12 +14,13 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..utils.errors import UserError, one_line
+from ..utils.text import printable
 from .limits import pixel_limit
 from .npy import MAGIC as NPY
 from .npy import read_npy
 from .pillow import deep_numbers, nodata_of, open_image_file, orientation_of
 from .tiff import NotReadHere, Turn, is_tiff, missing_library, read_tiff
-from .values import Levels, Raster, Values, to_unit
+from .values import MASK, SAMPLE_IMAGES, Levels, Raster, Values, to_unit
 
 __all__ = [
     "GREY",
@@ -28,6 +29,7 @@ __all__ = [
     "decode_image",
     "plain",
     "read_image",
+    "sample_rasters",
     "to_channels",
     "to_picture",
     "to_raster",
@@ -149,6 +151,22 @@ def to_raster(image: Image.Image | np.ndarray | Raster) -> Raster:
     return Raster(np.asarray(plain(image, grey=image.mode in GREY)))
 
 
+def sample_rasters(count: int, read: Callable[[int], Image.Image | np.ndarray | Raster]) -> Iterator[Raster]:
+    """The numbers of images of a data set of ``count``, `SAMPLE_IMAGES` of them at most, always the same.
+
+    Images that cannot be read are left out: who uses them will tell.
+
+    Args:
+        count: Images there are.
+        read: Decodes one, by its position.
+    """
+    for index in np.linspace(0, count - 1, min(count, SAMPLE_IMAGES)).round().astype(int):
+        try:
+            yield to_raster(read(int(index)))
+        except (ValueError, OSError):
+            continue
+
+
 def plain(image: Image.Image, grey: bool) -> Image.Image:
     """An image of Pillow with 8 bits as grey or RGB; alpha is dropped."""
     if image.mode in ("P", "PA"):  # a palette may carry transparency, which Pillow only resolves by way of RGBA
@@ -171,11 +189,11 @@ def to_channels(
 
     Returns:
         Grey or RGB of 8 bits, where the image has no more and `values` leave them as they are; else pixels in [0, 1],
-        float32 (H, W, C), in which nothing is missing.
+        float32 (H, W, C), in which nothing is missing, or NaN is where `values.fill` is "mask".
 
     Raises:
-        SampleError: Pillow does not convert it, the model does not take its bands, or numbers are missing in it that
-            `values` refuse to fill.
+        SampleError: Pillow does not convert it, the model does not take its bands, numbers are missing in it that
+            `values` refuse to fill, or all are where they are to be masked.
     """
     values = values or Values()
     try:
@@ -190,11 +208,13 @@ def to_channels(
     except (TypeError, ValueError) as error:  # of Pillow: a mode, such as LAB, or numbers of another kind
         raise SampleError(one_line(error)) from error
     levels.warn()
+    if values.fill == MASK and np.isnan(unit).all():
+        raise SampleError(f"{printable(raster.name)} has no pixel that is not missing")
     return unit
 
 
 def to_picture(image: Image.Image | np.ndarray) -> Image.Image:
-    """What `to_channels` returns, of 1 or 3 channels, as an image of 8 bits: to draw, and for what takes no other."""
+    """What `to_channels` returns, of grey or colour, as an image of 8 bits: to draw, and for what takes no other."""
     if isinstance(image, Image.Image):
         return image
     array = np.round(image * 255).astype(np.uint8)

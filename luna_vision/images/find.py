@@ -11,13 +11,13 @@ from ..utils.errors import one_line
 from ..utils.text import printable
 from .pillow import has_heif
 
-# All that Pillow opens by itself, the most frequent first, and what slide scanners call TIFF. The content alone decides
+# All that Pillow opens by itself, the most frequent first, .npy, and what slide scanners call TIFF. The content decides
 # how a file is read; of an animation, that is the first frame.
 IMG_EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"),
     *(".apng", ".avif", ".avifs", ".bif", ".blp", ".btf", ".bw", ".cur", ".dcx", ".dds", ".dib", ".fit", ".fits"),
     *(".flc", ".fli", ".ftc", ".ftu", ".gbr", ".icb", ".icns", ".ico", ".im", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc"),
-    *(".jpe", ".jpf", ".jpx", ".mpo", ".msp", ".ndpi", ".pbm", ".pcd", ".pcx", ".pfm", ".pnm", ".psd", ".pxr"),
+    *(".jpe", ".jpf", ".jpx", ".mpo", ".msp", ".ndpi", ".npy", ".pbm", ".pcd", ".pcx", ".pfm", ".pnm", ".psd", ".pxr"),
     *(".qoi", ".qptiff", ".ras", ".rgb", ".rgba", ".scn", ".sgi", ".svs", ".tga", ".vda", ".vst", ".xbm", ".xpm"),
 )
 HEIF_EXTENSIONS = (".heic", ".heif", ".hif")  # where pillow-heif is installed

@@ -61,7 +61,7 @@ def deep_numbers(image: Image.Image) -> Deep | None:
     """
     if image.format == "TIFF":
         _check_tiff(image)
-    reader = {"PNG": _png, "PPM": _ppm, "JPEG2000": _jpeg2000, "FITS": _fits}.get(image.format)
+    reader = {"PNG": _png, "PPM": _ppm, "JPEG2000": _jpeg2000, "FITS": _fits, "AVIF": _avif}.get(image.format)
     deep = reader(image) if reader else None
     return deep or _mode(image)
 
@@ -171,6 +171,23 @@ def _jpeg2000(image: Image.Image) -> Deep | None:
     decode = _codec("jpeg2k_decode", "a JPEG 2000 of more than 8 bits")
     top = None if signed or bits == 16 else float(2**bits - 1)
     return Deep(bands, np.dtype(np.int16 if signed else np.uint16), top, lambda: decode(_content(image)))
+
+
+def _avif(image: Image.Image) -> Deep | None:
+    """Of 10 and 12 bits, which Pillow would scale."""
+    image.fp.seek(0)
+    head = image.fp.read(2**16)
+    start = head.find(b"pixi")  # of the picture, which comes before its alpha
+    bits = head[start + 9] if 0 <= start < len(head) - 9 else 8
+    if bits <= 8:
+        return None
+    decode, bands = _codec("avif_decode", "an AVIF of more than 8 bits"), 1 if image.mode in ("L", "LA") else 3
+
+    def read() -> np.ndarray:
+        numbers = decode(_content(image), index=0)
+        return numbers if numbers.ndim == 2 else numbers[:, :, :bands]
+
+    return Deep(bands, np.dtype(np.uint16), float(2**bits - 1), read)
 
 
 def _fits(image: Image.Image) -> Deep | None:

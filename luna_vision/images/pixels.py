@@ -12,8 +12,9 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from ..utils.errors import UserError, one_line
+from .masks import valid_patches
 from .transforms import per_channel
-from .values import Levels, Values, check_bands, to_unit, type_range
+from .values import MASK, Levels, Values, check_bands, to_unit, type_range
 
 __all__ = ["Pixels", "pixel_statistics"]
 
@@ -30,12 +31,7 @@ def pixel_statistics(
     out = []
     for name, given in (("mean", mean), ("std", std)):
         values = config[name] if given is None else (given,) if isinstance(given, int | float) else tuple(given)
-        if model.in_chans in (1, 3):
-            out.append(per_channel(name, values, model.in_chans))
-        elif given is not None and len(values) == model.in_chans:
-            out.append(tuple(float(v) for v in values))
-        else:
-            out.append(per_channel(name, values, 1) * model.in_chans)
+        out.append(per_channel(name, values, model.in_chans))
     return out[0], out[1]
 
 
@@ -74,6 +70,8 @@ class Pixels:
             raise ValueError(f"channels come last: {self.name} of shape {shape} has {channels} of them")
         check_bands(channels, in_chans, self.name)
         self.dtype = _dtype(image).newbyteorder("=")
+        if self.dtype.kind not in "buif":
+            raise ValueError(f"{self.name} has numbers of type {self.dtype}: integers and floating point are read")
         self.values = values or Values(mean=tuple(mean))
         self.top, self.nodata = getattr(image, "top", None), getattr(image, "nodata", None)
         if self.values.value_range is None:
@@ -143,6 +141,8 @@ class Pixels:
     def rows(self, start: int, stop: int) -> Tensor:
         """Normalised pixels (1, in_chans, stop - start, W), those of `eval_transform` at the image's own size.
 
+        They are NaN where they are missing, if `values` leave them missing.
+
         Raises:
             UserError: Numbers are missing that `values` refuse to fill.
             OSError: They cannot be read.
@@ -159,6 +159,25 @@ class Pixels:
         if not deep:
             x.div_(255)
         return x.sub_(self.mean).div_(self.std)[None]
+
+    def valid(self, patch_size: tuple[int, int], rows: int) -> Tensor | None:
+        """The patches (1, N) that have a pixel which is not missing; None if `values` leave none missing.
+
+        It reads the whole image, so many rows of patches at a time.
+
+        Raises:
+            UserError: There are no others.
+            OSError: They cannot be read.
+        """
+        if self.values.fill != MASK:
+            return None
+        side, height = patch_size[0], self.shape[0]
+        bands = range(0, height, rows * side)
+        found = [valid_patches(self.rows(start, min(start + rows * side, height)), patch_size) for start in bands]
+        valid = torch.cat(found, dim=1).flatten(1)
+        if not valid.any():
+            raise UserError(f"{self.name} has no pixel that is not missing")
+        return valid
 
     def _to_unit(self, array: np.ndarray, stop: int) -> np.ndarray:
         dtype = np.float64 if self.out["dtype"] == torch.float64 else np.float32

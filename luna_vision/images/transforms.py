@@ -3,8 +3,9 @@
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .decode import read_image, to_channels
-from .values import Raster, Values
+from .values import MASK, Raster, Values
 
 __all__ = [
     "EvalTransform",
@@ -22,11 +23,15 @@ __all__ = [
     "per_channel",
     "resize",
     "resize_to",
+    "shrink",
     "to_tensor",
 ]
 
-# images as `to_channels` returns them, and seed: 8 bits of Pillow, or float32 (H, W, C) in [0, 1]
-ImageTransform = Callable[[Image.Image | np.ndarray, int], Image.Image | np.ndarray | Tensor]
+# Images as `to_channels` returns them, and seed: 8 bits of Pillow, or float32 (H, W, C) in [0, 1]. Where pixels are
+# missing, also `missing`, (H, W) bool; then the result is an image and the pixels that are missing in it, likewise.
+ImageTransform = Callable[..., Any]
+
+ALL = 1 - 1e-5  # the share of missing pixels, up to rounding, by which a resized pixel is missing
 
 
 def per_channel(name: str, values: Sequence[float], in_chans: int) -> tuple[float, ...]:
@@ -47,6 +52,8 @@ def per_channel(name: str, values: Sequence[float], in_chans: int) -> tuple[floa
 
 class SeededTransform:
     """PIL image, or float32 array (H, W, C) in [0, 1], and seed to a normalised float32 tensor (C, H, W).
+
+    Pixels that are NaN are missing. They count as the mean wherever they touch others, and are NaN in the result.
 
     Args:
         transform: The part before normalisation, which keeps an image in 8 bits if it is one.
@@ -69,9 +76,22 @@ class SeededTransform:
         self.mean = torch.tensor(mean).view(-1, 1, 1)
         self.std = torch.tensor(std).view(-1, 1, 1)
 
+    def set_values(self, values: Values, std: Sequence[float]) -> None:
+        """Change what the numbers of files mean, and their mean and standard deviation."""
+        self.values = values
+        self.mean = torch.tensor(values.mean).view(-1, 1, 1)
+        self.std = torch.tensor(std).view(-1, 1, 1)
+
     def __call__(self, image: Image.Image | np.ndarray, seed: int = 0) -> Tensor:
-        tensor = to_tensor(self.transform(image, seed)).sub_(self.mean).div_(self.std)
-        return tensor if self.erase is None else self.erase(tensor, seed)
+        missing = np.isnan(image).all(axis=2) if isinstance(image, np.ndarray) and image.dtype.kind == "f" else None
+        if missing is None or not missing.any():
+            image, missing = self.transform(image, seed), None
+        else:
+            image = np.where(missing[:, :, None], self.mean.numpy().reshape(-1), image)
+            image, missing = self.transform(image, seed, missing=missing)
+        tensor = to_tensor(image).sub_(self.mean).div_(self.std)
+        tensor = tensor if self.erase is None else self.erase(tensor, seed)
+        return tensor if missing is None else tensor.masked_fill_(torch.from_numpy(missing), torch.nan)
 
 
 def eval_transform(
@@ -104,10 +124,10 @@ class EvalTransform:
     """An image file, PIL image or array (H, W[, bands]) to a tensor (C, H, W), as `eval_transform` prepares it.
 
     Attributes:
-        in_chans: C, 1 (grey) or 3 (RGB); images are converted.
+        in_chans: C: 1 (grey) or 3 (RGB), to which images are converted, or the number of their bands.
         size: Height and width of the result in pixels. None leaves the image at its own, with pixels in [0, 1].
         mean, std, crop_pct, interpolation: As in `eval_transform`.
-        values: Likewise; by default as `Values` has it.
+        values: Likewise; by default as `Values` has it. A fill of "mask" is "mean" here: there is a tensor alone.
 
     Raises:
         SampleError: When called: the image cannot be decoded, or the model does not take its bands.
@@ -127,7 +147,8 @@ class EvalTransform:
             image = read_image(image)
         elif isinstance(image, Image.Image):
             image = ImageOps.exif_transpose(image)  # as a file is read
-        image = to_channels(image, self.in_chans, self.values or Values(mean=self.mean))
+        values = self.values or Values(mean=self.mean)
+        image = to_channels(image, self.in_chans, replace(values, fill="mean") if values.fill == MASK else values)
         if self.size is None:
             return to_tensor(image)
         return eval_transform(self.size, self.mean, self.std, self.crop_pct, self.interpolation)(image)
@@ -140,8 +161,15 @@ def resize(
     size: tuple[int, int],
     crop_pct: float | None = None,
     interpolation: str = "bicubic",
-) -> Image.Image | np.ndarray:
-    """Resize to ``size``, height and width in pixels, with antialiasing. The rest is as in :func:`eval_transform`."""
+    missing: np.ndarray | None = None,
+) -> Any:
+    """Resize to ``size``, height and width in pixels, with antialiasing. The rest is as in :func:`eval_transform`.
+
+    With the pixels that are ``missing`` (H, W), also returns those of the result, which cover no others.
+    """
+    if missing is not None:
+        share = resize(missing[:, :, None].astype(np.float32), seed, size, crop_pct, "box")
+        return resize(image, seed, size, crop_pct, interpolation), share[:, :, 0] > ALL
     (height, width), (rows, columns) = size, size
     if crop_pct is not None:
         own_height, own_width = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
@@ -152,6 +180,16 @@ def resize(
     if isinstance(image, np.ndarray):
         return image[top : top + height, left : left + width]
     return image.crop((left, top, left + width, top + height))
+
+
+def shrink(image: Image.Image | np.ndarray, seed: int, max_size: int | None, missing: np.ndarray | None = None) -> Any:
+    """Resize to a longer side of ``max_size`` pixels at most; the rest is as in :func:`resize`."""
+    height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
+    longer = max(height, width)
+    if max_size is None or longer <= max_size:
+        return image if missing is None else (image, missing)
+    size = max(1, round(height * max_size / longer)), max(1, round(width * max_size / longer))
+    return resize(image, seed, size, missing=missing)
 
 
 def resize_to(

@@ -12,7 +12,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,14 @@ from ..utils.errors import UserError
 from ..utils.text import printable
 
 __all__ = [
+    "DATA",
     "DTYPE",
+    "MASK",
     "PERCENTILE",
     "Levels",
     "Raster",
     "Values",
+    "channel_statistics",
     "check_bands",
     "model_values",
     "parse_fill",
@@ -36,6 +39,8 @@ __all__ = [
 ]
 
 DTYPE, PERCENTILE = "dtype", "percentile"  # the two value ranges that have a name
+DATA = "data"  # the mean that is measured
+MASK = "mask"  # the fill that leaves missing pixels missing
 PERCENTILES = (2, 98)
 SAMPLE_IMAGES, SAMPLE_VALUES = 256, 2**14  # that percentiles are of: images, and numbers of each
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # ITU-R 601-2, in the 16 bits that Pillow takes
@@ -55,6 +60,9 @@ class Raster:
         top: The largest number that the file can hold, if that is less than its type's: 4095 of 12 bits in 16.
         nodata: The number that stands for no data, if the file has one.
         name: What errors and warnings call it.
+
+    Raises:
+        UserError: It has numbers of another type.
     """
 
     array: np.ndarray
@@ -63,6 +71,8 @@ class Raster:
     name: str = "the image"
 
     def __post_init__(self) -> None:
+        if self.array.dtype.kind not in "buif":
+            raise UserError(f"{self.name} has numbers of type {self.array.dtype}: integers and floating point are read")
         if self.array.ndim == 2:
             self.array = self.array[:, :, None]
 
@@ -82,7 +92,8 @@ class Values:
             of floating point.
         nodata: A number that stands for no data, besides the one that a file itself names.
         fill: What takes the place of missing numbers, which are no data, NaN and infinity: "mean", by channel, which is
-            0 once normalised; a number in the unit of the file; or "error", which refuses the image.
+            0 once normalised; a number in the unit of the file; "error", which refuses the image; or "mask", which
+            leaves pixels missing that have no other numbers, see `luna_vision.images.masks`, and else is "mean".
         mean: Of pixels in [0, 1], by channel.
     """
 
@@ -130,14 +141,14 @@ def parse_fill(option: float | str | None) -> float | str | None:
     Raises:
         UserError: It is none of these.
     """
-    if option is None or option in ("mean", "error"):
+    if option is None or option in ("mean", "error", MASK):
         return option
     try:
         if math.isfinite(number := float(option)):
             return number
     except (TypeError, ValueError):
         pass
-    raise UserError(f"fill must be 'mean', 'error' or a finite number in the unit of the files, got {option!r}")
+    raise UserError(f"fill must be 'mean', 'error', 'mask' or a finite number in the unit of the files, got {option!r}")
 
 
 def model_values(
@@ -235,7 +246,9 @@ def to_unit(
     levels: "Levels | None" = None,
     dtype: type = np.float32,
 ) -> np.ndarray:
-    """Numbers of a file (n, W, c) as pixels in [0, 1], floating point (n, W, in_chans), with nothing missing.
+    """Numbers of a file (n, W, c) as pixels in [0, 1], floating point (n, W, in_chans).
+
+    Nothing is missing in them, unless `values.fill` is "mask": then pixels are NaN of which all numbers are missing.
 
     Args:
         array: As in `Raster`.
@@ -286,7 +299,10 @@ def to_unit(
         fill = values.mean
         if not isinstance(values.fill, str):
             fill = (min(max((values.fill - low) / (high - low), 0.0), 1.0),)
-        np.copyto(work, np.asarray(fill, work.dtype), where=np.isnan(work))
+        gone = np.isnan(work)
+        if values.fill == MASK:
+            gone &= ~gone.all(axis=2, keepdims=True)
+        np.copyto(work, np.asarray(fill, work.dtype), where=gone)
     return work.astype(dtype, copy=False)
 
 
@@ -324,7 +340,7 @@ class Levels:
         """Say in the log that the default throws most levels away, or that numbers were none."""
         if self.strange:
             share = self.strange / self.total
-            _warn("strange", f"{self.name}: {share:.2%} of its numbers are NaN or infinite, and are filled (see fill)")
+            _warn("strange", f"{self.name}: {share:.2%} of its numbers are NaN or infinite, thus missing (see fill)")
         if not self.count or self.least == self.most:
             return
         used = (min(self.most, self.high) - max(self.least, self.low)) / (self.high - self.low)
@@ -380,3 +396,36 @@ def percentile_range(
     if not low < high:
         raise UserError(f"value_range {PERCENTILE!r}: nearly all numbers are {low:g}; give LOW and HIGH")
     return low, high
+
+
+def channel_statistics(
+    rasters: Iterable[Raster], in_chans: int, values: Values
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of a data set, by channel, of pixels in [0, 1]; what is missing does not count.
+
+    All images count alike. A channel that is constant has the standard deviation 1.
+
+    Args:
+        rasters: Images of the data set.
+        in_chans: Channels that a model reads.
+        values: What their numbers mean.
+
+    Raises:
+        UserError: A channel has no numbers, or bands that the model does not take.
+    """
+    leave = replace(values, fill=MASK, mean=(math.nan,) * in_chans)
+    sums, counts = np.zeros((2, in_chans)), np.zeros(in_chans)
+    for raster in rasters:
+        step = max(1, math.isqrt(raster.array.size // SAMPLE_VALUES))
+        array = raster.array[step // 2 :: step, step // 2 :: step]
+        unit = to_unit(array, in_chans, leave, raster.top, raster.nodata, dtype=np.float64).reshape(-1, in_chans)
+        there = ~np.isnan(unit).all(axis=0)
+        if there.any():
+            sums[:, there] += np.nanmean(unit[:, there], axis=0), np.nanmean(unit[:, there] ** 2, axis=0)
+        counts += there
+    if not counts.all():
+        raise UserError(f"mean {DATA!r}: there are no images, or no numbers in channel {int(np.argmin(counts))}")
+    mean, square = sums / counts
+    variance = square - mean**2
+    std = np.where(variance > 1e-12, np.sqrt(np.maximum(variance, 1e-12)), 1.0)
+    return tuple(mean.tolist()), tuple(std.tolist())

@@ -35,11 +35,12 @@ def pad_to_patches(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
 
 
 @register_notrace_function
-def blank_invalid(x: Tensor, patch_valid: Tensor | None, patch_size: tuple[int, int]) -> Tensor:
+def blank_invalid(x: Tensor, patch_valid: Tensor | None, patch_size: tuple[int, int], values: bool = True) -> Tensor:
     """Set the pixels of invalid patches to zero, in images (B, C, height, width) of whole patches.
 
     Their weight in the attention is zero, but zero times NaN, which uninitialised memory may hold, is NaN, also in the
-    gradient of the patch embedding. A model checks the values of a mask here, once.
+    gradient of the patch embedding. A model checks the values of a mask here, once, unless `values` is False: a tile of
+    an image may have no valid patch.
 
     Raises:
         ValueError: `patch_valid` is not (B, N) bool, or (eager mode only) an image has no valid patch.
@@ -48,7 +49,7 @@ def blank_invalid(x: Tensor, patch_valid: Tensor | None, patch_size: tuple[int, 
         return x
     B, _, height, width = x.shape
     rows, columns = height // patch_size[0], width // patch_size[1]
-    check_valid(patch_valid, B, rows * columns, "patch_valid")
+    check_valid(patch_valid, B, rows * columns, "patch_valid", values)
     grid = patch_valid.reshape(B, 1, rows, 1, columns, 1)
     pixels = grid.expand(-1, -1, -1, patch_size[0], -1, patch_size[1]).reshape(B, 1, height, width)
     return x.masked_fill(~pixels, 0.0)

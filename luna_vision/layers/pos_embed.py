@@ -29,20 +29,22 @@ def axis_centres(length: int, device: torch.device) -> Tensor:
     return (torch.arange(length, device=device) + 0.5) / length * 2.0 - 1.0
 
 
-def grid_coords(x: Tensor, patch_valid: Tensor | None) -> tuple[Tensor, Tensor]:
+def grid_coords(grid_size: tuple[int, int], device: torch.device, patch_valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Row and column coordinates of the patches.
 
     Args:
-        x: Patches (B, H', W', C); only their shape and device count.
+        grid_size: H', W'.
+        device: Of the result.
         patch_valid: (B, N) bool, or None if every patch is valid.
 
     Returns:
         rows (H') and columns (W'), or (B, H') and (B, W') with a mask, -1 to 1 from edge to edge of each image's own
         valid grid.
     """
-    B, H, W, _ = x.shape
+    H, W = grid_size
     if patch_valid is None:
-        return axis_centres(H, x.device), axis_centres(W, x.device)
+        return axis_centres(H, device), axis_centres(W, device)
+    B = patch_valid.shape[0]
     check_valid(patch_valid, B, H * W, "patch_valid", values=False)
     grid = patch_valid.reshape(B, H, W)
     return _axis_coords(grid.any(dim=2)), _axis_coords(grid.any(dim=1))
@@ -83,7 +85,7 @@ class FourierPosEmbed(nn.Module):
 
     def forward(self, x: Tensor, patch_valid: Tensor | None = None) -> Tensor:
         """Add the positions to patches (B, H', W', C)."""
-        rows, columns = grid_coords(x, patch_valid)
+        rows, columns = grid_coords((x.shape[1], x.shape[2]), x.device, patch_valid)
         return self.add_at(x, rows, columns)
 
     def add_at(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -112,7 +114,7 @@ class LearnedPosEmbed(nn.Module):
 
     def forward(self, x: Tensor, patch_valid: Tensor | None = None) -> Tensor:
         """Add the positions to patches (B, H', W', C)."""
-        rows, columns = grid_coords(x, patch_valid)
+        rows, columns = grid_coords((x.shape[1], x.shape[2]), x.device, patch_valid)
         return self.add_at(x, rows, columns)
 
     def add_at(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

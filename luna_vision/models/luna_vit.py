@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from ..functional import clamp_fp16
 from ..layers import POS_EMBEDS, READ, ConvPatchEmbed, LunaBlock, MixerBlock
 from ..layers.patches import PatchMaskDrop, blank_invalid, check_image, pad_to_patches, residual_stream
-from ..layers.pos_embed import axis_centres
+from ..layers.pos_embed import grid_coords
 from ..mixers import create_mixer
 from ..utils.checks import check_option
 from .checkpoints import checkpoint_filter_fn
@@ -139,6 +139,7 @@ class LunaVit(nn.Module):
         mlp: Literal["gelu", "swiglu"] = "gelu",
         device=None,
         dtype=None,
+        **of_vit: Any,
     ) -> None:
         """
         Args:
@@ -189,11 +190,13 @@ class LunaVit(nn.Module):
             pack_slots: The slots read each other, too, with the patches.
             unpack_gate: Gate what the patches read, see `LunaBlock`.
             mlp: The MLP of the blocks, see `luna_vision.layers.block.Shell`.
+            **of_vit: Arguments of timm's `VisionTransformer` that say what holds here anyway.
 
         Raises:
-            ValueError: An unknown name, no blocks or slots, or a width that the heads do not divide.
+            ValueError: An unknown name or argument, no blocks or slots, or a width that the heads do not divide.
         """
         super().__init__()
+        _check_arguments(type(self).__name__, of_vit, set())
         dd = {"device": device, "dtype": dtype}
         for name, value, options in (
             ("global_pool", global_pool, POOL_TYPES),
@@ -431,7 +434,14 @@ class LunaVit(nn.Module):
         return None if self.memory is None else self.memory[:, : self.memory_len]
 
     @torch.jit.ignore
-    def embed_tile(self, x: Tensor, start: int, grid_size: tuple[int, int], above: int = 0) -> Tensor:
+    def embed_tile(
+        self,
+        x: Tensor,
+        start: int,
+        grid_size: tuple[int, int],
+        above: int = 0,
+        patch_valid: Tensor | None = None,
+    ) -> Tensor:
         """Patches (B, rows, W', C) of a tile of an image.
 
         Args:
@@ -439,12 +449,19 @@ class LunaVit(nn.Module):
             start: Its first row in the patch grid of the image.
             grid_size: H', W' of the image.
             above: Rows of patches to leave out of the result: `embed_halo`, or fewer where the image begins.
+            patch_valid: (B, N) bool, of the whole image.
         """
         x = pad_to_patches(x, self.patch_embed.patch_size)
-        x = clamp_fp16(self.patch_embed(x))[:, above:]
+        first, stop = start - above, start - above + x.shape[2] // self.patch_embed.patch_size[0]
+        valid = None
+        if patch_valid is not None:
+            valid = patch_valid[:, first * grid_size[1] : stop * grid_size[1]]
+            x = blank_invalid(x, valid, self.patch_embed.patch_size, values=False)
+        x = self.patch_embed(x, valid) if self.mask_stem else self.patch_embed(x)
+        x = clamp_fp16(x)[:, above:]
         if self.pos_embed is not None:
-            rows, columns = (axis_centres(n, x.device) for n in grid_size)
-            x = self.pos_embed.add_at(x, rows[start : start + x.shape[1]], columns)
+            rows, columns = grid_coords(grid_size, x.device, patch_valid)
+            x = self.pos_embed.add_at(x, rows[..., start:stop], columns)
         return residual_stream(x)
 
     @torch.jit.ignore
@@ -813,17 +830,17 @@ _OF_VIT: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def _check_arguments(variant: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments, without those of timm's ViT that say what holds here anyway.
+def _check_arguments(variant: str, arguments: dict[str, Any], others: set[str]) -> dict[str, Any]:
+    """The arguments, of a model and `others`, without those of timm's ViT that say what holds here anyway.
 
     Raises:
         ValueError: A `LunaVit` has no such argument; the message names the most similar one, or for an argument of
             timm's ViT says what to do instead.
     """
-    known = inspect.signature(LunaVit.__init__).parameters
+    known = inspect.signature(LunaVit.__init__).parameters.keys() - {"self", "of_vit"}
     taken = {}
     for name, value in arguments.items():
-        if name in known or name in _OF_TIMM:
+        if name in known or name in others:
             taken[name] = value
         elif name in _OF_VIT:
             holds, instead = _OF_VIT[name]
@@ -837,7 +854,7 @@ def _check_arguments(variant: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _create_luna_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> LunaVit:
-    kwargs = _check_arguments(variant, kwargs)
+    kwargs = _check_arguments(variant, kwargs, _OF_TIMM)
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         if not (cfg.has_weights or cfg.state_dict):

@@ -18,6 +18,7 @@ from ..functional import (
     tile_absorbed,
     tile_projected,
     upcast,
+    zero_invalid,
 )
 from ..layers.plain import is_plain
 
@@ -90,20 +91,25 @@ class Pool:
         """Whether the pooling needs the patches."""
         return self.kind not in ("", "token")
 
-    def add(self, x: Tensor) -> None:
-        """Read patches (B, n, C), after the final norm."""
+    def add(self, x: Tensor, patch_valid: Tensor | None = None) -> None:
+        """Read patches (B, n, C), after the final norm; `patch_valid` (B, n) says which of them count."""
         if self.kind in ("avg", "avgmax", "both"):
-            total = upcast(x).sum(dim=1).double()
+            total = upcast(zero_invalid(x, patch_valid)).sum(dim=1).double()
             self.parts["sum"] = self.parts["sum"] + total if "sum" in self.parts else total
         if self.kind in ("max", "avgmax"):
-            largest = x.amax(dim=1)
+            largest = (x if patch_valid is None else x.masked_fill(~patch_valid[:, :, None], -65504.0)).amax(dim=1)
             self.parts["max"] = torch.maximum(self.parts["max"], largest) if "max" in self.parts else largest
         if self.kind == "map":
-            state = self._pack(x)
+            state = self._pack(x, patch_valid)
             self.parts |= (state.merge(PackState(**self.parts)) if self.parts else state)._asdict()
 
     def finish(self, memory: Tensor, count: int) -> Tensor | None:
-        """The embedding (B, C) of `count` patches and a memory (B, L, C) after the final norm; None for no pooling."""
+        """The embedding (B, C), None for no pooling.
+
+        Args:
+            memory: (B, L, C), after the final norm.
+            count: How many patches counted.
+        """
         if self.kind == "":
             return None
         if self.kind == "map":
@@ -114,14 +120,14 @@ class Pool:
         avg = (self.parts["sum"] / count).to(slots) if "sum" in self.parts else slots
         return _join(self.kind, slots, avg, self.parts.get("max", slots))
 
-    def _pack(self, x: Tensor) -> PackState:
+    def _pack(self, x: Tensor, patch_valid: Tensor | None) -> PackState:
         """Attention pooling is a pack into one learned slot; its key bias drops out of the softmax."""
         pool, C = self.attn_pool, x.shape[-1]
         if not (is_plain(pool.q) and is_plain(pool.kv)):
             q = split_heads(pool.q(pool.latent.expand(x.shape[0], -1, -1)), pool.num_heads)
-            return tile_projected(q, *split_heads(pool.kv(x), 2 * pool.num_heads).chunk(2, 1))
+            return tile_projected(q, *split_heads(pool.kv(x), 2 * pool.num_heads).chunk(2, 1), patch_valid)
         weight, bias = pool.kv.weight, pool.kv.bias
         w = Projections(pool.num_heads, pool.q.weight, pool.q.bias, weight[:C], weight[C:], bias[C:])
         with no_autocast(x):
             queries = fold_queries(pool.latent.expand(x.shape[0], -1, -1), w)
-        return tile_absorbed(queries, x, w)
+        return tile_absorbed(queries, x, w, patch_valid)

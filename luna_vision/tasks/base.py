@@ -26,6 +26,8 @@ from torchmetrics import MeanMetric
 
 from luna_vision.data.sampling import next_batch
 from luna_vision.images.find import listed
+from luna_vision.images.masks import no_masks
+from luna_vision.images.values import MASK
 from luna_vision.models import init_from_vit, load_weights  # registers the luna_vit models
 from luna_vision.models.factory import training_checkpoint
 
@@ -66,6 +68,7 @@ class TimmTask(LightningModule):
         model: the module that is trained.
         headline: name of the metric that sums up a test, and its name in a sentence.
         label_names: class names of the loaded weights, if their file has them.
+        takes_masks: whether images may lack pixels, see `luna_vision.images.masks`.
 
     Raises:
         ValueError: ``checkpoint`` and ``init_from_vit`` are both given.
@@ -74,6 +77,7 @@ class TimmTask(LightningModule):
     headline: ClassVar[tuple[str, str]]
     model: nn.Module
     label_names: list[str] | None = None
+    takes_masks = False
     _has_weights = False
 
     def __init__(
@@ -128,12 +132,14 @@ class TimmTask(LightningModule):
 
     def check_data(self, data: LightningDataModule | None, stage: str) -> None:
         """Raise ``ValueError`` unless channels, classes (not in ``predict``) and patch size of the data are the
-        model's."""
+        model's, or where they lack pixels that it cannot leave out."""
         checks = [("in_chans", "image channels")] + [("num_classes", "classes")] * (stage != "predict")
         for name, what in checks:
             found, expected = getattr(data, name, None), self.hparams[name]
             if found is not None and found != expected:
                 raise ValueError(f"the data has {found} {what}, but the model is built for {name}={expected}")
+        if leaves_missing(data) and not self.takes_masks:
+            raise ValueError(f"{type(self).__name__}: {no_masks(self.hparams.model_name)}")
         patch_embed = getattr(self.model, "patch_embed", None)
         if stage == "fit" and getattr(data, "train_sizes", None) and hasattr(patch_embed, "patch_size"):
             sides = to_2tuple(patch_embed.patch_size)
@@ -380,6 +386,11 @@ def adopt_values(checkpoint: dict[str, Any], data: LightningDataModule | None) -
     """Have the data take the numbers of files as a checkpoint's data did, unless its options say otherwise."""
     if hasattr(data, "adopt_values"):
         data.adopt_values(checkpoint.get("data", {}).get("cfg", {}))
+
+
+def leaves_missing(data: LightningDataModule | None) -> bool:
+    """Whether images of the data may lack pixels, which are NaN."""
+    return getattr(getattr(data, "values", None), "fill", None) == MASK
 
 
 def log_number(task: LightningModule, name: str, value: float, **options: Any) -> None:

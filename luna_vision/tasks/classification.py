@@ -20,10 +20,11 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from luna_vision.data.images import known_labels
 from luna_vision.execution import set_band_checkpointing
+from luna_vision.images.masks import split_missing
 from luna_vision.models import LunaVit
 from luna_vision.models.factory import build_model, sized
 
-from .base import TimmTask, check_sizes
+from .base import TimmTask, check_sizes, leaves_missing
 from .mixing import StepMixup
 
 Batch = tuple[Tensor, Tensor]
@@ -173,6 +174,10 @@ class ClassificationTask(TimmTask):
             return self.trainer.strategy.root_device.type == "cuda"
         return self.hparams.compile
 
+    @property
+    def takes_masks(self) -> bool:
+        return isinstance(self.model, LunaVit)
+
     def check_data(self, data: LightningDataModule | None, stage: str) -> None:
         super().check_data(data, stage)
         # A Luna ViT takes any size. Loaded weights may be sharded, and have been checked before.
@@ -183,8 +188,11 @@ class ClassificationTask(TimmTask):
     # ---- batches
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, K) of images (B, C, H, W)."""
-        return self.model(self.as_model_input(images))
+        """Logits (B, K) of images (B, C, H, W), in which NaN is missing where the data leaves pixels missing."""
+        if self._trainer is None or not leaves_missing(self.trainer.datamodule):
+            return self.model(self.as_model_input(images))
+        images, valid = split_missing(images, self.model.patch_embed.patch_size)
+        return self.model(self.as_model_input(images), patch_valid=valid)
 
     def as_model_input(self, images: Tensor) -> Tensor:
         """The images in the memory format of the model."""

@@ -109,6 +109,8 @@ class DistillationTask(ClassificationTask):
         self._pairs = list(zip(ours, theirs, strict=True))
         return [nn.Conv2d(width, other, 1) for width, other in zip(widths, teacher_widths, strict=True)]
 
+    takes_masks = False  # the teacher would see pixels that the student does not
+
     # ---- the teacher
 
     @property

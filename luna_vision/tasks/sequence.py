@@ -43,6 +43,8 @@ class SequenceTask(ClassificationTask):
             memory, or as :class:`ClassificationTask`.
     """
 
+    takes_masks = False
+
     def __init__(self, bptt_steps: int = 0, carry: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if bptt_steps < 0:

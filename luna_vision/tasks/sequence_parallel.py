@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from luna_vision.execution.collectives import from_all
 from luna_vision.execution.sequence_parallel import SequenceParallel, split_rows
 
+from .base import leaves_missing
 from .classification import ClassificationTask
 
 
@@ -69,6 +70,8 @@ class SequenceParallelStrategy(DDPStrategy):
         task = self.lightning_module
         if type(task) is not ClassificationTask:  # others use batches differently
             raise ValueError(f"sequence parallelism trains a ClassificationTask, got {type(task).__name__}")
+        if leaves_missing(task.trainer.datamodule):
+            raise ValueError("sequence parallelism takes no mask of missing pixels: give another fill than 'mask'")
         if task.mix is not None:
             raise ValueError("sequence parallelism cannot mix images: set mixup and cutmix to 0")
         if task.hparams.compile:

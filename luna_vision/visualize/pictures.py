@@ -106,7 +106,8 @@ def draw_pictures(
         raise ValueError("--slots and --head choose what is drawn of the memory, and only features are drawn")
     see = partial(view, model, max_size=max_size, mean=mean, std=std, value_range=value_range, nodata=nodata, fill=fill)
     # find mistakes in the arguments and broken weights on a single pixel, before any work
-    pixel = see(np.zeros((1, 1, 3), np.uint8))
+    # (of a number that hardly any option takes for no data)
+    pixel = see(np.full((1, 1, getattr(model, "in_chans", model.pretrained_cfg["input_size"][0])), 0.505, np.float32))
     if kind != "features":
         check_slots(slots, slot_maps(model, pixel, layers, head))
     colors = None

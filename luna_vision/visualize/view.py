@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from luna_vision.images.decode import SampleError, read_image, to_channels, to_picture
+from luna_vision.images.decode import MODES, SampleError, read_image, to_channels, to_picture
+from luna_vision.images.masks import no_masks, split_missing
 from luna_vision.images.transforms import eval_transform, per_channel
-from luna_vision.images.values import model_values
+from luna_vision.images.values import MASK, model_values
 from luna_vision.models.luna_vit import LunaVit
 from luna_vision.utils.text import printable
 
@@ -66,8 +67,8 @@ def view(
     model the sides are rounded up to multiples of its stride. `picture` always has the image's own aspect ratio.
 
     Args:
-        model: A timm model of 1 or 3 channels.
-        image: An image file, a PIL image or an array (height, width[, 3]); a View is returned as it is.
+        model: A timm model. The picture of an image that is neither grey nor colour is the mean of its bands.
+        image: An image file, a PIL image or an array (height, width[, bands]); a View is returned as it is.
         max_size: Larger images are first reduced to this longer side in pixels.
         mean: Mean by channel, for pixels in [0, 1]; that of the model's `pretrained_cfg` if None.
         std: Standard deviation by channel, likewise.
@@ -84,8 +85,6 @@ def view(
         raise ValueError(f"max_size must be at least 1 pixel, got {max_size}")
     cfg = model.pretrained_cfg
     in_chans = getattr(model, "in_chans", cfg["input_size"][0])
-    if in_chans not in (1, 3):
-        raise ValueError(f"pictures are made for models of 1 or 3 channels, and this one has {in_chans}")
     name = printable(str(image)) if isinstance(image, str | os.PathLike) else "the image"
     if isinstance(image, str | os.PathLike):
         image = read_image(image)
@@ -94,7 +93,10 @@ def view(
     values = model_values(cfg, mean, value_range, nodata, fill)
     try:
         own = to_channels(image, in_chans, values)
-        original = to_picture(to_channels(image, 3, replace(values, mean=(0.0,))))  # what is missing is black
+        # what is missing is black
+        black = replace(values, mean=(0.0,), fill="mean" if values.fill == MASK else values.fill)
+        original = to_channels(image, 3 if in_chans in MODES else in_chans, black)
+        original = to_picture(original if in_chans in MODES else original.mean(axis=2, keepdims=True)).convert("RGB")
     except SampleError as error:
         raise SampleError(f"cannot use {name}: {error}") from error
     if min(original.size) < 1:
@@ -131,9 +133,19 @@ def _shrink(image: Image.Image, max_size: int) -> Image.Image:
 
 @torch.inference_mode()
 def run(model: nn.Module, pixels: Tensor, method: str, **arguments) -> list:
-    """Call a method of the model, in eval mode, with pixels on its device and in its precision."""
+    """Call a method of the model, in eval mode, with pixels on its device and in its precision, without those that are
+    missing (NaN).
+
+    Raises:
+        ValueError: Some are missing, and the model takes no mask.
+    """
     parameter = next(model.parameters())
     training = model.training
+    if pixels.isnan().any():
+        if not isinstance(model, LunaVit):
+            raise ValueError(no_masks(type(model).__name__))
+        pixels, valid = split_missing(pixels, model.patch_embed.patch_size)
+        arguments["patch_valid"] = valid.to(parameter.device)
     model.eval()
     try:
         return getattr(model, method)(pixels.to(parameter.device, parameter.dtype), **arguments)

@@ -176,7 +176,9 @@ def test_a_value_range_goes_from_training_to_prediction(how: str, run, caplog):
     dark = Image.fromarray(rng.integers(1000, 1300, (16, 16), dtype=np.uint16))
     dark.save("new/a.png")
     words = [f"--ckpt_path={found}", "--data.predict_path=new", "--out=out.csv"]
+    before = sorted(Path("runs").rglob("*"))
     assert run("predict", *words)[0] == 0
+    assert sorted(Path("runs").rglob("*")) == before  # no folder of a run beside the file
     with open("out.csv", newline="") as file:
         (row,) = csv.DictReader(file)
     model, transform, names = luna_vision.load(found)

@@ -96,7 +96,7 @@ def test_options_come_from_a_file_and_the_command_line_goes_over_it(tmp_path):
         (["a.png", "--max", "1"], "unrecognized arguments: --max"),  # no option is guessed
         (["a.png", "--mean", "x"], "mean: Expected a float. Got value: x"),
         (["a.png", "--config", "zero.yaml"], "max_size: must be a whole number of at least 1, got 0"),
-        (["a.png", "--config", "other.yaml"], "'max_sise' is not accepted"),
+        (["a.png", "--config", "other.yaml"], "'max_sise' is not accepted; did you mean max_size?"),
         (["a.png", "--config", "gone.yaml"], "config: File does not exist"),
         ([], "images"),
     ],

@@ -175,7 +175,7 @@ def error_line(capsys) -> str:
         (["fit", "--config", DEBUG, "--model.learning_rate=1"], "learning_rate"),
         (
             ["fit", "--config", DEBUG, "--data.init_args.batch=1"],
-            "Option .batch. is not accepted; .* --data.help CLASS",
+            "Option .batch. is not accepted; did you mean batch_size\\?.* --data.help CLASS",
         ),
         (["fit", "--config", DEBUG, "--model.model_name=1e400"], "model_name must be a name, got inf"),
         (["fit", "--data", "ImageFolderDataModule", "--data.root", "photos"], "--data needs a --config"),
@@ -190,7 +190,10 @@ def error_line(capsys) -> str:
         (["test", "--config", DEBUG], "test needs weights"),
         (["test"], "required, here or in a --config: data"),
         (["fit", "--config", DEBUG, "--out=a.csv"], "unrecognized arguments: --out"),
-        (["fit", "--config", DEBUG, "--trainer.max_epoch=3"], "unrecognized arguments: --trainer.max_epoch"),
+        (
+            ["fit", "--config", DEBUG, "--trainer.max_epoch=3"],
+            "unrecognized arguments: --trainer.max_epoch=3; did you mean --trainer.max_epochs\\?$",
+        ),
         (["fit", "--config", DEBUG, "--model.lr=abc"], r"model.lr: Expected a float. Got value: abc$"),
         (
             ["fit", "--config", DEBUG, "--model.loss=abc"],

@@ -205,7 +205,7 @@ def test_what_the_model_sees(drawn):
         (["a.png", "--std", "0"], "std must be 1 or 3 finite numbers, above 0"),
         (["a.png", "--kind", "memory", "--model-args", "mixer=softmax"], "this model has no memory to show"),
         (["a.png", "--kind", "both", "--model", "test_vit"], "this model has no memory to show"),
-        (["a.png", "--model-args", "in_chans=4"], "models of 1 or 3 channels"),
+        (["a.png", "--model-args", "in_chans=4"], "has 3 bands, and the model takes 4"),
         (["a.png", "--kind", "features", "--slots", "1"], "only features are drawn"),
         (["a.png", "--model", "test_vit", "--head", "0"], "only features are drawn"),
     ],

@@ -183,7 +183,7 @@ def test_statistics_by_channel():
     "arguments, message",
     [
         ({"augmentation": "imgaug"}, "augmentation must be one of .*, got 'imgaug'"),
-        ({"in_chans": 2}, "in_chans must be 1 or 3, got 2"),
+        ({"in_chans": 0}, "in_chans must be at least 1, got 0"),
         ({"img_size": 0}, "img_size must be a positive side or"),
         ({"img_size": [8, 8, 8]}, "img_size must be a positive side or"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),

@@ -468,7 +468,7 @@ def test_a_bug_in_reading_is_no_image_that_cannot_be_used(photos, tiny, monkeypa
     def fail(image, seed, max_size):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(windows, "_shrink", fail)
+    monkeypatch.setattr(windows, "shrink", fail)
     with pytest.raises(ValueError, match="a bug"):
         embed_images(tiny(), photos)
 

@@ -298,6 +298,7 @@ def test_files_that_are_no_image(name, content, message, tmp_path):
         (np.zeros((8, 5, 4), np.uint16), "has 4 bands, and the model takes 1 or 3: nothing says that one .* is alpha"),
         (np.zeros((3, 50, 60), np.uint8), "channels come last"),
         (np.zeros((4, 5, 3), np.int64), "pixels of type int64 take a value_range"),
+        (np.zeros((4, 5, 3), np.complex64), "numbers of type complex64: integers and floating point are read"),
         (np.zeros((0, 5, 3), np.uint8), "must have shape"),
         (np.zeros(5, np.uint8), "must have shape"),
         ("a.png", "must have shape"),

@@ -199,9 +199,9 @@ def test_options():
         parse_value_range(["0", "1e4"]) == parse_value_range("[0, 10000]") == parse_value_range("0 10000") == (0, 10000)
     )
     assert parse_value_range(["dtype"]) == "dtype" and parse_value_range("percentile") == "percentile"
-    assert parse_fill("error") == "error" and parse_fill("-1.5") == -1.5
+    assert parse_fill("error") == "error" and parse_fill("mask") == "mask" and parse_fill("-1.5") == -1.5
     for fill in ("median", "nan", [1]):
-        with pytest.raises(ValueError, match="fill must be 'mean', 'error' or a finite number"):
+        with pytest.raises(ValueError, match="fill must be 'mean', 'error', 'mask' or a finite number"):
             parse_fill(fill)
     with pytest.raises(ValueError, match="int64 take a value_range"):
         unit(np.zeros((2, 2), np.int64))
@@ -240,6 +240,10 @@ def test_a_band_is_alpha_only_where_the_file_says_so(tmp_path, make):
 
 def jpeg2000(path: Path, array: np.ndarray) -> None:
     path.write_bytes(imagecodecs.jpeg2k_encode(array, level=0, reversible=True))
+
+
+def avif(path: Path, array: np.ndarray, bits: int) -> None:
+    path.write_bytes(imagecodecs.avif_encode(array, level=100, bitspersample=bits))
 
 
 def ppm(path: Path, array: np.ndarray, top: int) -> None:
@@ -284,6 +288,9 @@ def deep_files(folder: Path) -> dict[str, tuple[Path, np.ndarray, float]]:
     ppm(add("ten.ppm", rgb >> 6, 1023), rgb >> 6, 1023)
     jpeg2000(add("grey.jp2", grey, 65535), grey)
     jpeg2000(add("rgb.jp2", rgb, 65535), rgb)
+    avif(add("ten.avif", rgb >> 6, 1023), rgb >> 6, 10)
+    avif(add("alpha.avif", rgb >> 4, 4095), np.concatenate([rgb, rgb[..., :1]], 2) >> 4, 12)
+    avif(add("grey.avif", grey >> 4, 4095), grey >> 4, 12)
     fits(add("unsigned.fits", grey, 65535), (grey ^ 0x8000).astype(">i2"), BZERO=32768)
     fits(add("signed.fits", grey >> 1, 1), (grey >> 1).astype(">i2"))
     files["signed.fits"] = folder / "signed.fits", (grey >> 1) + 32768.0, 65535

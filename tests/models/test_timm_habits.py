@@ -51,9 +51,17 @@ def test_arguments_that_say_what_holds_anyway_are_taken(arguments):
 
 
 @pytest.mark.parametrize("arguments, instead", REFUSED, ids=str)
-def test_other_arguments_are_refused_with_what_to_do_instead(arguments, instead):
+@pytest.mark.parametrize("build", [make, luna_vision.LunaVit], ids=["create_model", "LunaVit"])
+def test_other_arguments_are_refused_with_what_to_do_instead(build, arguments, instead):
     with pytest.raises(ValueError, match=instead):
-        make(**arguments)
+        build(**arguments)
+
+
+def test_the_class_itself_takes_the_same_arguments():
+    assert luna_vision.LunaVit(embed_dim=64, depth=1, num_heads=2, class_token=False, dynamic_img_size=True)
+    for name in ("class_tokens", "features_only", "of_vit"):
+        with pytest.raises(ValueError, match=f"LunaVit has no argument '{name}'"):
+            luna_vision.LunaVit(**{name: True})
 
 
 def test_every_argument_of_timms_vit_is_known():
@@ -92,7 +100,8 @@ def to_grid(tensor: Tensor, height: int = 6, width: int = 10) -> Tensor:
 @pytest.mark.parametrize("pool", ["avg", "token", "map"])
 @pytest.mark.parametrize("method", ["GradCAM", "GradCAMPlusPlus", "HiResCAM", "LayerCAM", "ScoreCAM"])
 def test_grad_cam(method, pool):
-    cams = pytest.importorskip("pytorch_grad_cam")
+    import pytorch_grad_cam as cams
+
     model, x = make(global_pool=pool), torch.rand(1, 3, 96, 160)
     with getattr(cams, method)(model, [model.blocks[-1].norm1], reshape_transform=to_grid) as cam:
         targets = [cams.utils.model_targets.ClassifierOutputTarget(i) for i in range(5)]

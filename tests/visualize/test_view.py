@@ -142,9 +142,14 @@ def test_mistakes(model, image, arguments, message, tmp_path, monkeypatch):
         view(model, image, **arguments)
 
 
-def test_a_model_of_other_channels():
-    with pytest.raises(ValueError, match="models of 1 or 3 channels, and this one has 5"):
-        view(timm.create_model("test_luna_vit", in_chans=5), ramp(4, 4))
+def test_bands_are_drawn_as_their_mean():
+    model, image = timm.create_model("test_luna_vit", in_chans=5), np.zeros((4, 4, 5), np.uint16)
+    image[:2] = 10 * np.arange(5)
+    seen = view(model, image, value_range=(0, 40))
+    assert seen.pixels.shape == (1, 5, 4, 4) and np.unique(seen.picture[:2]).tolist() == [128]
+    assert not seen.picture[2:].any()
+    with pytest.raises(ValueError, match="has 3 bands, and the model takes 5"):
+        view(model, ramp(4, 4))
 
 
 def test_a_file_of_a_mode_that_pillow_does_not_convert_is_named(tmp_path):
