@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 from luna_vision.data.base import ImageDataModule, train_or_val
 from luna_vision.data.images import PredictDataset, Source, TransformedDataset
 from luna_vision.data.sampling import sample_seed
+from luna_vision.images.decode import SampleError
 from luna_vision.images.find import find_images
 from luna_vision.images.transforms import SeededTransform, to_tensor
-from luna_vision.images.values import Values
+from luna_vision.images.values import Raster, Values
 from luna_vision.utils.checks import check_at_least, check_option
 
 IGNORE = 255  # in the masks of a batch: neither trained on nor scored
@@ -304,9 +305,15 @@ class DenseDataModule(PredictsFiles, ImageDataModule):
         return list(images), list(targets)
 
 
-def check_image_size(image: Any, size: tuple[int, int], said: str) -> None:
-    """Raise a ValueError unless an image has the height and width that its labels are for."""
-    width, height = image.size
-    if (height, width) != tuple(size):
-        turned = ", as EXIF turns it" if (width, height) == tuple(size) else ""
-        raise ValueError(f"the image has {width} x {height} pixels{turned}, but {said} is of {size[1]} x {size[0]}")
+def check_image_size(size: tuple[int, int], stated: tuple[int, int], said: str) -> None:
+    """Raise a SampleError unless an image has the height and width that its labels are for."""
+    if tuple(size) != tuple(stated):
+        (height, width), turned = size, ", as EXIF turns it" if tuple(size) == tuple(stated)[::-1] else ""
+        raise SampleError(
+            f"the image has {width} x {height} pixels{turned}, but {said} is of {stated[1]} x {stated[0]}"
+        )
+
+
+def size_of(image: Image.Image | Raster) -> tuple[int, int]:
+    """Height and width of an image in pixels."""
+    return image.size[::-1]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luna_vision.data.dense import DenseDataModule, Truth, check_image_size
+from luna_vision.data.dense import DenseDataModule, Truth, check_image_size, size_of
 from luna_vision.data.faults import LabelFaults
 from luna_vision.data.label_files import FORMATS, LAYOUTS, LabelSet, recognise
 from luna_vision.images.decode import read_image
@@ -43,7 +43,7 @@ class BoxSource:
     def __getitem__(self, index: int) -> tuple[Any, Truth]:
         labels = self.labels.images[index]
         image = read_image(labels.file)
-        check_image_size(image, labels.size, "the label")
+        check_image_size(size_of(image), labels.size, "the label")
         return image, Truth(labels.boxes, labels.labels, labels.crowd)
 
 

@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from luna_vision.data.dense import IGNORE, DenseDataModule, Truth, check_image_size
+from luna_vision.data.dense import IGNORE, DenseDataModule, Truth, check_image_size, size_of
 from luna_vision.data.faults import LabelFaults
-from luna_vision.data.label_files import LabelSet, draw_outline, find_coco, image_size, read_coco, split_names
+from luna_vision.data.label_files import LabelSet, Size, draw_outline, find_coco, image_size, read_coco, split_names
 from luna_vision.images.decode import SampleError, read_image
 from luna_vision.images.find import find_images, listed
 from luna_vision.images.pillow import open_image_file
@@ -121,19 +121,18 @@ class MaskSource:
     def sample_file(self, index: int) -> str:
         return self.pairs[index][0]
 
-    def mask(self, index: int) -> np.ndarray:
-        """uint8 (H, W), the class of each pixel or `IGNORE`."""
+    def mask(self, index: int, size: Size) -> np.ndarray:
+        """uint8 (H, W), the class of each pixel or `IGNORE`, of an image that has this size."""
         path = self.pairs[index][1]
         mask, unknown = self.coding.decode(read_mask(path, self.coding.colors))
         if unknown:
             raise SampleError(f"mask {path} has values that are no class: {listed(list(map(str, unknown)), 5)}")
+        check_image_size(size, mask.shape, f"its mask {path}")
         return mask
 
     def __getitem__(self, index: int) -> tuple[Any, Truth]:
         image = read_image(self.pairs[index][0])
-        mask = self.mask(index)
-        check_image_size(image, mask.shape, f"its mask {self.pairs[index][1]}")
-        return image, Truth(mask=mask)
+        return image, Truth(mask=self.mask(index, size_of(image)))
 
 
 class OutlineSource:
@@ -150,9 +149,10 @@ class OutlineSource:
     def sample_file(self, index: int) -> str:
         return self.labels.images[index].file
 
-    def mask(self, index: int) -> np.ndarray:
-        """uint8 (H, W), the class of each pixel or `IGNORE`."""
+    def mask(self, index: int, size: Size) -> np.ndarray:
+        """uint8 (H, W), the class of each pixel or `IGNORE`, of an image that has this size."""
         image = self.labels.images[index]
+        check_image_size(size, image.size, f"the label of {image.file}")
         mask = np.full(image.size, 0 if self.background else IGNORE, np.uint8)
         objects = [draw_outline(outline, image.size) for outline in image.outlines]
         for at in sorted(range(len(objects)), key=lambda at: -int(objects[at].sum())):
@@ -161,8 +161,7 @@ class OutlineSource:
 
     def __getitem__(self, index: int) -> tuple[Any, Truth]:
         image = read_image(self.sample_file(index))
-        check_image_size(image, self.labels.images[index].size, "the label")  # before masks of that size are drawn
-        return image, Truth(mask=self.mask(index))
+        return image, Truth(mask=self.mask(index, size_of(image)))
 
 
 class SegmentationDataModule(DenseDataModule):
@@ -355,9 +354,7 @@ class SegmentationDataModule(DenseDataModule):
         scanned = _spread(len(source), SCANNED)
         for index in scanned:
             try:
-                mask = source.mask(index)
-                if isinstance(source, MaskSource) and image_size(source.sample_file(index)) != mask.shape:
-                    raise SampleError(f"mask {source.pairs[index][1]} has another size than its image")
+                mask = source.mask(index, image_size(source.sample_file(index)))
             except SampleError as error:
                 faults.add("faulty mask", str(error))
                 continue

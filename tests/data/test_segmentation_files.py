@@ -144,7 +144,7 @@ def broken(kind: str, root: Path) -> None:
     if kind == "values that are no class: 9":
         mask[0, 0] = 9
         Image.fromarray(mask).save(file)
-    elif kind == "another size":
+    elif kind == "pixels, but its mask":
         Image.fromarray(mask[:-1]).save(file)
     elif kind == "cannot decode":
         file.write_bytes(file.read_bytes()[:50])
@@ -162,7 +162,7 @@ def broken(kind: str, root: Path) -> None:
     "kind",
     [
         "values that are no class: 9",
-        "another size",
+        "pixels, but its mask",
         "cannot decode",
         "image without a mask",
         "mask without an image",
