@@ -303,6 +303,17 @@ def main() -> NoReturn:
     if text:
         print(text)
         sys.exit()
+    run_command(_run)
+
+
+def run_words(words: list[str]) -> int | None:
+    """Run the words of a command line in this process, as `main` does, and return the exit code; errors are raised."""
+    # In place: with several devices, Lightning starts the other processes with these arguments.
+    sys.argv[1:] = words
+    return _run()
+
+
+def _run() -> int | None:
     # warnings about Lightning's use of PyTorch, and about callbacks that a test does not have; users cannot act on them
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=r".*add the following callbacks: \['ExactResume'\]")
@@ -311,10 +322,6 @@ def main() -> NoReturn:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )
-    run_command(_run)
-
-
-def _run() -> int | None:
     # In place: with several devices, Lightning starts the other processes with these arguments.
     sys.argv[1:] = with_default_config(["--help" if word == "--help_all" else word for word in sys.argv[1:]])
     try:

@@ -22,6 +22,7 @@ from luna_vision.utils.text import printable
 
 from .base import TimmTask
 from .checkpoints import averages_at_end, best_checkpoint, last_checkpoint, model_checkpoint, read_checkpoint
+from .prediction_files import PredictionFile
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -37,16 +38,19 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(self, output: str | None = None) -> None:
         super().__init__(write_interval="batch")
         self.output = output
-        self._closing = ExitStack()  # closes the file
+        self._file: PredictionFile | None = None
+        self._closing = ExitStack()  # closes it
 
     def on_predict_start(self, trainer: Trainer, pl_module: TimmTask) -> None:
+        self._file, self._closing = None, ExitStack()
+
+    def _open(self, trainer: Trainer, pl_module: TimmTask) -> PredictionFile:
         form = pl_module.predictions
         path = Path(self.output or Path(trainer.log_dir or trainer.default_root_dir) / form.default)
         if trainer.world_size > 1:
             path = path.with_stem(f"{path.stem}.rank{trainer.global_rank}")
-        names = pl_module.label_names or self._class_names(trainer)
-        self._path, self._closing = path, ExitStack()
-        self._file = self._closing.enter_context(form(path, names, pl_module))
+        self._path, names = path, pl_module.label_names or self._class_names(trainer)
+        return self._closing.enter_context(form(path, names, pl_module))
 
     def write_on_batch_end(
         self,
@@ -58,6 +62,8 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
+        if self._file is None:  # only now has the task read its weights, whose file knows the names
+            self._file = self._open(trainer, pl_module)
         self._file.write(prediction)
 
     @staticmethod
@@ -69,7 +75,8 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._closing.close()
-        print(f"predictions: {self._path}")
+        if self._file is not None:
+            print(f"predictions: {self._path}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._closing.__exit__(type(exception), exception, exception.__traceback__)
