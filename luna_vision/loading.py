@@ -9,7 +9,7 @@ from timm.models import load_state_dict
 from torch import nn
 
 from .downstream.detection import detector_of
-from .downstream.segmentation import segmenter_of
+from .downstream.segmentation import has_background, segmenter_of
 from .images.transforms import EvalTransform, per_channel
 from .images.values import model_values
 from .models import unwrap_state_dict
@@ -37,8 +37,8 @@ def load(path: str | os.PathLike) -> Loaded:
         logits = model(transform("photo.jpg")[None])
         class_names[logits.argmax()]
 
-    For a detector or a segmenter, images keep their size and have pixels in [0, 1], and the first name is "background".
-    A detector takes a list of images: ``model([transform("photo.jpg")])``.
+    For a detector or a segmenter, images keep their size and have pixels in [0, 1]. The first name is "background",
+    unless a segmenter was trained without one. A detector takes a list of images: ``model([transform("photo.jpg")])``.
 
     Args:
         path: `best.safetensors` or a checkpoint (`best.ckpt`) of a training, or a folder of `export --format hf`.
@@ -73,8 +73,12 @@ def _load_dense(path: Path, run: dict[str, Any]) -> Loaded:
     kwargs = {name: value for name, value in (hp["model_kwargs"] or {}).items() if name not in started}
     model = (detector_of if "detector" in hp else segmenter_of)(hp | {"model_kwargs": kwargs})
     model.load_state_dict(unwrap_state_dict(load_state_dict(str(path))))
-    names = run.get("data", {}).get("cfg", {}).get("label_names")
-    return Loaded(model.eval(), EvalTransform(hp["in_chans"]), names and ["background", *names])
+    cfg = run.get("data", {}).get("cfg", {})
+    names = cfg.get("label_names")
+    if names and ("detector" in hp or has_background(hp)):
+        names = ["background", *names]
+    values = model_values(cfg, (0.5,) * hp["in_chans"])  # as the data modules have it
+    return Loaded(model.eval(), EvalTransform(hp["in_chans"], values=values), names)
 
 
 def _transform_of(model: nn.Module) -> EvalTransform | None:

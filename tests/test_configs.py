@@ -13,12 +13,19 @@ from sklearn.datasets import load_sample_images
 import luna_vision
 from luna_vision.cli.train import build
 from luna_vision.data.convert import convert
+from luna_vision.data.dense import DenseDataModule
 from luna_vision.tasks import NonFiniteGuard
+from tests.labelled import write_labels, write_masks, write_voc
 
 DIGITS = Path(luna_vision.__file__).parent / "cli" / "digits.yaml"
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 NARROW = {"embed_dim": 16, "depth": 2, "num_heads": 2}
 SMALL_CANVASES = {"source": "digits", "num_train": 48, "num_val": 2, "num_test": 2}
+LABELLED = {
+    "DetectionDataModule": write_voc,
+    "SegmentationDataModule": write_masks,
+    "MultiLabelDataModule": write_labels,
+}
 SIDE = 256  # of canvases that are larger
 
 
@@ -33,7 +40,8 @@ def test_config_builds(path, tmp_path, monkeypatch):
     assert hparams.get("compile", False) in (False, "auto")  # by device: a CPU takes minutes
     if not path.stem.startswith(("image", "tiny_imagenet")):  # whose classes are the folders'
         assert hparams.num_classes == data.num_classes == len(data.class_names)
-    assert data.img_size == (hparams.model_kwargs.get("img_size", hparams.get("min_size")),) * 2
+    if not isinstance(data, DenseDataModule):  # of any size
+        assert data.img_size == (hparams.model_kwargs.get("img_size", hparams.get("min_size")),) * 2
     best = cli.trainer.checkpoint_callback
     best.setup(cli.trainer, cli.model, "validate")
     assert best.monitor == cli.model.headline[0].replace("test_", "val_")
@@ -49,7 +57,7 @@ def test_header_says_how_to_run_it_and_what_comes_out(path):
     assert set(fields) == {"Command", "Hardware", "Time", "Score"}
     assert all(value and "not measured" not in value for value in fields.values())
     named = "" if path.stem == "digits" else f" --config configs/{path.name}"
-    named += " --data.root photos" if path.stem == "image_folder" else ""
+    named += " --data.root photos" if path.stem in ("image_folder", "image_labels") else ""
     assert fields["Command"].removesuffix(" --model.compile true") == f"python train.py fit{named}"
 
 
@@ -85,6 +93,9 @@ def photos(tmp_path_factory) -> Path:
                 part.save(root / "folder" / split / str(label) / f"{i}.jpg")
     for form in ("webdataset", "litdata"):
         convert(root / "folder", root / form, form)
+    for form, write in LABELLED.items():
+        write(root / form)
+    (root / "SegmentationDataModule" / "classes.txt").unlink()
     return root
 
 
@@ -98,6 +109,9 @@ def small(config: dict, photos: Path, weights: Path) -> dict:
         changed |= {f"data.init_args.{name}": value for name, value in SMALL_CANVASES.items()}
         if data["side"] > SIDE:
             changed |= {"data.init_args.side": SIDE, "data.init_args.item_size": 20}
+    elif source in LABELLED:
+        changed["data.init_args.root"] = photos / source
+        changed |= {"data.init_args.class_names": "[brick, leaf]"} if "class_names" in data else {}
     elif source != "DigitsDataModule":
         form = {"WebDatasetDataModule": "webdataset", "LitDataDataModule": "litdata"}.get(source, "folder")
         # torchvision's files as an image folder, as a user would who has them so
@@ -113,6 +127,7 @@ def small(config: dict, photos: Path, weights: Path) -> dict:
         arguments = model.get("teacher_kwargs", model["model_kwargs"]) | NARROW
         start = timm.create_model(model["model_name"], num_classes=10, in_chans=data["in_chans"], **arguments)
         torch.save(start.state_dict(), weights)
+    changed["trainer.check_val_every_n_epoch"] = 1
     batches = {f"limit_{stage}_batches": 2 for stage in ("train", "val", "test")}
     machine = {"accelerator": "cpu", "devices": 1, "strategy": "auto"}
     changed |= {f"trainer.{name}": value for name, value in (batches | machine).items()}

@@ -14,6 +14,7 @@ __all__ = ["main"]
 
 # each is a file of this folder with main(words)
 COMMANDS = {
+    "finetune": "Train on labelled files of your own: recognise their format, write a YAML, train and test.",
     "embed": "Write embeddings of images, as parquet or npz.",
     "probe": "Measure frozen features by nearest neighbours and a linear classifier.",
     "visualize": "Draw where the memory looks, and patch features.",
@@ -23,6 +24,7 @@ COMMANDS = {
 }
 # the extra of the package that a command needs
 EXTRAS = dict.fromkeys(TRAINING, "train") | {
+    "finetune": "downstream",
     "embed": "downstream",
     "probe": "downstream",
     "visualize": "visualize",

@@ -35,7 +35,6 @@ from ..tasks.resume import ExactResume, resume, take_tuned
 from ..tasks.sharding import FSDP2Strategy
 from ..tasks.stopping import StopTogether
 from ..utils.errors import UserError, arguments_of, is_check, one_line
-from ..utils.files import check_output
 from ..utils.text import printable
 from .common import WRAPPERS, Hints, run_command
 from .training_help import short_help
@@ -68,7 +67,7 @@ class _Parser(Hints, LightningArgumentParser):
 class LunaCLI(LightningCLI):
     """LightningCLI for the tasks of this package and any of the data modules.
 
-    The data supplies ``num_classes``, ``in_chans`` and ``img_size`` of the task.
+    The data supplies ``num_classes``, ``in_chans``, ``img_size`` and ``background`` of the task.
 
     ``fit --resume`` continues the newest unfinished run of the same configuration. So does a ``fit`` that SLURM
     requeued or torchrun restarted. After ``fit`` the best checkpoint is tested, unless ``--test_after_fit false``.
@@ -87,7 +86,7 @@ class LunaCLI(LightningCLI):
                 "trainer.callbacks": [{"class_path": path} for path in CALLBACKS],
             }
         )
-        for name in ("num_classes", "in_chans", "img_size"):
+        for name in ("num_classes", "in_chans", "img_size", "background"):
             value = partial(self._model_argument, name)
             parser.link_arguments("data", f"model.init_args.{name}", compute_fn=value, apply_on="instantiate")
 
@@ -95,7 +94,9 @@ class LunaCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "predict":
             parser.add_argument(
-                "--out", type=str, help="The CSV file; by default predictions.csv in the run's own folder."
+                "--out",
+                type=str,
+                help="The file, .csv or .json by the task, or the folder of masks; by default in the run's own folder.",
             )
         return parser
 
@@ -189,7 +190,7 @@ class LunaCLI(LightningCLI):
         given = config["callbacks"] or []
         callbacks = [c for c in (given if isinstance(given, list) else [given]) if not isinstance(c, tuple(unwanted))]
         if self.subcommand == "predict" and (out := self._get(self.config, "out")):
-            check_output(Path(out), [".csv"], overwrite=True)
+            self._get(self.config_init, "model").predictions.check(Path(out))
             callbacks.append(PredictionWriter(out))
         standard = {path.rpartition(".")[2] for path in CALLBACKS}
         names = [ProgressBar if isinstance(c, ProgressBar) else type(c).__name__ for c in callbacks]
@@ -305,6 +306,17 @@ def main() -> NoReturn:
     if text:
         print(text)
         sys.exit()
+    run_command(_run)
+
+
+def run_words(words: list[str]) -> int | None:
+    """Run the words of a command line in this process, as `main` does, and return the exit code; errors are raised."""
+    # In place: with several devices, Lightning starts the other processes with these arguments.
+    sys.argv[1:] = words
+    return _run()
+
+
+def _run() -> int | None:
     # warnings about Lightning's use of PyTorch, and about callbacks that a test does not have; users cannot act on them
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=r".*add the following callbacks: \['ExactResume'\]")
@@ -313,10 +325,6 @@ def main() -> NoReturn:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )
-    run_command(_run)
-
-
-def _run() -> int | None:
     # In place: with several devices, Lightning starts the other processes with these arguments.
     sys.argv[1:] = with_default_config(["--help" if word == "--help_all" else word for word in sys.argv[1:]])
     try:

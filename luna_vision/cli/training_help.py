@@ -6,7 +6,7 @@ TRAINING = {
     "fit": "Train a model and test its best checkpoint. Without --config, a small one on the digits of scikit-learn.",
     "validate": "Evaluate a checkpoint on the validation images.",
     "test": "Evaluate a checkpoint on the test images.",
-    "predict": "Write the five most probable classes of images to a CSV file.",
+    "predict": "Write predictions to files: classes as CSV, boxes as COCO JSON, masks as PNG.",
 }
 _OWN = {
     "fit": """\
@@ -15,7 +15,7 @@ _OWN = {
   --resume                    continue the newest stopped run of this configuration""",
     "predict": """\
   --data.predict_path PATH    an image file or a folder of them; by default the test images
-  --out FILE                  .csv; by default predictions.csv in the run's own folder""",
+  --out FILE                  .csv, .json of boxes, or a folder of masks; by default in the run's own folder""",
 }
 _PHOTOS = """
 On photos of your own: luna-vision fit --config configs/image_folder.yaml --data.root photos"""

@@ -1,4 +1,4 @@
-"""Lightning data modules for image classification, with augmentation that only depends on seed, epoch and sample."""
+"""Lightning data modules, with augmentation that only depends on seed, epoch and sample."""
 
 from luna_vision.data.base import ImageDataModule
 from luna_vision.data.canvas import Canvas, CanvasDataset, CanvasSpec, make_canvas
@@ -11,9 +11,12 @@ from luna_vision.data.datasets import (
     DigitsDataModule,
     FashionMNISTDataModule,
 )
+from luna_vision.data.detection import DetectionDataModule
 from luna_vision.data.folders import ImageFolderDataModule
 from luna_vision.data.litdata_module import LitDataDataModule
+from luna_vision.data.multilabel import MultiLabelDataModule
 from luna_vision.data.sampling import EpochSampler, sample_seed
+from luna_vision.data.segmentation import SegmentationDataModule
 from luna_vision.data.timm_module import TimmDataModule
 from luna_vision.data.transforms import AUGMENTATIONS, train_transform
 from luna_vision.data.webdataset_module import WebDatasetDataModule
@@ -33,13 +36,16 @@ __all__ = [
     "CanvasSequenceDataModule",
     "CanvasSpec",
     "CropSequence",
+    "DetectionDataModule",
     "DigitsDataModule",
     "EpochSampler",
     "FashionMNISTDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
     "LitDataDataModule",
+    "MultiLabelDataModule",
     "SampleError",
+    "SegmentationDataModule",
     "TimmDataModule",
     "WebDatasetDataModule",
     "crop_sequence",

@@ -1,6 +1,7 @@
-"""Samples that cannot be read: an error, or the next readable sample in their place."""
+"""Samples that cannot be read: an error, or the next readable sample in their place. Faults of label files, counted."""
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from luna_vision.images.decode import SampleError
+from luna_vision.images.find import listed
 from luna_vision.utils.checks import check_option
 from luna_vision.utils.text import printable
 
@@ -87,6 +89,48 @@ class SkipFaults:
             except SampleError as known:
                 reasons.append(str(known).removeprefix(f"{self.name} "))
         raise SampleError(f"{self._too_many(count)}; the first: {'; '.join(reasons)}") from error
+
+
+class LabelFaults:
+    """Faults of the labels of a split: all are collected, then one error or one warning counts and names them.
+
+    A reader leaves out what is faulty, such as a box without area, and says so by :meth:`add`.
+
+    Args:
+        name: Names the labels in the error, for instance "train".
+        max_error_share: Largest share of the entries that may be left out; None is an error at the first fault.
+    """
+
+    def __init__(self, name: str, max_error_share: float | None) -> None:
+        self.name, self.max_error_share = name, max_error_share
+        self.found: dict[str, list[str]] = defaultdict(list)
+
+    def add(self, kind: str, where: str) -> None:
+        """Note a fault.
+
+        Args:
+            kind: What is wrong, in words that are the same for all such faults.
+            where: The file, and the entry in it.
+        """
+        self.found[kind].append(where)
+
+    def settle(self, entries: int) -> None:
+        """Say what was found in this number of entries, the faulty ones among them.
+
+        Raises:
+            SampleError: There are faults, more than may be left out.
+        """
+        if not self.found:
+            return
+        kinds = (f"{len(at)} x {kind} ({listed(at, 3)})" for kind, at in self.found.items())
+        text = printable(f"faults in the labels of {self.name}: {'; '.join(kinds)}")
+        count = sum(map(len, self.found.values()))
+        if self.max_error_share is None:
+            raise SampleError(f"{text}. on_error=skip leaves them out")
+        if count > self.max_error_share * entries:
+            share = f"more than max_error_share={self.max_error_share:g} of {entries} entries"
+            raise SampleError(f"{text}. They are {share}")
+        _logger.warning(f"{text}. They are left out")
 
 
 def check_fault_policy(on_error: str, max_error_share: float) -> None:

@@ -31,6 +31,11 @@ _SET_HERE = ("self", "backbone", "num_classes", "min_size", "max_size", "image_m
 class _Transform(GeneralizedRCNNTransform):
     """torchvision's resizing, normalisation and padding; the padded batch keeps the sizes as an attribute."""
 
+    resizes = True
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict | None]:
+        return super().resize(image, target) if self.resizes else (image, target)
+
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> tuple[ImageList, list]:
         images, targets = super().forward(images, targets)
         images.tensors.image_sizes = images.image_sizes  # torchvision passes only this tensor to its backbone
@@ -54,7 +59,7 @@ def build_detector(
     backbone: PyramidBackbone,
     num_classes: int,
     anchor_sizes: Sequence[float] | None = None,
-    min_size: int = 800,
+    min_size: int | None = 800,
     max_size: int = 1333,
     **kwargs,
 ) -> FasterRCNN | RetinaNet:
@@ -72,7 +77,7 @@ def build_detector(
         anchor_sizes: Side of the anchors at each stride, pixels; if None, 8 times the stride, or 4 times for RetinaNet,
             which also has two larger sizes at each stride.
         min_size, max_size: Images are resized so that the shorter side is `min_size`, unless the longer would exceed
-            `max_size`; pixels.
+            `max_size`; pixels. With `min_size` None, images keep their size.
         **kwargs: Further arguments of torchvision's class.
 
     Raises:
@@ -103,14 +108,15 @@ def build_detector(
     # whole patches of the coarsest map, so that all maps cover the same pixels
     divisor = max(*backbone.strides, backbone.stride)
     statistics = list(backbone.mean), list(backbone.std)
-    model.transform = _Transform(min_size, max_size, *statistics, size_divisible=divisor)
+    model.transform = _Transform(min_size or max_size, max_size, *statistics, size_divisible=divisor)
+    model.transform.resizes = min_size is not None
     return model
 
 
 def detector_of(hyper_parameters: Mapping[str, Any]) -> FasterRCNN | RetinaNet:
     """The detector of a `luna_vision.tasks.DetectionTask` with these hyperparameters, with initial weights."""
     hp = hyper_parameters
-    arguments = {"img_size": hp["min_size"]} | (hp["model_kwargs"] or {})
+    arguments = ({"img_size": hp["min_size"]} if hp["min_size"] else {}) | (hp["model_kwargs"] or {})
     pyramid = (hp["strides"] or [4, 8, 16, 32], hp["pyramid_channels"])
     backbone = PyramidBackbone(hp["model_name"], *pyramid, in_chans=hp["in_chans"], **arguments)
     sizes = {"min_size": hp["min_size"], "max_size": hp["max_size"]}

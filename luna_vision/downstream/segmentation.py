@@ -15,7 +15,7 @@ from torchvision.models.segmentation.fcn import FCNHead
 
 from .pyramid import PyramidBackbone, patches_of_images
 
-__all__ = ["FCN", "segmenter_of"]
+__all__ = ["FCN", "has_background", "segmenter_of"]
 
 
 class FCN(nn.Module):
@@ -67,9 +67,14 @@ class FCN(nn.Module):
 def segmenter_of(hyper_parameters: Mapping[str, Any]) -> FCN:
     """The segmenter of a `luna_vision.tasks.SegmentationTask` with these hyperparameters, with initial weights.
 
-    Its K is one more than the task's ``num_classes``: class 0 is the background.
+    Its K is one more than the task's ``num_classes`` where class 0 is the background.
     """
     hp = hyper_parameters
     pyramid = ([hp["stride"]], hp["pyramid_channels"])
     backbone = PyramidBackbone(hp["model_name"], *pyramid, in_chans=hp["in_chans"], **hp["model_kwargs"] or {})
-    return FCN(backbone, hp["num_classes"] + 1)
+    return FCN(backbone, hp["num_classes"] + has_background(hp))
+
+
+def has_background(hyper_parameters: Mapping[str, Any]) -> bool:
+    """Whether class 0 is the background, which ``num_classes`` does not count; so in older checkpoints."""
+    return hyper_parameters.get("background") is not False

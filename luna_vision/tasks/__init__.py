@@ -7,6 +7,7 @@ from .dense import DetectionTask, SegmentationTask
 from .distillation import DistillationTask
 from .guard import NonFiniteGuard, NonFiniteLossError
 from .mixing import StepMixup
+from .multilabel import MultiLabelTask
 from .nested import NestedMemory
 from .reporting import EpochLines, ExportBest, PredictionWriter, export_weights
 from .sequence import SequenceTask
@@ -24,6 +25,7 @@ __all__ = [
     "FSDP2Strategy",
     "ImagesPerSecond",
     "LastCheckpoint",
+    "MultiLabelTask",
     "NestedMemory",
     "NonFiniteGuard",
     "NonFiniteLossError",

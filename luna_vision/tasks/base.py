@@ -33,6 +33,7 @@ from luna_vision.models.factory import training_checkpoint
 
 from .checkpoints import check_deletions
 from .optimization import build_optimizer, build_scheduler, check_rates, freeze_layers, frozen_layers
+from .prediction_files import CsvPredictions, PredictionFile
 from .sharding import check_same_weights, shard
 
 TUNERS = (LearningRateFinder, BatchSizeFinder)
@@ -67,7 +68,9 @@ class TimmTask(LightningModule):
     Attributes:
         model: the module that is trained.
         headline: name of the metric that sums up a test, and its name in a sentence.
-        label_names: class names of the loaded weights, if their file has them.
+        predictions: the form of the files that predictions are written to.
+        data_cfg: the record of the data that the loaded weights were trained on, see `on_save_checkpoint`.
+        label_names: its class names, if it has them.
         takes_masks: whether images may lack pixels, see `luna_vision.images.masks`.
 
     Raises:
@@ -75,8 +78,9 @@ class TimmTask(LightningModule):
     """
 
     headline: ClassVar[tuple[str, str]]
+    predictions: ClassVar[type[PredictionFile]] = CsvPredictions
     model: nn.Module
-    label_names: list[str] | None = None
+    data_cfg: dict[str, Any] = {}  # replaced, never changed
     takes_masks = False
     _has_weights = False
 
@@ -163,7 +167,7 @@ class TimmTask(LightningModule):
             name: of the checkpoint, for the error.
             hint: a way out, for the error.
         """
-        known = _label_names(checkpoint)
+        known = _data_cfg(checkpoint).get("label_names")
         if known is None or not hasattr(data, "timm_cfg"):
             return
         try:
@@ -200,6 +204,10 @@ class TimmTask(LightningModule):
                 frozen_layers(self.timm_model, hp.freeze)
 
     @property
+    def label_names(self) -> list[str] | None:
+        return self.data_cfg.get("label_names")
+
+    @property
     def timm_model(self) -> nn.Module:
         """The timm model in ``self.model``."""
         return self.model
@@ -227,7 +235,7 @@ class TimmTask(LightningModule):
                 run = training_checkpoint(Path(checkpoint))
                 self.check_classes(run, self.trainer.datamodule, checkpoint)
                 adopt_values(run, self.trainer.datamodule)
-                self.label_names = _label_names(run)
+                self.data_cfg = _data_cfg(run)
             self.load_starting_weights(lambda model: load_weights(model, checkpoint, say=rank_zero_info))
         elif vit:
             self.load_starting_weights(lambda model: init_from_vit(model, vit))
@@ -247,7 +255,7 @@ class TimmTask(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model's checkpoint or other classes in one line; take the sums, but not the schedule."""
         self._has_weights = True
-        self.label_names = _label_names(checkpoint)
+        self.data_cfg = _data_cfg(checkpoint)
         if not self._is_sharded():  # FSDP2Strategy has compared and loaded them
             check_same_weights(self.state_dict(), checkpoint["state_dict"])
         if self._trainer is None:
@@ -385,7 +393,7 @@ def _sums(metric: MeanMetric) -> dict[str, float]:
 def adopt_values(checkpoint: dict[str, Any], data: LightningDataModule | None) -> None:
     """Have the data take the numbers of files as a checkpoint's data did, unless its options say otherwise."""
     if hasattr(data, "adopt_values"):
-        data.adopt_values(checkpoint.get("data", {}).get("cfg", {}))
+        data.adopt_values(_data_cfg(checkpoint))
 
 
 def leaves_missing(data: LightningDataModule | None) -> bool:
@@ -398,9 +406,9 @@ def log_number(task: LightningModule, name: str, value: float, **options: Any) -
     task.log(name, torch.tensor(float(value)), on_step=True, on_epoch=False, batch_size=1, **options)
 
 
-def _label_names(checkpoint: dict[str, Any]) -> list[str] | None:
-    """The class names in a checkpoint."""
-    return checkpoint.get("data", {}).get("cfg", {}).get("label_names")
+def _data_cfg(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The record of the data in a checkpoint; empty if it has none."""
+    return checkpoint.get("data", {}).get("cfg", {})
 
 
 def _differences(known: list[str], names: list[str]) -> str:

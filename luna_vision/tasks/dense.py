@@ -8,17 +8,23 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule
 from lightning_utilities.core.imports import package_available
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassJaccardIndex
+from torchmetrics.classification import MulticlassConfusionMatrix
 from torchmetrics.detection import MeanAveragePrecision
 
+from luna_vision.data.dense import IGNORE
 from luna_vision.downstream.detection import detector_of
-from luna_vision.downstream.segmentation import segmenter_of
+from luna_vision.downstream.segmentation import has_background, segmenter_of
+from luna_vision.execution import set_band_checkpointing
+from luna_vision.models import LunaVit
 from luna_vision.models.factory import build_model, sized
 
 from .base import TimmTask
+from .prediction_files import CocoPredictions, MaskPredictions
 
+BAND_PATCHES = 4096  # of a band where the data is to be trained on in bands
 Targets = list[dict[str, Tensor]]
 
 
@@ -26,6 +32,7 @@ class _PyramidTask(TimmTask):
     """A task on a pyramid of a timm model, which starts from the weights of a whole model."""
 
     pyramid: ClassVar[str]  # its name in self.model
+    _by_bands = False
 
     def __init__(self, *args: Any, lr: float = 5e-4, **kwargs: Any) -> None:
         super().__init__(*args, lr=lr, **kwargs)
@@ -36,6 +43,30 @@ class _PyramidTask(TimmTask):
     @property
     def timm_model(self) -> nn.Module:
         return self.model.get_submodule(self.pyramid).body
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self._by_bands = stage == "fit" and getattr(self.trainer.datamodule, "train_on", None) == "bands"
+
+    def check_data(self, data: LightningDataModule | None, stage: str) -> None:
+        super().check_data(data, stage)
+        if stage == "fit" and getattr(data, "train_on", None) == "bands" and not isinstance(self.timm_model, LunaVit):
+            raise ValueError(f"train_on=bands is for Luna ViTs, and {self.hparams.model_name} is none: give crops")
+
+    def _set_bands(self, images: list[Tensor] | Tensor) -> None:
+        """Have the backbone run in bands, if the data is to be trained on so, as high as suits the widest image."""
+        if self._by_bands:
+            width = max(image.shape[-1] for image in images)
+            columns = -(-width // self.model.get_submodule(self.pyramid).stride)
+            set_band_checkpointing(self.timm_model, max(1, BAND_PATCHES // columns))
+
+    def class_labels(self, count: int) -> list[str]:
+        """Names of the classes, those of the weights or of the data, else numbers from 0."""
+        names = self.label_names or getattr(self.trainer.datamodule, "class_names", None)
+        return list(names) if names else list(map(str, range(count)))
+
+    def _log_classes(self, name: str, values: dict[str, Tensor]) -> None:
+        self.log_dict({f"{name}/{label}": value.float().to(self.device) for label, value in values.items()})
 
     def load_starting_weights(self, load: Callable[[nn.Module], None]) -> None:
         backbone = self.model.get_submodule(self.pyramid)
@@ -55,14 +86,15 @@ class DetectionTask(_PyramidTask):
     Batches are (images, targets) as torchvision's detectors take them: a list of (C, H, W) with pixels in [0, 1], and a
     list of dicts of ``boxes`` (n, 4) in pixels and ``labels`` (n,) from 1. Logged: ``train_loss`` and its parts,
     ``lr``; ``val_map`` (mean average precision at IoU 0.50 to 0.95), ``val_map_50``, ``val_map_75``, and the same for
-    ``test``.
+    ``test``; ``test_ap/NAME``, the average precision of each class. Targets may have ``iscrowd`` (n,), 1 for objects
+    that scores ignore; training must not have such objects.
 
     Args:
         detector: ``faster_rcnn`` or ``retinanet``.
         strides: strides of the pyramid, pixels; by default 4, 8, 16, 32.
         pyramid_channels: channels of the pyramid.
         anchor_sizes: side of the anchors at each stride, pixels; see ``luna_vision.downstream.detection``.
-        min_size: shorter side that images are resized to, pixels.
+        min_size: shorter side that images are resized to, pixels; None keeps them as they are.
         max_size: limit of their longer side, pixels, which makes the shorter one smaller.
         detector_kwargs: further arguments of torchvision's class.
         **kwargs: the arguments of `TimmTask`; by default 10 classes and 3 channels where the data does not say.
@@ -73,6 +105,7 @@ class DetectionTask(_PyramidTask):
 
     headline = ("test_map", "test mAP")
     pyramid = "backbone.pyramid_backbone"
+    predictions = CocoPredictions
 
     def __init__(
         self,
@@ -81,7 +114,7 @@ class DetectionTask(_PyramidTask):
         strides: list[int] | None = None,
         pyramid_channels: int = 256,
         anchor_sizes: list[float] | None = None,
-        min_size: int = 512,
+        min_size: int | None = 512,
         max_size: int = 1333,
         detector_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -110,6 +143,7 @@ class DetectionTask(_PyramidTask):
 
     def training_step(self, batch: tuple[list[Tensor], Targets], batch_idx: int) -> Tensor:
         images, targets = batch
+        self._set_bands(images)
         losses = self.model(images, targets)
         loss = sum(losses.values())
         self._log_training(loss.detach(), len(images))
@@ -122,9 +156,10 @@ class DetectionTask(_PyramidTask):
         if metric is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of more detections than the 100 that COCO counts
-                metric = self._metrics[split] = MeanAveragePrecision().to(self.device)
+                metric = self._metrics[split] = MeanAveragePrecision(class_metrics=split == "test").to(self.device)
         metric.warn_on_many_detections = False
-        metric.update(self(images), [{k: t[k] for k in ("boxes", "labels")} for t in targets])
+        kept = ("boxes", "labels", "iscrowd")
+        metric.update(self(images), [{k: t[k] for k in kept if k in t} for t in targets])
 
     def _finish(self, split: str) -> None:
         metric = self._metrics.pop(split, None)
@@ -132,6 +167,20 @@ class DetectionTask(_PyramidTask):
             found = metric.compute()
             values = {f"{split}_{name}": found[name].float().to(self.device) for name in ("map", "map_50", "map_75")}
             self.log_dict(values, prog_bar=True)
+            if split == "test":
+                names, classes = self.class_labels(self.hparams.num_classes), found["classes"].reshape(-1).tolist()
+                each = found["map_per_class"].reshape(-1)
+                self._log_classes("test_ap", {names[c - 1]: ap for c, ap in zip(classes, each, strict=True)})
+
+    def predict_step(self, batch: tuple[list[Tensor], list[str]], batch_idx: int) -> dict[str, Any]:
+        """The objects of images.
+
+        Returns:
+            ``ids`` list of B strings, ``sizes`` list of (height, width), ``objects`` list of dicts of boxes (n, 4) in
+            pixels, labels (n,) from 1, scores (n,)
+        """
+        images, ids = batch
+        return {"ids": list(ids), "sizes": [tuple(image.shape[1:]) for image in images], "objects": self(images)}
 
     def on_validation_epoch_end(self) -> None:
         self._finish("val")
@@ -140,18 +189,36 @@ class DetectionTask(_PyramidTask):
         self._finish("test")
 
 
+class _MeanIoU(MulticlassConfusionMatrix):
+    """Intersection over union, averaged over the classes that occur in masks or predictions."""
+
+    def compute(self) -> Tensor:
+        iou = iou_of(self.confmat)
+        return iou[~iou.isnan()].mean() if not iou.isnan().all() else iou.new_zeros(())
+
+
+def iou_of(confusion: Tensor) -> Tensor:
+    """Intersection over union (K,) of pixels (K, K), truth by prediction; NaN for a class in neither."""
+    hits = confusion.diag().double()
+    return (hits / (confusion.sum(0) + confusion.sum(1) - hits)).float()
+
+
 class SegmentationTask(_PyramidTask):
     """Train and evaluate torchvision's FCN head on a pyramid of a timm model.
 
-    Batches are (images (B, C, H, W) with pixels in [0, 1], masks (B, H, W) int64). In masks, 0 is the background, 1 to
-    K are the classes, and 255 is ignored. Logged: ``train_loss``, ``lr``; ``val_loss``, ``val_miou`` (mean intersection
-    over union of all classes, with the background), and the same for ``test``.
+    Batches are (images (B, C, H, W) with pixels in [0, 1], masks (B, H, W) integers), or two lists of images and masks
+    of any sizes, which are padded; the padding is masked in the backbone and ignored in loss and scores. In masks, 0 is
+    the background and 1 to K are the classes, or 0 to K - 1 are the classes where there is no background; 255 is
+    ignored. Logged: ``train_loss``, ``lr``; ``val_loss``, ``val_miou`` (mean intersection over union of all classes,
+    with the background), and the same for ``test``; ``test_iou/NAME``, that of each class.
 
     Args:
         img_size: side of the images in pixels, or [height, width], for a model that is built for one size; by default
             that of the data.
         stride: stride of the map that the head reads, pixels.
         pyramid_channels: its channels.
+        background: whether class 0 is the background, which ``num_classes`` does not count; by default as the data
+            says, else true.
         background_weight: weight of background pixels in the loss; below 1 where there are far more of them.
         **kwargs: the arguments of `TimmTask`; by default 10 classes and 3 channels where the data does not say.
 
@@ -161,7 +228,7 @@ class SegmentationTask(_PyramidTask):
 
     headline = ("test_miou", "test mIoU")
     pyramid = "backbone"
-    IGNORE = 255
+    predictions = MaskPredictions
 
     def __init__(
         self,
@@ -169,6 +236,7 @@ class SegmentationTask(_PyramidTask):
         img_size: int | list[int] | None = None,
         stride: int = 4,
         pyramid_channels: int = 256,
+        background: bool | None = None,
         background_weight: float = 1.0,
         **kwargs: Any,
     ) -> None:
@@ -176,39 +244,87 @@ class SegmentationTask(_PyramidTask):
         hp = self.hparams
         if background_weight <= 0:
             raise ValueError(f"background_weight must be above 0, got {background_weight}")
+        hp.background = has_background(hp)
+        if background_weight != 1 and not hp.background:
+            raise ValueError(f"background_weight={background_weight} needs data with a background: leave it at 1")
         hp.model_kwargs = sized(hp.model_name, hp.model_kwargs, img_size)
         self.model = segmenter_of(hp)
-        weight = torch.ones(hp.num_classes + 1)
-        weight[0] = background_weight
+        self.classes = hp.num_classes + hp.background
+        weight = torch.ones(self.classes)
+        if hp.background:
+            weight[0] = background_weight
         self.register_buffer("class_weight", weight, persistent=False)
-        iou = {"num_classes": hp.num_classes + 1, "average": "macro", "ignore_index": self.IGNORE}
-        self.metrics = nn.ModuleDict({f"{split}_miou": MulticlassJaccardIndex(**iou) for split in ("val", "test")})
+        iou = {"num_classes": self.classes, "ignore_index": IGNORE, "validate_args": False}
+        self.metrics = nn.ModuleDict({f"{split}_miou": _MeanIoU(**iou) for split in ("val", "test")})
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, K + 1, H, W) of images (B, C, H, W)."""
-        return self.model(images)
+    def check_data(self, data: LightningDataModule | None, stage: str) -> None:
+        super().check_data(data, stage)
+        found, expected = getattr(data, "background", None), self.hparams.background
+        if stage != "predict" and found is not None and found != expected:
+            raise ValueError(f"the data has background={found}, but the model is built for background={expected}")
 
-    def check_batch(self, images: Tensor, masks: Tensor) -> None:
+    def forward(self, images: Tensor | list[Tensor]) -> Tensor:
+        """Logits (B, K, H, W) of images (B, C, H, W), or of a list of (C, H, W), padded to the largest."""
+        if isinstance(images, Tensor):
+            return self.model(images)
+        sizes = [tuple(image.shape[1:]) for image in images]
+        return self.model(_padded(images, 0.0), sizes if len(set(sizes)) > 1 else None)
+
+    def check_batch(self, images: Tensor | list[Tensor], masks: Tensor | list[Tensor]) -> None:
         hp = self.hparams
-        if images.ndim != 4 or images.shape[1] != hp.in_chans:
-            raise ValueError(f"images must be (B, {hp.in_chans}, H, W), got {tuple(images.shape)}")
-        counted = masks[masks != self.IGNORE]
-        if len(counted) and (counted.min() < 0 or counted.max() > hp.num_classes):
-            low, high = int(counted.min()), int(counted.max())
-            raise ValueError(f"masks must be 0 to {hp.num_classes}, or {self.IGNORE}, got {low} to {high}")
+        for image, mask in zip(images, masks, strict=True):
+            if image.ndim != 3 or image.shape[0] != hp.in_chans:
+                raise ValueError(f"images must be ({hp.in_chans}, H, W), got {tuple(image.shape)}")
+            counted = mask[mask != IGNORE]
+            if len(counted) and (counted.min() < 0 or counted.max() >= self.classes):
+                low, high = int(counted.min()), int(counted.max())
+                raise ValueError(f"masks must be 0 to {self.classes - 1}, or {IGNORE}, got {low} to {high}")
 
     def _loss(self, logits: Tensor, masks: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), masks, self.class_weight, ignore_index=self.IGNORE)
+        total = F.cross_entropy(logits.float(), masks, self.class_weight, ignore_index=IGNORE, reduction="sum")
+        counted = masks != IGNORE
+        weights = self.class_weight[masks.where(counted, 0)] * counted
+        return total / weights.sum().clamp(min=1e-6)  # the mean, and 0 where all is ignored, as a crop may be
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Any, Any], batch_idx: int) -> Tensor:
         images, masks = batch
-        loss = self._loss(self(images), masks)
+        self._set_bands(images)
+        loss = self._loss(self(images), _padded(masks, IGNORE).long())
         self._log_training(loss.detach(), len(images))
         return loss
 
-    def evaluate(self, split: str, images: Tensor, masks: Tensor) -> None:
-        logits = self(images)
+    def evaluate(self, split: str, images: Tensor | list[Tensor], masks: Tensor | list[Tensor]) -> None:
+        logits, masks = self(images), _padded(masks, IGNORE).long()
         self.log_evaluation_mean(f"{split}_loss", self._loss(logits, masks), len(images))
         metric = self.metrics[f"{split}_miou"]
         metric.update(logits.argmax(1), masks)
         self.log(f"{split}_miou", metric, prog_bar=True, batch_size=len(images))
+
+    def on_test_epoch_end(self) -> None:
+        metric = self.metrics["test_miou"]
+        if not metric.update_called:
+            return
+        with metric.sync_context():
+            iou = iou_of(metric.confmat)
+        names = ["background"] * self.hparams.background + self.class_labels(self.hparams.num_classes)
+        self._log_classes("test_iou", {name: iou[c] for c, name in enumerate(names) if not iou[c].isnan()})
+
+    def predict_step(self, batch: tuple[list[Tensor], list[str]], batch_idx: int) -> dict[str, Any]:
+        """The most probable class of each pixel.
+
+        Returns:
+            ``ids`` list of B strings, ``masks`` list of uint8 (H, W)
+        """
+        images, ids = batch
+        classes = self(images).argmax(1).to(torch.uint8)
+        found = zip(classes, images, strict=True)
+        return {"ids": list(ids), "masks": [mask[: image.shape[1], : image.shape[2]] for mask, image in found]}
+
+
+def _padded(tensors: Tensor | list[Tensor], value: float) -> Tensor:
+    """A list of (..., H, W) as one tensor (B, ..., H, W), filled up below and to the right."""
+    if isinstance(tensors, Tensor):
+        return tensors
+    height, width = (max(tensor.shape[axis] for tensor in tensors) for axis in (-2, -1))
+    fill = [F.pad(t, (0, width - t.shape[-1], 0, height - t.shape[-2]), value=value) for t in tensors]
+    return torch.stack(fill)

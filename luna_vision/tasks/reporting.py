@@ -1,9 +1,7 @@
-"""Callbacks for results: predictions as CSV, the best weights as a timm checkpoint, a line per epoch."""
+"""Callbacks for results: predictions as files, the best weights as a timm checkpoint, a line per epoch."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -20,37 +18,39 @@ from safetensors.torch import save_file
 
 from luna_vision.models import unwrap_state_dict
 from luna_vision.utils.files import new_file
-from luna_vision.utils.text import csv_cell, printable
+from luna_vision.utils.text import printable
 
 from .base import TimmTask
 from .checkpoints import averages_at_end, best_checkpoint, last_checkpoint, model_checkpoint, read_checkpoint
+from .prediction_files import PredictionFile
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Write predictions to a CSV file: ``image`` (path or index), ``label1`` to ``label5``, ``probability1`` to 5.
+    """Write predictions to files, in the form that the task's ``predictions`` names: `prediction_files` has them.
 
-    Labels are class names where the checkpoint or the data module has them, else indices. An apostrophe marks text that
-    a spreadsheet would take for a formula, see `luna_vision.utils.text.csv_cell`. The file appears when the last row is
-    written. Each of several processes writes its own rows, to a file with its rank in the name.
+    A file appears when the last image is predicted. Each of several processes writes its own, with its rank in the
+    name.
 
     Args:
-        output: the file; None is ``predictions.csv`` in the run's log directory.
+        output: the file or folder; None is one in the run's log directory, such as ``predictions.csv``.
     """
 
     def __init__(self, output: str | None = None) -> None:
         super().__init__(write_interval="batch")
         self.output = output
-        self._closing = ExitStack()  # closes the file
+        self._file: PredictionFile | None = None
+        self._closing = ExitStack()  # closes it
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        path = Path(self.output or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.csv")
+    def on_predict_start(self, trainer: Trainer, pl_module: TimmTask) -> None:
+        self._file, self._closing = None, ExitStack()
+
+    def _open(self, trainer: Trainer, pl_module: TimmTask) -> PredictionFile:
+        form = pl_module.predictions
+        path = Path(self.output or Path(trainer.log_dir or trainer.default_root_dir) / form.default)
         if trainer.world_size > 1:
             path = path.with_stem(f"{path.stem}.rank{trainer.global_rank}")
-        self._path, self._closing = path, ExitStack()
-        file = io.TextIOWrapper(self._closing.enter_context(new_file(path)), encoding="utf-8", newline="")
-        self._closing.callback(file.detach)  # flushes
-        self._rows = csv.writer(file)
-        self._header_written = False
+        self._path, names = path, pl_module.label_names or self._class_names(trainer)
+        return self._closing.enter_context(form(path, names, pl_module))
 
     def write_on_batch_end(
         self,
@@ -62,16 +62,9 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        count = prediction["labels"].shape[1]
-        if not self._header_written:
-            self._rows.writerow(["image", *(f"{c}{i + 1}" for c in ("label", "probability") for i in range(count))])
-            self._header_written = True
-        names = pl_module.label_names or self._class_names(trainer)
-        columns = (prediction["ids"], prediction["labels"].tolist(), prediction["probabilities"].tolist())
-        for image, labels, probabilities in zip(*columns, strict=True):
-            shown = [names[label] for label in labels] if names else labels
-            cells = [csv_cell(cell) if isinstance(cell, str) else cell for cell in (image, *shown)]
-            self._rows.writerow([*cells, *(f"{p:.6f}" for p in probabilities)])
+        if self._file is None:  # only now has the task read its weights, whose file knows the names
+            self._file = self._open(trainer, pl_module)
+        self._file.write(prediction)
 
     @staticmethod
     def _class_names(trainer: Trainer) -> list[str] | None:
@@ -82,7 +75,8 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._closing.close()
-        print(f"predictions: {self._path}")
+        if self._file is not None:
+            print(f"predictions: {self._path}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._closing.__exit__(type(exception), exception, exception.__traceback__)
@@ -179,7 +173,16 @@ class EpochLines(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if sys.stdout.isatty():
             return
-        shown = ("train_loss_epoch", "train_acc1_epoch", "val_loss", "val_acc1", "val_map", "val_map_50", "val_miou")
+        shown = (
+            "train_loss_epoch",
+            "train_acc1_epoch",
+            "val_loss",
+            "val_acc1",
+            "val_map",
+            "val_map_50",
+            "val_miou",
+            "val_f1",
+        )
         shown += ("lr", "images_per_s")
         metrics = trainer.callback_metrics
         values = "  ".join(

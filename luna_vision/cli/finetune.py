@@ -1,0 +1,70 @@
+"""``luna-vision finetune``: from labelled files of one's own to a trained model, by a YAML that it writes."""
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+
+from ..utils.errors import UserError
+from ..utils.files import check_folder, write_text
+from ..utils.text import printable
+
+TASKS = ("classify", "multilabel", "detect", "segment")
+USAGE = """\
+luna-vision finetune --task classify|multilabel|detect|segment --data PATH --out FOLDER [--model NAME]
+       [--checkpoint FILE] [--SECTION.OPTION VALUE ...]"""
+ABOUT = """\
+Train on labelled files of your own. The format is recognised and named, and the complete configuration is written to
+FOLDER/finetune.yaml, which `luna-vision fit --config FILE` repeats. Options of `luna-vision fit`, such as
+--trainer.max_epochs 5 or --data.batch_size 8, are taken as they are.
+
+PATH by task:
+  classify    a folder with train/CLASS/*.jpg, and perhaps val/ and test/
+  multilabel  a folder with train.csv, which names images and their labels
+  detect      COCO (train.json beside train/), Pascal VOC (Annotations/, JPEGImages/) or YOLO (data.yaml)
+  segment     train/images and train/masks, or COCO with outlines"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; luna-vision finetune --help shows how it is called")
+
+
+def main(words: list[str]) -> int | None:
+    """Run the command with these words."""
+    own, overrides = _parser().parse_known_args(words)
+    from ..models.factory import check_model_name
+    from . import train
+    from .finetune_config import configuration
+
+    if stray := [word for word in overrides[:1] if not word.startswith("-")]:
+        raise UserError(f"unknown word {stray[0]!r}; luna-vision finetune --help shows how it is called")
+    if own.checkpoint is not None and not own.checkpoint.is_file():
+        raise FileNotFoundError(f"--checkpoint: there is no file {own.checkpoint}")
+    if own.model is not None:
+        check_model_name(own.model)
+    check_folder(own.out)
+    config, said = configuration(own.task, own.data, own.out, own.model, own.checkpoint)
+    path = own.out / "finetune.yaml"
+    command = shlex.join(["luna-vision", "finetune", *words])
+    head = "\n".join(f"# {printable(line)}" for line in (f"Written by {command}", *said, f"Again: fit --config {path}"))
+    write_text(path, f"{head}\n{yaml.safe_dump(config, sort_keys=False, allow_unicode=True)}")
+    print(*map(printable, said), f"configuration: {path}", sep="\n", flush=True)
+    return train.run_words(["fit", "--config", str(path), *overrides])
+
+
+def _parser() -> _Parser:
+    parser = _Parser("luna-vision finetune", USAGE, ABOUT, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--task", required=True, choices=TASKS, help="what to train")
+    parser.add_argument(
+        "--data", required=True, type=Path, metavar="PATH", help="folder of the images and their labels"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the run is written")
+    parser.add_argument("--model", metavar="NAME", help="any of timm's models (default: luna_vit_tiny)")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="weights to start from, of a training or timm's"
+    )
+    return parser

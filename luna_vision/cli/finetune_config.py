@@ -1,0 +1,175 @@
+"""The configuration of a fine-tuning: what a folder of labelled files is, and the YAML that suits it."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data import DetectionDataModule, ImageFolderDataModule, MultiLabelDataModule, SegmentationDataModule
+from ..data.dense import DenseDataModule
+from ..data.label_files import image_size
+from ..images.find import listed
+from ..models.factory import training_checkpoint
+from ..utils.checks import check_option
+from ..utils.errors import UserError
+
+SAMPLED = 200  # images whose size is looked at
+LARGE = 1024  # longer side of images, pixels, beyond which training is on crops
+CROP = 512
+IMAGES_SEEN = 20_000  # in a whole run, roughly
+
+
+def configuration(
+    task: str, data: Path, out: Path, model: str | None = None, checkpoint: Path | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """The complete configuration of a run, and what was recognised, in words.
+
+    Args:
+        task: A key of `TASKS`.
+        data: Folder of the images and their labels.
+        out: Folder of the run.
+        model: A name of timm; by default that of the checkpoint, else ``luna_vit_tiny``.
+        checkpoint: Weights to start from.
+
+    Raises:
+        ValueError: The data is faulty.
+        FileNotFoundError: It is not there.
+    """
+    check_option("task", task, TASKS)
+    if not data.exists():
+        raise FileNotFoundError(f"--data: there is no {data}")
+    task_class, make = TASKS[task]
+    module, data_args, model_args, said = make(data)
+    trained = training_checkpoint(checkpoint).get("hyper_parameters", {}) if checkpoint else {}
+    same = model is None or model == trained.get("model_name")
+    arguments = {
+        "model_name": model or trained.get("model_name", "luna_vit_tiny"),
+        "model_kwargs": {k: v for k, v in (trained.get("model_kwargs") or {}).items() if same and k != "img_size"},
+        "checkpoint": str(checkpoint) if checkpoint else None,
+        **model_args,
+        "optimizer": "adamw",
+        "lr": 3e-4 if checkpoint else 1e-3,
+        "weight_decay": 0.05,
+        "scheduler": "cosine",
+        "warmup_epochs": 1,
+        "warmup_lr": 1e-6,
+        "min_lr": 1e-5,
+    }
+    images = len(module.make_source("train"))
+    epochs = int(np.clip(round(IMAGES_SEEN / images), 5, 200))
+    log = {"save_dir": str(out.parent), "name": out.name}
+    board = {"save_dir": str(out), "name": "tensorboard"}
+    config = {
+        "name": out.name,
+        "seed_everything": 0,
+        "test_after_fit": True,
+        "model": {"class_path": f"luna_vision.tasks.{task_class}", "init_args": arguments},
+        "data": {
+            "class_path": f"luna_vision.data.{type(module).__name__}",
+            "init_args": {"root": str(data), **data_args, "num_workers": min(4, (os.cpu_count() or 2) - 1), "seed": 0},
+        },
+        "trainer": {
+            "accelerator": "auto",
+            "devices": 1,
+            "precision": "32-true",
+            "max_epochs": epochs,
+            "gradient_clip_val": 1.0,
+            "log_every_n_steps": 10,
+            "num_sanity_val_steps": 0,
+            "default_root_dir": str(out),
+            "logger": [
+                {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": log},
+                {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": board},
+            ],
+            "callbacks+": [{"class_path": "luna_vision.tasks.EMA", "init_args": {"decay": 0.99, "warmup": True}}],
+        },
+    }
+    return config, [f"recognised: {said}", f"{images} training images, classes: {listed(list(module.class_names), 20)}"]
+
+
+Made = tuple[Any, dict[str, Any], dict[str, Any], str]  # data module, its arguments, those of the task, and words
+
+
+def _classify(root: Path) -> Made:
+    module = ImageFolderDataModule(str(root))
+    side = _side(module.make_source("train"))
+    data = {"img_size": side, "crop_pct": 1.0, "batch_size": 32, "val_fraction": 0.1, "crop_scale": [0.3, 1.0]}
+    return module, data, {"label_smoothing": 0.1, "compile": "auto"}, f"folders of images, a class each, in {root}"
+
+
+def _multilabel(root: Path) -> Made:
+    module = MultiLabelDataModule(str(root))
+    side = _side(module.make_source("train"))
+    data = {"img_size": side, "crop_pct": 1.0, "batch_size": 32, "val_fraction": 0.1, "crop_scale": [0.3, 1.0]}
+    return module, data, {"class_weights": "balanced", "compile": "auto"}, f"a table of labels, {root}/train.csv"
+
+
+def _detect(root: Path) -> Made:
+    module = DetectionDataModule(str(root))
+    source = module.source("train")
+    labels = source.labels
+    data = {"format": module.format, "class_names": module.class_names, "val_fraction": 0.1}
+    boxes = np.concatenate([image.boxes for image in labels.images])
+    if not len(boxes):
+        raise UserError(f"{labels.where} has no boxes")
+    sides = np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
+    anchors = [max(8, int(side)) for side in np.quantile(sides, (0.15, 0.5, 0.85)).round()]
+    model = {
+        "detector": "faster_rcnn",
+        "strides": [8, 16, 32],
+        "pyramid_channels": 128,
+        "anchor_sizes": anchors,
+        "min_size": None,
+    }
+    said = f"boxes in the format {module.format}, {labels.where}; anchors of {anchors} pixels, as the boxes are"
+    return module, data | _size_options(module, [image.size for image in labels.images]), model, said
+
+
+def _segment(root: Path) -> Made:
+    module = SegmentationDataModule(str(root))
+    source = module.source("train")
+    data: dict[str, Any] = {"format": module.format, "background": module.background, "val_fraction": 0.1}
+    if module.format == "masks":
+        coding = module.coding
+        data |= {"classes": coding.names, "values": [v if isinstance(v, int) else list(v) for v in coding.values]}
+    else:
+        data |= {"classes": module.class_names}
+    background = "the first class is the background" if module.background else "no background"
+    said = f"{'masks' if module.format == 'masks' else 'COCO outlines'}, {source.where}; {background}"
+    options = _size_options(module, _sizes(source))
+    return module, data | options, {"stride": 4, "pyramid_channels": 128}, said
+
+
+TASKS = {
+    "classify": ("ClassificationTask", _classify),
+    "multilabel": ("MultiLabelTask", _multilabel),
+    "detect": ("DetectionTask", _detect),
+    "segment": ("SegmentationTask", _segment),
+}
+
+
+def _sizes(source: Any) -> list[tuple[int, int]]:
+    """Height and width of some of the images."""
+    whole = getattr(source, "dataset", source)
+    count = min(len(whole), SAMPLED)
+    at = np.linspace(0, len(whole) - 1, count).round().astype(int)
+    name = whole.sample_file if hasattr(whole, "sample_file") else lambda index: whole.samples[index][0]
+    return [image_size(name(int(index))) for index in at]
+
+
+def _side(source: Any) -> int:
+    """The side to train at: that of most images, as whole patches of 16 pixels, and at most 224."""
+    side = int(np.median([min(size) for size in _sizes(source)]))
+    return int(np.clip(side // 16 * 16, 32, 224))
+
+
+def _size_options(module: DenseDataModule, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Whether to train on whole images or on crops."""
+    longer = int(np.median([max(size) for size in sizes]))
+    crops = longer > LARGE or module.masks and longer > CROP
+    options = {"train_on": "crops", "crop_size": CROP} if crops else {"train_on": "whole"}
+    print(f"images of about {longer} pixels: training on {options['train_on']}", file=sys.stderr)
+    return options | {"scale": [0.75, 1.33], "hflip": 0.5, "color_jitter": 0.2, "batch_size": 4}

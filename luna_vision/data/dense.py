@@ -1,0 +1,319 @@
+"""Images with boxes or masks: what a sample is, how it is augmented, and the base of the data modules that read files.
+
+Shapes: C channels, H x W pixels, n objects of an image.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import albumentations as A
+import cv2
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from luna_vision.data.base import ImageDataModule, train_or_val
+from luna_vision.data.images import PredictDataset, Source, TransformedDataset
+from luna_vision.data.sampling import sample_seed
+from luna_vision.images.decode import SampleError
+from luna_vision.images.find import find_images
+from luna_vision.images.transforms import SeededTransform, to_tensor
+from luna_vision.images.values import Raster, Values
+from luna_vision.utils.checks import check_at_least, check_option
+
+IGNORE = 255  # in the masks of a batch: neither trained on nor scored
+TRAIN_ON = ("whole", "crops", "bands")
+MIN_VISIBLE = 0.1  # of its area: the least that a crop must keep of a box
+
+
+class Truth(NamedTuple):
+    """What is known about an image: objects, or a class for each pixel.
+
+    Attributes:
+        boxes: float32 (n, 4): left, top, right, bottom in pixels.
+        labels: int64 (n,), from 0.
+        crowd: bool (n,): objects that are neither trained on nor count as missed.
+        mask: uint8 (H, W), the class of each pixel or `IGNORE`; None where there are boxes alone.
+    """
+
+    boxes: np.ndarray = np.empty((0, 4), np.float32)
+    labels: np.ndarray = np.empty(0, np.int64)
+    crowd: np.ndarray = np.empty(0, bool)
+    mask: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class DenseAugmentation:
+    """The augmentation of images with boxes or masks. An amount of 0 switches a part off.
+
+    Attributes:
+        crop_size: Height and width of random crops in pixels; None keeps whole images. Smaller images are padded.
+        object_share: Share of the crops that are put where an object is; the others lie anywhere.
+        scale: Smallest and largest factor of a random resizing before the crop.
+        hflip, vflip: Probability of a flip from left to right, and upside down.
+        color_jitter: Largest relative change of brightness, contrast and (of colour images) saturation.
+    """
+
+    crop_size: tuple[int, int] | None = None
+    object_share: float = 0.5
+    scale: tuple[float, float] = (1.0, 1.0)
+    hflip: float = 0.5
+    vflip: float = 0.0
+    color_jitter: float = 0.3
+
+    def __post_init__(self) -> None:
+        for name in ("object_share", "hflip", "vflip"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale must be 0 < smallest <= largest, got {list(self.scale)}")
+        check_at_least(0, color_jitter=self.color_jitter)
+
+    def steps(self, in_chans: int, masks: bool, background: bool) -> list[A.BasicTransform]:
+        """albumentations' transforms.
+
+        Args:
+            in_chans: C.
+            masks: For masks, else for boxes.
+            background: Whether class 0 of masks is no object.
+        """
+        steps: list[A.BasicTransform] = []
+        if self.scale != (1.0, 1.0):
+            limits = (self.scale[0] - 1, self.scale[1] - 1)
+            steps.append(A.RandomScale(limits, cv2.INTER_LINEAR, area_for_downscale="image", p=1.0))
+        if self.crop_size is not None:
+            height, width = self.crop_size
+            steps.append(A.PadIfNeeded(height, width, position="top_left", fill=0, fill_mask=IGNORE))
+            if masks:
+                nothing = [0, IGNORE] if background else [IGNORE]
+                on_object = A.CropNonEmptyMaskIfExists(height, width, ignore_values=nothing, p=self.object_share)
+            else:
+                on_object = A.AtLeastOneBBoxRandomCrop(height, width, p=self.object_share)
+            # where an object was cut out, there is nothing left to crop
+            steps += [on_object, A.RandomCrop(height, width)]
+        steps += [A.HorizontalFlip(p=self.hflip)] * bool(self.hflip) + [A.VerticalFlip(p=self.vflip)] * bool(self.vflip)
+        if jitter := self.color_jitter:
+            steps.append(A.ColorJitter(jitter, jitter, jitter if in_chans == 3 else 0, hue=0, p=1.0))
+        return steps
+
+
+class DenseTransform:
+    """An image, and what is known about it, to float32 (C, H, W) with pixels in [0, 1] and a target.
+
+    Args:
+        values: What the numbers of files mean, see `luna_vision.images.values`.
+        target: Makes the target of a `Truth`.
+        steps: albumentations' transforms, drawn anew for each seed; none leave image and truth as they are.
+    """
+
+    def __init__(self, values: Values, target: Callable[[Truth], Any], steps: Sequence[A.BasicTransform] = ()) -> None:
+        self.values, self.target = values, target
+        boxes = A.BboxParams(
+            "pascal_voc", label_fields=["labels"], min_width=1, min_height=1, min_visibility=MIN_VISIBLE, clip=True
+        )
+        self.compose = A.Compose(list(steps), bbox_params=boxes) if steps else None
+
+    def __call__(self, image: Image.Image | np.ndarray, seed: int = 0, truth: Truth | None = None) -> Any:
+        """The tensor; with ``truth`` also the target."""
+        if truth is None:
+            return to_tensor(image)
+        if self.compose is not None:
+            image, truth = self._augment(image, seed, truth)
+        return to_tensor(image), self.target(truth)
+
+    def _augment(self, image: Image.Image | np.ndarray, seed: int, truth: Truth) -> tuple[np.ndarray, Truth]:
+        array = np.asarray(image)
+        array = array[:, :, None] if array.ndim == 2 else array
+        boxes = truth.boxes[~truth.crowd], truth.labels[~truth.crowd]
+        masks = {} if truth.mask is None else {"mask": truth.mask}
+        self.compose.set_random_seed(seed)
+        out = self.compose(image=array, bboxes=boxes[0], labels=boxes[1], **masks)
+        labels = np.asarray(out["labels"], np.int64)
+        found = np.asarray(out["bboxes"], np.float32).reshape(-1, 4)
+        return out["image"], Truth(found, labels, np.zeros(len(labels), bool), out.get("mask"))
+
+
+class DenseDataset(TransformedDataset):
+    """(image (C, H, W), target) of a source of (image, `Truth`)."""
+
+    def prepare(
+        self,
+        image: Any,
+        label: Truth,
+        epoch: int,
+        index: int,
+        what: str,
+        transform: SeededTransform | DenseTransform | None = None,
+    ) -> tuple[Tensor, Any]:
+        return (transform or self.transform)(image, sample_seed(self.seed, epoch, index), label)
+
+
+class PredictsFiles:
+    """Mixin of the data modules whose test images are files: predictions name them."""
+
+    def predict_dataloader(self) -> DataLoader:
+        self.find_values()
+        if self.predict_path is not None:
+            files = find_images(self.predict_path) if self._to_predict is None else self._to_predict
+        elif (source := self.make_source("test")) is not None:
+            files = [source.sample_file(index) for index in range(len(source))]
+        else:
+            raise ValueError("there are no test images to predict: give predict_path, a folder or files of images")
+        return self._loader(PredictDataset(files, self.eval_transform, self.in_chans), self.eval_batch_size)
+
+
+class DenseDataModule(PredictsFiles, ImageDataModule):
+    """Base of the data modules of files with boxes or masks.
+
+    Batches are ``(images, targets)``, two lists: images (C, H, W) of their own sizes with pixels in [0, 1], which the
+    models normalise. Prediction batches are ``(images, paths)``. Evaluation is always on whole images.
+
+    A subclass defines :meth:`read` and :meth:`target`, and the class attributes.
+
+    Args:
+        root: Folder of the data.
+        in_chans: 1 (grey) or 3 (RGB); images are converted.
+        batch_size: Images in a batch on each device.
+        eval_batch_size: The same for validation, test and prediction; 1 by default, as whole images may be large.
+        num_workers: Processes that load images; 0 loads in the main process.
+        seed: Seed of the shuffle and of all augmentation.
+        val_fraction: Share of the training images to hold out for validation where there are no others.
+        train_on: "whole" images; random "crops" of them; or "bands", whole images that the model recomputes by bands of
+            rows, for images that would not fit into memory otherwise.
+        crop_size: Side of the crops in pixels, or [height, width].
+        object_share: Share of the crops that are put where an object is; the others lie anywhere, and may be empty.
+        scale: [smallest, largest] factor of a random resizing of training images.
+        hflip: Probability of a horizontal flip.
+        vflip: Probability of a vertical flip.
+        color_jitter: Largest relative change of brightness, contrast, saturation.
+        value_range, nodata, fill: As in :class:`ImageDataModule`.
+        on_error: For a faulty label, and for an image that cannot be read or has another size than its labels say:
+            "raise" stops with all of them counted and named; "skip" leaves labels out, and puts another image in the
+            place of one that cannot be read.
+        max_error_share: Largest share of labels, and of images, that "skip" leaves out; it stops beyond.
+        predict_path: Images to predict: a file, a folder or a list of files; the test images if None.
+
+    Attributes:
+        train_on: As above.
+
+    Raises:
+        ValueError: An argument is out of range, or (on setup) labels are faulty.
+        FileNotFoundError: On setup: the data is not under ``root``.
+    """
+
+    masks = False  # whether targets are masks
+    background = False  # whether class 0 of the masks is no object
+
+    def __init__(
+        self,
+        root: str = "data",
+        in_chans: int = 3,
+        batch_size: int = 4,
+        eval_batch_size: int = 1,
+        num_workers: int = 2,
+        seed: int = 0,
+        val_fraction: float = 0.1,
+        train_on: str = "whole",
+        crop_size: int | list[int] = 512,
+        object_share: float = 0.5,
+        scale: list[float] | None = None,
+        hflip: float = 0.5,
+        vflip: float = 0.0,
+        color_jitter: float = 0.3,
+        value_range: str | list[float] | None = None,
+        nodata: float | None = None,
+        fill: float | str | None = None,
+        on_error: str = "raise",
+        max_error_share: float = 0.01,
+        predict_path: str | list[str] | None = None,
+    ) -> None:
+        check_option("train_on", train_on, TRAIN_ON)
+        super().__init__(
+            root=root,
+            img_size=crop_size,
+            in_chans=in_chans,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            val_fraction=val_fraction,
+            value_range=value_range,
+            nodata=nodata,
+            fill=fill,
+            augmentation="none",
+            crop="none",
+            on_error=on_error,
+            max_error_share=max_error_share,
+            predict_path=predict_path,
+        )
+        self.train_on = train_on
+        self.augmentation = DenseAugmentation(
+            self.img_size if train_on == "crops" else None,
+            object_share,
+            tuple(scale or (1.0, 1.0)),
+            hflip,
+            vflip,
+            color_jitter,
+        )
+        self.train_transform = self.eval_transform = DenseTransform(self.values, self.target)
+        self._sources: dict[str, Source | None] = {}
+
+    def read(self, split: str) -> Source | None:
+        """The images and labels of "train", "val" or "test", as ``root`` has them; None where it has no such split."""
+        raise NotImplementedError
+
+    def target(self, truth: Truth) -> Any:
+        """What a batch has of an image."""
+        raise NotImplementedError
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def source(self, split: str) -> Source | None:
+        """:meth:`read`, once."""
+        if split not in self._sources:
+            self._sources[split] = self.read(split)
+        return self._sources[split]
+
+    def make_source(self, split: str) -> Source | None:
+        """The images of a split. Without a folder "val" is a share of "train", and "test" is "val" if that has one."""
+        val = self.source("val")
+        if split == "test":
+            return self.source("test") or val
+        if split == "val" and val is not None:
+            return val
+        train = self.source("train")
+        return train if val is not None else train_or_val(train, split, self.val_fraction)
+
+    def timm_cfg(self) -> dict[str, Any]:
+        """The classes, and what the numbers of files mean: the models prepare images themselves."""
+        names = list(self.class_names)
+        return {"num_classes": len(names), "label_names": names, **self.values.described()}
+
+    def _tensors(self, source: Source, split: str) -> DenseDataset:
+        if split == "train":  # whose steps depend on the classes
+            steps = self.augmentation.steps(self.in_chans, self.masks, self.background)
+            self.train_transform = DenseTransform(self.values, self.target, steps)
+        return DenseDataset(source, *self._arguments(split), self.max_error_share)
+
+    @staticmethod
+    def collate_fn(samples: list[tuple[Tensor, Any]]) -> tuple[list, list]:
+        images, targets = zip(*samples, strict=True)
+        return list(images), list(targets)
+
+
+def check_image_size(size: tuple[int, int], stated: tuple[int, int], said: str) -> None:
+    """Raise a SampleError unless an image has the height and width that its labels are for."""
+    if tuple(size) != tuple(stated):
+        (height, width), turned = size, ", as EXIF turns it" if tuple(size) == tuple(stated)[::-1] else ""
+        raise SampleError(
+            f"the image has {width} x {height} pixels{turned}, but {said} is of {stated[1]} x {stated[0]}"
+        )
+
+
+def size_of(image: Image.Image | Raster) -> tuple[int, int]:
+    """Height and width of an image in pixels."""
+    return image.size[::-1]

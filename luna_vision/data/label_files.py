@@ -1,0 +1,506 @@
+"""Boxes and outlines of objects from label files: COCO JSON, Pascal VOC XML and YOLO text.
+
+Each format has a function that finds the labels of a split in a folder, and one that reads them; `FORMATS` lists both.
+A reader leaves out what is faulty and tells a `LabelFaults`. A file that cannot be read at all is a `UserError`.
+"""
+
+import contextlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+import yaml
+from PIL import Image, UnidentifiedImageError
+
+from luna_vision.data.faults import LabelFaults
+from luna_vision.images.decode import SampleError, read_image
+from luna_vision.images.find import VAL_NAMES, find_images, image_suffixes, listed
+from luna_vision.images.pillow import open_image_file, orientation_of
+from luna_vision.utils.errors import UserError, one_line
+
+SLACK = 0.01  # of the side: how far a box may stick out before it counts as a fault; programs round differently
+NO_AREA, OUTSIDE, UNKNOWN, MISSING, TWICE = (
+    "box without area",
+    "box outside its image",
+    "class unknown to training",
+    "missing image file",
+    "image listed twice",
+)
+Size = tuple[int, int]
+
+
+class Annotated(NamedTuple):
+    """An image file and its objects.
+
+    Attributes:
+        file: Path of the image.
+        size: Height and width in pixels, upright.
+        boxes: float32 (n, 4): left, top, right, bottom in pixels, within the image.
+        labels: int64 (n,), from 0.
+        crowd: bool (n,): objects that are neither trained on nor count as missed (COCO's crowds, VOC's difficult ones).
+        outlines: COCO's ``segmentation`` of each object, where masks are asked for; else empty.
+    """
+
+    file: str
+    size: Size
+    boxes: np.ndarray
+    labels: np.ndarray
+    crowd: np.ndarray
+    outlines: list[Any]
+
+
+class LabelSet(NamedTuple):
+    """The labels of a split.
+
+    Attributes:
+        where: The file or folder that they are from.
+        names: A name for each label.
+        images: The images that have labels, and those that are said to have none.
+        category_ids: COCO's number of each label; for other formats from 1.
+        image_ids: COCO's numbers of the images; empty for other formats.
+    """
+
+    where: str
+    names: list[str]
+    images: list[Annotated]
+    category_ids: list[int]
+    image_ids: list[int]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """int64, the number of objects of each class."""
+        labels = [image.labels for image in self.images]
+        return np.bincount(np.concatenate([*labels, np.empty(0, np.int64)]), minlength=len(self.names))
+
+
+class Place(NamedTuple):
+    """Where the labels of a split are, and the folder of its images."""
+
+    labels: Path
+    images: Path
+
+
+class _Objects:
+    """The objects of one image, as a reader meets them."""
+
+    def __init__(self, where: str, size: Size, faults: LabelFaults) -> None:
+        self.where, self.size, self.faults = where, size, faults
+        self.rows: list[tuple[list[float], int, bool, Any]] = []
+
+    def add(self, box: Sequence[float], label: int, where: str, crowd: bool = False, outline: Any = None) -> None:
+        """An object with a box in pixels, unless it is faulty."""
+        height, width = self.size
+        left, top, right, bottom = box
+        sides = (left, -width * SLACK), (top, -height * SLACK), (-right, -width * (1 + SLACK))
+        inside = all(value >= least for value, least in (*sides, (-bottom, -height * (1 + SLACK))))
+        clipped = [max(left, 0), max(top, 0), min(right, width), min(bottom, height)]
+        if not (right > left and bottom > top):  # also where one is NaN
+            self.faults.add(NO_AREA, where)
+        elif not inside or clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
+            self.faults.add(OUTSIDE, where)
+        else:
+            self.rows.append((clipped, label, crowd, outline))
+
+    def annotated(self, file: str) -> Annotated:
+        boxes, labels, crowd, outlines = zip(*self.rows, strict=True) if self.rows else ((), (), (), ())
+        arrays = np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int64), np.array(crowd, bool)
+        return Annotated(file, self.size, *arrays, [outline for outline in outlines if outline is not None])
+
+
+def image_size(path: str | os.PathLike) -> Size:
+    """Height and width of an image file in pixels, upright.
+
+    Raises:
+        SampleError: It is no image.
+        OSError: It cannot be read.
+    """
+    try:
+        with open_image_file(path) as image:
+            width, height = image.size
+            return (width, height) if orientation_of(image) >= 5 else (height, width)
+    except (UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError):  # of another decoder
+        width, height = read_image(path).size
+        return height, width
+
+
+def split_names(split: str) -> Sequence[str]:
+    """The names that a split may have on the disk."""
+    return VAL_NAMES if split == "val" else (split,)
+
+
+def _number(value: Any) -> float:
+    """A finite number, or NaN for anything else."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if not isinstance(value, bool) and math.isfinite(number := float(value)):
+            return number
+    return math.nan
+
+
+# ---- COCO
+
+
+def find_coco(root: Path, split: str) -> Place | None:
+    """SPLIT.json beside SPLIT/, annotations/instances_SPLIT*.json, or SPLIT/_annotations.coco.json."""
+    found = []
+    for name in split_names(split):
+        files = [root / f"{name}.json", root / name / "_annotations.coco.json"]
+        files += sorted(path for start in ("", "instances_") for path in root.glob(f"annotations/{start}{name}*.json"))
+        found += [path for path in files if path.is_file()]
+    if len(found) > 1:
+        raise UserError(f"{listed(list(map(str, found)))} are all for {split}: keep one of them in {root}")
+    if not found:
+        return None
+    (file,) = found
+    stem = file.stem.removeprefix("instances_")
+    folders = [root / stem / "images", root / stem, root / "images" / stem, root / "images", file.parent]
+    if file.name.startswith("_"):
+        folders.insert(0, file.parent)
+    return Place(file, next((folder for folder in folders if folder.is_dir()), root))
+
+
+def read_coco(place: Place, names: list[str] | None, faults: LabelFaults, masks: bool = False) -> LabelSet:
+    """Read a COCO file, with the classes in the order of their ids.
+
+    Args:
+        place: From `find_coco`.
+        names: The classes of the training labels; None takes those of the file.
+        faults: Is told what is left out.
+        masks: Read outlines; an object may then lack a box.
+
+    Raises:
+        UserError: It is no COCO file.
+    """
+    file = place.labels
+    content = _json(file)
+    categories = {}
+    for where, entry in _records(content, "categories", file, faults, id=int, name=str):
+        if entry["id"] in categories or entry["name"] in categories.values():
+            raise UserError(f"{where}: the category {entry['name']!r}, id {entry['id']}, is there twice")
+        categories[entry["id"]] = entry["name"]
+    ids = sorted(categories)
+    names = [categories[id_] for id_ in ids] if names is None else names
+    label_of = {id_: names.index(name) for id_, name in categories.items() if name in names}
+    images: dict[int, _Objects] = {}
+    files: dict[int, str] = {}
+    listed_files: set[str] = set()
+    for where, entry in _records(content, "images", file, faults, id=int, file_name=str):
+        path = str(place.images / entry["file_name"])
+        if entry["id"] in images or path in listed_files:
+            faults.add(TWICE, where)
+            continue
+        listed_files.add(path)
+        if (size := _size_of(path, entry, where, faults)) is not None:
+            images[entry["id"]], files[entry["id"]] = _Objects(str(file), size, faults), path
+    known = {entry.get("id") for entry in content["images"] if isinstance(entry, dict) and _plain(entry.get("id"))}
+    for where, entry in _records(content, "annotations", file, faults, image_id=int, category_id=int):
+        label, objects = label_of.get(entry["category_id"]), images.get(entry["image_id"])
+        if objects is None:
+            if entry["image_id"] not in known:  # else the image is a fault already
+                faults.add("annotation of an unknown image", where)
+            continue
+        if label is None:
+            faults.add(UNKNOWN, where)
+            continue
+        outline = entry.get("segmentation") if masks else None
+        box = entry.get("bbox")
+        if masks:
+            if not is_outline(outline, objects.size):
+                faults.add("outline that is neither polygons nor run lengths", where)
+                continue
+            box = box or [0, 0, *objects.size[::-1]]
+        if not isinstance(box, list) or len(box) != 4:
+            faults.add("annotation without a box", where)
+            continue
+        left, top, width, height = map(_number, box)
+        crowd = bool(entry.get("iscrowd"))
+        objects.add((left, top, left + width, top + height), label, where, crowd, outline)
+    found = [objects.annotated(files[id_]) for id_, objects in images.items()]
+    by_name = {name: id_ for id_, name in categories.items()}
+    return LabelSet(str(file), names, found, [by_name.get(name, 0) for name in names], list(images))
+
+
+def _size_of(path: str, entry: dict[str, Any], where: str, faults: LabelFaults) -> Size | None:
+    if not os.path.isfile(path):
+        faults.add(MISSING, path)
+        return None
+    width, height = _number(entry.get("width")), _number(entry.get("height"))
+    if width >= 1 and height >= 1 and width == int(width) and height == int(height):
+        return int(height), int(width)
+    return _read_size(path, faults)
+
+
+def _read_size(path: str, faults: LabelFaults) -> Size | None:
+    """The size of an image file; one that cannot be read is a fault."""
+    try:
+        return image_size(path)
+    except SampleError:
+        faults.add("image file that cannot be read", path)
+    except OSError:
+        faults.add(MISSING, path)
+    return None
+
+
+def is_outline(outline: Any, size: Size) -> bool:
+    """Whether pycocotools can draw it: polygons, or run lengths of an image of this size."""
+    if isinstance(outline, list):
+        polygons = (isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in outline)
+        return bool(outline) and all(polygons) and all(not math.isnan(_number(x)) for p in outline for x in p)
+    if not isinstance(outline, dict) or outline.get("size") != list(size):
+        return False
+    counts = outline.get("counts")
+    if isinstance(counts, list):
+        return all(type(n) is int and n >= 0 for n in counts) and sum(counts) == size[0] * size[1]
+    return isinstance(counts, str) and counts.isascii()
+
+
+def draw_outline(outline: Any, size: Size) -> np.ndarray:
+    """bool (H, W), the pixels of an object.
+
+    Args:
+        outline: For which `is_outline` is true.
+        size: Height and width of the image in pixels.
+
+    Raises:
+        SampleError: The run lengths are broken.
+    """
+    from pycocotools import mask
+
+    try:
+        rle = outline
+        if isinstance(outline, list):
+            rle = mask.merge(mask.frPyObjects(outline, *size))
+        elif isinstance(outline["counts"], list):
+            rle = mask.frPyObjects(outline, *size)
+        return mask.decode(rle).astype(bool)
+    except ValueError as error:
+        raise SampleError(f"broken run lengths of an outline: {one_line(error)}") from error
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is no JSON: {one_line(error)}") from error
+    lists = ("images", "annotations", "categories")
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in lists):
+        raise UserError(f"{file} is no COCO file: it must have the lists {', '.join(lists)}")
+    return content
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, int | str)
+
+
+def _records(
+    content: dict[str, Any], key: str, file: Path, faults: LabelFaults, **fields: type
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, entry) of a list in a COCO file; entries without the fields that they need are faults."""
+    for number, entry in enumerate(content[key]):
+        where = f"{file.name} {key}[{number}]"
+        if isinstance(entry, dict) and all(type(entry.get(name)) is kind for name, kind in fields.items()):
+            yield where, entry
+        else:
+            faults.add(f"entry without {' and '.join(fields)}", where)
+
+
+# ---- Pascal VOC
+
+
+def find_voc(root: Path, split: str) -> Place | None:
+    """Annotations/*.xml and JPEGImages/, with the names of a split in ImageSets/Main/SPLIT.txt."""
+    if not (root / "Annotations").is_dir():
+        return None
+    images = root / "JPEGImages" if (root / "JPEGImages").is_dir() else root / "images"
+    lists = [root / "ImageSets" / "Main" / f"{name}.txt" for name in split_names(split)]
+    found = [path for path in lists if path.is_file()]
+    if not found and split == "train" and not (root / "ImageSets" / "Main").is_dir():
+        return Place(root / "Annotations", images)
+    return Place(found[0], images) if found else None
+
+
+def read_voc(place: Place, names: list[str] | None, faults: LabelFaults) -> LabelSet:
+    """Read the XML files of a split. Their corners count from 1, and the last pixel belongs to the box.
+
+    Arguments and errors are those of `read_coco`. Without `names` the classes are those of the objects, sorted.
+    """
+    folder = place.labels if place.labels.is_dir() else place.labels.parents[2] / "Annotations"
+    stems = [path.stem for path in sorted(folder.glob("*.xml"))] if place.labels.is_dir() else _lines(place.labels)
+    stems = [line.split()[0] for line in stems if line.split()]  # lists of one class have a second column
+    files = {os.path.splitext(name)[0]: name for name in sorted(os.listdir(place.images)) if _is_image(name)}
+    trees: list[tuple[str, ElementTree.Element, str]] = []
+    for stem, count in Counter(stems).items():
+        if count > 1:
+            faults.add(TWICE, stem)
+        path = folder / f"{stem}.xml"
+        if stem not in files:
+            faults.add(MISSING, str(place.images / stem))
+            continue
+        try:
+            trees.append((path.name, ElementTree.parse(path).getroot(), str(place.images / files[stem])))
+        except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:  # LookupError: of its encoding
+            faults.add("label file that cannot be read", f"{path.name}: {one_line(error)}")
+    if names is None:
+        found = {(node.findtext("name") or "").strip() for _, tree, _ in trees for node in tree.iter("object")}
+        names = sorted(found - {""})
+    images = []
+    for name, tree, path in trees:
+        width, height = (_number(tree.findtext(f"size/{side}")) for side in ("width", "height"))
+        stated = width >= 1 and height >= 1
+        size = (int(height), int(width)) if stated else _read_size(path, faults)
+        if size is None:
+            continue
+        objects = _Objects(name, size, faults)
+        for number, node in enumerate(tree.iter("object")):
+            where, called = f"{name} object {number}", (node.findtext("name") or "").strip()
+            box = [_number(node.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")]
+            if called not in names:
+                faults.add(UNKNOWN, f"{where}: {called or 'no name'}")
+                continue
+            difficult = (node.findtext("difficult") or "0").strip() == "1"
+            objects.add((box[0] - 1, box[1] - 1, *box[2:]), names.index(called), where, difficult)
+        images.append(objects.annotated(path))
+    return LabelSet(str(place.labels), names, images, list(range(1, len(names) + 1)), [])
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(image_suffixes())
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8-sig").splitlines()
+    except ValueError as error:
+        raise UserError(f"{file} is no UTF-8 text: {one_line(error)}") from error
+
+
+# ---- YOLO
+
+
+def find_yolo(root: Path, split: str) -> Place | None:
+    """A data.yaml, or the folder that it is in. Its ``train``, ``val`` and ``test`` name folders or lists of images."""
+    file = root if root.suffix in (".yaml", ".yml") else next(iter(sorted(root.glob("data.y*ml"))), None)
+    if file is None or not file.is_file():
+        return None
+    content = _yolo(file)
+    given = next((content[name] for name in split_names(split) if content.get(name)), None)
+    if given is None:
+        return None
+    if not isinstance(given, str):
+        raise UserError(f"{file}: {split} must be one folder or list of images, got {given!r}")
+    base = Path(file.parent, str(content.get("path") or ""))
+    base = base if base.is_dir() else file.parent
+    # some exports begin at a folder beside that of the file
+    tried = [base / given, file.parent / given, file.parent / given.removeprefix("../")]
+    return Place(file, next((path for path in tried if path.exists()), tried[0]))
+
+
+def read_yolo(place: Place, names: list[str] | None, faults: LabelFaults) -> LabelSet:
+    """Read the text files beside the images: ``class x y width height``, the centre first, as shares of the image.
+
+    A line with more numbers is an outline, and its box is read. An image without a text file has no objects. Arguments
+    and errors are those of `read_coco`; `names` is not used, as data.yaml is the same for all splits.
+    """
+    names = _yolo_names(place.labels)
+    if place.images.suffix == ".txt":
+        files = [str(Path(place.images.parent, line.strip())) for line in _lines(place.images) if line.strip()]
+    else:
+        files = find_images(str(place.images))
+    images = []
+    for file, count in Counter(files).items():
+        if count > 1:
+            faults.add(TWICE, file)
+        size = _read_size(file, faults)
+        if size is None:
+            continue
+        labels = label_file_of(file)
+        objects = _Objects(labels.name, size, faults)
+        try:
+            lines = labels.read_text(encoding="utf-8-sig").splitlines() if labels.is_file() else []
+        except ValueError as error:
+            faults.add("label file that cannot be read", f"{labels}: {one_line(error)}")
+            continue
+        for number, line in enumerate(lines, 1):
+            if line.split():
+                _yolo_object(line.split(), f"{labels.name} line {number}", len(names), objects)
+        images.append(objects.annotated(file))
+    return LabelSet(str(place.labels), names, images, list(range(1, len(names) + 1)), [])
+
+
+def label_file_of(image: str) -> Path:
+    """YOLO's text file of an image: in ``labels`` in place of the last folder ``images``, else beside it."""
+    before, found, after = image.rpartition(f"{os.sep}images{os.sep}")
+    path = f"{before}{os.sep}labels{os.sep}{after}" if found else image
+    return Path(path).with_suffix(".txt")
+
+
+def _yolo_object(words: list[str], where: str, classes: int, objects: _Objects) -> None:
+    label, *numbers = map(_number, words)
+    if len(numbers) < 4 or len(numbers) == 5 or (len(numbers) > 5 and len(numbers) % 2):
+        objects.faults.add("line that is neither a box nor an outline", where)
+        return
+    if label not in range(classes):
+        objects.faults.add(UNKNOWN, f"{where}: {words[0][:20]}")
+        return
+    height, width = objects.size
+    if len(numbers) == 4:
+        x, y, w, h = numbers
+        box = (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
+    else:
+        xs, ys = np.array(numbers[0::2]), np.array(numbers[1::2])
+        box = (xs.min(), ys.min(), xs.max(), ys.max())
+    objects.add((box[0] * width, box[1] * height, box[2] * width, box[3] * height), int(label), where)
+
+
+def _yolo(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_bytes())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is no YAML: {one_line(error)}") from error
+    if not isinstance(content, dict) or "names" not in content:
+        raise UserError(f"{file} is no data.yaml of YOLO: it must have names, the list of the classes")
+    return content
+
+
+def _yolo_names(file: Path) -> list[str]:
+    names = _yolo(file)["names"]
+    if isinstance(names, dict):  # by number
+        if set(names) != set(range(len(names))):
+            raise UserError(f"{file}: names must be numbered from 0 without gaps, got {list(names)[:20]}")
+        names = [names[number] for number in range(len(names))]
+    if not isinstance(names, list) or not names or len({*map(str, names)}) < len(names):
+        raise UserError(f"{file}: names must be a list of different class names, got {str(names)[:200]}")
+    return [str(name) for name in names]
+
+
+Finder = Callable[[Path, str], Place | None]
+Reader = Callable[..., LabelSet]
+FORMATS: dict[str, tuple[Finder, Reader]] = {
+    "coco": (find_coco, read_coco),
+    "voc": (find_voc, read_voc),
+    "yolo": (find_yolo, read_yolo),
+}
+LAYOUTS = (
+    "COCO (train.json beside train/, or annotations/instances_train*.json), Pascal VOC (Annotations/, JPEGImages/ and "
+    "ImageSets/Main/train.txt) or YOLO (data.yaml)"
+)
+
+
+def recognise(root: str | os.PathLike) -> str:
+    """The format of the boxes in a folder, a key of `FORMATS`.
+
+    Raises:
+        FileNotFoundError: There is none.
+        UserError: There are two.
+    """
+    found = [name for name, (find, _) in FORMATS.items() if find(Path(root), "train") is not None]
+    if not found:
+        raise FileNotFoundError(f"no training labels in {root}: it must be {LAYOUTS}")
+    if len(found) > 1:
+        raise UserError(f"{root} has labels in the formats {' and '.join(found)}: say which one as format")
+    return found[0]

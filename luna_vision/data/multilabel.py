@@ -1,0 +1,222 @@
+"""Photos with any number of labels each, from a table."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Subset
+
+from luna_vision.data.base import train_or_val
+from luna_vision.data.dense import PredictsFiles
+from luna_vision.data.faults import LabelFaults
+from luna_vision.data.folders import PhotoDataModule
+from luna_vision.data.images import Source, TransformedDataset
+from luna_vision.data.label_files import MISSING, TWICE, UNKNOWN, split_names
+from luna_vision.data.sampling import sample_seed
+from luna_vision.images.decode import read_image
+from luna_vision.images.find import listed
+from luna_vision.utils.errors import UserError, one_line
+
+SEPARATORS = ("|", ";", ",")
+YES, NO = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no", "")
+
+
+class LabelTable:
+    """(image, labels) of a table: labels are float32 (K,), 1 for the classes that an image has, else 0.
+
+    Attributes:
+        class_names: Names of the K classes.
+        matrix: float32 (n, K), all labels.
+        where, skipped: In words, where they are, and what they hold.
+    """
+
+    def __init__(self, files: list[str], matrix: np.ndarray, class_names: list[str], where: str) -> None:
+        self.files, self.matrix, self.class_names, self.where = files, matrix, class_names, where
+        counts = list(zip(class_names, matrix.sum(0).astype(int), strict=True))
+        self.skipped = f"; labels: {listed([f'{name} {count}' for name, count in counts if count], 20)}"
+        if never := [name for name, count in counts if not count]:
+            self.skipped += f"; never occur: {listed(never)}"
+        if none := int((matrix.sum(1) == 0).sum()):
+            self.skipped += f"; {none} images without a label"
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def sample_file(self, index: int) -> str:
+        return self.files[index]
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        return read_image(self.files[index]), self.matrix[index]
+
+
+def read_table(
+    path: Path, class_names: list[str] | None, faults: LabelFaults, separator: str | None = None
+) -> LabelTable:
+    """Read a CSV file with a header. The first column names the images, relative to the file or to a folder beside it.
+
+    With two columns, the second one lists the labels of an image; with more, each other column is a class, and has 0 or
+    1.
+
+    Args:
+        path: The file.
+        class_names: The classes of training; None takes those of the file.
+        faults: Is told what is left out.
+        separator: Between labels in a list; by default the first of | ; , that occurs.
+
+    Raises:
+        UserError: It is no such table.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            header, *rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)] or [[]]
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path} is no CSV table: {one_line(error)}") from error
+    header = [cell.strip() for cell in header]
+    if len(header) < 2 or len(set(header)) < len(header) or not rows:
+        raise UserError(f"{path} must have a header with two or more different columns, and rows below it")
+    folders = [path.parent, path.parent / path.stem, path.parent / "images", path.parent / path.stem / "images"]
+    folder = next((folder for folder in folders if (folder / rows[0][0].strip()).is_file()), path.parent)
+    kept: list[tuple[str, list[str]]] = []
+    seen: set[str] = set()
+    for number, row in enumerate(rows, 2):
+        where, name = f"{path.name} row {number}", row[0].strip()
+        if len(row) != len(header):
+            faults.add("row of another number of columns", where)
+        elif name in seen:
+            faults.add(TWICE, f"{where}: {name}")
+        elif not name or not (folder / name).is_file():
+            faults.add(MISSING, f"{where}: {name}")
+        else:
+            seen.add(name)
+            kept.append((where, [str(folder / name), *(cell.strip() for cell in row[1:])]))
+    lists = len(header) == 2 and any(cells[1].lower() not in YES + NO for _, cells in kept)
+    if lists:
+        separator = separator or next((s for s in SEPARATORS if any(s in cells[1] for _, cells in kept)), SEPARATORS[0])
+        found = [[label for part in cells[1].split(separator) if (label := part.strip())] for _, cells in kept]
+        class_names = sorted({label for labels in found for label in labels}) if class_names is None else class_names
+    else:
+        found = [_columns(cells[1:], header[1:], where, faults) for where, cells in kept]
+        class_names = header[1:] if class_names is None else class_names
+    matrix = np.zeros((len(kept), len(class_names)), np.float32)
+    at = {name: i for i, name in enumerate(class_names)}
+    for row, ((where, _), labels) in enumerate(zip(kept, found, strict=True)):
+        for label in labels:
+            if label in at:
+                matrix[row, at[label]] = 1
+            else:
+                faults.add(UNKNOWN, f"{where}: {label}")
+    return LabelTable([cells[0] for _, cells in kept], matrix, class_names, str(path))
+
+
+def _columns(cells: list[str], names: list[str], where: str, faults: LabelFaults) -> list[str]:
+    """The names of the columns with a 1; a cell that is neither 0 nor 1 is a fault."""
+    for name, cell in zip(names, cells, strict=True):
+        if cell.lower() not in YES + NO:
+            faults.add("cell that is neither 0 nor 1", f"{where} {name}: {cell[:20]}")
+    return [name for name, cell in zip(names, cells, strict=True) if cell.lower() in YES]
+
+
+def repeat_rare(matrix: np.ndarray, threshold: float) -> np.ndarray:
+    """How often each image comes in an epoch, so that images of rare classes come more often.
+
+    An image of a class that a share f of all images has comes max(1, sqrt(threshold / f)) times; that of the rarest of
+    its classes counts, rounded up or down at random, always alike.
+
+    Source: Gupta et al., "LVIS: A Dataset for Large Vocabulary Instance Segmentation", CVPR 2019, appendix B.2.
+
+    Args:
+        matrix: (n, K), 1 for the classes that an image has.
+        threshold: A share of the images.
+
+    Returns:
+        int64 (n,)
+    """
+    share = (matrix > 0).mean(0)
+    factor = np.sqrt(threshold / np.maximum(share, 1 / len(matrix))).clip(min=1)
+    repeats = np.where(matrix > 0, factor, 1).max(1, initial=1)
+    return np.floor(repeats + np.random.default_rng(0).random(len(repeats))).astype(np.int64)
+
+
+class MultiLabelDataset(TransformedDataset):
+    """(image tensor, labels (K,)) of a `LabelTable`."""
+
+    def prepare(self, image: Any, label: np.ndarray, epoch: int, index: int, what: str, transform: Any = None) -> tuple:
+        tensor = (transform or self.transform)(image, sample_seed(self.seed, epoch, index))
+        return tensor, torch.from_numpy(label)
+
+
+class MultiLabelDataModule(PredictsFiles, PhotoDataModule):
+    """Photos with any number of labels each, for :class:`~luna_vision.tasks.MultiLabelTask`.
+
+    ``root/train.csv``, and ``root/val.csv`` and ``root/test.csv`` if there are any, name the images in the first
+    column. Two layouts are read: a second column with the labels of an image, "cat|dog", or a column for each class
+    with 0 or 1. Files are found beside the table, in a folder of its name or in ``images``. Targets are float32 (B, K).
+
+    Args:
+        root: Folder of the tables.
+        separator: Between labels in a list; by default the first of | ; , that occurs.
+        repeat_rare: Images of classes that fewer than this share of the images have come more often, see
+            :func:`luna_vision.data.multilabel.repeat_rare`; 0 is off.
+        **kwargs: The other arguments of :class:`ImageDataModule`. ``on_error`` also counts faulty rows.
+
+    Raises:
+        ValueError: On setup: faulty labels; an argument out of range.
+        FileNotFoundError: On setup: there is no root/train.csv.
+    """
+
+    def __init__(self, root: str = "data", separator: str | None = None, repeat_rare: float = 0.0, **kwargs) -> None:
+        super().__init__(root=root, **kwargs)
+        if not 0 <= repeat_rare <= 1:
+            raise ValueError(f"repeat_rare is a share of the images, in [0, 1], got {repeat_rare}")
+        self.separator, self.repeat_rare = separator, repeat_rare
+        self._tables: dict[str, LabelTable | None] = {}
+
+    def find_class_names(self) -> list[str]:
+        return self.table("train").class_names
+
+    def table(self, split: str) -> LabelTable | None:
+        """The table of a split, read once; None if there is none."""
+        if split not in self._tables:
+            paths = [Path(self.root, f"{name}.csv") for name in split_names(split)]
+            path = next((path for path in paths if path.is_file()), None)
+            if path is None and split == "train":
+                raise FileNotFoundError(
+                    f"no table {paths[0]}: root= must contain train.csv, which names images and labels"
+                )
+            self._tables[split] = None if path is None else self._read(path, split)
+        return self._tables[split]
+
+    def _read(self, path: Path, split: str) -> LabelTable:
+        faults = LabelFaults(f"{type(self).__name__} {split}", self.max_error_share)
+        names = None if split == "train" else self.class_names
+        table = read_table(path, names, faults, self.separator)
+        faults.settle(len(table) + sum(map(len, faults.found.values())))
+        if not len(table) or not table.class_names:
+            raise UserError(f"{path} has no {'images' if table.class_names else 'labels'}")
+        return table
+
+    def make_source(self, split: str) -> Source | None:
+        val = self.table("val")
+        if split == "test":
+            return self.table("test") or val
+        if split == "val" and val is not None:
+            return val
+        train = self.table("train")
+        source = train if val is not None else train_or_val(train, split, self.val_fraction)
+        if split == "train" and self.repeat_rare:
+            kept = list(range(len(train))) if source is train else source.indices
+            repeats = repeat_rare(train.matrix[kept], self.repeat_rare)
+            return Subset(train, np.repeat(kept, repeats).tolist())
+        return source
+
+    def positive_share(self) -> Tensor:
+        """float32 (K,), the share of the training images that have each class."""
+        return torch.from_numpy(self.table("train").matrix.mean(0))
+
+    def _tensors(self, source: Source, split: str) -> MultiLabelDataset:
+        sized = self.sized_transforms if split == "train" else None
+        return MultiLabelDataset(source, *self._arguments(split), self.max_error_share, sized=sized)

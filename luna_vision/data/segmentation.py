@@ -1,0 +1,412 @@
+"""A class for each pixel, from folders of masks or from the outlines of a COCO file."""
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from luna_vision.data.dense import IGNORE, DenseDataModule, Truth, check_image_size, size_of
+from luna_vision.data.faults import LabelFaults
+from luna_vision.data.label_files import LabelSet, Size, draw_outline, find_coco, image_size, read_coco, split_names
+from luna_vision.images.decode import SampleError, read_image
+from luna_vision.images.find import find_images, listed
+from luna_vision.images.pillow import open_image_file
+from luna_vision.utils.checks import check_option
+from luna_vision.utils.errors import UserError, one_line
+from luna_vision.utils.text import printable
+
+# folders of images and of their masks
+LAYOUTS = (
+    ("{}/images", "{}/masks"),
+    ("images/{}", "masks/{}"),
+    ("images/{}", "annotations/{}"),
+    ("images/{}", "labels/{}"),
+    ("{}", "{}annot"),
+    ("{}", "{}_labels"),
+    ("{}", "{}_masks"),
+)
+MASK_ENDS = ("", "_mask", "_masks", "_label", "_L")  # of a mask's name, after the name of its image
+BACKGROUNDS = ("background", "_background_", "bg")  # names of a first class that is no object
+SCANNED = 2000  # masks that are read at the start, evenly spread, to count the pixels of each class
+FORMATS = ("masks", "coco")
+
+
+class Coding(NamedTuple):
+    """What the pixels of mask files mean.
+
+    Attributes:
+        names: The classes, with the background where there is one.
+        values: The number of each class in the files, or its colour (red, green, blue).
+        ignored: The number, or the colour, of pixels that do not count; None where there is none.
+    """
+
+    names: list[str]
+    values: list[int] | list[tuple[int, int, int]]
+    ignored: Any = IGNORE
+
+    @property
+    def colors(self) -> bool:
+        return bool(self.values) and not isinstance(self.values[0], int)
+
+    def decode(self, numbers: np.ndarray) -> tuple[np.ndarray, list[Any]]:
+        """The class of each pixel as uint8, `IGNORE` where it has none, and the values that mean nothing.
+
+        Args:
+            numbers: (H, W) integers, or (H, W, 3) uint8 where values are colours.
+        """
+        known = list(self.values)
+        classes = list(range(len(known)))
+        if self.ignored is not None and self.ignored not in known:
+            known, classes = [*known, self.ignored], [*classes, IGNORE]
+        flat = _packed(numbers) if self.colors else numbers.astype(np.int64)
+        keys = _packed(np.array(known, np.uint8)) if self.colors else np.array(known, np.int64)
+        order = np.argsort(keys)
+        keys, classes = keys[order], np.array(classes)[order]
+        at = np.searchsorted(keys, flat).clip(max=len(keys) - 1)
+        found = keys[at] == flat
+        unknown = np.unique(flat[~found]).tolist()
+        if self.colors:
+            unknown = [(value >> 16, value >> 8 & 255, value & 255) for value in unknown]
+        return np.where(found, classes[at], IGNORE).astype(np.uint8), unknown
+
+
+def _packed(colors: np.ndarray) -> np.ndarray:
+    """Colours (..., 3) as one number each."""
+    red, green, blue = np.moveaxis(colors.astype(np.int64), -1, 0)
+    return red << 16 | green << 8 | blue
+
+
+def read_mask(path: str | os.PathLike, colors: bool) -> np.ndarray:
+    """The numbers of a mask file (H, W), those of a palette image its indices; or its colours (H, W, 3).
+
+    Raises:
+        SampleError: It is no mask.
+        OSError: It cannot be read.
+    """
+    try:
+        with open_image_file(path) as image:
+            if colors:
+                return np.asarray(image.convert("RGB"))
+            array = np.asarray(image)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # decoders raise nearly anything for a broken file
+        raise SampleError(f"cannot decode mask {path}: {one_line(error)}") from error
+    if array.ndim != 2 or not (np.issubdtype(array.dtype, np.integer) or array.dtype == bool):
+        raise SampleError(f"mask {path} has colours or fractions: give the colour of each class as values")
+    return array
+
+
+class MaskSource:
+    """(image, `Truth`) of image files and mask files.
+
+    Args:
+        pairs: Files of an image and of its mask.
+        coding: What the pixels of masks mean.
+        where: In words, where they are.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[str, str]], coding: Coding, where: str) -> None:
+        self.pairs, self.coding, self.where, self.skipped = pairs, coding, where, ""
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def sample_file(self, index: int) -> str:
+        return self.pairs[index][0]
+
+    def mask(self, index: int, size: Size) -> np.ndarray:
+        """uint8 (H, W), the class of each pixel or `IGNORE`, of an image that has this size."""
+        path = self.pairs[index][1]
+        mask, unknown = self.coding.decode(read_mask(path, self.coding.colors))
+        if unknown:
+            raise SampleError(f"mask {path} has values that are no class: {listed(list(map(str, unknown)), 5)}")
+        check_image_size(size, mask.shape, f"its mask {path}")
+        return mask
+
+    def __getitem__(self, index: int) -> tuple[Any, Truth]:
+        image = read_image(self.pairs[index][0])
+        return image, Truth(mask=self.mask(index, size_of(image)))
+
+
+class OutlineSource:
+    """(image, `Truth`) of a COCO file: the outlines of objects, smaller ones over larger ones, crowds ignored."""
+
+    skipped = ""
+
+    def __init__(self, labels: LabelSet, background: bool) -> None:
+        self.labels, self.background, self.where = labels, background, labels.where
+
+    def __len__(self) -> int:
+        return len(self.labels.images)
+
+    def sample_file(self, index: int) -> str:
+        return self.labels.images[index].file
+
+    def mask(self, index: int, size: Size) -> np.ndarray:
+        """uint8 (H, W), the class of each pixel or `IGNORE`, of an image that has this size."""
+        image = self.labels.images[index]
+        check_image_size(size, image.size, f"the label of {image.file}")
+        mask = np.full(image.size, 0 if self.background else IGNORE, np.uint8)
+        objects = [draw_outline(outline, image.size) for outline in image.outlines]
+        for at in sorted(range(len(objects)), key=lambda at: -int(objects[at].sum())):
+            mask[objects[at]] = IGNORE if image.crowd[at] else image.labels[at] + self.background
+        return mask
+
+    def __getitem__(self, index: int) -> tuple[Any, Truth]:
+        image = read_image(self.sample_file(index))
+        return image, Truth(mask=self.mask(index, size_of(image)))
+
+
+class SegmentationDataModule(DenseDataModule):
+    """Photos with a class for each pixel, for :class:`~luna_vision.tasks.SegmentationTask`.
+
+    Targets are masks, uint8 (H, W): 0 to the number of classes - 1 in the order of ``class_names``, with a background
+    0 is the background and classes count from 1; 255 is ignored.
+
+    The folders are ``root/SPLIT/images`` and ``root/SPLIT/masks``, or another of docs/dense.md; or ``root`` has a COCO
+    file. A mask is an image of one channel with numbers, a palette image (its indices count), or of colours. By default
+    the classes are those of ``root/classes.txt``, a name in each line; or of ``root/class_dict.csv``, with the columns
+    name, r, g, b; else the numbers in the training masks. A run begins with the share of pixels of each class.
+
+    Args:
+        root: Folder of the data.
+        format: "masks" or "coco"; by default the one that ``root`` has.
+        classes: Names of the classes, the background among them where the masks have one.
+        values: The number of each class in masks, or its colour [red, green, blue]; by default 0, 1, ...
+        ignore_index: The number, or the colour, of pixels that are neither trained on nor scored; -1 for none.
+        background: Whether the first class is the background, which is trained on, and scored as one more class;
+            by default where it is called so. With COCO, whether pixels outside of all outlines are background or
+            ignored.
+        **kwargs: The other arguments of :class:`~luna_vision.data.dense.DenseDataModule`.
+
+    Raises:
+        ValueError: On setup: faulty masks, or an argument out of range.
+        FileNotFoundError: On setup: ``root`` has no masks.
+    """
+
+    masks = True
+
+    def __init__(
+        self,
+        root: str = "data",
+        format: str | None = None,
+        classes: list[str] | None = None,
+        values: list[int] | list[list[int]] | None = None,
+        ignore_index: int | list[int] = IGNORE,
+        background: bool | None = None,
+        **kwargs,
+    ) -> None:
+        super().__init__(root=root, **kwargs)
+        if format is not None:
+            check_option("format", format, FORMATS)
+        self._format, self._classes, self._background = format, classes, background
+        self._values = None if values is None else [v if isinstance(v, int) else tuple(v) for v in values]
+        ignored = ignore_index if isinstance(ignore_index, int) else tuple(ignore_index)
+        self.ignored = None if ignored == -1 else ignored
+        if classes is not None and values is not None and len(classes) != len(values):
+            raise ValueError(f"values must be one for each of the {len(classes)} classes, got {len(values)}")
+        if classes is not None and len(set(classes)) < len(classes):
+            raise ValueError(f"classes must have different names, got {classes}")
+        self._coding: Coding | None = None
+
+    # ---- classes
+
+    @property
+    def format(self) -> str:
+        """ "masks" or "coco"."""
+        if self._format is None:
+            found = ["masks"] * (self.folders("train") is not None)
+            found += ["coco"] * (find_coco(Path(self.root), "train") is not None)
+            if not found:
+                layouts = listed([" and ".join(at).format("train", "train") for at in LAYOUTS])
+                raise FileNotFoundError(
+                    f"no training masks in {self.root}: it must have {layouts}, or a COCO file train.json beside train/"
+                )
+            if len(found) > 1:
+                raise UserError(f"{self.root} has masks and a COCO file: say which one as format")
+            self._format = found[0]
+        return self._format
+
+    @property
+    def coding(self) -> Coding:
+        """The classes of mask files."""
+        if self._coding is None:
+            names, values = self._classes, self._values
+            if names is None:
+                names, table = class_table(Path(self.root))
+                values = table if values is None else values
+            if values is None:
+                values = list(range(len(names))) if names is not None else self._numbers()
+            names = list(map(str, values)) if names is None else names
+            if len(names) != len(values):
+                raise ValueError(f"values must be one for each of the {len(names)} classes, got {len(values)}")
+            if not 2 <= len(names) <= IGNORE:
+                raise UserError(f"masks must have 2 to {IGNORE} classes, got {len(names)} in {self.root}")
+            ignored = self.ignored
+            if not isinstance(values[0], int) and isinstance(ignored, int):
+                ignored = None  # a number is no colour
+            self._coding = Coding(list(names), list(values), ignored)
+        return self._coding
+
+    def _numbers(self) -> list[int]:
+        """The numbers in the training masks."""
+        found: set[int] = set()
+        pairs = self._pairs("train")
+        for at in _spread(len(pairs), SCANNED):
+            found |= set(np.unique(read_mask(pairs[at][1], colors=False)).tolist())
+        if found == {0, 255}:
+            raise UserError(
+                f"the masks of {self.root} hold 0 and 255 alone, and 255 is ignored: give values [0, 255], classes "
+                "[background, NAME] and ignore_index -1"
+            )
+        top = max((number for number in found if number != self.ignored), default=0)
+        if top >= IGNORE:
+            raise UserError(f"the masks of {self.root} hold numbers up to {top}: give classes and values")
+        return list(range(top + 1))
+
+    @property
+    def background(self) -> bool:
+        """Whether class 0 of the masks in a batch is the background, which ``class_names`` leaves out."""
+        if self._background is not None:
+            return self._background
+        return self.format == "coco" or self.coding.names[0].lower() in BACKGROUNDS
+
+    @property
+    def class_names(self) -> list[str]:
+        """The classes without the background."""
+        if self.format == "coco":
+            return self._classes or self.source("train").labels.names
+        return self.coding.names[int(self.background) :]
+
+    # ---- files
+
+    def folders(self, split: str) -> tuple[Path, Path] | None:
+        """The folders of the images and of the masks of a split."""
+        for name in split_names(split):
+            for layout in LAYOUTS:
+                images, masks = (Path(self.root, part.format(name)) for part in layout)
+                if images.is_dir() and masks.is_dir():
+                    return images, masks
+        return None
+
+    def _pairs(self, split: str) -> list[tuple[str, str]]:
+        images, masks = self.folders(split)
+        faults = LabelFaults(f"{type(self).__name__} {split}", self.max_error_share)
+        by_stem: dict[str, str] = {}
+        for path in find_images(str(masks)):
+            stem = _stem(path, masks)
+            if stem in by_stem:
+                faults.add("second mask of an image", path)
+            by_stem.setdefault(stem, path)
+        pairs = []
+        for path in find_images(str(images)):
+            stem = _stem(path, images)
+            mask = next((by_stem.pop(stem + end) for end in MASK_ENDS if stem + end in by_stem), None)
+            if mask is None:
+                faults.add("image without a mask", path)
+            else:
+                pairs.append((path, mask))
+        for path in by_stem.values():
+            faults.add("mask without an image", path)
+        faults.settle(len(pairs) + sum(map(len, faults.found.values())))
+        if not pairs:
+            raise UserError(f"no image in {images} has a mask of the same name in {masks}")
+        return pairs
+
+    def read(self, split: str) -> MaskSource | OutlineSource | None:
+        name = f"{type(self).__name__} {split}"
+        if self.format == "masks":
+            folders = self.folders(split)
+            if folders is None and split == "train":
+                raise FileNotFoundError(f"no training masks in {self.root}: it must have train/images and train/masks")
+            if folders is None:
+                return None
+            source = MaskSource(self._pairs(split), self.coding, f"{folders[0]} and {folders[1]}")
+            names = self.coding.names
+        else:
+            place = find_coco(Path(self.root), split)
+            if place is None and split == "train":
+                raise FileNotFoundError(f"no COCO file of training images in {self.root}, such as train.json")
+            if place is None:
+                return None
+            known = self._classes if split == "train" else self.class_names
+            faults = LabelFaults(name, self.max_error_share)
+            labels = read_coco(place, known, faults, masks=True)
+            faults.settle(len(labels.images) + int(labels.counts.sum()) + sum(map(len, faults.found.values())))
+            if not labels.images or not labels.names:
+                raise UserError(f"{place.labels} has no {'images' if labels.names else 'classes'}")
+            source = OutlineSource(labels, self.background)
+            names = ["background"] * self.background + labels.names
+        self._scan(source, names, name)
+        return source
+
+    def _scan(self, source: MaskSource | OutlineSource, names: list[str], name: str) -> None:
+        """Count the pixels of each class in some masks; those that cannot be read are faults."""
+        counts = np.zeros(IGNORE + 1, np.int64)
+        faults = LabelFaults(name, self.max_error_share)
+        scanned = _spread(len(source), SCANNED)
+        for index in scanned:
+            try:
+                mask = source.mask(index, image_size(source.sample_file(index)))
+            except SampleError as error:
+                faults.add("faulty mask", str(error))
+                continue
+            counts += np.bincount(mask.ravel(), minlength=IGNORE + 1)
+        faults.settle(len(scanned))
+        total = max(int(counts.sum()), 1)
+        shares = [f"{label} {counts[i] / total:.1%}" for i, label in enumerate(names) if counts[i]]
+        source.skipped = f"; pixels: {listed(shares, 20)}; ignored {counts[IGNORE] / total:.1%}"
+        never = [label for i, label in enumerate(names) if not counts[i]]
+        if never:
+            seen = f"{len(scanned)} masks" if len(scanned) < len(source) else "the masks"
+            rank_zero_warn(printable(f"{name}: classes that never occur in {seen}: {listed(never)}"))
+
+    def timm_cfg(self) -> dict[str, Any]:
+        values = None if self.format == "coco" else [v if isinstance(v, int) else list(v) for v in self.coding.values]
+        return super().timm_cfg() | {"mask_values": values}
+
+    def target(self, truth: Truth) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(truth.mask))
+
+
+def class_table(root: Path) -> tuple[list[str] | None, list[tuple[int, int, int]] | None]:
+    """Names and colours of the classes from ``classes.txt`` or ``class_dict.csv``; None for what is not there.
+
+    Raises:
+        UserError: The file is broken.
+    """
+    lines, table = root / "classes.txt", root / "class_dict.csv"
+    try:
+        if lines.is_file():
+            names = [line.strip() for line in lines.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            colors = None
+        elif table.is_file():
+            with table.open(encoding="utf-8-sig", newline="") as file:
+                rows = [{str(k).strip().lower(): v for k, v in row.items()} for row in csv.DictReader(file)]
+            names = [row["name"].strip() for row in rows]
+            colors = [(int(row["r"]), int(row["g"]), int(row["b"])) for row in rows]
+            if any(not 0 <= part <= 255 for color in colors for part in color) or len(set(colors)) < len(colors):
+                raise ValueError("colours must be different, and of 0 to 255")
+        else:
+            return None, None
+        if len(set(names)) < len(names):
+            raise ValueError("a name is there twice")
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        raise UserError(f"{lines if lines.is_file() else table} is no table of classes: {one_line(error)}") from error
+    return names, colors
+
+
+def _stem(path: str, folder: Path) -> str:
+    return os.path.splitext(os.path.relpath(path, folder))[0]
+
+
+def _spread(length: int, most: int) -> list[int]:
+    """Up to `most` positions, evenly spread."""
+    return np.linspace(0, length - 1, min(length, most)).round().astype(int).tolist()

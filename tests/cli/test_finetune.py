@@ -1,0 +1,129 @@
+"""`luna-vision finetune`: one line recognises labelled files, writes a complete YAML, trains, and tests."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import luna_vision
+from luna_vision.cli.finetune import TASKS
+from luna_vision.cli.finetune_config import TASKS as MADE
+from luna_vision.cli.finetune_config import configuration
+from luna_vision.cli.main import main
+from luna_vision.cli.train import build
+from luna_vision.utils.errors import UserError
+from tests.labelled import NAMES, scenes, write_coco, write_labels, write_masks, write_voc, write_yolo
+
+SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--data.num_workers=0", "--data.batch_size=2"]
+SMALL = ["--model.model_kwargs={embed_dim: 16, depth: 1, num_heads: 1}", "--trainer.accelerator=cpu"]
+
+
+def write_folders(root: Path) -> Path:
+    for split in ("train", "val"):
+        for index, one in enumerate(scenes(split).values()):
+            folder = root / split / NAMES[index % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            one.image.save(folder / f"{index}.png")
+    return root
+
+
+DATA = {
+    "folders": ("classify", write_folders, "ImageFolderDataModule"),
+    "table": ("multilabel", write_labels, "MultiLabelDataModule"),
+    "coco": ("detect", write_coco, "DetectionDataModule"),
+    "voc": ("detect", write_voc, "DetectionDataModule"),
+    "yolo": ("detect", write_yolo, "DetectionDataModule"),
+    "masks": ("segment", write_masks, "SegmentationDataModule"),
+    "colors": ("segment", lambda root: write_masks(root, "colors"), "SegmentationDataModule"),
+    "outlines": ("segment", write_coco, "SegmentationDataModule"),
+}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs `luna-vision` in a folder of its own; returns its exit code and what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["luna-vision", *words])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return int(caught.value.code or 0), *capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize("form", DATA)
+def test_what_is_recognised(form, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["luna-vision"])
+    task, write, module = DATA[form]
+    write(Path("data"))
+    config, said = configuration(task, Path("data"), Path("runs/x"))
+    assert config["data"]["class_path"] == f"luna_vision.data.{module}"
+    assert "data" in said[0] and all(name in said[1] for name in NAMES)
+    Path("x.yaml").write_text(yaml.safe_dump(config))
+    cli = build(["--config", "x.yaml", *SMALL], run=False)  # it is complete, and fits the data
+    assert cli.model.hparams.num_classes == 2
+    if task == "segment":
+        assert cli.model.hparams.background and cli.datamodule.background
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["folders", "table", "voc", "colors"])
+def test_from_files_to_files(form, run, tmp_path):
+    task, write, _ = DATA[form]
+    write(tmp_path / "data")
+    sizes = ["--model.pyramid_channels=8"] if task in ("detect", "segment") else []
+    code, out, err = run("finetune", "--task", task, "--data", "data", "--out", "runs/x", *SHORT, *SMALL, *sizes)
+    assert code == 0, err
+    assert "recognised: " in out and "load it with:" in out
+    folder = tmp_path / "runs/x/version_0"
+    model, transform, names = luna_vision.load(folder / "checkpoints/best.safetensors")
+    assert names == ["background"] * (task in ("detect", "segment")) + NAMES
+    new = tmp_path / "data" / {"folders": "val", "voc": "JPEGImages", "colors": "val/images", "table": "val"}[form]
+    found = tmp_path / {"detect": "found.json", "segment": "found"}.get(task, "found.csv")
+    weights = ["--ckpt_path", str(folder / "checkpoints/best.ckpt"), "--data.predict_path", str(new)]
+    code, out, err = run("predict", "--config", str(folder / "config.yaml"), *weights, "--out", str(found))
+    assert code == 0, err
+    images = [file for file in new.rglob("*.png")]
+    if task == "detect":
+        assert len(json.loads(found.read_text())["images"]) == len(images)
+    elif task == "segment":
+        assert sorted(file.name for file in found.iterdir()) == sorted(file.name for file in images)
+    else:
+        assert len(found.read_text().splitlines()) == len(images) + 1
+    again = yaml.safe_load((tmp_path / "runs/x/finetune.yaml").read_text())
+    assert again["trainer"]["max_epochs"] > 1  # that of the command line is in the run's own config.yaml
+    assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["max_epochs"] == 1
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--task", "paint", "--data", ".", "--out", "x"], "invalid choice"),
+        (["--task", "detect", "--data", "."], "required: --out"),
+        (["--task", "detect", "--data", "nowhere", "--out", "x"], "there is no nowhere"),
+        (["--task", "detect", "--data", ".", "--out", "x"], "COCO"),
+        (["--task", "segment", "--data", ".", "--out", "x"], "train/masks"),
+        (["--task", "classify", "--data", ".", "--out", "x"], "train"),
+        (["--task", "classify", "--data", ".", "--out", "x", "--model", "luna_vit_tyni"], "did you mean"),
+        (["--task", "classify", "--data", ".", "--out", "x", "--checkpoint", "gone.pt"], "there is no file gone.pt"),
+        (["--task", "classify", "--data", ".", "--out", "x", "word"], "unknown word 'word'"),
+    ],
+)
+def test_mistakes(words, message, run):
+    code, _, err = run("finetune", *words)
+    assert code == 2 and len(err.strip().splitlines()) == 1 and message in err
+
+
+def test_an_unknown_task(tmp_path):
+    assert tuple(MADE) == TASKS
+    with pytest.raises(ValueError, match="task must be one of"):
+        configuration("paint", tmp_path, tmp_path)
+    write_coco(tmp_path)
+    (tmp_path / "train.json").write_text('{"images": [], "annotations": [], "categories": []}')
+    with pytest.raises(UserError, match="has no classes"):
+        configuration("detect", tmp_path, tmp_path)

@@ -1,0 +1,206 @@
+"""From files to files: a run on labelled files trains, and scores of what it predicts into files are those it logs."""
+
+import contextlib
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from sklearn.metrics import average_precision_score, f1_score, jaccard_score
+
+import luna_vision
+from luna_vision.data import DetectionDataModule, MultiLabelDataModule, SegmentationDataModule
+from luna_vision.tasks import DetectionTask, MultiLabelTask, PredictionWriter, SegmentationTask, export_weights
+from tests.labelled import COLORS, NAMES, WRITERS, coco_of, scenes, write_coco, write_labels, write_masks
+
+QUIET = {"num_workers": 0, "batch_size": 2}
+MODEL = {"model_name": "test_luna_vit", "model_kwargs": {"embed_dim": 32, "depth": 2}}
+DENSE = MODEL | {"pyramid_channels": 8}
+DETECTOR = DENSE | {"strides": [8, 16], "min_size": None, "anchor_sizes": [16, 32], "num_classes": 2}
+
+
+def trainer(folder: Path, **kwargs) -> Trainer:
+    seed_everything(0, verbose=False)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return Trainer(max_epochs=1, accelerator="cpu", default_root_dir=folder, **quiet, **kwargs)
+
+
+def run(task, data, folder: Path, out: str) -> tuple[dict[str, float], Path]:
+    """Train an epoch, test, and predict the test images from the checkpoint. Returns scores and the written path."""
+    writer = PredictionWriter(str(folder / out))
+    one = trainer(folder, callbacks=[writer])
+    one.fit(task, data)
+    (scores,) = one.test(task, data, verbose=False)
+    one.save_checkpoint(folder / "a.ckpt")
+    one.predict(task, data, ckpt_path=folder / "a.ckpt", return_predictions=False)
+    return scores, folder / out
+
+
+def coco_score(truth: dict, found: list[dict]) -> float:
+    """pycocotools' mean average precision."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        known = COCO()
+        known.dataset = truth
+        known.createIndex()
+        evaluation = COCOeval(known, known.loadRes(found), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats[0]
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_detection(form, tmp_path, monkeypatch):
+    data = DetectionDataModule(WRITERS[form](tmp_path / "data"), **QUIET)
+    task = DetectionTask(**DETECTOR)
+    data.setup("test")
+    dataset, rng = data.dataset("test"), np.random.default_rng(0)
+    guesses = {}
+    for index in range(len(dataset)):  # near the truth, and one that is wrong
+        image, target = dataset[index]
+        boxes = target["boxes"] + torch.from_numpy(rng.normal(0, 1.5, (2, 4))).float()
+        boxes = torch.cat([boxes, torch.tensor([[1.0, 1.0, 20.0, 20.0]])]).clamp(0, 48)
+        labels = torch.cat([target["labels"], torch.tensor([1])])
+        found = {"boxes": boxes, "labels": labels, "scores": torch.rand(3)}
+        guesses[image.numpy().tobytes()] = found
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "scores": torch.zeros(0)}
+
+    def forward(images):
+        return [guesses.get(image.numpy().tobytes(), empty) for image in images]
+
+    monkeypatch.setattr(task, "forward", forward)
+    scores, path = run(task, data, tmp_path, "found.json")
+    assert 0 < scores["test_map"] < 1
+    assert scores["test_map"] == pytest.approx((scores["test_ap/brick"] + scores["test_ap/leaf"]) / 2)
+    content = json.loads(path.read_text())
+    assert {Path(image["file_name"]).name for image in content["images"]} == set(scenes("test"))
+    truth = coco_of(scenes("test"))
+    if form == "coco":  # which keeps its own numbers
+        assert content["categories"] == sorted(truth["categories"], key=lambda category: category["id"])
+    else:
+        ids = {Path(image["file_name"]).name: image["id"] for image in content["images"]}
+        classes = {category["name"]: category["id"] for category in content["categories"]}
+        moved = {image["id"]: ids[image["file_name"]] for image in truth["images"]}
+        names = {category["id"]: category["name"] for category in truth["categories"]}
+        for annotation in truth["annotations"]:
+            annotation["image_id"] = moved[annotation["image_id"]]
+            annotation["category_id"] = classes[names[annotation["category_id"]]]
+        truth |= {"images": content["images"], "categories": content["categories"]}
+    assert coco_score(truth, content["annotations"]) == pytest.approx(scores["test_map"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_detector_learns_at_native_size(tmp_path):
+    """The real model: its loss falls, and it loads again with its classes."""
+    data = DetectionDataModule(write_coco(tmp_path / "data"), **QUIET, train_on="crops", crop_size=48)
+    task, losses = DetectionTask(**DETECTOR, lr=2e-3), []
+    one = trainer(tmp_path)
+    one.fit_loop.max_epochs = 6
+    task.on_train_batch_end = lambda outputs, batch, batch_idx: losses.append(float(outputs["loss"]))
+    one.fit(task, data)
+    assert np.mean(losses[-6:]) < 0.8 * np.mean(losses[:3])
+    one.save_checkpoint(tmp_path / "a.ckpt")
+    export_weights(tmp_path / "a.ckpt", tmp_path / "best.safetensors")
+    model, transform, names = luna_vision.load(tmp_path / "best.safetensors")
+    assert names == ["background", *NAMES[::-1]]
+    (found,) = model([transform(tmp_path / "data/test/test_0.png")])
+    assert set(found) == {"boxes", "labels", "scores"}
+
+
+@pytest.mark.parametrize("form", ["index", "palette", "colors", "coco", "no background", "0 and 255"])
+def test_segmentation(form, tmp_path):
+    root, options = tmp_path / "data", {"train_on": "crops", "crop_size": 32}
+    if form == "coco":
+        write_coco(root)
+    else:
+        write_masks(root, form if form in ("palette", "colors") else "index")
+    if form == "no background":
+        options |= {"background": False}
+    elif form == "0 and 255":
+        for file in root.glob("*/masks/*"):
+            Image.fromarray((np.asarray(Image.open(file)) > 0).astype(np.uint8) * 255).save(file)
+        options |= {"classes": ["background", "thing"], "values": [0, 255], "ignore_index": -1}
+    data = SegmentationDataModule(root, **QUIET, **options)
+    assert data.background == (form != "no background")
+    names = {"no background": ["background", *NAMES], "0 and 255": ["thing"], "coco": NAMES[::-1]}
+    assert data.class_names == names.get(form, NAMES)
+    task = SegmentationTask(**DENSE, num_classes=data.num_classes, background=data.background, lr=1e-2)
+    scores, path = run(task, data, tmp_path, "found")
+    written = {file.stem: file for file in path.iterdir()}
+    assert set(written) == {Path(name).stem for name in scenes("test")}
+    truth, found = [], []
+    for name, one in scenes("test").items():
+        mask = Image.open(written[Path(name).stem])
+        values = np.asarray(mask)
+        if form == "colors":
+            colors = np.asarray(mask.convert("RGB"))
+            values = sum((colors == color).all(2) * (i + 1) for i, color in enumerate(COLORS))
+        elif form == "0 and 255":
+            assert set(np.unique(values)) <= {0, 255}
+        expected = one.mask
+        expected = np.array([0, 2, 1])[expected] if form == "coco" else expected
+        expected = (expected > 0) * 255 if form == "0 and 255" else expected
+        truth.append(expected.ravel())
+        found.append(values.ravel())
+    score = jaccard_score(np.concatenate(truth), np.concatenate(found), average="macro")
+    assert score == pytest.approx(scores["test_miou"], abs=1e-5)
+    each = [value for name, value in scores.items() if name.startswith("test_iou/")]
+    assert np.mean(each) == pytest.approx(scores["test_miou"], abs=1e-5)
+
+
+def test_images_of_several_sizes_are_padded_without_a_trace():
+    task = SegmentationTask(**DENSE, num_classes=2).eval()
+    small, large = torch.rand(3, 40, 24), torch.rand(3, 48, 64)
+    with torch.inference_mode():
+        both, alone = task([small, large]), task([small])
+        torch.testing.assert_close(both[1:], task(large[None]), rtol=1e-4, atol=1e-4)
+        # the last row and column of patches sees the padding through the convolutions of the head
+        torch.testing.assert_close(both[0, :, :16, :12], alone[0, :, :16, :12], rtol=1e-3, atol=1e-3)
+    masks = [torch.zeros(40, 24, dtype=torch.uint8), torch.ones(48, 64, dtype=torch.uint8)]
+    task.check_batch([small, large], masks)
+
+
+def test_a_crop_in_which_all_is_ignored_gives_no_nan():
+    task = SegmentationTask(**DENSE, num_classes=2)
+    logits = torch.zeros(1, 3, 8, 8, requires_grad=True)
+    loss = task._loss(logits, torch.full((1, 8, 8), 255))
+    loss.backward()
+    assert loss == 0 and logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("form", ["lists", "columns"])
+def test_several_labels(form, tmp_path):
+    data = MultiLabelDataModule(root=str(write_labels(tmp_path / "data", form)), **QUIET, img_size=32, repeat_rare=0.5)
+    task = MultiLabelTask(**MODEL, num_classes=2, in_chans=3, class_weights="balanced")
+    scores, path = run(task, data, tmp_path, "found.csv")
+    rows = list(csv.DictReader(path.open()))
+    assert [Path(row["image"]).name for row in rows] == list(scenes("test"))
+    probabilities = np.array([[float(row[name]) for name in NAMES] for row in rows])
+    truth = np.array([[label in one.labels for label in range(2)] for one in scenes("test").values()])
+    for row, found in zip(rows, probabilities >= 0.5, strict=True):
+        assert row["labels"] == "|".join(name for name, there in zip(NAMES, found, strict=True) if there)
+    each = [average_precision_score(truth[:, i], probabilities[:, i]) for i in range(2) if truth[:, i].any()]
+    assert np.mean(each) == pytest.approx(scores["test_map"], abs=1e-4)
+    expected = f1_score(truth, probabilities >= 0.5, average="macro", zero_division=0)
+    assert expected == pytest.approx(scores["test_f1"], abs=1e-4)
+
+
+def test_the_template_of_the_documentation_trains(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "dense.md").read_text()
+    (code,) = [part for part in text.split("```python\n")[1:] if "LightningDataModule" in part]
+    code = code.partition("```")[0]
+    assert len(code.splitlines()) <= 46
+    names: dict = {}
+    exec(code, names)
+    data = names["DotsDataModule"]()
+    task = SegmentationTask(**DENSE, num_classes=data.num_classes, background=data.background)
+    one = trainer(tmp_path, limit_train_batches=2)
+    one.fit(task, data)
+    assert 0 < one.callback_metrics["val_miou"] < 1
