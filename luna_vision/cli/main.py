@@ -14,6 +14,8 @@ __all__ = ["main"]
 
 # each is a file of this folder with main(words)
 COMMANDS = {
+    "distill": "Train a Luna ViT to have the features of any timm model, without labels.",
+    "pretrain": "Train a Luna ViT on images alone, without labels or a teacher.",
     "embed": "Write embeddings of images, as parquet or npz.",
     "probe": "Measure frozen features by nearest neighbours and a linear classifier.",
     "visualize": "Draw where the memory looks, and patch features.",
@@ -22,7 +24,7 @@ COMMANDS = {
     "convert": "Write an image folder as WebDataset or LitData shards.",
 }
 # the extra of the package that a command needs
-EXTRAS = dict.fromkeys(TRAINING, "train") | {
+EXTRAS = dict.fromkeys((*TRAINING, "distill", "pretrain"), "train") | {
     "embed": "downstream",
     "probe": "downstream",
     "visualize": "visualize",

@@ -144,8 +144,8 @@ class UnlabelledDataModule(WebDatasetDataModule):
     - a folder with the chunks of LitData (``index.json``, here or in ``train``), likewise.
 
     Batches are tuples: (images (B, C, H, W),) with one view, else (global views (B, V, C, H, W), local views likewise
-    but smaller, if there are any). Validation has one view, the whole image. Sizes of views do not depend on those of
-    images: a smaller image is enlarged.
+    but smaller, if there are any). Validation has the whole image where training has one view, else such views, always
+    the same. Sizes of views do not depend on those of images: a smaller image is enlarged.
 
     Args:
         global_views: Views of ``img_size``, random parts of the image with ``crop_scale`` of its area.
@@ -226,7 +226,7 @@ class UnlabelledDataModule(WebDatasetDataModule):
 
     def _arguments(self, split: str) -> tuple:
         transform, in_chans, _, *others = super()._arguments(split)
-        return transform, in_chans, 1, *others
+        return transform if self.views == (1, 0) else self.train_transform, in_chans, 1, *others
 
     def _tensors(self, source: Source | IterableDataset, split: str) -> UnlabelledDataset | UnlabelledShards:
         arguments = (source, *self._arguments(split), self.max_error_share)

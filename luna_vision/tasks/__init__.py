@@ -5,9 +5,12 @@ from .checkpoints import BestCheckpoint, LastCheckpoint
 from .classification import ClassificationTask
 from .dense import DetectionTask, SegmentationTask
 from .distillation import DistillationTask
+from .feature_distillation import FeatureDistillationTask
 from .guard import NonFiniteGuard, NonFiniteLossError
+from .lejepa import LeJEPATask
 from .mixing import StepMixup
 from .nested import NestedMemory
+from .online_probe import OnlineProbe
 from .reporting import EpochLines, ExportBest, PredictionWriter, export_weights
 from .sequence import SequenceTask
 from .sequence_parallel import SequenceParallelStrategy
@@ -22,11 +25,14 @@ __all__ = [
     "EpochLines",
     "ExportBest",
     "FSDP2Strategy",
+    "FeatureDistillationTask",
     "ImagesPerSecond",
     "LastCheckpoint",
+    "LeJEPATask",
     "NestedMemory",
     "NonFiniteGuard",
     "NonFiniteLossError",
+    "OnlineProbe",
     "PredictionWriter",
     "SegmentationTask",
     "SequenceTask",

@@ -167,12 +167,6 @@ class ClassificationTask(TimmTask):
         counts = torch.bincount(torch.as_tensor(labels), minlength=self.hparams.num_classes)
         return len(labels) / (self.hparams.num_classes * counts.clamp(min=1))
 
-    def compiles(self) -> bool:
-        """Whether to compile for the trainer's device."""
-        if self.hparams.compile == "auto":
-            return self.trainer.strategy.root_device.type == "cuda"
-        return self.hparams.compile
-
     def check_data(self, data: LightningDataModule | None, stage: str) -> None:
         super().check_data(data, stage)
         # A Luna ViT takes any size. Loaded weights may be sharded, and have been checked before.

@@ -62,7 +62,8 @@ def test_views_have_their_sizes_and_differ(photos):
     assert large.shape == (4, 2, 3, 28, 28) and small.shape == (4, 3, 3, 12, 12)
     for views in (large, small):
         assert all(not torch.equal(views[:, 0], views[:, v]) for v in range(1, views.shape[1]))
-    assert next(iter(data.val_dataloader()))[0].shape == (4, 3, 28, 28)
+    held = [next(iter(data.val_dataloader())) for _ in range(2)]
+    assert held[0][0].shape == (4, 2, 3, 28, 28) and torch.equal(held[0][1], held[1][1])
 
 
 @pytest.mark.parametrize("views", [{}, {"global_views": 2, "local_views": 1}])
