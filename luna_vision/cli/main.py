@@ -21,7 +21,7 @@ COMMANDS = {
     "visualize": "Draw where the memory looks, and patch features.",
     "encode": "Encode one image of any size, out of core.",
     "export": "Export to ONNX, torch.export, or a folder for the Hugging Face hub.",
-    "convert": "Write an image folder as WebDataset or LitData shards.",
+    "convert": "Write an image folder as shards, or with --vit make a Luna ViT of a softmax ViT.",
 }
 # the extra of the package that a command needs
 EXTRAS = dict.fromkeys((*TRAINING, "distill", "pretrain"), "train") | {

@@ -3,6 +3,7 @@
 from .callbacks import EMA, ImagesPerSecond
 from .checkpoints import BestCheckpoint, LastCheckpoint
 from .classification import ClassificationTask
+from .conversion import ConversionTask
 from .dense import DetectionTask, SegmentationTask
 from .distillation import DistillationTask
 from .feature_distillation import FeatureDistillationTask
@@ -20,6 +21,7 @@ __all__ = [
     "EMA",
     "BestCheckpoint",
     "ClassificationTask",
+    "ConversionTask",
     "DetectionTask",
     "DistillationTask",
     "EpochLines",

@@ -249,9 +249,8 @@ def load_feature_teacher(
     arguments = kwargs if checkpoint else kwargs | {"pretrained": True}
     with torch.random.fork_rng(devices=[]):  # initial weights of the teacher do not change the student's randomness
         try:
-            model = load_model(
-                name, arguments, checkpoint, "cpu", say=rank_zero_info, **{} if head else {"num_classes": 0}
-            )
+            classes = {} if head and not checkpoint else {"num_classes": _classes(name, checkpoint) if head else 0}
+            model = load_model(name, arguments, checkpoint, "cpu", say=rank_zero_info, **classes)
         except OSError as error:
             if checkpoint:
                 raise

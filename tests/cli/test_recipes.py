@@ -1,4 +1,4 @@
-"""distill and pretrain from their command line, on a folder of photographs, and what follows on them."""
+"""distill, pretrain and convert --vit from their command line, on a folder of photographs, and what follows on them."""
 
 import json
 import sys
@@ -103,6 +103,25 @@ def test_pretrain(folder, monkeypatch, capsys):
     files = {path.name for path in (folder / "runs" / "pretrained" / "version_0" / "checkpoints").iterdir()}
     assert files == {"best.ckpt", "last.ckpt", "best.safetensors"}
     assert "batch_size must be at least 2" in refused(capsys, "pretrain", *run, "--batch-size", "1", *small)
+
+
+@pytest.mark.slow
+def test_convert_resumes_and_reports(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    run = ["--vit", "test_vit", "--vit-checkpoint", "teacher.pth", "--data", "photos", "--out", "runs/converted"]
+    words = ["--img-size", "32", "--batch-size", "8", "--memory-len", "4", *SMALL]
+    assert luna_vision("convert", *run, *words, "--steps", "3", "0", "0") == 0
+    out = folder / "runs" / "converted"
+    first = (out / "1_attention.safetensors").read_bytes()
+    assert luna_vision("convert", *run, *words, "--steps", "3", "2", "2") == 0
+    assert (out / "1_attention.safetensors").read_bytes() == first
+    report = json.loads((out / "report.json").read_text())["stages"]
+    assert list(report) == ["initial", "attention", "features", "sizes"]
+    assert all(len(found["block_errors"]) == 6 and 0 <= found["agreement"] <= 1 for found in report.values())
+    capsys.readouterr()
+    assert luna_vision("predict", "--help") == 0  # of the other commands
+    assert luna_vision("embed", "photos/a/0.jpg", "--out", "c.npz", "--checkpoint", out / "3_sizes.safetensors") == 0
+    assert "another ViT" in refused(capsys, "convert", *run, *words, "--memory-len", "8")
 
 
 def test_mistakes_are_one_line_and_write_nothing(folder, tmp_path, monkeypatch, capsys):
