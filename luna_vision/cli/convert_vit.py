@@ -26,6 +26,9 @@ REPORT_IMAGES = 1000
 
 def main(words: list[str]) -> int | None:
     """Convert, and return the exit code."""
+    if {"-h", "--help"} & set(words):  # also where --vit has no name yet
+        _parser().print_help()
+        return 0
     args, overrides = _parser().parse_known_args(words)
     from .train import guarded, quiet
 
@@ -63,7 +66,7 @@ def _parser() -> Recipe:
 
 def _convert(args: Any, overrides: list[str]) -> None:
     from ..models.vit_init import load_vit, luna_arguments
-    from ..tasks.checkpoints import best_checkpoint
+    from ..tasks.checkpoints import last_checkpoint
     from ..tasks.reporting import export_weights, save_weights
     from ..tasks.teacher import check_feature_teacher, fit_to_size, load_feature_teacher, recorded_kwargs
     from ..utils.files import write_json
@@ -113,7 +116,7 @@ def _convert(args: Any, overrides: list[str]) -> None:
                 own["data.init_args.train_sizes"] = _sizes(args.sizes, size[0], vit.patch_embed.patch_size[0])
             where = common_options(args, args.out / stage)
             run = _build(options | where | STAGES[stage] | own, overrides, run=True)
-            export_weights(best_checkpoint(run.trainer), end)
+            export_weights(last_checkpoint(run.trainer), end)
         if end.exists():
             start = end
             result["stages"][stage] = _report(task, end, data, labelled)

@@ -254,7 +254,9 @@ def load_feature_teacher(
         except OSError as error:
             if checkpoint:
                 raise
-            raise OSError(f"{one_line(error)} Give a file of them: --teacher-checkpoint FILE") from error
+            raise OSError(
+                f"{one_line(error)} Give their file as teacher_checkpoint (--teacher-checkpoint, --vit-checkpoint)"
+            ) from error
     channels = kwargs.get("in_chans") or getattr(model, "in_chans", 3)
     stats = {"mean": mean or model.pretrained_cfg["mean"], "std": std or model.pretrained_cfg["std"]}
     return Teacher(model, None, **{which: per_channel(which, values, channels) for which, values in stats.items()})

@@ -71,6 +71,11 @@ class UnlabelledTask(TimmTask):
 
     # ---- start of a run
 
+    def configure_model(self) -> None:
+        if self._is_sharded():  # it gathers weights for forward() only, and ignores what stands beside the model
+            raise ValueError("training without labels does not work with fsdp2: use ddp")
+        super().configure_model()
+
     def check_data(self, data: LightningDataModule | None, stage: str) -> None:
         if stage == "predict":
             raise ValueError("a model that was trained without labels has no classes to predict: use luna-vision embed")

@@ -119,7 +119,7 @@ def test_convert_resumes_and_reports(folder, monkeypatch, capsys):
     assert list(report) == ["initial", "attention", "features", "sizes"]
     assert all(len(found["block_errors"]) == 6 and 0 <= found["agreement"] <= 1 for found in report.values())
     capsys.readouterr()
-    assert luna_vision("predict", "--help") == 0  # of the other commands
+    assert luna_vision("convert", "--vit", "--help") == 0 and "--memory-len" in capsys.readouterr().out
     assert luna_vision("embed", "photos/a/0.jpg", "--out", "c.npz", "--checkpoint", out / "3_sizes.safetensors") == 0
     assert "another ViT" in refused(capsys, "convert", *run, *words, "--memory-len", "8")
 
