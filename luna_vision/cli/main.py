@@ -15,15 +15,17 @@ __all__ = ["main"]
 # each is a file of this folder with main(words)
 COMMANDS = {
     "finetune": "Train on labelled files of your own: recognise their format, write a YAML, train and test.",
+    "distill": "Train a Luna ViT to have the features of any timm model, without labels.",
+    "pretrain": "Train a Luna ViT on images alone, without labels or a teacher.",
     "embed": "Write embeddings of images, as parquet or npz.",
     "probe": "Measure frozen features by nearest neighbours and a linear classifier.",
     "visualize": "Draw where the memory looks, and patch features.",
     "encode": "Encode one image of any size, out of core.",
     "export": "Export to ONNX, torch.export, or a folder for the Hugging Face hub.",
-    "convert": "Write an image folder as WebDataset or LitData shards.",
+    "convert": "Write an image folder as shards, or with --vit make a Luna ViT of a softmax ViT.",
 }
 # the extra of the package that a command needs
-EXTRAS = dict.fromkeys(TRAINING, "train") | {
+EXTRAS = dict.fromkeys((*TRAINING, "distill", "pretrain"), "train") | {
     "finetune": "downstream",
     "embed": "downstream",
     "probe": "downstream",

@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from importlib import import_module
@@ -306,17 +307,12 @@ def main() -> NoReturn:
     if text:
         print(text)
         sys.exit()
+    quiet()
     run_command(_run)
 
 
-def run_words(words: list[str]) -> int | None:
-    """Run the words of a command line in this process, as `main` does, and return the exit code; errors are raised."""
-    # In place: with several devices, Lightning starts the other processes with these arguments.
-    sys.argv[1:] = words
-    return _run()
-
-
-def _run() -> int | None:
+def quiet() -> None:
+    """Leave out what libraries say and users cannot act on."""
     # warnings about Lightning's use of PyTorch, and about callbacks that a test does not have; users cannot act on them
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=r".*add the following callbacks: \['ExactResume'\]")
@@ -325,10 +321,24 @@ def _run() -> int | None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )
+
+
+def run_words(words: list[str]) -> int | None:
+    """Run the words of a command line in this process, as `main` does, and return the exit code; errors are raised."""
+    sys.argv[1:] = words
+    return _run()
+
+
+def _run() -> int | None:
     # In place: with several devices, Lightning starts the other processes with these arguments.
     sys.argv[1:] = with_default_config(["--help" if word == "--help_all" else word for word in sys.argv[1:]])
+    return guarded(build)
+
+
+def guarded(work: Callable[[], object]) -> int | None:
+    """The exit code of training: how it was stopped, if it was. Raises a `UserError` where the trainer does not fit."""
     try:
-        build()
+        work()
     except SIGTERMException:
         return 143
     except MisconfigurationException as error:  # about the trainer's options

@@ -19,6 +19,7 @@ from luna_vision.data.sampling import EpochSampler, sample_seed
 from luna_vision.data.segmentation import SegmentationDataModule
 from luna_vision.data.timm_module import TimmDataModule
 from luna_vision.data.transforms import AUGMENTATIONS, train_transform
+from luna_vision.data.unlabelled import UnlabelledDataModule
 from luna_vision.data.webdataset_module import WebDatasetDataModule
 from luna_vision.images import find_images
 from luna_vision.images.decode import SampleError, read_image
@@ -47,6 +48,7 @@ __all__ = [
     "SampleError",
     "SegmentationDataModule",
     "TimmDataModule",
+    "UnlabelledDataModule",
     "WebDatasetDataModule",
     "crop_sequence",
     "eval_transform",

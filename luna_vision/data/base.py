@@ -183,7 +183,8 @@ class ImageDataModule(LightningDataModule):
         if self._percentile:
             self._given["value_range"] = None
         self.values = model_values({}, self.mean, **self._given)
-        augment = Augmentation(
+        self._backend, self._erasing = augmentation, random_erasing
+        self._augment = Augmentation(
             size=self.img_size,
             crop=crop,
             crop_scale=tuple(crop_scale or (0.08, 1.0)),
@@ -194,23 +195,20 @@ class ImageDataModule(LightningDataModule):
             auto_augment=auto_augment,
             mean=self.mean,
         )
-        self.train_transform: SeededTransform = train_transform(
-            augmentation, augment, self.mean, self.std, random_erasing, self.values
-        )
-        self._policy = augmentation, auto_augment
+        self.train_transform: SeededTransform = self.augmented()
         self.patch_size = patch_size
         self.train_sizes = [] if train_sizes is None else parse_sizes(train_sizes, patch_size)
-        self.sized_transforms = {
-            size: train_transform(
-                augmentation, replace(augment, size=size), self.mean, self.std, random_erasing, self.values
-            )
-            for size in self.train_sizes
-        }
+        self.sized_transforms = {size: self.augmented(size=size) for size in self.train_sizes}
         self.eval_transform: SeededTransform = eval_transform(
             self.img_size, self.mean, self.std, crop_pct, values=self.values
         )
         self._datasets: dict[str, TransformedDataset | StreamDataset | None] = {}
         self._said: set[str] = set()
+
+    def augmented(self, **changes: Any) -> SeededTransform:
+        """The transform of training images, with other values of an :class:`Augmentation`."""
+        augment = replace(self._augment, **changes)
+        return train_transform(self._backend, augment, self.mean, self.std, self._erasing, self.values)
 
     def make_source(self, split: str) -> Source | IterableDataset | None:
         """The images and labels of "train", "val" or "test"; None where there is no such split."""
@@ -318,7 +316,7 @@ class ImageDataModule(LightningDataModule):
 
     def _check_masks(self) -> None:
         if self.values.fill == MASK:
-            check_masks(*self._policy)
+            check_masks(self._backend, self._augment.auto_augment)
 
     def _arguments(self, split: str) -> tuple:
         """Arguments of a `TensorDataset` after the source, down to its name."""

@@ -96,13 +96,14 @@ class TransformedDataset(TensorDataset, Dataset):
 
     def __getitem__(self, key: int | tuple[int, int] | tuple[int, int, tuple[int, int]]) -> tuple[Tensor, int]:
         epoch, index, *size = key if isinstance(key, tuple) else (0, key)
-        transform, source = self.transform, self.source
-        if size:
-            transform = self.sized[size[0]]
-            source = source.at(size[0]) if hasattr(source, "at") else source
-        read = partial(self._read, source, transform)
+        transform = self.sized[size[0]] if size else self.transform
+        read = partial(self._read, self.source_at(epoch, index, *size), transform)
         image, label = read(index) if self.faults is None else self.faults.read(read, index)
         return self.prepare(image, label, epoch, index, f"sample {index}", transform)
+
+    def source_at(self, epoch: int, index: int, size: tuple[int, int] | None = None) -> Source:
+        """The source of a sample of an epoch, for images of a size where there are several."""
+        return self.source.at(size) if size and hasattr(self.source, "at") else self.source
 
     def _read(self, source: Source, transform: SeededTransform, index: int) -> tuple[Image.Image | np.ndarray, int]:
         try:
@@ -141,8 +142,8 @@ def known_labels(source: Any) -> np.ndarray | None:
     return None if targets is None else np.asarray(targets)
 
 
-def describe(split: str, source: Any, num_classes: int) -> str:
-    """One line about a split: its images and classes, where they are, and what was left out.
+def describe(split: str, source: Any, num_classes: int | None) -> str:
+    """One line about a split: its images and classes (if it has any), where they are, and what was left out.
 
     ``source`` is a source or a dataset of one, a part of either, a stream, or None. A source may have the attributes
     ``where`` and ``skipped``, which are in words.
@@ -156,12 +157,13 @@ def describe(split: str, source: Any, num_classes: int) -> str:
     except TypeError:
         count = "a stream of images"
     labels = known_labels(source)
-    classes = num_classes if labels is None else len(np.unique(labels))
+    count_classes = num_classes if labels is None else len(np.unique(labels))
+    classes = "" if num_classes is None else f", {count_classes} classes"
     whole = source.dataset if isinstance(source, Subset) else source
     if whole is not source and len(source) < len(whole):
         count += f" held out of {len(whole)}" if split == "val" else f" of {len(whole)}"
     where, skipped = getattr(whole, "where", ""), getattr(whole, "skipped", "")
-    return printable(f"{split}: {count}{where and f' in {where}'}, {classes} classes{skipped}")
+    return printable(f"{split}: {count}{where and f' in {where}'}{classes}{skipped}")
 
 
 class StreamDataset(TensorDataset, IterableDataset):

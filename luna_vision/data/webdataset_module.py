@@ -119,11 +119,12 @@ class ShardDataset(StreamDataset):
         *args, **kwargs: As in :class:`~luna_vision.data.images.TensorDataset`; the source is :class:`TarShards`.
         shuffle_buffer: Samples to choose from at random, in each worker; the shards are in a new order each epoch. 0
             keeps everything in order.
+        labelled: Whether samples have a label; those without are given 0.
     """
 
-    def __init__(self, *args: Any, shuffle_buffer: int = 0, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, shuffle_buffer: int = 0, labelled: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.shuffle_buffer = shuffle_buffer
+        self.shuffle_buffer, self.labelled = shuffle_buffer, labelled
         self.share(0, 1)
 
     def share(self, num_workers: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
@@ -169,7 +170,7 @@ class ShardDataset(StreamDataset):
     def _decode(self, index: int, sample: dict) -> tuple[Image.Image, int]:
         def read(at: int) -> tuple[Image.Image, int]:
             try:
-                image, label = decode_sample(sample if at == index else self.source.sample(at))
+                image, label = decode_sample(sample if at == index else self.source.sample(at), self.labelled)
                 return to_channels(image, self.in_chans, self.transform.values), label
             except Exception as error:  # of a tar that is damaged, and of decoders
                 raise SampleError(f"{self.name} sample {at}: {one_line(error)}") from error
@@ -177,14 +178,16 @@ class ShardDataset(StreamDataset):
         return read(index) if self.faults is None else self.faults.read(read, index)
 
 
-def decode_sample(sample: dict) -> tuple[Image.Image, int]:
-    """(image, label) of a raw sample of WebDataset, which has an image file and "cls", a number in digits.
+def decode_sample(sample: dict, labelled: bool = True) -> tuple[Image.Image, int]:
+    """(image, label) of a raw sample of WebDataset, with an image file and, if labelled, "cls", a number in digits.
 
     Raises:
         SampleError: It has no such files, or they cannot be read.
     """
     where = f"{sample['__url__']}/{sample['__key__']}"
     kind = next((key for key in IMAGE_KEYS if key in sample), None)
+    if not labelled:
+        sample = sample | {LABEL: b"0"}
     if kind is None or LABEL not in sample:
         files = ", ".join(key for key in sample if not key.startswith("__"))
         raise SampleError(f"{where} has no image file ({listed(IMAGE_KEYS)}) or no label file (cls): it has {files}")

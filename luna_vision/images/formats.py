@@ -110,6 +110,7 @@ class ChunkedImage:
         if kind is not None:
             bands = [kind.bands] if kind.bands > 1 else []
         rows, columns = ("X", "Y") if self.turn.transposed else ("Y", "X")  # as they are stored
+        self.columns = columns
         self.shape = (width, height, *bands) if self.turn.transposed else (height, width, *bands)
         self.rows = rows
         self.dtype = np.dtype(array.dtype) if kind is None else kind.dtype
@@ -127,13 +128,18 @@ class ChunkedImage:
         self.identity = ""
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        start, stop, _ = rows.indices(self.shape[0])
-        stored = self.turn.stored(start, stop, self.shape[0])
-        index = tuple(stored if a == self.rows else slice(None) if a in "YXC" else 0 for a in self.axes)
-        array = np.asarray(self.array[index]).transpose(self.order)
+        return self.window(rows, slice(None))
+
+    def window(self, rows: slice, columns: slice) -> np.ndarray:
+        """Pixels (n, m[, c]); only the chunks that they are in are read."""
+        (top, bottom, _), (left, right, _) = rows.indices(self.shape[0]), columns.indices(self.shape[1])
+        turn = self.turn
+        across = slice(self.shape[1] - right, self.shape[1] - left) if turn.columns else slice(left, right)
+        stored = {self.rows: turn.stored(top, bottom, self.shape[0]), self.columns: across, "C": slice(None)}
+        array = np.asarray(self.array[tuple(stored.get(a, 0) for a in self.axes)]).transpose(self.order)
         if self.kind is not None:
             array = self.kind.convert(array if array.ndim == 3 else array[:, :, None])
-        return self.turn(array).reshape(stop - start, *self.shape[1:])
+        return turn(array).reshape(bottom - top, right - left, *self.shape[2:])
 
 
 def _chunks_at_once() -> float:

@@ -88,7 +88,7 @@ def load_weights(
     state_dict = read_checkpoint(path)
     body = _body(state_dict)
     cfg = dict(model.pretrained_cfg, state_dict=body or state_dict, source="", num_classes=model.num_classes)
-    _keep_own_head(model, cfg, str(path), say, fresh_head, headless=bool(body))
+    _keep_own_head(model, cfg, str(path), say, fresh_head)
     _declare_channels(model, cfg)
     # timm keeps the filter beside the model class and hands it only to `create_model(pretrained=True)`.
     filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
@@ -152,10 +152,11 @@ def not_plain(path: str | Path, error: Exception) -> str:
     return f"{str(path)!r} is not a checkpoint: {reason or type(error).__name__}"
 
 
-def _keep_own_head(
-    model: nn.Module, cfg: dict, path: str, say: Callable[[str], None], fresh_head: bool, headless: bool
-) -> None:
-    """Put the model's own head in the place of one of another size, so that the rest can be loaded strictly."""
+def _keep_own_head(model: nn.Module, cfg: dict, path: str, say: Callable[[str], None], fresh_head: bool) -> None:
+    """Put the model's own head in the place of one of another size or of none, so that the rest can be loaded strictly.
+
+    There is none in the backbone of a detector or segmenter, and in what was trained without labels.
+    """
     own, given = model.state_dict(), cfg["state_dict"]
     classifiers = cfg.get("classifier") or ()
     for classifier in (classifiers,) if isinstance(classifiers, str) else classifiers:
@@ -170,10 +171,8 @@ def _keep_own_head(
             if count == classes:
                 continue
             found, notice = f"a head for {count} classes", f"its head for {count} classes is dropped"
-        elif headless:
-            found, notice = "a backbone and no head (num_classes=0 builds a model without)", "it has no head"
         else:
-            continue
+            found, notice = "a backbone and no head (num_classes=0 builds a model without)", "it has no head"
         if not fresh_head:
             raise ValueError(f"{path!r} has {found}, the model one for {classes}")
         say(f"{path}: {notice}; the model's own, for {classes}, starts fresh")

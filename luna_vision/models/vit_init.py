@@ -4,14 +4,17 @@ import os
 import re
 from pathlib import Path
 from textwrap import shorten
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import resample_patch_embed
 from timm.models import adapt_input_conv
-from torch import Tensor
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
+from ..layers import POS_EMBEDS
 from .checkpoints import read_checkpoint, unwrap_state_dict
 from .luna_vit import LunaVit
 
@@ -127,4 +130,70 @@ def init_from_vit(model: LunaVit, source: str | os.PathLike | dict[str, Tensor],
     if verbose:
         kinds = sorted({re.sub(r"blocks\.\d+\.", "blocks.*.", n) for n in result.new})
         print(f"init_from_vit: loaded {len(loaded)} of {len(own)} tensors; left new: {', '.join(kinds)}")
+    return result
+
+
+def luna_arguments(vit: nn.Module, memory_len: int = 32) -> dict[str, Any]:
+    """The arguments of a Luna ViT of the width, depth and heads of a ViT, for `luna_from_vit`.
+
+    Args:
+        vit: A plain `VisionTransformer` of timm (class tokens, registers and LayerScale may be there), or a `LunaVit`
+            with the mixer "softmax".
+        memory_len: Slots of the memory.
+
+    Raises:
+        ValueError: It is none, or has parts that a Luna ViT lacks.
+    """
+    ours = isinstance(vit, LunaVit) and type(getattr(vit.blocks[0], "attn", None)).__name__ == "SoftmaxMixer"
+    if not (ours or type(vit) is VisionTransformer):
+        raise ValueError(
+            f"{type(vit).__name__} is no plain ViT of timm: conversion knows the block of VisionTransformer"
+        )
+    block, lacking = vit.blocks[0], []
+    if not ours:
+        parts = {"norm_pre": vit.norm_pre, "q_norm": getattr(block.attn, "q_norm", None), "attn_pool": vit.attn_pool}
+        lacking = [name for name, part in parts.items() if part is not None and not isinstance(part, nn.Identity)]
+    lacking += [] if all(hasattr(block, name) for name in ("norm1", "norm2", "mlp")) else ["a block of another kind"]
+    lacking += [] if hasattr(block.mlp, "fc1") else ["its MLP"]
+    if lacking:
+        raise ValueError(f"the ViT has parts that a Luna ViT lacks: {', '.join(lacking)}")
+    scale, local = block.ls1, getattr(block, "local", None)
+    average = vit.global_pool == "avg"
+    arguments = {
+        "img_size": list(vit.patch_embed.img_size),
+        "patch_size": list(vit.patch_embed.patch_size),
+        "embed_dim": vit.embed_dim,
+        "depth": len(vit.blocks),
+        "num_heads": block.attn.num_heads,
+        "memory_len": memory_len,
+        "mlp_ratio": block.mlp.fc1.out_features / vit.embed_dim,
+        "tie_kv": False,
+        "query_gain": 1.0,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "init_values": None if isinstance(scale, nn.Identity) else 1.0,  # the ViT's own are loaded
+        "global_pool": "avg" if average else "both",
+    }
+    if ours:
+        where = "none" if local is None else "attn" if block.local_after else "before"
+        kind = next(name for name, cls in POS_EMBEDS.items() if type(vit.pos_embed) is (cls or type(None)))
+        return arguments | {"local_mixing": where, "pos_embed": kind}
+    return arguments | {"pos_embed": "learn"}
+
+
+@torch.no_grad()
+def load_vit(model: LunaVit, vit: nn.Module) -> VitInit:
+    """Load a ViT into a Luna ViT of `luna_arguments`: `init_from_vit`, its positions, and values that pass the unpack.
+
+    What a slot has packed are values already, so the unpack's own values begin as they are.
+    """
+    state = dict(vit.state_dict())
+    positions = state.pop("pos_embed", None)
+    result = init_from_vit(model, state, verbose=False)
+    if positions is not None:
+        rows, columns = vit.patch_embed.grid_size
+        grid = positions[:, -rows * columns :].unflatten(1, (rows, columns)).permute(0, 3, 1, 2).float()
+        own = model.pos_embed.ref_grid
+        own.copy_(F.interpolate(grid, own.shape[2:], mode="bicubic", antialias=True))
+    for block in model.blocks:
+        nn.init.eye_(block.attn.unpack_v.weight)
     return result

@@ -125,6 +125,12 @@ class TimmTask(LightningModule):
             self._load_starting_weights()
             shard(self.model, self.device_mesh["data_parallel"], self.trainer.strategy.root_device)
 
+    def compiles(self) -> bool:
+        """Whether a task with the argument ``compile`` is to compile for the trainer's device."""
+        if self.hparams.compile == "auto":
+            return self.trainer.strategy.root_device.type == "cuda"
+        return self.hparams.compile
+
     def train(self, mode: bool = True) -> TimmTask:
         super().train(mode)
         for module in self._frozen:

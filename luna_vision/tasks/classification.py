@@ -168,12 +168,6 @@ class ClassificationTask(TimmTask):
         counts = torch.bincount(torch.as_tensor(labels), minlength=self.hparams.num_classes)
         return len(labels) / (self.hparams.num_classes * counts.clamp(min=1))
 
-    def compiles(self) -> bool:
-        """Whether to compile for the trainer's device."""
-        if self.hparams.compile == "auto":
-            return self.trainer.strategy.root_device.type == "cuda"
-        return self.hparams.compile
-
     @property
     def takes_masks(self) -> bool:
         return isinstance(self.model, LunaVit)

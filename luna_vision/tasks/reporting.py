@@ -99,6 +99,20 @@ def export_weights(checkpoint: str | Path, output: str | Path) -> None:
         save_file(tensors, file.name, {"training": json.dumps(training, default=str)})
 
 
+def save_weights(task: TimmTask, data: Any, output: str | Path) -> None:
+    """Write the weights of a task's model as `export_weights` does, before any training.
+
+    Args:
+        task: its model.
+        data: the data module, whose preprocessing is recorded.
+        output: the ``.safetensors`` file to write.
+    """
+    training = {"hyper_parameters": dict(task.hparams), "data": {"name": type(data).__name__, "cfg": data.timm_cfg()}}
+    tensors = {name: value.contiguous() for name, value in task.model.state_dict().items()}
+    with new_file(output) as file:
+        save_file(tensors, file.name, {"training": json.dumps(training, default=str)})
+
+
 class ExportBest(Callback):
     """Write ``best.safetensors``, the weights of the best checkpoint for timm, when training ends.
 
@@ -173,17 +187,8 @@ class EpochLines(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if sys.stdout.isatty():
             return
-        shown = (
-            "train_loss_epoch",
-            "train_acc1_epoch",
-            "val_loss",
-            "val_acc1",
-            "val_map",
-            "val_map_50",
-            "val_miou",
-            "val_f1",
-        )
-        shown += ("lr", "images_per_s")
+        shown = ("train_loss_epoch", "train_acc1_epoch", "val_loss", "val_acc1", "val_map", "val_map_50", "val_miou")
+        shown += ("val_f1", "val_knn_acc1", "val_linear_acc1", "val_rank", "val_rank_slots", "lr", "images_per_s")
         metrics = trainer.callback_metrics
         values = "  ".join(
             f"{name.removesuffix('_epoch')} {float(metrics[name]):.4g}" for name in shown if name in metrics

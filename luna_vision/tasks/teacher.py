@@ -1,6 +1,6 @@
-"""The teacher of a distillation: a frozen timm classifier that sees the student's images in its own format.
+"""The teacher of a distillation: a frozen timm model that sees the student's images in its own format.
 
-Shapes: B batch, K classes, C channels, H x W pixels, h x w positions of a layer.
+Shapes: B batch, K classes, C channels, D width, H x W pixels, h x w positions of a layer.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg
 from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 
+from luna_vision.images.transforms import per_channel
 from luna_vision.models import load_weights
-from luna_vision.models.factory import build_model, check_model_name, image_cfg, training_checkpoint
+from luna_vision.models.checkpoints import read_checkpoint
+from luna_vision.models.factory import build_model, check_model_name, image_cfg, load_model, training_checkpoint
+from luna_vision.utils.errors import one_line
 
 LogitsAndLayers = tuple[Tensor, dict[int, Tensor]]
 
@@ -52,6 +56,11 @@ class Teacher(DistillationTeacher):
 
     def __deepcopy__(self, memo: dict) -> Teacher:
         return self  # it never changes: copies of a task, such as the EMA's, share it
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images that the model takes."""
+        return self.mean_kd.shape[1]
 
     def set_source(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Set how incoming images are normalised. By default, as the model expects."""
@@ -162,3 +171,129 @@ def build_teacher_model(
         load_weights(model, checkpoint, say=rank_zero_info, fresh_head=False)
         model.pretrained_cfg = model.pretrained_cfg | image_cfg(run)
         return model
+
+
+# ---- teachers of features
+
+
+def features_of_teacher(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The embedding (B, D) that a timm model's head reads, and its last feature map (B, D', h, w): of a ViT the
+    patches, after the final norm, of a CNN the last stage."""
+    norm = {"norm": True} if hasattr(model, "num_prefix_tokens") else {}  # hierarchical models may refuse it
+    features, (last,) = model.forward_intermediates(images, indices=1, **norm)
+    return model.forward_head(features, pre_logits=True).flatten(1), last
+
+
+def recorded_kwargs(name: str, checkpoint: str | None) -> dict[str, Any]:
+    """The arguments that a model had in the training that wrote its file; empty for other files."""
+    recorded = training_checkpoint(checkpoint).get("hyper_parameters", {}) if checkpoint else {}
+    if recorded.get("model_name") != name:
+        return {}
+    kwargs = {key: value for key, value in (recorded.get("model_kwargs") or {}).items() if key != "pretrained"}
+    return kwargs | ({"in_chans": recorded["in_chans"]} if recorded.get("in_chans") else {})
+
+
+def check_feature_teacher(name: str, checkpoint: str | None, kwargs: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for an unknown model, one without weights, or an argument that is settled."""
+    check_model_name(name)
+    if fixed := {"num_classes", "pretrained"} & kwargs.keys():
+        raise ValueError(f"teacher_kwargs cannot have {fixed.pop()}: a teacher has its weights, and no head")
+    cfg = get_pretrained_cfg(name)
+    if not checkpoint and not (cfg and cfg.has_weights):
+        raise ValueError(
+            f"the teacher {name} has no pretrained weights, and random ones teach nothing: give its weights as "
+            "teacher_checkpoint"
+        )
+
+
+def feature_widths(name: str, kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Widths of a teacher's embedding and of its feature map; no weights are made or read.
+
+    Raises:
+        ValueError: it has no features that a student could learn.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = build_model(name, 0, **kwargs).eval()
+        if not hasattr(model, "forward_intermediates"):
+            raise ValueError(f"the teacher {name} has no forward_intermediates, which returns its features")
+        own = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        size = fit_to_size(model, tuple(own or model.pretrained_cfg["input_size"][1:]))
+        with torch.no_grad():
+            g, t = features_of_teacher(model, torch.zeros(1, kwargs.get("in_chans") or 3, *size))
+    return g.shape[1], t.shape[1]
+
+
+def load_feature_teacher(
+    name: str,
+    checkpoint: str | None,
+    kwargs: dict[str, Any],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    head: bool = False,
+) -> Teacher:
+    """The teacher with its weights.
+
+    Args:
+        name: name for ``timm.create_model``.
+        checkpoint: a Lightning, timm or safetensors file; None takes timm's pretrained weights.
+        kwargs: further arguments of the model.
+        mean: by channel, of pixels in [0, 1]; by default that of the checkpoint, or of ``pretrained_cfg``.
+        std: likewise.
+        head: keep its classifier, if it has one.
+
+    Raises:
+        ValueError: a file that cannot be read or is another model's.
+        FileNotFoundError: there is no such file.
+        OSError: pretrained weights cannot be fetched; the message says how to give a file.
+    """
+    arguments = kwargs if checkpoint else kwargs | {"pretrained": True}
+    with torch.random.fork_rng(devices=[]):  # initial weights of the teacher do not change the student's randomness
+        try:
+            classes = {} if head and not checkpoint else {"num_classes": _classes(name, checkpoint) if head else 0}
+            model = load_model(name, arguments, checkpoint, "cpu", say=rank_zero_info, **classes)
+        except OSError as error:
+            if checkpoint:
+                raise
+            raise OSError(
+                f"{one_line(error)} Give their file as teacher_checkpoint (--teacher-checkpoint, --vit-checkpoint)"
+            ) from error
+    channels = kwargs.get("in_chans") or getattr(model, "in_chans", 3)
+    stats = {"mean": mean or model.pretrained_cfg["mean"], "std": std or model.pretrained_cfg["std"]}
+    return Teacher(model, None, **{which: per_channel(which, values, channels) for which, values in stats.items()})
+
+
+def _classes(name: str, checkpoint: str) -> int:
+    """The number of classes of the head in a file; 0 for none."""
+    if not Path(checkpoint).is_file():
+        raise FileNotFoundError(f"checkpoint {checkpoint!r} does not exist")
+    cfg = get_pretrained_cfg(name)
+    weight = read_checkpoint(checkpoint).get(f"{cfg.classifier if cfg else 'head'}.weight")
+    return 0 if weight is None else len(weight)
+
+
+def fit_to_size(model: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
+    """Have a teacher take images of about this (height, width); returns what it takes.
+
+    A model that takes any size keeps it. Others are set to the nearest whole patches, and their positions resampled, or
+    keep their own size if they have only one.
+
+    Raises:
+        ValueError: the model cannot be set to it.
+    """
+    if not model.pretrained_cfg.get("fixed_input_size"):
+        return size
+    stride = to_2tuple(model.feature_info[-1]["reduction"])
+    nearest = tuple(max(1, round(side / step)) * step for side, step in zip(size, stride, strict=True))
+    own = getattr(getattr(model, "patch_embed", None), "img_size", None) or model.pretrained_cfg["input_size"][1:]
+    if nearest == tuple(own):
+        return nearest
+    if not hasattr(model, "set_input_size"):
+        return tuple(own)
+    try:
+        model.set_input_size(img_size=nearest)
+    except (AssertionError, RuntimeError, TypeError) as error:  # timm's models raise these
+        raise ValueError(
+            f"the teacher {type(model).__name__} cannot be set to {nearest[0]} x {nearest[1]} pixels; give "
+            f"teacher_img_size: {one_line(error)}"
+        ) from error
+    return nearest

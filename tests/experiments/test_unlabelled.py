@@ -1,0 +1,29 @@
+"""The runs without labels are commands of the package, and their results one table."""
+
+import json
+import shlex
+import sys
+
+import pytest
+
+from experiments import unlabelled
+
+
+def words_of(run: str, monkeypatch, capsys, *words: str) -> list[str]:
+    monkeypatch.setattr(sys, "argv", ["unlabelled", run, "--data", "d", "--out", "o", "--dry-run", *words])
+    unlabelled.main()
+    return shlex.split(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("run, command", [("teacher", "fit"), ("distill_tiny", "distill"), ("lejepa", "pretrain")])
+def test_a_run_is_a_command_that_takes_further_options(run, command, monkeypatch, capsys):
+    words = words_of(run, monkeypatch, capsys, "--seed", "3", "--epochs", "2", "--trainer.max_steps=1")
+    assert words[:2] == ["luna-vision", command] and words[-1] == "--trainer.max_steps=1"
+    assert {"--trainer.max_epochs=2", "--seed_everything=3", "--data.seed=3"} <= set(words)
+
+
+def test_results_are_one_table(tmp_path, capsys):
+    result = {"run": "lejepa", "seed": 1, "epochs": 30, "hours": 2.5, "test_acc1": None, "camvid": {"mean_iou": 0.25}}
+    (tmp_path / "a.json").write_text(json.dumps(result | {"probe": {"knn": 0.5, "linear": 0.625}}))
+    unlabelled.report(tmp_path)
+    assert capsys.readouterr().out.splitlines()[-1] == "| lejepa | 1 | 30 | 50.00 | 62.50 |  | 25.00 | 2.50 |"
