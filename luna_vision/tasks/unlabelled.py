@@ -61,7 +61,7 @@ class UnlabelledTask(TimmTask):
         hp.in_chans = hp.in_chans or 3
         if not isinstance(self.model, LunaVit):
             raise ValueError(f"{type(self).__name__} trains Luna ViTs, and {hp.model_name} is none")
-        if self.reads_both and self.model.memory is not None and self.model.last_block != "both":
+        if self.reads_both and self.model.memory is not None and self.model.last_block in ("patches", "memory"):
             raise ValueError(
                 f"the last block of the model updates its {self.model.last_block} alone, and both are trained: give "
                 "model_kwargs global_pool=both or last_block=both"
