@@ -505,7 +505,6 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(out, messag
         (["photos", "--mean", "0.5", "0.5"], "mean must be 1 or 3 finite numbers, got (0.5, 0.5)"),
         (["photos", "--model-args", "mixer=softmax", "--memory"], "memory is wanted, and LunaVit has none"),
         (["photos", "--model-args", "global_pool="], "not one vector: create it with a global_pool"),
-        (["photos", "--model-args", "in_chans=4"], "LunaVit reads 4 channels"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(words, message, photos, monkeypatch, capsys):
