@@ -15,6 +15,7 @@ __all__ = ["main"]
 # each is a file of this folder with main(words)
 COMMANDS = {
     "finetune": "Train on labelled files of your own: recognise their format, write a YAML, train and test.",
+    "preview": "Draw augmented training images with their boxes, masks or labels.",
     "embed": "Write embeddings of images, as parquet or npz.",
     "probe": "Measure frozen features by nearest neighbours and a linear classifier.",
     "visualize": "Draw where the memory looks, and patch features.",
@@ -25,6 +26,7 @@ COMMANDS = {
 # the extra of the package that a command needs
 EXTRAS = dict.fromkeys(TRAINING, "train") | {
     "finetune": "downstream",
+    "preview": "downstream",
     "embed": "downstream",
     "probe": "downstream",
     "visualize": "visualize",
