@@ -15,6 +15,7 @@ __all__ = ["main"]
 # each is a file of this folder with main(words)
 COMMANDS = {
     "finetune": "Train on labelled files of your own: recognise their format, write a YAML, train and test.",
+    "preview": "Draw augmented training images with their boxes, masks or labels.",
     "distill": "Train a Luna ViT to have the features of any timm model, without labels.",
     "pretrain": "Train a Luna ViT on images alone, without labels or a teacher.",
     "embed": "Write embeddings of images, as parquet or npz.",
@@ -27,6 +28,7 @@ COMMANDS = {
 # the extra of the package that a command needs
 EXTRAS = dict.fromkeys((*TRAINING, "distill", "pretrain"), "train") | {
     "finetune": "downstream",
+    "preview": "downstream",
     "embed": "downstream",
     "probe": "downstream",
     "visualize": "visualize",

@@ -50,8 +50,10 @@ class _PyramidTask(TimmTask):
 
     def check_data(self, data: LightningDataModule | None, stage: str) -> None:
         super().check_data(data, stage)
-        if stage == "fit" and getattr(data, "train_on", None) == "bands" and not isinstance(self.timm_model, LunaVit):
-            raise ValueError(f"train_on=bands is for Luna ViTs, and {self.hparams.model_name} is none: give crops")
+        if stage == "fit" and getattr(data, "train_on", None) == "bands":
+            if not isinstance(self.timm_model, LunaVit):
+                raise ValueError(f"train_on=bands is for Luna ViTs, and {self.hparams.model_name} is none: give crops")
+            set_band_checkpointing(self.timm_model, 1)  # raises where the model cannot; `_set_bands` says how many rows
 
     def _set_bands(self, images: list[Tensor] | Tensor) -> None:
         """Have the backbone run in bands, if the data is to be trained on so, as high as suits the widest image."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -173,6 +173,41 @@ def test_a_crop_in_which_all_is_ignored_gives_no_nan():
     loss = task._loss(logits, torch.full((1, 8, 8), 255))
     loss.backward()
     assert loss == 0 and logits.grad.isfinite().all()
+
+
+class Gradients(Callback):
+    """Keeps the gradients of the backbone."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        self.found = [parameter.grad.clone() for parameter in pl_module.timm_model.parameters()]
+
+
+@pytest.mark.parametrize("name", ["detection", "segmentation"])
+def test_bands_change_no_gradient(name, tmp_path):
+    """`train_on: bands` runs the backbone in bands, and only then, with the gradients of whole images."""
+    root, gradients, ran = write_coco(tmp_path), [], []
+    for train_on in ("whole", "bands"):
+        seed_everything(0, verbose=False)
+        if name == "detection":
+            task, data = DetectionTask(**DETECTOR), DetectionDataModule(root, **QUIET, train_on=train_on)
+        else:
+            data = SegmentationDataModule(root, **QUIET, train_on=train_on)
+            task = SegmentationTask(**DENSE, num_classes=2)
+        kept = Gradients()
+        trainer(tmp_path, limit_train_batches=1, limit_val_batches=0, callbacks=[kept]).fit(task, data)
+        gradients.append(kept.found)
+        ran.append(task.timm_model.block_runner is not None)
+    assert ran == [False, True]
+    for whole, bands in zip(*gradients, strict=True):
+        torch.testing.assert_close(bands, whole, rtol=1e-3, atol=1e-5)
+
+
+def test_bands_need_a_luna_vit(tmp_path):
+    data = SegmentationDataModule(write_masks(tmp_path), **QUIET, train_on="bands")
+    for model in ({"model_name": "vit_tiny_patch16_224"}, MODEL | {"model_kwargs": {"mixer": "softmax"}}):
+        task = SegmentationTask(**model, pyramid_channels=8, num_classes=2)
+        with pytest.raises(ValueError, match="band"):
+            task.check_data(data, "fit")
 
 
 @pytest.mark.parametrize("form", ["lists", "columns"])

@@ -1,0 +1,47 @@
+"""``luna-vision preview``: training images as the model gets them, with their labels, before a run."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..utils.errors import UserError
+
+ABOUT = """\
+Draw the first training images of a configuration, augmented, with their boxes, masks or labels, and say what the data
+holds. Options of `luna-vision fit`, such as --data.root FOLDER, are taken as they are."""
+COLUMNS, SIDE = 4, 320  # of the sheet: pictures in a row, and the longer side of each, pixels
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; luna-vision preview --help shows how it is called")
+
+
+def main(words: list[str]) -> int | None:
+    """Run the command with these words."""
+    usage = "luna-vision preview --config FILE [--out FILE] [--count N] [--SECTION.OPTION VALUE ...]"
+    parser = _Parser("luna-vision preview", usage, ABOUT, allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=Path("preview.png"), metavar="FILE", help="the .png to write")
+    parser.add_argument("--count", type=int, default=16, metavar="N", help="number of images (default: 16)")
+    own, rest = parser.parse_known_args(words)
+    if own.count < 1:
+        raise UserError(f"--count must be at least 1, got {own.count}")
+    if not any(word.partition("=")[0] in ("-c", "--config") for word in rest):
+        raise UserError("preview needs a --config FILE, as luna-vision fit takes it")
+    from ..utils.files import check_output, new_file
+    from ..utils.text import printable
+    from .preview_pictures import pictures, sheet, sizes
+    from .train import build
+
+    check_output(own.out, [".png"], overwrite=True)
+    sys.path.append("")  # a config may name the user's own classes
+    sys.argv[1:] = rest  # which Lightning compares with what it is given
+    data: Any = build(run=False).datamodule
+    data.setup("fit")  # which says what it has found
+    found = pictures(data, own.count)
+    print(printable(sizes(found)))
+    with new_file(own.out) as file:
+        sheet([picture for picture, _ in found], COLUMNS, SIDE).save(file, "PNG")
+    print(f"preview: {own.out}")
+    return 0
