@@ -85,7 +85,8 @@ def test_a_model_that_does_not_say_how_images_were_is_loaded_too(tmp_path):
     assert class_names is None and model(transform(np.zeros((50, 60), np.uint8))[None]).shape == (1, 3)
     assert transform.size == (32, 32) and transform.in_chans == 1
     export.save_for_hf(timm.create_model("test_luna_vit", in_chans=5, depth=1), tmp_path / "five")
-    assert luna_vision.load(tmp_path / "five").transform is None
+    model, transform, _ = luna_vision.load(tmp_path / "five")
+    assert model(transform(np.zeros((50, 60, 5), np.uint8))[None]).shape == (1, 1000)
 
 
 def test_what_cannot_be_loaded(tmp_path):

@@ -9,6 +9,7 @@ from luna_vision.data.base import ImageDataModule, hold_out
 from luna_vision.data.canvas import CanvasDataset, CanvasSpec
 from luna_vision.data.datasets import Arrays, digits_splits, download_torchvision, open_torchvision
 from luna_vision.data.images import Source
+from luna_vision.images.decode import MODES
 from luna_vision.utils.checks import check_at_least, check_option
 
 
@@ -99,6 +100,7 @@ class CanvasDataModule(ImageDataModule):
             **kwargs,
         )
         check_option("source", source, ITEM_SOURCES)
+        check_option("in_chans", in_chans, tuple(MODES))
         if cued and in_chans != 3:
             raise ValueError("cued canvases are told apart by colour: in_chans must be 3")
         self.lengths = {"train": num_train, "val": num_val, "test": num_test}

@@ -115,6 +115,10 @@ class DenseTransform:
         )
         self.compose = A.Compose(list(steps), bbox_params=boxes) if steps else None
 
+    def set_values(self, values: Values, std: Sequence[float]) -> None:
+        """Change what the numbers of files mean; models of boxes and masks normalise by themselves."""
+        self.values = values
+
     def __call__(self, image: Image.Image | np.ndarray, seed: int = 0, truth: Truth | None = None) -> Any:
         """The tensor; with ``truth`` also the target."""
         if truth is None:

@@ -61,7 +61,7 @@ def test_sources(source: str, fashion_root: str):
     "arguments, message",
     [
         ({"source": "mnist"}, "source must be one of 'digits', 'fashion_mnist', got 'mnist'"),
-        ({"in_chans": 2}, "in_chans must be 1 or 3, got 2"),
+        ({"in_chans": 2}, "in_chans must be one of 1, 3, got 2"),
         ({"num_val": 0}, "num_val must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"num_workers": -1}, "num_workers must be at least 0, got -1"),

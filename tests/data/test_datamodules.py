@@ -224,13 +224,19 @@ def test_every_argument_can_stand_in_a_yaml(name: str, capsys: pytest.CaptureFix
     init_args |= {"predict_path": ["a.png"], "random_erasing": 0.1, "augmentation": "timm", "val_fraction": 0.05}
     if name == "TimmDataModule":
         init_args |= {"name": "torch/cifar10", "num_classes": 10, "dataset_args": {"input_img_mode": "RGB"}}
+    if name in ("DetectionDataModule", "SegmentationDataModule"):  # their images keep their size
+        init_args = {"root": "x", "seed": 3, "predict_path": ["a.png"], "hflip": 0.1}
     if name == "CanvasDataModule":
         del init_args["img_size"]
         init_args |= {"source": "digits", "side": 96, "num_items": 3, "item_size": 8}
     config = {"class_path": f"luna_vision.data.{name}", "init_args": init_args}
     module = parser.instantiate_classes(parser.parse_object({"data": config})).data
     assert type(module) is getattr(lvd, name)
-    assert module.mean[0] == 0.1 and module.seed == 3 and module.predict_path == ["a.png"]
+    assert (
+        module.mean[0] == init_args.get("mean", module.mean)[0]
+        and module.seed == 3
+        and module.predict_path == ["a.png"]
+    )
     init_args["batchsize"] = 3
     with pytest.raises(SystemExit):
         parser.parse_object({"data": config})

@@ -126,7 +126,7 @@ def distilled() -> DistillationTask:
 )
 def test_what_strips_do_not_fit_is_refused(task, fn, message, monkeypatch):
     task = task()
-    task._trainer = SimpleNamespace(state=SimpleNamespace(fn=fn))
+    task._trainer = SimpleNamespace(state=SimpleNamespace(fn=fn), datamodule=None)
     strategy = SequenceParallelStrategy(2)
     strategy.connect(task)
     monkeypatch.setattr(SequenceParallelStrategy, "world_size", 2)
