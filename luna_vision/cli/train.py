@@ -325,6 +325,7 @@ def quiet() -> None:
 
 def run_words(words: list[str]) -> int | None:
     """Run the words of a command line in this process, as `main` does, and return the exit code; errors are raised."""
+    quiet()
     sys.argv[1:] = words
     return _run()
 
