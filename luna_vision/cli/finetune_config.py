@@ -15,6 +15,7 @@ from ..images.find import listed
 from ..models.factory import training_checkpoint
 from ..utils.checks import check_option
 from ..utils.errors import UserError
+from .recipe import loggers
 
 SAMPLED = 200  # images whose size is looked at
 LARGE = 1024  # longer side of images, pixels, beyond which training is on crops
@@ -60,8 +61,6 @@ def configuration(
     }
     images = len(module.make_source("train"))
     epochs = int(np.clip(round(IMAGES_SEEN / images), 5, 200))
-    log = {"save_dir": str(out.parent), "name": out.name}
-    board = {"save_dir": str(out), "name": "tensorboard"}
     config = {
         "name": out.name,
         "seed_everything": 0,
@@ -80,10 +79,7 @@ def configuration(
             "log_every_n_steps": 10,
             "num_sanity_val_steps": 0,
             "default_root_dir": str(out),
-            "logger": [
-                {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": log},
-                {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": board},
-            ],
+            "logger": loggers(out),
             "callbacks+": [{"class_path": "luna_vision.tasks.EMA", "init_args": {"decay": 0.99, "warmup": True}}],
         },
     }

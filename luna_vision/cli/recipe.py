@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from ..utils.errors import UserError
 
-__all__ = ["Recipe", "common_options", "fit", "fit_words"]
+__all__ = ["Recipe", "common_options", "fit", "fit_words", "loggers"]
 
 EPILOG = """\
 Any option of fit works on the same line and comes last, such as --trainer.max_steps 8, --model.lr 1e-3,
@@ -65,10 +65,6 @@ def common_options(args: argparse.Namespace, out: Path | None = None) -> dict[st
     import torch
 
     out = args.out if out is None else out
-    loggers = {
-        "CSVLogger": {"save_dir": str(out.parent), "name": out.name},
-        "TensorBoardLogger": {"save_dir": str(out), "name": "tensorboard"},
-    }
     options = {
         "name": out.name,
         "data.init_args.root": args.data,
@@ -77,14 +73,21 @@ def common_options(args: argparse.Namespace, out: Path | None = None) -> dict[st
         "trainer.max_epochs": getattr(args, "epochs", None),
         "trainer.precision": "bf16-mixed" if torch.cuda.is_available() else None,
         "trainer.default_root_dir": str(out),
-        "trainer.logger": [
-            {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": kwargs} for name, kwargs in loggers.items()
-        ],
+        "trainer.logger": loggers(out),
     }
     if args.labels:
         probe = {"class_path": "luna_vision.tasks.OnlineProbe", "init_args": {"root": args.labels}}
         options["trainer.callbacks+"] = probe
     return options
+
+
+def loggers(out: Path) -> list[dict[str, Any]]:
+    """The loggers of a run that writes to this folder, for a YAML."""
+    arguments = {
+        "CSVLogger": {"save_dir": str(out.parent), "name": out.name},
+        "TensorBoardLogger": {"save_dir": str(out), "name": "tensorboard"},
+    }
+    return [{"class_path": f"lightning.pytorch.loggers.{name}", "init_args": own} for name, own in arguments.items()]
 
 
 def fit(config: str, options: dict[str, Any], overrides: list[str]) -> NoReturn:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
-from timm.layers import to_2tuple
 from timm.task.distillation import FeatureDistillationTrainableModule
 from torch import Tensor, nn
 
@@ -19,7 +18,14 @@ from luna_vision.models.factory import build_model, training_checkpoint
 
 from .base import check_sizes
 from .classification import ClassificationTask
-from .teacher import Teacher, build_teacher_model, check_teacher, layer_widths, logits_and_layers_of
+from .teacher import (
+    Teacher,
+    build_teacher_model,
+    check_teacher,
+    layer_widths,
+    logits_and_layers_of,
+    parse_teacher_size,
+)
 
 
 class DistillationTask(ClassificationTask):
@@ -85,9 +91,7 @@ class DistillationTask(ClassificationTask):
             raise ValueError(
                 "there is nothing to distill: give a logit_weight, or feature_layers with a feature_weight"
             )
-        self.teacher_size = None if teacher_img_size is None else to_2tuple(teacher_img_size)
-        if self.teacher_size and (len(self.teacher_size) != 2 or min(self.teacher_size) < 1):
-            raise ValueError(f"teacher_img_size must be a positive side or [height, width], got {teacher_img_size}")
+        self.teacher_size = parse_teacher_size(teacher_img_size)
         check_teacher(teacher_model, teacher_checkpoint, hp.num_classes, teacher_kwargs or {})
         self._teachers: list[Teacher] = []  # in a list, which makes it no part of this module
         self._pairs: list[tuple[int, int]] = []

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
-from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from luna_vision.utils.fingerprint import describe
@@ -25,6 +24,7 @@ from .teacher import (
     features_of_teacher,
     fit_to_size,
     load_feature_teacher,
+    parse_teacher_size,
     recorded_kwargs,
 )
 from .unlabelled import UnlabelledTask
@@ -88,9 +88,7 @@ class FeatureDistillationTask(UnlabelledTask):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self._size = None if teacher_img_size is None else to_2tuple(teacher_img_size)
-        if self._size and (len(self._size) != 2 or min(self._size) < 1):
-            raise ValueError(f"teacher_img_size must be a positive side or [height, width], got {teacher_img_size}")
+        self._size = parse_teacher_size(teacher_img_size)
         if statistics_images < 2:
             raise ValueError(f"statistics_images must be at least 2, got {statistics_images}")
         if cache and mixup:

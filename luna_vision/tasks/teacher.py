@@ -26,6 +26,18 @@ from luna_vision.utils.errors import one_line
 LogitsAndLayers = tuple[Tensor, dict[int, Tensor]]
 
 
+def parse_teacher_size(img_size: int | list[int] | None) -> tuple[int, int] | None:
+    """(height, width) of the images that a teacher sees.
+
+    Raises:
+        ValueError: It is no positive side or pair of sides.
+    """
+    size = None if img_size is None else to_2tuple(img_size)
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise ValueError(f"teacher_img_size must be a positive side or [height, width], got {img_size}")
+    return size
+
+
 class Teacher(DistillationTeacher):
     """timm's wrapper of a teacher, which normalises images, and also resizes them. Without gradients, in eval mode.
 
