@@ -18,7 +18,6 @@ Shapes: B batch, N patches, n patches of a tile, L memory slots, C width, H', W'
 from typing import Final
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, LayerType, get_act_layer, get_norm_layer
 from timm.models import register_notrace_module
 from torch import Tensor, nn
@@ -30,15 +29,13 @@ from .luna import LunaAttention
 from .mlp import Mlp, SwiGlu
 from .plain import has_hooks
 
-__all__ = ["LOCAL_MIXING", "MEMORY_MLP", "MLPS", "PATCHES_READ", "READ", "LunaBlock", "MixerBlock"]
+__all__ = ["LOCAL_MIXING", "MEMORY_MLP", "MLPS", "READ", "LunaBlock", "MixerBlock"]
 
 # where the depthwise convolution stands: nowhere, on the residual before the attention, added to the attention's
 # output, or inside the MLP
 LOCAL_MIXING = ("none", "before", "attn", "mlp")
 # what the memory has for an MLP: none, one of its own, or that of the patches
 MEMORY_MLP = ("none", "own", "shared")
-# what the patches read of a block: what its memory has packed, or the memory after that, with its residual and MLP
-PATCHES_READ = ("pack", "memory")
 # the MLP of the patches (and, shared, of the memory)
 MLPS = {"gelu": Mlp, "swiglu": SwiGlu}
 # what of a block's output is read; what is not read has no parameters, since they could not be learned
@@ -218,8 +215,6 @@ class LunaBlock(Shell):
     """
 
     share_mlp: Final[bool]
-    reads_memory: Final[bool]
-    pack_slots: Final[bool]
 
     def __init__(
         self,
@@ -244,9 +239,6 @@ class LunaBlock(Shell):
         pack_form: str = "auto",
         unpack_form: str = "auto",
         query_gain: float = 1.0,
-        patches_read: str = "pack",
-        pack_slots: bool = False,
-        unpack_gate: bool = False,
         mlp: str = "gelu",
         device=None,
         dtype=None,
@@ -258,18 +250,12 @@ class LunaBlock(Shell):
             mlp_ratio, norm_first, local_mixing, init_values, drop_path, act_layer, norm_layer, read, mlp: See `Shell`.
             memory_mlp: An MLP on the memory: "none", one of its "own", or "shared" with the patches.
             proj_drop: Dropout after projections, in the MLP, and on the memory's update.
-            patches_read: "pack", what the memory has read of the patches, before residual, norm and MLP (the paper's),
-                or "memory", the memory after all of these.
-            pack_slots: The slots read each other, too: they are keys and values of the pack beside the patches.
-            unpack_gate: Multiply what a patch reads by a gate of the patch, SiLU(W h): the update of the patches has a
-                higher rank than the slots and heads give it (RALA, Fan et al. 2024, arXiv 2411.07635).
 
         Raises:
             ValueError: `dim` is not a multiple of a head count, or an unknown option.
         """
         dd = {"device": device, "dtype": dtype}
         check_option("memory_mlp", memory_mlp, MEMORY_MLP)
-        check_option("patches_read", patches_read, PATCHES_READ)
         attn = LunaAttention(
             dim,
             num_heads,
@@ -288,11 +274,7 @@ class LunaBlock(Shell):
         )
         shell = (mlp_ratio, norm_first, local_mixing, proj_drop, init_values, drop_path, act_layer, norm_layer)
         super().__init__(dim, attn, *shell, read, mlp, **dd)
-        self.reads_memory = patches_read == "memory" and self.updates_patches
-        self.pack_slots = pack_slots
-        used = self.reads_memory or read != "patches"  # the memory after the block
-        self.norm_read = self._norm(self.reads_memory and norm_first)
-        self.gate = nn.Linear(dim, dim, **dd) if unpack_gate and self.updates_patches else None
+        used = read != "patches"  # the memory after the block
         self.norm1_memory = self._norm()
         self.ls1_memory = self._layer_scale()
         self.drop_memory = nn.Dropout(proj_drop)
@@ -313,10 +295,8 @@ class LunaBlock(Shell):
     @torch.jit.ignore
     def prune_memory_update(self) -> None:
         """Remove the parameters of the memory's update, in a last block whose memory nobody reads: they would get no
-        gradient. The memory is still returned, but it is another one. Where the patches read it, nothing is removed.
+        gradient. The memory is still returned, but it is another one.
         """
-        if self.reads_memory:
-            return
         self.mlp_memory = self.norm2_memory = self.ls2_memory = None
         self.ls1_memory = nn.Identity()
         if not self.norm_first:
@@ -354,8 +334,8 @@ class LunaBlock(Shell):
             check_valid(patch_valid, x.shape[0], x.shape[1], "patch_valid", values=False)
         x = self.mix_tile(x, grid_size, patch_valid)
         h = self.norm_tile(x)
-        keys, slots, valid = self._pack_keys(h, self._norm_memory(memory), patch_valid, memory_valid)
-        memory, read = self._update_memory(memory, self.attn.pack(keys, slots, valid))
+        packed = self.attn.pack(h, self._norm_memory(memory), patch_valid)
+        memory, read = self._update_memory(memory, packed)
         return self.unpack_tile(x, h, read, grid_size, patch_valid, memory_valid), memory
 
     @torch.jit.ignore
@@ -379,8 +359,6 @@ class LunaBlock(Shell):
         Returns:
             The memory (B, L, C) for the next block, and what `unpack_tile` lets the patches read.
         """
-        if self.pack_slots:
-            packed = packed.merge(self.pack_tile(self._norm_memory(memory), self.pack_query(memory)))
         return self._update_memory(memory, packed.finish())
 
     def _update_memory(self, memory: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -393,8 +371,6 @@ class LunaBlock(Shell):
             memory = clamp_fp16(memory + self.ls2_memory(y))
             if not self.norm_first:
                 memory = self.norm2_memory(memory)
-        if self.reads_memory:
-            return memory, self.norm_read(memory)
         return memory, packed  # the paper's patches read the pack as it is, before residual and norm
 
     def unpack_tile(
@@ -416,10 +392,7 @@ class LunaBlock(Shell):
         """
         if self.mlp is None:
             return x
-        y = self.attn.unpack(h, read, memory_valid)
-        if self.gate is not None:
-            y = clamp_fp16(y * F.silu(self.gate(h)))
-        x = self._add_attention(x, h, y, grid_size, patch_valid)
+        x = self._add_attention(x, h, self.attn.unpack(h, read, memory_valid), grid_size, patch_valid)
         return self._add_mlp(x, grid_size, patch_valid)
 
     @torch.jit.ignore
@@ -432,12 +405,10 @@ class LunaBlock(Shell):
         memory_valid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The attention matrices of this block for its inputs. Arguments as in `forward`, result as in
-        `LunaAttention`; rows of the pack sum to less than 1 where slots read slots, too."""
+        `LunaAttention`."""
         h, slots = self.norm_tile(self.mix_tile(x, grid_size, patch_valid)), self._norm_memory(memory)
-        keys = self._pack_keys(h, slots, patch_valid, memory_valid)
-        pack = self.attn.pack_map(*keys)[..., -h.shape[1] :]
-        _, read = self._update_memory(memory, self.attn.pack(*keys))
-        return pack, self.attn.unpack_map(h, read, memory_valid)
+        _, read = self._update_memory(memory, self.attn.pack(h, slots, patch_valid))
+        return self.attn.pack_map(h, slots, patch_valid), self.attn.unpack_map(h, read, memory_valid)
 
     @torch.jit.ignore
     def tile_numbers(self, memory_len: int) -> int:
@@ -457,21 +428,6 @@ class LunaBlock(Shell):
         """How many numbers a block makes that do not depend on the patches: folded matrices, the state of a pack."""
         slots = memory_len * max(self.attn.num_heads, self.attn.pack_heads)
         return 8 * slots * self.dim + 8 * self.dim**2
-
-    def _pack_keys(
-        self, h: Tensor, slots: Tensor, patch_valid: Tensor | None, memory_valid: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Arguments of `LunaAttention.pack`: the patches (B, N, C) as the attention sees them, after the slots where
-        these are read, too; the slots; and which of the former count."""
-        if not self.pack_slots:
-            return h, slots, patch_valid
-        if patch_valid is None and memory_valid is None:
-            return torch.cat([slots, h], dim=1), slots, None
-        if memory_valid is None:
-            memory_valid = torch.ones(slots.shape[:2], dtype=torch.bool, device=h.device)
-        if patch_valid is None:
-            patch_valid = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
-        return torch.cat([slots, h], dim=1), slots, torch.cat([memory_valid, patch_valid], dim=1)
 
     def _norm_memory(self, memory: Tensor) -> Tensor:
         """What the attention sees of the memory."""

@@ -34,7 +34,7 @@ def unwrap_state_dict(state_dict: dict) -> dict[str, Tensor]:
 
 
 # parts that a last block has only if something reads its memory or its patches; the final pack likewise
-_OPTIONAL = re.compile(r"(attn\.(unpack_|proj)|(norm|ls)[12](_memory)?\.|norm_read\.|gate\.|mlp(_memory)?\.)")
+_OPTIONAL = re.compile(r"(attn\.(unpack_|proj)|(norm|ls)[12](_memory)?\.|mlp(_memory)?\.)")
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:

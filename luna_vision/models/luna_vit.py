@@ -133,9 +133,6 @@ class LunaVit(nn.Module):
         pack_form: Literal["auto", "projected", "absorbed"] = "auto",
         unpack_form: Literal["auto", "projected", "absorbed"] = "auto",
         query_gain: float = 8.0,
-        patches_read: Literal["pack", "memory"] = "pack",
-        pack_slots: bool = False,
-        unpack_gate: bool = False,
         mlp: Literal["gelu", "swiglu"] = "gelu",
         device=None,
         dtype=None,
@@ -165,8 +162,8 @@ class LunaVit(nn.Module):
             memory_mlp: An MLP on the memory in every block: none, one of its own, or that of the patches.
             stem: "patch", one linear map of each patch, or "conv", 3x3 convolutions of stride 2.
             mixer: What mixes the patches, a name in `luna_vision.mixers.MIXERS`. All but "luna" have no memory: no
-                prefix tokens, and `memory_len`, `pack_heads`, `tie_kv`, `memory_mlp`, `query_gain`, `patches_read`,
-                `pack_slots`, `unpack_gate` and the forms mean nothing.
+                prefix tokens, and `memory_len`, `pack_heads`, `tie_kv`, `memory_mlp`, `query_gain` and the forms mean
+                nothing.
             mixer_args: Arguments of that mixer alone.
             pos_embed: "fourier" (computed), "learn" (a reference grid, resampled) or "none".
             init_values: Initial LayerScale; none if None.
@@ -186,9 +183,6 @@ class LunaVit(nn.Module):
             pack_form: How the pack is computed; the result is the same, see `luna_vision.functional`.
             unpack_form: The same for the unpack.
             query_gain: What the initial query projections are multiplied by, see `LunaAttention.init_weights`.
-            patches_read: What the patches read in every block: what its memory has packed, or the memory after that.
-            pack_slots: The slots read each other, too, with the patches.
-            unpack_gate: Gate what the patches read, see `LunaBlock`.
             mlp: The MLP of the blocks, see `luna_vision.layers.block.Shell`.
             **of_vit: Arguments of timm's `VisionTransformer` that say what holds here anyway.
 
@@ -285,9 +279,6 @@ class LunaVit(nn.Module):
                 pack_form=pack_form,
                 unpack_form=unpack_form,
                 query_gain=query_gain,
-                patches_read=patches_read,
-                pack_slots=pack_slots,
-                unpack_gate=unpack_gate,
                 **attention,
                 **shell,
             )

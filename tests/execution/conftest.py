@@ -51,7 +51,6 @@ OPTIONS = [
 ]
 
 # what every execution is tried on
-FORMS = ("projected", "absorbed")
 OPTIONS = [
     *({"local_mixing": m, "norm_first": n} for m in ("none", "before", "attn", "mlp") for n in (True, False)),
     *({"memory_mlp": m, "norm_first": n} for m in ("own", "shared") for n in (True, False)),
@@ -61,10 +60,6 @@ OPTIONS = [
     {"tie_kv": False},
     {"tie_kv": False, "qkv_bias": False, "proj_bias": False},
     {"pack_heads": 1},
-    *({"patches_read": "memory", "memory_mlp": "own", "norm_first": n} for n in (True, False)),
-    *({"pack_slots": True, "patches_read": "memory", "memory_mlp": "shared", "pack_form": f} for f in FORMS),
-    {"pack_slots": True, "global_pool": "token"},
-    {"unpack_gate": True},
     {"mlp": "swiglu", "local_mixing": "mlp", "memory_mlp": "shared", "global_pool": "both"},
     {"init_values": 0.5, "final_norm": False},
     {"patch_size": (4, 6)},

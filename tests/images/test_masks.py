@@ -64,7 +64,7 @@ def embedding(model: torch.nn.Module, pixels: Tensor, valid: Tensor) -> Tensor:
         {"stem": "conv", "pos_embed": "learn"},
         {"local_mixing": "mlp", "global_pool": "max"},
         {"local_mixing": "attn", "global_pool": "map"},
-        {"global_pool": "both", "patches_read": "memory", "pack_form": "projected"},
+        {"global_pool": "both", "pack_form": "projected"},
         {"global_pool": "token"},
     ],
 )

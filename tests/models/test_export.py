@@ -49,8 +49,7 @@ def test_compile_fullgraph_at_several_sizes_and_with_a_mask(model):
     [
         ("test_luna_vit", {}),
         ("luna_vit_small_paper", {}),
-        ("test_luna_vit", {"patches_read": "memory", "pack_slots": True, "memory_mlp": "shared"}),
-        ("test_luna_vit", {"unpack_gate": True, "mlp": "swiglu", "local_mixing": "mlp"}),
+        ("test_luna_vit", {"mlp": "swiglu", "local_mixing": "mlp", "memory_mlp": "shared"}),
     ],
     ids=str,
 )

@@ -62,9 +62,7 @@ VARIANTS = [
     *({"local_mixing": m} for m in LOCAL_MIXING),
     *({"memory_mlp": m} for m in MEMORY_MLP),
     {"stem": "conv"},
-    {"patches_read": "memory", "memory_mlp": "shared", "pack_slots": True},
-    {"patches_read": "memory", "memory_mlp": "own", "unpack_gate": True},
-    {"mlp": "swiglu", "local_mixing": "mlp", "pack_slots": True},
+    {"mlp": "swiglu", "local_mixing": "mlp"},
     {"stem": "conv", "local_mixing": "mlp", "memory_mlp": "shared", "global_pool": "both", "pack_heads": 1},
 ]
 
@@ -221,10 +219,8 @@ def test_every_parameter_gets_a_gradient_wherever_local_mixing_stands(pool, loca
 @pytest.mark.parametrize(
     "options",
     [
-        {"patches_read": "memory"},
-        {"patches_read": "memory", "memory_mlp": "own", "unpack_gate": True},
-        {"patches_read": "memory", "memory_mlp": "shared", "pack_slots": True},
-        {"pack_slots": True, "mlp": "swiglu", "local_mixing": "mlp", "memory_mlp": "own"},
+        {"memory_mlp": "shared"},
+        {"mlp": "swiglu", "local_mixing": "mlp", "memory_mlp": "own"},
     ],
     ids=str,
 )
