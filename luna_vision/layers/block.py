@@ -413,7 +413,7 @@ class LunaBlock(Shell):
     @torch.jit.ignore
     def tile_numbers(self, memory_len: int) -> int:
         """How many numbers a patch takes at most on its way through a block, for planning."""
-        C, hidden = self.dim, self.hidden
+        C, hidden = self.dim, 0 if self.mlp is None else self.mlp.fc1.out_features
         unpack, pack = self.attn.num_heads * memory_len, self.attn.pack_heads * memory_len
         mixes_hidden = self.mlp is not None and self.mlp.local is not None
         return max(
