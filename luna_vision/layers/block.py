@@ -59,14 +59,14 @@ class Shell(nn.Module):
         attn: nn.Module | None,
         mlp_ratio: float = 4.0,
         norm_first: bool = True,
-        local_mixing: str = "before",
+        local_mixing: str = "mlp",
         proj_drop: float = 0.0,
         init_values: float | None = None,
         drop_path: float = 0.0,
         act_layer: LayerType | None = None,
         norm_layer: LayerType | None = None,
         read: str = "both",
-        mlp: str = "gelu",
+        mlp: str = "swiglu",
         device=None,
         dtype=None,
     ) -> None:
@@ -82,11 +82,11 @@ class Shell(nn.Module):
             proj_drop: Dropout after projections and in the MLP.
             init_values: Initial LayerScale; none if None.
             drop_path: Stochastic depth rate.
-            act_layer: Activation of the MLP, GELU if None.
+            act_layer: Activation of the MLP; if None, GELU, or SiLU for the gate of "swiglu".
             norm_layer: LayerNorm (eps 1e-6) if None.
             read: What of the block's output is read, one of `READ`. Where that is the memory alone, there is nothing
                 after the attention.
-            mlp: "gelu", timm's with `act_layer`, or "swiglu", gated and of as many parameters.
+            mlp: "swiglu", gated (see `SwiGlu`), or "gelu", timm's of as many parameters.
 
         Raises:
             ValueError: An unknown `local_mixing`, `read` or `mlp`.
@@ -99,7 +99,7 @@ class Shell(nn.Module):
         self.dd = {"device": device, "dtype": dtype}
         self.dim = dim
         self.init_values = init_values
-        self.act_layer = get_act_layer(act_layer) or nn.GELU
+        self.act_layer = get_act_layer(act_layer)
         self.norm_layer = get_norm_layer(norm_layer) or get_norm_layer("layernorm")
         self.hidden = int(dim * mlp_ratio)
         self.proj_drop = proj_drop
@@ -131,8 +131,8 @@ class Shell(nn.Module):
         )
 
     def _mlp(self, local_mixing: bool = False) -> nn.Module:
-        drops = dict(act_layer=self.act_layer, drop=self.proj_drop)
-        return self.mlp_class(self.dim, self.hidden, local_mixing, **drops, **self.dd)
+        act = {} if self.act_layer is None else {"act_layer": self.act_layer}
+        return self.mlp_class(self.dim, self.hidden, local_mixing, drop=self.proj_drop, **act, **self.dd)
 
     def mix_tile(self, x: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None = None) -> Tensor:
         """Local mixing on the residual stream, which comes first in a block. Arguments as in `forward`."""
@@ -226,7 +226,7 @@ class LunaBlock(Shell):
         qkv_bias: bool = True,
         proj_bias: bool = True,
         norm_first: bool = True,
-        local_mixing: str = "before",
+        local_mixing: str = "mlp",
         memory_mlp: str = "none",
         proj_drop: float = 0.0,
         attn_drop: float = 0.0,
@@ -239,7 +239,7 @@ class LunaBlock(Shell):
         pack_form: str = "auto",
         unpack_form: str = "auto",
         query_gain: float = 1.0,
-        mlp: str = "gelu",
+        mlp: str = "swiglu",
         device=None,
         dtype=None,
     ) -> None:
@@ -437,4 +437,4 @@ class LunaBlock(Shell):
         if self.mlp_memory is not None:
             return self.mlp_memory(memory)
         assert self.mlp is not None  # shared
-        return self.mlp(memory)
+        return self.mlp(memory, mix=False)

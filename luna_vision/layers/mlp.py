@@ -6,7 +6,6 @@ Shapes: B batch, N patches, C width, H', W' patch grid with N = H' * W'.
 from typing import Any
 
 import timm.layers
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .local_mixing import LocalMixing
@@ -27,16 +26,22 @@ class Mlp(timm.layers.Mlp):
         dd = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         self.local = LocalMixing(hidden_features, **dd) if local_mixing else None
 
-    def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None, patch_valid: Tensor | None = None) -> Tensor:
-        """Map (B, N, C) to (B, N, C). Without a grid, as for a memory, there is no local mixing."""
+    def forward(
+        self,
+        x: Tensor,
+        grid_size: tuple[int, int] | None = None,
+        patch_valid: Tensor | None = None,
+        mix: bool = True,
+    ) -> Tensor:
+        """Map (B, N, C) to (B, N, C); without local mixing, as for a memory, if `mix` is False."""
         x = self.act(self.fc1(x))
-        if self.local is not None and grid_size is not None:
+        if self.local is not None and mix:
             x = x + self.local(x, grid_size, patch_valid)
         return self.drop2(self.fc2(self.norm(self.drop1(x))))
 
 
 class SwiGlu(nn.Module):
-    """A gated MLP, SiLU(A x) * (B x), with as many parameters as `Mlp` has for the same hidden width.
+    """A gated MLP, act(A x) * (B x), with as many parameters as `Mlp` has for the same hidden width.
 
     Source: Shazeer 2020 (arXiv 2002.05202). With local mixing it is the Mix-FFN of SANA (Xie et al. 2024, arXiv
     2410.10629): the convolution stands before the gate, on both halves.
@@ -47,7 +52,7 @@ class SwiGlu(nn.Module):
         in_features: int,
         hidden_features: int,
         local_mixing: bool = False,
-        act_layer: type[nn.Module] = nn.GELU,
+        act_layer: type[nn.Module] = nn.SiLU,
         drop: float = 0.0,
         device=None,
         dtype=None,
@@ -57,7 +62,7 @@ class SwiGlu(nn.Module):
             in_features: Width C.
             hidden_features: Width of the hidden layer of an MLP of as many parameters; that of this one is two thirds.
             local_mixing: Local mixing of the hidden layer, with a residual, before the gate.
-            act_layer: Of no meaning here: the gate is a SiLU.
+            act_layer: Activation of the gate.
             drop: Dropout after the gate and after the projection.
         """
         super().__init__()
@@ -65,13 +70,20 @@ class SwiGlu(nn.Module):
         hidden = round(hidden_features * 2 / 3)
         self.fc1 = nn.Linear(in_features, 2 * hidden, **dd)
         self.local = LocalMixing(2 * hidden, **dd) if local_mixing else None
+        self.act = act_layer()
         self.fc2 = nn.Linear(hidden, in_features, **dd)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None, patch_valid: Tensor | None = None) -> Tensor:
-        """Map (B, N, C) to (B, N, C). Without a grid, as for a memory, there is no local mixing."""
+    def forward(
+        self,
+        x: Tensor,
+        grid_size: tuple[int, int] | None = None,
+        patch_valid: Tensor | None = None,
+        mix: bool = True,
+    ) -> Tensor:
+        """Map (B, N, C) to (B, N, C); without local mixing, as for a memory, if `mix` is False."""
         x = self.fc1(x)
-        if self.local is not None and grid_size is not None:
+        if self.local is not None and mix:
             x = x + self.local(x, grid_size, patch_valid)
         gate, x = x.chunk(2, dim=-1)
-        return self.drop(self.fc2(self.drop(F.silu(gate) * x)))
+        return self.drop(self.fc2(self.drop(self.act(gate) * x)))

@@ -161,6 +161,8 @@ def _recorded_arguments(recorded: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the model of a task with these hyperparameters."""
     # a detector resizes images to this size
     arguments = {"img_size": recorded["min_size"]} if "min_size" in recorded else {}
+    if "pyramid_channels" in recorded and is_model_in_modules(recorded["model_name"], ["luna_vit"]):
+        arguments["global_pool"] = "avg"  # a detector or segmenter learned patches, and nothing that reads the memory
     arguments |= recorded.get("model_kwargs") or {}
     for start in ("pretrained", "checkpoint_path"):  # weights before the training
         arguments.pop(start, None)

@@ -40,7 +40,7 @@ from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
 from ..functional import clamp_fp16
-from ..layers import POS_EMBEDS, READ, ConvPatchEmbed, LunaBlock, MixerBlock
+from ..layers import POS_EMBEDS, ConvPatchEmbed, LunaBlock, MixerBlock
 from ..layers.patches import PatchMaskDrop, blank_invalid, check_image, pad_to_patches, residual_stream
 from ..layers.pos_embed import grid_coords
 from ..mixers import create_mixer
@@ -102,7 +102,7 @@ class LunaVit(nn.Module):
         patch_size: int | tuple[int, int] = 16,
         in_chans: int = 3,
         num_classes: int = 1000,
-        global_pool: Literal["", "avg", "max", "avgmax", "map", "token", "both"] = "avg",
+        global_pool: Literal["", "avg", "max", "avgmax", "map", "token", "both"] | None = None,
         embed_dim: int = 384,
         depth: int = 12,
         num_heads: int = 6,
@@ -113,7 +113,8 @@ class LunaVit(nn.Module):
         qkv_bias: bool = True,
         proj_bias: bool = True,
         norm_first: bool = True,
-        local_mixing: Literal["none", "before", "attn", "mlp"] = "before",
+        local_mixing: Literal["none", "before", "attn", "mlp"] = "mlp",
+        mlp: Literal["swiglu", "gelu"] = "swiglu",
         memory_mlp: Literal["none", "own", "shared"] = "none",
         stem: Literal["patch", "conv"] = "patch",
         mixer: str = "luna",
@@ -121,7 +122,7 @@ class LunaVit(nn.Module):
         pos_embed: Literal["fourier", "learn", "none"] = "fourier",
         init_values: float | None = None,
         final_norm: bool | None = None,
-        last_block: Literal["auto", "patches", "memory", "both", "final_pack"] = "auto",
+        last_block: Literal["auto", "final_pack", "patches", "both"] = "auto",
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         patch_drop_rate: float = 0.0,
@@ -133,7 +134,6 @@ class LunaVit(nn.Module):
         pack_form: Literal["auto", "projected", "absorbed"] = "auto",
         unpack_form: Literal["auto", "projected", "absorbed"] = "auto",
         query_gain: float = 8.0,
-        mlp: Literal["gelu", "swiglu"] = "gelu",
         device=None,
         dtype=None,
         **of_vit: Any,
@@ -146,7 +146,7 @@ class LunaVit(nn.Module):
             num_classes: Classes of the head; 0 for none.
             global_pool: What the head reads: the patches ("avg", "max", "avgmax", or "map" for attention pooling), the
                 mean memory slot ("token", timm's word for prefix tokens), the mean of both means ("both"), or "" for
-                all tokens.
+                all tokens. None is "both" with a memory, and "avg" without one.
             embed_dim: Width C.
             depth: Number of blocks.
             num_heads: Heads of the unpack.
@@ -159,6 +159,7 @@ class LunaVit(nn.Module):
             norm_first: Pre-norm blocks; post-norm as in the paper if False.
             local_mixing: Where a depthwise 3x3 convolution stands in every block, if anywhere: see
                 `luna_vision.layers.block.Shell`.
+            mlp: The MLP of the blocks, see `luna_vision.layers.block.Shell`.
             memory_mlp: An MLP on the memory in every block: none, one of its own, or that of the patches.
             stem: "patch", one linear map of each patch, or "conv", 3x3 convolutions of stride 2.
             mixer: What mixes the patches, a name in `luna_vision.mixers.MIXERS`. All but "luna" have no memory: no
@@ -169,9 +170,9 @@ class LunaVit(nn.Module):
             init_values: Initial LayerScale; none if None.
             final_norm: Norm after the last block; if None, only with `norm_first`.
             last_block: How the network ends. "final_pack": after the last block, the memory packs the finished patches
-                once more. Else, what of the last block's output is read, and so which parts it has: "patches" alone,
-                "memory" alone (it only packs) or "both". "auto" is "final_pack" where `global_pool` reads the memory,
-                and "patches" elsewhere. A model whose pooling or depth was changed later keeps here how it was made.
+                once more. "patches": with a block that has no parts for a memory that nobody reads. "both": with a
+                block like any other. "auto" is "final_pack" where `global_pool` reads the memory, and "patches"
+                elsewhere. A model whose pooling or depth was changed later keeps here how it was made.
             drop_rate: Dropout before the head.
             pos_drop_rate: Dropout after the position embedding.
             patch_drop_rate: Share of patches whose content is hidden in training.
@@ -179,11 +180,10 @@ class LunaVit(nn.Module):
             attn_drop_rate: Dropout of attention weights.
             drop_path_rate: Stochastic depth, rising to this rate in the last block.
             norm_layer: LayerNorm (eps 1e-6) if None.
-            act_layer: GELU if None.
+            act_layer: Activation of the MLPs; if None, GELU, or SiLU for the gate of "swiglu".
             pack_form: How the pack is computed; the result is the same, see `luna_vision.functional`.
             unpack_form: The same for the unpack.
             query_gain: What the initial query projections are multiplied by, see `LunaAttention.init_weights`.
-            mlp: The MLP of the blocks, see `luna_vision.layers.block.Shell`.
             **of_vit: Arguments of timm's `VisionTransformer` that say what holds here anyway.
 
         Raises:
@@ -192,6 +192,8 @@ class LunaVit(nn.Module):
         super().__init__()
         _check_arguments(type(self).__name__, of_vit, set())
         dd = {"device": device, "dtype": dtype}
+        if global_pool is None:
+            global_pool = "both" if mixer == "luna" else "avg"
         for name, value, options in (
             ("global_pool", global_pool, POOL_TYPES),
             ("pos_embed", pos_embed, POS_EMBEDS),
@@ -222,17 +224,15 @@ class LunaVit(nn.Module):
             if not 0.0 <= rate < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {rate}")
         norm_layer = get_norm_layer(norm_layer) or get_norm_layer("layernorm")
-        act_layer = get_act_layer(act_layer) or nn.GELU
         final_norm = norm_first if final_norm is None else final_norm
         if mixer != "luna":
             memory_len = 0
             if global_pool in ("token", "both"):
                 raise ValueError(f"global_pool={global_pool!r} reads the memory, and mixer={mixer!r} has none")
-        check_option("last_block", last_block, ("auto", "final_pack", *READ))
+        check_option("last_block", last_block, ("auto", "final_pack", "patches", "both"))
         last_block = _end_for(global_pool) if last_block == "auto" else last_block
         if memory_len == 0 and last_block != "patches":
             raise ValueError(f"last_block={last_block!r} has its memory read, and this model's mixer has none")
-        _check_patches_read(last_block, global_pool)
 
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -283,8 +283,7 @@ class LunaVit(nn.Module):
                 **shell,
             )
 
-        end = "both" if last_block == "final_pack" else last_block
-        reads = ["both"] * (depth - 1) + [end]
+        reads = ["both"] * (depth - 1) + ["patches" if last_block == "patches" else "both"]
         self.blocks = nn.ModuleList(block(*args, **shell) for args in zip(drop_paths, reads, strict=True))
         self.final_pack = None
         if last_block == "final_pack":
@@ -295,9 +294,9 @@ class LunaVit(nn.Module):
 
         self.attn_pool = None
         if global_pool == "map":
-            self.attn_pool = AttentionPoolLatent(
-                embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio, norm_layer=norm_layer, act_layer=act_layer, **dd
-            )
+            heads = dict(num_heads=num_heads, mlp_ratio=mlp_ratio)
+            layers = dict(norm_layer=norm_layer, act_layer=get_act_layer(act_layer) or nn.GELU)
+            self.attn_pool = AttentionPoolLatent(embed_dim, **heads, **layers, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.init_weights()
@@ -357,8 +356,8 @@ class LunaVit(nn.Module):
                 with.
 
         Raises:
-            ValueError: An unknown pooling, "map" for a model that was built without it, or one that reads the patches
-                for a model that was built for "token".
+            ValueError: An unknown pooling, "map" for a model that was built without it, or one that reads the memory
+                for a model without one.
         """
         if global_pool is not None:
             check_option("global_pool", global_pool, POOL_TYPES)
@@ -366,7 +365,6 @@ class LunaVit(nn.Module):
                 raise ValueError("global_pool='map' has weights of its own: choose it when the model is created")
             if global_pool in ("token", "both") and self.memory is None:
                 raise ValueError(f"global_pool={global_pool!r} reads the memory, and this model's mixer has none")
-            _check_patches_read(self.last_block, global_pool)
             if global_pool != "map":
                 self.attn_pool = None
             self.global_pool = global_pool
@@ -587,7 +585,8 @@ class LunaVit(nn.Module):
         Args:
             x, patch_valid, memory: As in `encode`.
             indices: The last n blocks if an int, all if None, else these blocks.
-            return_prefix_tokens: Return (patches, memory) for each block instead of patches alone.
+            return_prefix_tokens: Return (patches, memory) for each block instead of patches alone. With the last block
+                comes the memory after the final pack, if there is one.
             norm: Apply the final norm to the intermediates.
             stop_early: Stop after the last block that is wanted.
             output_fmt: "NCHW", (B, C, H', W'), or "NLC", (B, N, C).
@@ -607,6 +606,10 @@ class LunaVit(nn.Module):
         keep = [i + 1 for i in sorted(take_indices)]
         stop = [] if stop_early else [len(self.blocks)]
         x, memory, kept = self._run_blocks(x, memory, (H, W), patch_valid, [*keep, *stop])
+        if not intermediates_only or (return_prefix_tokens and len(self.blocks) in keep):
+            memory = self._run_final_pack(x, memory, (H, W), patch_valid)
+        if len(self.blocks) in keep:
+            kept[len(keep) - 1] = (x, memory)
         spatial, prefix = [], []
         for y, slots in kept[: len(keep)]:
             y = self.norm(y) if norm else y
@@ -616,7 +619,6 @@ class LunaVit(nn.Module):
             prefix.append(self.norm(slots) if norm else slots)
         features = None
         if not intermediates_only:
-            memory = self._run_final_pack(x, memory, (H, W), patch_valid)
             features = self.norm(join_tokens(memory, x))
         if output_dict:
             out = {"image_intermediates": spatial}
@@ -726,18 +728,6 @@ def _end_for(global_pool: str) -> str:
     return "final_pack" if global_pool in ("token", "both") else "patches"
 
 
-def _check_patches_read(last_block: str, global_pool: str) -> None:
-    """
-    Raises:
-        ValueError: The pooling reads patches that the last block does not update.
-    """
-    if last_block == "memory" and global_pool not in ("", "token"):
-        raise ValueError(
-            f"a model that was created with last_block='memory' does not update the patches in its last block, and "
-            f"global_pool={global_pool!r} reads them"
-        )
-
-
 def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         "num_classes": 1000,
@@ -785,13 +775,7 @@ def prune_memory_update(model: LunaVit) -> None:
     if model.memory is None:
         return
     model.final_pack = None
-    blocks = model.blocks
-    blocks[-1].prune_memory_update()
-    if not blocks[-1].updates_patches:
-        for block in blocks[-2:]:
-            block.prune_memory_update()
-        for module in (blocks[-1].attn, blocks[-1].norm1, blocks[-1].norm1_memory):
-            module.requires_grad_(False)
+    model.blocks[-1].prune_memory_update()
 
 
 # what timm takes beside the arguments of a model
@@ -817,7 +801,7 @@ _OF_VIT: dict[str, tuple[tuple[Any, ...], str]] = {
     "embed_norm_layer": ((None,), "stem='conv' has norms of its own"),
     "block_fn": ((), "norm_first, local_mixing and mixer change the block"),
     "attn_layer": ((), "mixer chooses the attention"),
-    "mlp_layer": ((), "mlp_ratio, act_layer and local_mixing='mlp' change the MLP"),
+    "mlp_layer": ((), "mlp, mlp_ratio, act_layer and local_mixing change the MLP"),
 }
 
 
@@ -929,8 +913,10 @@ def luna_vit_small_paper(pretrained: bool = False, **kwargs: Any) -> LunaVit:
         depth=12,
         num_heads=6,
         memory_len=16,
+        global_pool="avg",
         norm_first=False,
         local_mixing="none",
+        mlp="gelu",
         query_gain=1.0,
     )
     return _create_luna_vit("luna_vit_small_paper", pretrained=pretrained, **dict(model_args, **kwargs))

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..layers import POS_EMBEDS
+from ..layers.mlp import SwiGlu
 from .checkpoints import read_checkpoint, unwrap_state_dict
 from .luna_vit import LunaVit
 
@@ -96,8 +97,8 @@ def init_from_vit(model: LunaVit, source: str | os.PathLike | dict[str, Tensor],
         The names of the parameters that were loaded, left new, and not used.
 
     Raises:
-        ValueError: `model` is no Luna ViT, `source` is not a ViT, or its width, depth or MLP width is not the model's;
-            the model is unchanged.
+        ValueError: `model` is no Luna ViT, `source` is not a ViT, or its width, depth or MLP is not the model's; the
+            model is unchanged. The MLPs of a plain ViT are those of `mlp="gelu"`.
     """
     if not isinstance(model, LunaVit):
         raise ValueError(f"model must be a Luna ViT, got {type(model).__name__}")
@@ -122,7 +123,10 @@ def init_from_vit(model: LunaVit, source: str | os.PathLike | dict[str, Tensor],
             matched[name] = (key, value)
         elif not name.startswith("head."):
             want, got = list(own[name].shape), list(value.shape)
-            raise ValueError(f"the ViT's {key} has shape {got} where the model's {name} has {want}; both must be equal")
+            hint = "; a ViT's MLP needs a model with mlp='gelu'" if isinstance(model.blocks[0].mlp, SwiGlu) else ""
+            raise ValueError(
+                f"the ViT's {key} has shape {got} where the model's {name} has {want}; both must be equal{hint}"
+            )
     for name, (_, value) in matched.items():
         own[name].copy_(value)
     loaded, used = list(matched), {key for key, _ in matched.values()}
@@ -166,7 +170,9 @@ def luna_arguments(vit: nn.Module, memory_len: int = 32) -> dict[str, Any]:
         "depth": len(vit.blocks),
         "num_heads": block.attn.num_heads,
         "memory_len": memory_len,
-        "mlp_ratio": block.mlp.fc1.out_features / vit.embed_dim,
+        "mlp_ratio": (block.hidden if ours else block.mlp.fc1.out_features) / vit.embed_dim,
+        "mlp": "swiglu" if isinstance(block.mlp, SwiGlu) else "gelu",
+        "local_mixing": "before",
         "tie_kv": False,
         "query_gain": 1.0,
         "qkv_bias": block.attn.qkv.bias is not None,
@@ -174,7 +180,8 @@ def luna_arguments(vit: nn.Module, memory_len: int = 32) -> dict[str, Any]:
         "global_pool": "avg" if average else "both",
     }
     if ours:
-        where = "none" if local is None else "attn" if block.local_after else "before"
+        outside = "none" if local is None else "attn" if block.local_after else "before"
+        where = outside if block.mlp.local is None else "mlp"
         kind = next(name for name, cls in POS_EMBEDS.items() if type(vit.pos_embed) is (cls or type(None)))
         return arguments | {"local_mixing": where, "pos_embed": kind}
     return arguments | {"pos_embed": "learn"}

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
-from timm.models import is_model_in_modules
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -52,19 +51,16 @@ class UnlabelledTask(TimmTask):
     ) -> None:
         super().__init__(*args, **kwargs)
         hp = self.hparams
-        given = hp.model_kwargs or {}
-        pools = is_model_in_modules(hp.model_name, ["luna_vit"]) and given.get("mixer", "luna") == "luna"
-        default = {"global_pool": "both"} if pools else {}
-        hp.model_kwargs = sized(hp.model_name, default | given, img_size)
+        hp.model_kwargs = sized(hp.model_name, hp.model_kwargs, img_size)
         hp.num_classes = 0
         self.model = build_model(hp.model_name, 0, hp.in_chans, **hp.model_kwargs)
         hp.in_chans = hp.in_chans or 3
         if not isinstance(self.model, LunaVit):
             raise ValueError(f"{type(self).__name__} trains Luna ViTs, and {hp.model_name} is none")
-        if self.reads_both and self.model.memory is not None and self.model.last_block in ("patches", "memory"):
+        if self.reads_both and self.model.memory is not None and self.model.last_block == "patches":
             raise ValueError(
-                f"the last block of the model updates its {self.model.last_block} alone, and both are trained: give "
-                "model_kwargs global_pool=both or last_block=both"
+                "the last block of the model updates its patches alone, and both are trained: give model_kwargs "
+                "global_pool=both or last_block=both"
             )
         self.rank = EffectiveRank(self.model.embed_dim)
         self._features = features_of

@@ -75,7 +75,7 @@ def plot_memory(
     count, slots = len(maps[0].pack), check_slots(slots, maps)
     largest = max(np.quantile(layer.pack[slot], 0.995) for layer in maps for slot in slots)
     norm = LogNorm(1, 2 ** np.round(np.log2(max(largest, LEAST_TOP))), clip=True)
-    shares = [np.quantile(layer.unpack.max(0), 0.99) for layer in maps if layer.unpack is not None]
+    shares = [np.quantile(layer.unpack.max(0), 0.99) for layer in maps]
     strongest = min(1.0, max([1.5 / count, *shares]))
     features = feature_maps(model, seen, [layer.layer for layer in maps]) if colors else {}
 
@@ -185,9 +185,6 @@ def _draw_pack(axes: Axes, seen: View, maps: SlotMaps, slot: int, norm: LogNorm)
 
 def _draw_unpack(axes: Axes, seen: View, maps: SlotMaps, strongest: float) -> None:
     """Draw the slot that each patch reads most, in the slot's colour; opacity grows from an even share upwards."""
-    if maps.unpack is None:
-        _draw(axes, seen, np.zeros((1, 1, 4)), "slot read most", "no patch reads the memory:\nthis block only packs")
-        return
     even = 1 / len(maps.unpack) if len(maps.unpack) > 1 else 0
     shares = maps.unpack.max(0)
     alpha = OPAQUE * np.sqrt(((shares - even) / (strongest - even)).clip(0, 1))

@@ -18,8 +18,8 @@ class SlotMaps(NamedTuple):
     layer: int
     pack: np.ndarray
     """(L, H', W'): how much slot l reads of each patch, in multiples of its mean over the patches."""
-    unpack: np.ndarray | None
-    """(L, H', W'): the share of slot l in what each patch reads, summing to 1; None if the block only packs."""
+    unpack: np.ndarray
+    """(L, H', W'): the share of slot l in what each patch reads, summing to 1."""
 
 
 def check_layers(layers: Sequence[int] | int | None, depth: int) -> list[int]:
@@ -75,9 +75,7 @@ def slot_maps(
     found = {}
     for layer, maps in zip(wanted, run(model, seen.pixels, "get_attention_maps", indices=wanted), strict=True):
         pack = _merge_heads(maps.pack, head, f"pack of layer {layer}", seen.name)
-        unpack = None
-        if maps.unpack.shape[1]:
-            unpack = _merge_heads(maps.unpack, head, f"unpack of layer {layer}", seen.name)
+        unpack = _merge_heads(maps.unpack, head, f"unpack of layer {layer}", seen.name)
         found[layer] = SlotMaps(layer, pack * pack[0].size, unpack)
     return [found[layer] for layer in layers]
 
@@ -105,13 +103,10 @@ def pack_maps(model: nn.Module, image: ImageLike | View, layer: int = -1, head: 
 def unpack_maps(model: nn.Module, image: ImageLike | View, layer: int = -1, head: int | None = None) -> np.ndarray:
     """What each patch reads: float32 (L, h, w) over the picture, shares of the slots that sum to 1.
 
-    Arguments and errors as in :func:`slot_maps`, and a ValueError for a last block that only packs.
+    Arguments and errors as in :func:`slot_maps`.
     """
     seen = view(model, image)
-    maps = slot_maps(model, seen, layer, head)[0]
-    if maps.unpack is None:
-        raise ValueError(f"layer {maps.layer} only packs (last_block='memory'): no patch reads the memory there")
-    return seen.to_pixels(maps.unpack)
+    return seen.to_pixels(slot_maps(model, seen, layer, head)[0].unpack)
 
 
 def check_slots(slots: Sequence[int] | int, maps: Sequence[SlotMaps]) -> list[int]:

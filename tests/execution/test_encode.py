@@ -16,9 +16,9 @@ EXACT = {torch.float64: 1e-10, torch.float32: 1e-4}
 EVERY_OPTION = [
     *OPTIONS,
     {"global_pool": ""},
-    *({"last_block": b, "global_pool": "token"} for b in ("patches", "memory", "both")),
-    *({"last_block": b, "global_pool": ""} for b in ("patches", "memory", "both")),
-    *({"last_block": "memory", "global_pool": "token", "local_mixing": m} for m in ("none", "attn", "mlp")),
+    *({"last_block": b, "global_pool": "token"} for b in ("patches", "both", "final_pack")),
+    *({"last_block": b, "global_pool": ""} for b in ("patches", "both", "final_pack")),
+    *({"global_pool": "token", "local_mixing": m} for m in ("none", "before", "attn")),
     {"query_gain": 1.0},
     {"drop_rate": 0.5, "proj_drop_rate": 0.5, "attn_drop_rate": 0.5, "drop_path_rate": 0.5, "patch_drop_rate": 0.5},
 ]

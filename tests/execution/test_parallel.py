@@ -24,7 +24,7 @@ SMALL = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4, "memory_l
 HEIGHT, WIDTH = 27, 18  # 7 x 5 patches, none of the last ones whole
 EVERY_OPTION = [
     *OPTIONS,
-    *({"last_block": b, "global_pool": "token", "local_mixing": "attn"} for b in ("patches", "memory", "both")),
+    *({"last_block": b, "global_pool": "token", "local_mixing": "attn"} for b in ("patches", "both", "final_pack")),
 ]
 
 

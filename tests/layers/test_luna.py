@@ -53,11 +53,12 @@ def test_padded_patch_changes_nothing_in_attention(tie_kv, pack_heads):
     torch.testing.assert_close(y_padded[valid].view_as(y), y, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("local_mixing", ["before", "mlp"])
 @pytest.mark.parametrize("norm_first, memory_mlp", itertools.product([True, False], ["none", "own", "shared"]))
-def test_padded_patch_changes_nothing_in_block(norm_first, memory_mlp):
+def test_padded_patch_changes_nothing_in_block(norm_first, memory_mlp, local_mixing):
     """Local mixing included: beyond the valid grid it must see what it sees beyond the border of an image."""
-    b = block(norm_first=norm_first, memory_mlp=memory_mlp)
-    torch.nn.init.normal_(b.local.conv.weight)
+    b = block(norm_first=norm_first, memory_mlp=memory_mlp, local_mixing=local_mixing)
+    torch.nn.init.normal_((b.local or b.mlp.local).conv.weight)
     x, memory = tokens()
     y, memory_out = b(x, memory, (H, W))
     padded = torch.full((B, H + 2, W + 3, C), 50.0, dtype=x.dtype)

@@ -97,6 +97,7 @@ def test_block_equals_authors(case, pack_form, unpack_form):
         tie_kv="attn.pack_kv.weight" in state,
         norm_first="prenorm" in case,
         local_mixing="none",
+        mlp="gelu",
         act_layer="relu" if "relu" in case else "gelu",
         pack_form=pack_form,
         unpack_form=unpack_form,

@@ -234,7 +234,8 @@ def test_lora_acts_merges_and_learns(options, dora):
 def test_the_documented_lora_reaches_every_linear_layer_of_the_blocks():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(make(), peft.LoraConfig(target_modules=LORA_TARGETS, modules_to_save=["head"]))
-    assert set(model.targeted_module_names) == {name for name, _ in linear_layers(make()) if name.startswith("blocks")}
+    inside = ("blocks", "final_pack")
+    assert set(model.targeted_module_names) == {name for name, _ in linear_layers(make()) if name.startswith(inside)}
 
 
 def test_the_documented_lines_run(tmp_path, monkeypatch):

@@ -254,12 +254,6 @@ def test_features_only_leaves_no_trainable_parameter_without_gradient(pool, norm
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-@pytest.mark.parametrize("pool", ["avg", "both", "max"])
-def test_model_that_only_packs_last_cannot_be_made_to_read_patches(pool):
-    with pytest.raises(ValueError, match="created with last_block='memory' does not update the patches"):
-        tiny(global_pool="token", last_block="memory").reset_classifier(3, pool)
-
-
 @pytest.mark.parametrize("pool", ["token", "both"])
 def test_final_pack_reads_the_finished_patches(pool):
     model = tiny(global_pool=pool)

@@ -107,12 +107,6 @@ def test_title_and_warning(model):
     assert "RANDOM WEIGHTS\nA $strange^ name_\n" in text
 
 
-def test_a_last_block_that_only_packs_says_so():
-    model = timm.create_model("test_luna_vit", global_pool="token", last_block="memory")
-    for layers in (None, -1):
-        assert words(plot_memory(model, IMAGE, layers)).count("only packs") == 1
-
-
 def test_features_of_one_image_and_of_several(model):
     assert titles(plot_features(model, IMAGE, [0, 2])) == ["image", "layer 0", "layer 2"]
     figure = plot_features(model, [IMAGE, IMAGE[:20]], layers=-1)

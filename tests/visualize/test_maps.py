@@ -76,13 +76,6 @@ def test_layers_by_default_are_four_from_first_to_last():
     assert [layer.layer for layer in slot_maps(model, IMAGE)] == [0, 4, 7, 11]
 
 
-def test_a_last_block_that_only_packs():
-    model = timm.create_model("test_luna_vit", global_pool="token", last_block="memory")
-    assert slot_maps(model, IMAGE, -1)[0].unpack is None
-    with pytest.raises(ValueError, match="layer 3 only packs"):
-        unpack_maps(model, IMAGE)
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
