@@ -131,6 +131,7 @@ def configuration(
         "pieces": pieces,
         "seed": seed,
         **({"accelerator": args.device} if args.device != "cpu" else {}),
+        **({"precision": args.precision} if args.precision != "32-true" else {}),
         **({"num_classes": trained["num_classes"]} if trained["num_classes"] != 10 else {}),
     }
     return json.loads(json.dumps(config))  # as it comes back from a result
@@ -253,7 +254,11 @@ def train(run: Run, root: str, work: Path, overlays: Sequence[Config] = ()) -> t
         "seed_everything": config["seed"],
         "model": {"init_args": {"model_kwargs": config["model"], **rates}},
         "data": {"init_args": data},
-        "trainer": {"max_steps": config["steps"], "accelerator": config.get("accelerator", "cpu")},
+        "trainer": {
+            "max_steps": config["steps"],
+            "accelerator": config.get("accelerator", "cpu"),
+            "precision": config.get("precision", "32-true"),
+        },
     }
     cli, ledger = fit([CONFIGS / f"{run.task}.yaml", overlay, *overlays], work)
     rate = round(ledger.samples / ledger.seconds, 1)
@@ -308,6 +313,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, name: str, depth: int) ->
     parser.add_argument("--width", type=whole, default=96, help=f"a multiple of {HEAD_WIDTH}")
     parser.add_argument("--depth", type=whole, default=depth, help="blocks")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of all runs")
+    parser.add_argument("--precision", choices=["32-true", "bf16-mixed"], default="32-true", help="Lightning's, of all")
     add_folder_arguments(parser, name)
 
 

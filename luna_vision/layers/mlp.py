@@ -8,6 +8,7 @@ from typing import Any
 import timm.layers
 from torch import Tensor, nn
 
+from ..functional import clamp_fp16
 from .local_mixing import LocalMixing
 
 
@@ -36,7 +37,7 @@ class Mlp(timm.layers.Mlp):
         """Map (B, N, C) to (B, N, C); without local mixing, as for a memory, if `mix` is False."""
         x = self.act(self.fc1(x))
         if self.local is not None and mix:
-            x = x + self.local(x, grid_size, patch_valid)
+            x = clamp_fp16(x + self.local(x, grid_size, patch_valid))
         return self.drop2(self.fc2(self.norm(self.drop1(x))))
 
 
@@ -84,6 +85,6 @@ class SwiGlu(nn.Module):
         """Map (B, N, C) to (B, N, C); without local mixing, as for a memory, if `mix` is False."""
         x = self.fc1(x)
         if self.local is not None and mix:
-            x = x + self.local(x, grid_size, patch_valid)
+            x = clamp_fp16(x + self.local(x, grid_size, patch_valid))
         gate, x = x.chunk(2, dim=-1)
-        return self.drop(self.fc2(self.drop(self.act(gate) * x)))
+        return self.drop(self.fc2(self.drop(clamp_fp16(self.act(gate) * x))))
