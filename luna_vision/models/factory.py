@@ -18,6 +18,7 @@ from ..utils.errors import UserError, arguments_of, one_line
 from ..utils.text import printable
 from .checkpoints import load_weights
 from .luna_vit import LunaVit
+from .weights import shipped_cfgs
 
 RANDOM_WEIGHTS = "random_weights"  # a key in config.json of an exported folder: the model was not trained
 LOCAL = "local-dir:"  # timm's prefix for the name of a folder
@@ -69,7 +70,9 @@ def build_model(
     cfg = get_pretrained_cfg(name)
     elsewhere = model_kwargs.keys() & {"pretrained_cfg", "pretrained_cfg_overlay"}
     if model_kwargs.get("pretrained") and not (elsewhere or (cfg and cfg.has_weights)):
-        raise UserError(f"model_kwargs pretrained: there are no pretrained weights of {name}")
+        there = " and ".join(shipped_cfgs())
+        some = f"; there are some of {there}" if there and is_model_in_modules(name, ["luna_vit"]) else ""
+        raise UserError(f"model_kwargs pretrained: there are no pretrained weights of {name}{some}")
     try:
         # timm checks numbers, such as heads that do not divide a width, by assertions
         with arguments_of(f"model_kwargs {model_kwargs} do not fit {name}", ArithmeticError, AssertionError):

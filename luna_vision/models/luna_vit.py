@@ -47,6 +47,7 @@ from ..mixers import create_mixer
 from ..utils.checks import check_option
 from .checkpoints import checkpoint_filter_fn
 from .pooling import POOL_TYPES, Pool, key_mask, pool_tokens
+from .weights import check_shipped, shipped_cfgs
 
 __all__ = ["AttentionMaps", "LunaVit", "checkpoint_filter_fn", "join_tokens", "prune_memory_update"]
 
@@ -745,28 +746,31 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-# there are no weights yet, and the tag says so
-default_cfgs = generate_default_cfgs(
-    {
-        "luna_vit_nano_patch8.untrained": _cfg(input_size=(3, 64, 64), crop_pct=1.0),
-        "luna_vit_tiny.untrained": _cfg(),
-        "luna_vit_small.untrained": _cfg(),
-        "luna_vit_base.untrained": _cfg(),
-        "luna_vit_large.untrained": _cfg(),
-        "luna_vit_tiny_patch8.untrained": _cfg(),
-        "luna_vit_small_patch8.untrained": _cfg(),
-        "luna_vit_base_patch8.untrained": _cfg(),
-        "luna_vit_small_paper.untrained": _cfg(),
-        "test_luna_vit.untrained": _cfg(input_size=(3, 160, 160)),
-    }
-)
+# where there are no weights, the tag says so
+_UNTRAINED = {
+    "luna_vit_nano_patch8": _cfg(input_size=(3, 64, 64), crop_pct=1.0),
+    "luna_vit_tiny": _cfg(),
+    "luna_vit_small": _cfg(),
+    "luna_vit_base": _cfg(),
+    "luna_vit_large": _cfg(),
+    "luna_vit_tiny_patch8": _cfg(),
+    "luna_vit_small_patch8": _cfg(),
+    "luna_vit_base_patch8": _cfg(),
+    "luna_vit_small_paper": _cfg(),
+    "test_luna_vit": _cfg(input_size=(3, 160, 160)),
+}
+_SHIPPED = {name: _cfg(**cfg) for name, cfg in shipped_cfgs().items()}
+default_cfgs = generate_default_cfgs(_SHIPPED | {f"{name}.untrained": cfg for name, cfg in _UNTRAINED.items()})
 
-_NO_WEIGHTS = (
-    "There are no pretrained weights for {0} yet. Train it (configs/imagenet_small_224.yaml is the ImageNet recipe; "
-    "any other data set works the same way), or load a checkpoint of your own: "
-    "timm.create_model({0!r}, checkpoint_path='best.safetensors') or "
-    "timm.create_model('local-dir:FOLDER', pretrained=True)"
-)
+
+def _no_weights(variant: str) -> str:
+    there = f"there are some for {' and '.join(_SHIPPED)}. " if _SHIPPED else ""
+    return (
+        f"There are no pretrained weights for {variant}; {there}Train it (configs/imagenet_small_224.yaml is the "
+        "ImageNet recipe; any other data set works the same way), or load a checkpoint of your own: "
+        f"timm.create_model({variant!r}, checkpoint_path='best.safetensors') or "
+        "timm.create_model('local-dir:FOLDER', pretrained=True)"
+    )
 
 
 def prune_memory_update(model: LunaVit) -> None:
@@ -833,7 +837,8 @@ def _create_luna_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> L
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         if not (cfg.has_weights or cfg.state_dict):
-            raise RuntimeError(_NO_WEIGHTS.format(variant))
+            raise RuntimeError(_no_weights(variant))
+        check_shipped(cfg.file)
     model = build_model_with_cfg(
         LunaVit,
         variant,
