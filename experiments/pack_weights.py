@@ -1,11 +1,11 @@
 """Make weights for the package from a finished training: `python -m experiments.pack_weights --help`.
 
-Two files are written: float16 weights, and the `pretrained_cfg` that timm gives the model, with the names of the
-classes and the accuracy that the run's own test has measured.
+The weights become float16. The header of the file keeps what the training recorded, with readable names of WordNet's
+classes, and gets the accuracy that the run's own test has measured.
 """
 
-import argparse
 import csv
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo
 
-from luna_vision.models.factory import image_cfg, training_checkpoint
+from luna_vision.models.checkpoints import training_checkpoint
 from luna_vision.models.weights import FOLDER
-from luna_vision.utils.files import new_file, write_json
+from luna_vision.utils.files import new_file
 
 from .command import Parser
 
@@ -25,7 +25,7 @@ __all__ = ["main", "pack"]
 
 
 def pack(weights: Path, metrics: Path, name: str, about: str, out: Path) -> dict[str, Any]:
-    """Write `NAME.safetensors` and `NAME.json` into a folder.
+    """Write `NAME.safetensors` into a folder.
 
     Args:
         weights: `best.safetensors` of a classification.
@@ -35,7 +35,7 @@ def pack(weights: Path, metrics: Path, name: str, about: str, out: Path) -> dict
         out: The folder.
 
     Returns:
-        The `pretrained_cfg`.
+        What the header records of images and classes.
 
     Raises:
         ValueError: The file does not record its training, or the run has not been tested.
@@ -48,15 +48,14 @@ def pack(weights: Path, metrics: Path, name: str, about: str, out: Path) -> dict
         tested = [row["test_acc1"] for row in csv.DictReader(file) if row.get("test_acc1")]
     if not tested:
         raise ValueError(f"{metrics} has no test_acc1: the run has not been tested")
-    cfg = image_cfg(training)
+    cfg = training["data"]["cfg"]
     cfg["label_names"] = [readable(label) for label in cfg["label_names"]]
     cfg["notes"] = [about, f"top-1 {float(tested[-1]):.4f} on its test images"]
     half = {key: value.to(torch.float16).contiguous() for key, value in load_file(weights).items()}
     model = timm.create_model(name.partition(".")[0], num_classes=cfg["num_classes"], in_chans=cfg["input_size"][0])
     model.load_state_dict(half)  # fails where the training had other arguments than the model has by default
     with new_file(out / f"{name}.safetensors") as file:
-        save_file(half, file.name)
-    write_json(out / f"{name}.json", cfg)
+        save_file(half, file.name, {"training": json.dumps(training, default=str)})
     return cfg
 
 
@@ -75,11 +74,10 @@ def main(argv: list[str] | None = None) -> int:
         "--about", default="Tiny-ImageNet-200, recompressed (AVIF, quality 50)", help="the data of the training"
     )
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the weights")
-    args: argparse.Namespace = parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    weights = args.run / "checkpoints" / "best.safetensors"
     try:
-        cfg = pack(
-            args.run / "checkpoints" / "best.safetensors", args.run / "metrics.csv", args.name, args.about, args.out
-        )
+        cfg = pack(weights, args.run / "metrics.csv", args.name, args.about, args.out)
     except (OSError, RuntimeError, ValueError) as error:
         parser.error(error)
     size = (args.out / f"{args.name}.safetensors").stat().st_size

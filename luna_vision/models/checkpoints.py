@@ -1,14 +1,18 @@
-"""Weights from files: read a checkpoint, fit it to a model, load it."""
+"""Weights from files: read a checkpoint and what it records of its training, fit it to a model, load it."""
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors import safe_open
 from timm.layers import resample_patch_embed
 from timm.models import load_pretrained
 from timm.models import load_state_dict as read_state_dict
@@ -17,6 +21,9 @@ from torch import Tensor, nn
 
 _logger = logging.getLogger(__name__)
 
+# the keys about images that are taken from a checkpoint, see `timm_cfg` of the data modules
+IMAGE_CFG = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "num_classes", "label_names")
+PIXEL_CFG = ("value_range", "nodata", "fill")  # likewise, of numbers in files, see `luna_vision.images.values`
 # where the detectors and segmenters of `luna_vision.downstream` have their backbone
 BODIES = ("backbone.pyramid_backbone.body.", "backbone.body.")
 
@@ -184,3 +191,34 @@ def _declare_channels(model: nn.Module, cfg: dict) -> None:
     weight = cfg["state_dict"].get(f"{get_model_input_config(model)['first_conv']}.weight")
     if weight is not None and weight.ndim == 4:
         cfg["input_size"] = (weight.shape[1], *cfg["input_size"][1:])
+
+
+def training_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
+    """The content of a Lightning checkpoint, or the header of weights that a training exported; else empty."""
+    checkpoint = Path(checkpoint)
+    if not checkpoint.is_file():
+        return {}
+    try:
+        if checkpoint.suffix == ".safetensors":
+            content = _exported_training(checkpoint)
+        else:
+            content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # reading a file that is no checkpoint raises nearly anything; load_weights says what is wrong
+        return {}
+    parameters = content.get("hyper_parameters") if isinstance(content, dict) else None
+    return content if isinstance(parameters, dict) and "model_name" in parameters else {}
+
+
+def image_cfg(run: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's record of its images, limited to the keys in `IMAGE_CFG`."""
+    cfg = run.get("data", {}).get("cfg", {})
+    return {name: cfg[name] for name in IMAGE_CFG + PIXEL_CFG if name in cfg}
+
+
+def _exported_training(weights: Path) -> dict[str, Any]:
+    """The record of `luna_vision.tasks.export_weights` in the header, with tuples that JSON has made lists."""
+    with safe_open(weights, "pt") as file:
+        content = json.loads((file.metadata() or {}).get("training", "{}"))
+    cfg = content.get("data", {}).get("cfg", {})
+    cfg |= {name: tuple(cfg[name]) for name in ("input_size", "mean", "std") if name in cfg}
+    return content

@@ -9,22 +9,18 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import safe_open
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, is_model_in_modules, split_model_name_tag
 from timm.models._input import get_model_input_config
 from torch import nn
 
 from ..utils.errors import UserError, arguments_of, one_line
 from ..utils.text import printable
-from .checkpoints import load_weights
+from .checkpoints import PIXEL_CFG, image_cfg, load_weights, training_checkpoint
 from .luna_vit import LunaVit
-from .weights import shipped_cfgs
+from .weights import SHIPPED
 
 RANDOM_WEIGHTS = "random_weights"  # a key in config.json of an exported folder: the model was not trained
 LOCAL = "local-dir:"  # timm's prefix for the name of a folder
-# the keys about images that are taken from a checkpoint, see `timm_cfg` of the data modules
-IMAGE_CFG = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "num_classes", "label_names")
-PIXEL_CFG = ("value_range", "nodata", "fill")  # likewise, of numbers in files, see `luna_vision.images.values`
 PIXELS = "pixels"  # where config.json of an exported folder has these, which timm does not know
 
 
@@ -70,8 +66,8 @@ def build_model(
     cfg = get_pretrained_cfg(name)
     elsewhere = model_kwargs.keys() & {"pretrained_cfg", "pretrained_cfg_overlay"}
     if model_kwargs.get("pretrained") and not (elsewhere or (cfg and cfg.has_weights)):
-        there = " and ".join(shipped_cfgs())
-        some = f"; there are some of {there}" if there and is_model_in_modules(name, ["luna_vit"]) else ""
+        ours = SHIPPED and is_model_in_modules(name, ["luna_vit"])
+        some = f"; there are some of {' and '.join(SHIPPED)}" if ours else ""
         raise UserError(f"model_kwargs pretrained: there are no pretrained weights of {name}{some}")
     try:
         # timm checks numbers, such as heads that do not divide a width, by assertions
@@ -226,34 +222,3 @@ def _from_folder(name: str, arguments: dict[str, Any], weights: bool) -> nn.Modu
             raise UserError(f"model {name} has a head for {model.num_classes} classes, and not for {classes}")
         model.reset_classifier(0)
     return model
-
-
-def training_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
-    """The content of a Lightning checkpoint, or the header of weights that a training exported; else empty."""
-    checkpoint = Path(checkpoint)
-    if not checkpoint.is_file():
-        return {}
-    try:
-        if checkpoint.suffix == ".safetensors":
-            content = _exported_training(checkpoint)
-        else:
-            content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # reading a file that is no checkpoint raises nearly anything; load_weights says what is wrong
-        return {}
-    parameters = content.get("hyper_parameters") if isinstance(content, dict) else None
-    return content if isinstance(parameters, dict) and "model_name" in parameters else {}
-
-
-def image_cfg(run: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's record of its images, limited to the keys in `IMAGE_CFG`."""
-    cfg = run.get("data", {}).get("cfg", {})
-    return {name: cfg[name] for name in IMAGE_CFG + PIXEL_CFG if name in cfg}
-
-
-def _exported_training(weights: Path) -> dict[str, Any]:
-    """The record of `luna_vision.tasks.export_weights` in the header, with tuples that JSON has made lists."""
-    with safe_open(weights, "pt") as file:
-        content = json.loads((file.metadata() or {}).get("training", "{}"))
-    cfg = content.get("data", {}).get("cfg", {})
-    cfg |= {name: tuple(cfg[name]) for name in ("input_size", "mean", "std") if name in cfg}
-    return content

@@ -47,7 +47,7 @@ from ..mixers import create_mixer
 from ..utils.checks import check_option
 from .checkpoints import checkpoint_filter_fn
 from .pooling import POOL_TYPES, Pool, key_mask, pool_tokens
-from .weights import check_shipped, shipped_cfgs
+from .weights import SHIPPED, check_shipped, shipped_cfg
 
 __all__ = ["AttentionMaps", "LunaVit", "checkpoint_filter_fn", "join_tokens", "prune_memory_update"]
 
@@ -759,12 +759,12 @@ _UNTRAINED = {
     "luna_vit_small_paper": _cfg(),
     "test_luna_vit": _cfg(input_size=(3, 160, 160)),
 }
-_SHIPPED = {name: _cfg(**cfg) for name, cfg in shipped_cfgs().items()}
+_SHIPPED = {name: _cfg(**shipped_cfg(name)) for name in SHIPPED}
 default_cfgs = generate_default_cfgs(_SHIPPED | {f"{name}.untrained": cfg for name, cfg in _UNTRAINED.items()})
 
 
 def _no_weights(variant: str) -> str:
-    there = f"there are some for {' and '.join(_SHIPPED)}. " if _SHIPPED else ""
+    there = f"there are some for {' and '.join(SHIPPED)}. " if SHIPPED else ""
     return (
         f"There are no pretrained weights for {variant}; {there}Train it (configs/imagenet_small_224.yaml is the "
         "ImageNet recipe; any other data set works the same way), or load a checkpoint of your own: "

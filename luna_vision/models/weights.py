@@ -1,26 +1,30 @@
-"""The weights that come with the package.
+"""The weights that come with the package: `weights/MODEL.TAG.safetensors`, in float16.
 
-`weights/` has two files for each: `MODEL.TAG.safetensors` with float16 weights, and `MODEL.TAG.json` with timm's
-`pretrained_cfg`. `python -m experiments.pack_weights` writes both from a finished training.
+`python -m experiments.pack_weights` makes such a file from a finished training. Its header has what every
+`best.safetensors` has: the training, the preprocessing of images, and the names of the classes.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from .checkpoints import image_cfg, training_checkpoint
+
 FOLDER = Path(__file__).with_name("weights")
+SHIPPED: tuple[str, ...] = ()  # models, each with a tag that tells the data
 
 
-def shipped_cfgs() -> dict[str, dict[str, Any]]:
-    """The `pretrained_cfg` of all weights in the package, by the name of their model with its tag."""
-    found = {}
-    for path in sorted(FOLDER.glob("*.json")):
-        cfg = json.loads(path.read_text(encoding="utf-8"))
-        cfg |= {name: tuple(cfg[name]) for name in ("input_size", "mean", "std")}
-        found[path.stem] = cfg | {"file": str(path.with_suffix(".safetensors"))}
-    return found
+def weights_file(name: str) -> Path:
+    """Where the package has the weights of a name in `SHIPPED`."""
+    return FOLDER / f"{name}.safetensors"
+
+
+def shipped_cfg(name: str) -> dict[str, Any]:
+    """The `pretrained_cfg` of a name in `SHIPPED`; of a missing or damaged file, where it should be."""
+    training = training_checkpoint(weights_file(name))
+    notes = training.get("data", {}).get("cfg", {}).get("notes", [])
+    return image_cfg(training) | {"notes": tuple(notes), "file": str(weights_file(name))}
 
 
 def check_shipped(file: str | None) -> None:

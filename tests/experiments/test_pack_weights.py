@@ -7,6 +7,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+import luna_vision
 from experiments.pack_weights import main
 from luna_vision.models import weights
 from luna_vision.tasks import ClassificationTask, export_weights
@@ -43,9 +44,11 @@ def test_the_files_are_what_timm_loads(run, tmp_path, monkeypatch, capsys):
     assert f"{NAME}: 0." in capsys.readouterr().out
     assert {x.dtype for x in load_file(tmp_path / "weights" / f"{NAME}.safetensors").values()} == {torch.float16}
     monkeypatch.setattr(weights, "FOLDER", tmp_path / "weights")
-    cfg = weights.shipped_cfgs()[NAME]
+    cfg = weights.shipped_cfg(NAME)
     assert cfg["label_names"] == ["goldfish", "my dog"] and cfg["mean"] == (0.4, 0.5, 0.6)
-    assert cfg["notes"] == ["two photos", "top-1 0.4321 on its test images"]
+    assert cfg["notes"] == ("two photos", "top-1 0.4321 on its test images")
+    found, _, names = luna_vision.load(weights.weights_file(NAME))
+    assert names == ["goldfish", "my dog"] and not found.training
     loaded = timm.create_model("test_luna_vit", pretrained=True, pretrained_cfg_overlay=cfg).eval()
     x = torch.randn(1, 3, 40, 24)
     assert loaded.num_classes == 2 and next(loaded.parameters()).dtype == torch.float32
@@ -63,7 +66,7 @@ def test_broken_files_are_named_in_one_line(run, tmp_path, monkeypatch, damage, 
     content = file.read_bytes()
     file.unlink() if damage == "missing" else file.write_bytes(content[: len(content) // 2])
     with pytest.raises(RuntimeError) as error:
-        timm.create_model("test_luna_vit", pretrained=True, pretrained_cfg_overlay=weights.shipped_cfgs()[NAME])
+        timm.create_model("test_luna_vit", pretrained=True, pretrained_cfg_overlay=weights.shipped_cfg(NAME))
     assert str(file) in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
 
 
