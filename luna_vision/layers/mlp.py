@@ -6,7 +6,9 @@ Shapes: B batch, N patches, C width, H', W' patch grid with N = H' * W'.
 from typing import Any
 
 import timm.layers
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..functional import clamp_fp16
 from .local_mixing import LocalMixing
@@ -84,7 +86,21 @@ class SwiGlu(nn.Module):
     ) -> Tensor:
         """Map (B, N, C) to (B, N, C); without local mixing, as for a memory, if `mix` is False."""
         x = self.fc1(x)
+        if torch.jit.is_scripting() or not self._recomputes():
+            x = self._gate(x, grid_size, patch_valid, mix)
+        else:
+            x = checkpoint(self._gate, x, grid_size, patch_valid, mix, use_reentrant=False, preserve_rng_state=False)
+        return self.drop(self.fc2(self.drop(x)))
+
+    @torch.jit.ignore
+    def _recomputes(self) -> bool:
+        """Whether the backward pass computes the gate again: the layer would keep twice as much for it as a plain MLP.
+        A transform of `torch.func` does not let it."""
+        return self.training and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+
+    def _gate(self, x: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None, mix: bool) -> Tensor:
+        """The hidden layer, (B, N, 2 * hidden), to (B, N, hidden)."""
         if self.local is not None and mix:
             x = clamp_fp16(x + self.local(x, grid_size, patch_valid))
         gate, x = x.chunk(2, dim=-1)
-        return self.drop(self.fc2(self.drop(clamp_fp16(self.act(gate) * x))))
+        return clamp_fp16(self.act(gate) * x)
