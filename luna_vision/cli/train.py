@@ -38,6 +38,7 @@ from ..tasks.stopping import StopTogether
 from ..utils.errors import UserError, arguments_of, is_check, one_line
 from ..utils.text import printable
 from .common import WRAPPERS, Hints, run_command
+from .predict_words import with_weights
 from .training_help import short_help
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -332,7 +333,8 @@ def run_words(words: list[str]) -> int | None:
 
 def _run() -> int | None:
     # In place: with several devices, Lightning starts the other processes with these arguments.
-    sys.argv[1:] = with_default_config(["--help" if word == "--help_all" else word for word in sys.argv[1:]])
+    words = ["--help" if word == "--help_all" else word for word in sys.argv[1:]]
+    sys.argv[1:] = with_weights(with_default_config(words))
     return guarded(build)
 
 

@@ -14,6 +14,8 @@ _OWN = {
   --test_after_fit false      skip the test at the end
   --resume                    continue the newest stopped run of this configuration""",
     "predict": """\
+  PATH ... [--checkpoint FILE]  images or folders, and best.safetensors or best.ckpt of any training, in place of
+                              --config, --ckpt_path and --data.predict_path
   --data.predict_path PATH    an image file or a folder of them; by default the test images
   --out FILE                  .csv, .json of boxes, or a folder of masks; by default in the run's own folder""",
 }

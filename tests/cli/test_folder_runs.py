@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import luna_vision
+from luna_vision.cli import predict_words
 from luna_vision.cli.train import main
 
 DEBUG = str(Path(__file__).parents[2] / "configs" / "debug.yaml")
@@ -31,8 +32,11 @@ def run(tmp_path: Path, monkeypatch, capsys):
                 image = Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8))
                 image.save(f"photos/{split}/{name}/{i}.png")
 
-    def call(subcommand: str, *words: str, data: list[str] = DATA) -> tuple[int, list[str], list[str]]:
-        monkeypatch.setattr(sys, "argv", ["train.py", subcommand, "--config", DEBUG, *data, *words])
+    def call(
+        subcommand: str, *words: str, data: list[str] = DATA, config: bool = True
+    ) -> tuple[int, list[str], list[str]]:
+        own = ["--config", DEBUG, *data] if config else []
+        monkeypatch.setattr(sys, "argv", ["train.py", subcommand, *own, *words])
         code = 0
         try:
             main()
@@ -125,6 +129,41 @@ def test_images_of_any_name_are_predicted(run):
     assert run("predict", *words, "--trainer.limit_predict_batches=null")[0] == 0
     rows = list(csv.reader(next(Path("runs").rglob("predictions.csv")).open()))
     assert [row[0] for row in rows[1:]] == ["new/1.png", "new/2.png", "new/caf\\xe9.png"]
+
+
+def test_paths_and_a_checkpoint_are_enough_to_predict(run, monkeypatch):
+    assert run("fit", "--test_after_fit=false")[0] == 0
+    folder = Path("runs/debug/version_0/checkpoints")
+    shutil.copy(folder / "best.safetensors", "mine.safetensors")
+    wants = run("predict", f"--ckpt_path={folder / 'best.ckpt'}", "--data.predict_path=photos/test", "--out=want.csv")
+    assert wants[0] == 0
+    want = Path("want.csv").read_text()
+    weights = [folder / "best.ckpt", folder / "best.safetensors", "mine.safetensors"]
+    for words in (["--checkpoint", str(file)] for file in weights):
+        code, _, err = run("predict", "photos/test", *words, "--out=found.csv", config=False)
+        assert code == 0, err
+        assert Path("found.csv").read_text() == want
+    shutil.rmtree("photos/train")  # which names the classes
+    monkeypatch.setattr(predict_words, "SHIPPED", ["mine"])
+    monkeypatch.setattr(predict_words, "weights_file", lambda name: Path(f"{name}.safetensors").resolve())
+    assert run("predict", "photos/test/cat/1.png", "photos/test/dog", "--out=found.csv", config=False)[0] == 0
+    assert Path("found.csv").read_text().splitlines() == [want.splitlines()[i] for i in (0, 2, 4, 5, 6)]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["photos"], "predict needs weights: give --checkpoint"),
+        (["photos", "--checkpoint", "nothing.ckpt"], "there is no file nothing.ckpt"),
+        (["photos", "--checkpoint", "w.safetensors"], "does not say how to prepare images"),
+        (["photos", "--ckpt_path=x.ckpt"], "predict takes either paths and --checkpoint, or"),
+    ],
+)
+def test_mistakes_of_the_short_form(run, words, message, monkeypatch):
+    monkeypatch.setattr(predict_words, "SHIPPED", ())
+    Path("w.safetensors").write_bytes(b"no weights")
+    code, _, err = run("predict", *words, config=False)
+    assert code == 2 and len(err) == 1 and message in err[0] and not Path("runs").exists()
 
 
 def test_predictions_have_the_names_of_the_checkpoint_where_the_training_folder_is_gone(run):

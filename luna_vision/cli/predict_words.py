@@ -1,0 +1,83 @@
+"""The short form of predict: `luna-vision predict PHOTO ... [--checkpoint FILE]`, without the YAML of a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..models.checkpoints import image_cfg, training_checkpoint
+from ..models.weights import SHIPPED, weights_file
+from ..utils.errors import UserError
+
+__all__ = ["with_weights"]
+
+
+def with_weights(args: list[str]) -> list[str]:
+    """Spell the short form out: paths after `predict`, and `--checkpoint FILE`; other command lines stay as they are.
+
+    A checkpoint in the folder of its run is used with that run's `config.yaml`. Any other, of a classification, records
+    what is needed. Without a checkpoint, the weights that come with the package are used.
+
+    Raises:
+        UserError: There are no such weights, or they are no classification's and have no `config.yaml`.
+    """
+    if "predict" not in args:
+        return args
+    start = args.index("predict") + 1
+    end = next((i for i in range(start, len(args)) if args[i].startswith("-")), len(args))
+    paths, rest, checkpoint = args[start:end], args[end:], None
+    if "--checkpoint" in rest[:-1]:
+        i = rest.index("--checkpoint")
+        checkpoint, rest = Path(rest[i + 1]), rest[:i] + rest[i + 2 :]
+    if not paths and checkpoint is None:
+        return args
+    if any(word.partition("=")[0] in ("-c", "--config", "--ckpt_path") for word in rest):
+        raise UserError("predict takes either paths and --checkpoint, or --config, --ckpt_path and --data.predict_path")
+    words = _words(checkpoint)
+    if paths:
+        words.append(f"--data.predict_path={json.dumps(paths)}")
+    return [*args[:start], *words, *rest]
+
+
+def _words(checkpoint: Path | None) -> list[str]:
+    """What stands for a checkpoint in the long form."""
+    if checkpoint is None:
+        if not SHIPPED:
+            raise UserError("predict needs weights: give --checkpoint")
+        checkpoint = weights_file(SHIPPED[0])
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"--checkpoint: there is no file {checkpoint}")
+    config, whole = checkpoint.parent.parent / "config.yaml", checkpoint.with_suffix(".ckpt")
+    if config.is_file() and whole.is_file():
+        return ["--config", str(config), "--ckpt_path", str(whole)]
+    run = training_checkpoint(checkpoint)
+    if not run or "data" not in run or "pyramid_channels" in run["hyper_parameters"]:
+        raise UserError(
+            f"{checkpoint} does not say how to prepare images and what its outputs mean: give --config config.yaml of "
+            "its run, with --ckpt_path"
+        )
+    return [f"--{name}={_word(value)}" for name, value in _options(run, checkpoint).items() if value is not None]
+
+
+def _options(run: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """Model and data of a classification that is recorded in its weights."""
+    hp, cfg = run["hyper_parameters"], image_cfg(run)
+    in_chans, height, width = cfg["input_size"]
+    squash = (cfg.get("crop_mode"), cfg["crop_pct"]) == ("squash", 1.0)
+    return {
+        "model.model_name": hp["model_name"],
+        "model.model_kwargs": {k: v for k, v in (hp.get("model_kwargs") or {}).items() if k != "pretrained"},
+        "model.num_classes": hp["num_classes"],
+        "model.in_chans": in_chans,
+        "model.checkpoint": str(checkpoint),
+        "data": "ImageFolderDataModule",
+        "data.root": str(checkpoint.parent),  # has no training folder, so that the checkpoint says the classes
+        "data.in_chans": in_chans,
+        "data.img_size": [height, width],
+        "data.mean": cfg["mean"],
+        "data.std": cfg["std"],
+        "data.crop_pct": "null" if squash else cfg["crop_pct"],
+    }
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
