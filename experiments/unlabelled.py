@@ -26,7 +26,7 @@ from luna_vision.utils.record import machine
 
 from .command import Parser, at_least
 
-SHAPE = {"patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3}
+SHAPE = {"patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3, "stem": "patch"}
 CPU = ["--trainer.precision=bf16-mixed", "--model.compile=true", "--data.num_workers=0"]
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "unlabelled"
 RUNS = ("teacher", "supervised", "random", "distill", "distill_tiny", "lejepa", "convert")
