@@ -28,7 +28,7 @@ from .runs import finished, provenance
 __all__ = ["fit", "main", "score"]
 
 NUM_CLASSES = 11
-HEIGHT, WIDTH = 180, 240  # to which scenes are resized, pixels
+HEIGHT, WIDTH = 180, 240  # to which scenes are resized, or the next smaller whole number of patches, pixels
 
 
 def patch_labels(mask: np.ndarray, side: int) -> Tensor:
@@ -42,13 +42,14 @@ def patch_labels(mask: np.ndarray, side: int) -> Tensor:
 def patches(model: nn.Module, config: dict[str, Any], root: Path, split: str, scenes: int) -> tuple[Tensor, Tensor]:
     """Patches (n, C) of scenes that are spread over a split, and their classes (n)."""
     args, side = config["data"]["args"], config["model"]["patch_size"]
-    transform = eval_transform((HEIGHT, WIDTH), args["mean"], args["std"])
+    height, width = (length // side * side for length in (HEIGHT, WIDTH))
+    transform = eval_transform((height, width), args["mean"], args["std"])
     files = sorted((root / split).glob("*.png"))
     scenes = min(scenes, len(files))
     xs, ys = [], []
     for file in [files[i * len(files) // scenes] for i in range(scenes)]:
         image = transform(Image.open(file).convert("RGB"))
-        mask = Image.open(root / f"{split}annot" / file.name).resize((WIDTH, HEIGHT), Image.Resampling.NEAREST)
+        mask = Image.open(root / f"{split}annot" / file.name).resize((width, height), Image.Resampling.NEAREST)
         (x,) = model.forward_intermediates(image[None], indices=1, norm=True, output_fmt="NLC", intermediates_only=True)
         y = patch_labels(np.asarray(mask), side)
         xs.append(x[0][y >= 0])

@@ -1,0 +1,169 @@
+"""What weights are worth on other data: `python -m experiments.transfer --help`.
+
+Models that begin with weights, and the same models with random ones, are compared on CIFAR-10 and CamVid: nearest
+neighbours and a linear classifier on frozen embeddings of images of 64 px, a linear classifier on frozen patches of
+street scenes (`experiments.dense_probe`), and fine-tuning at 64 and 128 px. The recipe of fine-tuning is that of the
+task "cifar10" of `experiments.compare`, with as many steps for all, and a third of its rate where there are weights.
+"""
+
+import argparse
+import datetime
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from luna_vision.downstream.probe import open_data, probe_model
+from luna_vision.models.factory import training_checkpoint
+from luna_vision.utils.files import write_json, write_text
+
+from .command import Parser, at_least
+from .dense_probe import fit, patches, score
+from .measure import build_model
+from .plots import cell, figure_file
+from .runs import Run, add_run_arguments, configuration, do_runs, evaluate, finished, make_data, train
+
+__all__ = ["execute", "main", "plan"]
+
+TASKS = {"frozen": 64, "finetune64": 64, "finetune128": 128}  # and the side of images, px
+RATE = 1.5e-3
+SHAPE = {"patch_size": 8}
+
+
+def plan(args: argparse.Namespace) -> list[Run]:
+    """A run for each task, and each model with and without weights.
+
+    Raises:
+        ValueError: A file of weights that does not record its training, or one of another model.
+    """
+    runs = []
+    for task in args.tasks:
+        for name, file in (("luna", args.luna), ("softmax", args.softmax)):
+            for weights in (file, None):
+                runs.append(_run(args, task, name, weights))
+    return runs
+
+
+def _run(args: argparse.Namespace, task: str, name: str, weights: Path | None) -> Run:
+    mixer = {"mixer": "luna"} if name == "luna" else {"mixer": "softmax", "mixer_args": {"query_gain": 8.0}}
+    side, seed = TASKS[task], args.seeds[0]
+    samples = argparse.Namespace(**vars(args) | {"samples": args.samples or (90_000 if side == 64 else 45_000)})
+    config = configuration(
+        samples, "cifar10", seed, SHAPE | {"img_size": side} | mixer, {"img_size": side}, ["img_size"]
+    )
+    config["optimization"]["lr"] = RATE / 3 if weights else RATE
+    config["test_images"], config["scenes"], config["weights"] = args.test_images, args.scenes, None
+    if weights:
+        record = training_checkpoint(weights)
+        if not record:
+            raise ValueError(f"{weights} does not record its training")
+        cfg = record["data"]["cfg"]
+        config["data"]["args"] |= {"mean": list(cfg["mean"]), "std": list(cfg["std"])}
+        config["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+        config["file"] = str(weights)
+    return Run(task, name if weights else f"{name}-random", seed, config)
+
+
+def begin(config: dict[str, Any]) -> nn.Module:
+    """The model of a configuration with its weights, without the head of their classes."""
+    model = build_model(config).eval()
+    if config["weights"]:
+        state = {key: x for key, x in load_file(config["file"]).items() if not key.startswith("head.")}
+        missing, other = model.load_state_dict(state, strict=False)
+        if other or set(missing) - {"head.weight", "head.bias"}:
+            raise ValueError(f"{config['file']} is not of this model: {', '.join([*missing, *other][:3])}")
+    return model
+
+
+def execute(run: Run, root: str, work: Path) -> dict[str, Any]:
+    """Do a run: what is known of it."""
+    config, images = run.config, run.config["test_images"]
+    if run.task == "frozen":
+        model = begin(config)
+        model.reset_classifier(0)
+        args = {name: config["data"]["args"][name] for name in ("img_size", "in_chans", "mean", "std")}
+        folder = str(Path(root, config["data"]["folder"]))
+        found = probe_model(model, open_data("imagefolder", args | {"root": folder}, images and 5 * images, images))
+        return {
+            "knn": found.knn,
+            "linear": found.linear.accuracy,
+            "camvid": _patches(model, config, Path(root, "camvid")),
+        }
+    overlays = [{"model": {"init_args": {"checkpoint": config["file"]}}}] if config["weights"] else []
+    cli, training = train(run, root, work, overlays)
+    return {"accuracy": evaluate(cli, make_data(config, root), images or 10_000, split="test"), **training}
+
+
+def _patches(model: nn.Module, config: dict[str, Any], root: Path) -> dict[str, float] | None:
+    """What a linear classifier makes of the patches of CamVid's scenes; None without the data."""
+    if not (root / "train").is_dir():
+        return None
+    (x, y), (held, labels) = (patches(model, config, root, split, config["scenes"]) for split in ("train", "val"))
+    mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
+    weight, bias = fit((x - mean) / std, y)
+    return score(F.linear((held - mean) / std, weight, bias).argmax(-1), labels)
+
+
+def write_report(out: Path) -> str:
+    """Write `transfer.md`, `transfer.json` and `transfer.png` from the results that there are; returns the table."""
+    done = {(result["task"], result["variant"]): result for result in finished(out)}
+    if not done:
+        return f"no results in {out / 'runs'} yet"
+    names = [name for name in ("luna", "luna-random", "softmax", "softmax-random") if any(name == v for _, v in done)]
+    heads = ["start", "kNN", "linear", "CamVid patches, %", "mIoU", "fine-tuned, 64 px", "fine-tuned, 128 px"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name in names:
+        frozen = done.get(("frozen", name), {})
+        scene = frozen.get("camvid") or {}
+        shares = [frozen.get("knn"), frozen.get("linear"), scene.get("accuracy"), scene.get("mean_iou")]
+        cells = ["-" if share is None else f"{100 * share:.1f}" for share in shares]
+        cells += [cell(done.get((task, name), {}).get("accuracy")) for task in ("finetune64", "finetune128")]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    text = "\n".join([*lines, "", "In %, of test images; in brackets, the 95% interval of the binomial (Wilson).", ""])
+    write_text(out / "transfer.md", text)
+    write_json(out / "transfer.json", {"date": datetime.date.today().isoformat(), "runs": list(done.values())})
+    columns = {"kNN": "knn", "linear": "linear", "64 px": "finetune64", "128 px": "finetune128"}
+    with figure_file(out / "transfer.png", (7, 4)) as axes:
+        for i, name in enumerate(names):
+            heights = []
+            for column in columns.values():
+                found = done.get((column, name), {}).get("accuracy") or {}
+                heights.append(done.get(("frozen", name), {}).get(column, found.get("accuracy", 0.0)))
+            places = [x + (i - (len(names) - 1) / 2) * 0.2 for x in range(len(columns))]
+            axes.bar(places, [100 * h for h in heights], 0.19, label=name, color=f"C{i // 2}", alpha=1 - 0.5 * (i % 2))
+        axes.set_xticks(range(len(columns)), list(columns))
+        axes.set_xlabel("frozen (kNN, linear) and fine-tuned at a side")
+        axes.set_ylabel("test accuracy on CIFAR-10 (%)")
+    return text
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m experiments.transfer",
+        description="Compare models that begin with weights to the same models with random ones, on CIFAR-10 and "
+        "CamVid. Finished runs are skipped, stopped ones go on.",
+    )
+    parser.add_argument("--luna", type=Path, required=True, metavar="FILE", help="best.safetensors of a Luna ViT")
+    parser.add_argument("--softmax", type=Path, required=True, metavar="FILE", help="that of the same with softmax")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="what to do")
+    parser.add_argument("--test-images", type=at_least(1), metavar="N", help="at most")
+    parser.add_argument("--scenes", type=at_least(1), default=120, help="of CamVid, to fit and to test, at most")
+    add_run_arguments(parser, "transfer", depth=8)
+    parser.set_defaults(width=128)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line says; returns the exit code: 1 if a run failed."""
+    torch.set_num_threads(1)
+    parser = _parser()
+    return do_runs(parser, parser.parse_args(argv), plan, execute, write_report)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
