@@ -30,28 +30,28 @@ from .runs import Run, add_run_arguments, configuration, do_runs, evaluate, fini
 
 __all__ = ["execute", "main", "plan"]
 
-TASKS = {"frozen": 64, "finetune64": 64, "finetune128": 128}  # and the side of images, px
+KINDS = {"frozen": 64, "finetune64": 64, "finetune128": 128}  # and the side of images, px
 RATE = 1.5e-3
 SHAPE = {"patch_size": 8}
 
 
 def plan(args: argparse.Namespace) -> list[Run]:
-    """A run for each task, and each model with and without weights.
+    """A run for each kind, and each model with and without weights.
 
     Raises:
         ValueError: A file of weights that does not record its training, or one of another model.
     """
     runs = []
-    for task in args.tasks:
+    for kind in args.kinds:
         for name, file in (("luna", args.luna), ("softmax", args.softmax)):
             for weights in (file, None):
-                runs.append(_run(args, task, name, weights))
+                runs.append(_run(args, kind, name, weights))
     return runs
 
 
-def _run(args: argparse.Namespace, task: str, name: str, weights: Path | None) -> Run:
+def _run(args: argparse.Namespace, kind: str, name: str, weights: Path | None) -> Run:
     mixer = {"mixer": "luna"} if name == "luna" else {"mixer": "softmax", "mixer_args": {"query_gain": 8.0}}
-    side, seed = TASKS[task], args.seeds[0]
+    side, seed = KINDS[kind], args.seeds[0]
     samples = argparse.Namespace(**vars(args) | {"samples": args.samples or (90_000 if side == 64 else 45_000)})
     config = configuration(
         samples, "cifar10", seed, SHAPE | {"img_size": side} | mixer, {"img_size": side}, ["img_size"]
@@ -66,7 +66,8 @@ def _run(args: argparse.Namespace, task: str, name: str, weights: Path | None) -
         config["data"]["args"] |= {"mean": list(cfg["mean"]), "std": list(cfg["std"])}
         config["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
         config["file"] = str(weights)
-    return Run(task, name if weights else f"{name}-random", seed, config)
+    config["kind"], config["start"] = kind, name if weights else f"{name}-random"
+    return Run("cifar10", f"{kind}-{config['start']}", seed, config)
 
 
 def begin(config: dict[str, Any]) -> nn.Module:
@@ -83,7 +84,7 @@ def begin(config: dict[str, Any]) -> nn.Module:
 def execute(run: Run, root: str, work: Path) -> dict[str, Any]:
     """Do a run: what is known of it."""
     config, images = run.config, run.config["test_images"]
-    if run.task == "frozen":
+    if config["kind"] == "frozen":
         model = begin(config)
         model.reset_classifier(0)
         args = {name: config["data"]["args"][name] for name in ("img_size", "in_chans", "mean", "std")}
@@ -111,7 +112,7 @@ def _patches(model: nn.Module, config: dict[str, Any], root: Path) -> dict[str, 
 
 def write_report(out: Path) -> str:
     """Write `transfer.md`, `transfer.json` and `transfer.png` from the results that there are; returns the table."""
-    done = {(result["task"], result["variant"]): result for result in finished(out)}
+    done = {(result["config"]["kind"], result["config"]["start"]): result for result in finished(out)}
     if not done:
         return f"no results in {out / 'runs'} yet"
     names = [name for name in ("luna", "luna-random", "softmax", "softmax-random") if any(name == v for _, v in done)]
@@ -122,7 +123,7 @@ def write_report(out: Path) -> str:
         scene = frozen.get("camvid") or {}
         shares = [frozen.get("knn"), frozen.get("linear"), scene.get("accuracy"), scene.get("mean_iou")]
         cells = ["-" if share is None else f"{100 * share:.1f}" for share in shares]
-        cells += [cell(done.get((task, name), {}).get("accuracy")) for task in ("finetune64", "finetune128")]
+        cells += [cell(done.get((kind, name), {}).get("accuracy")) for kind in ("finetune64", "finetune128")]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     text = "\n".join([*lines, "", "In %, of test images; in brackets, the 95% interval of the binomial (Wilson).", ""])
     write_text(out / "transfer.md", text)
@@ -150,7 +151,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--luna", type=Path, required=True, metavar="FILE", help="best.safetensors of a Luna ViT")
     parser.add_argument("--softmax", type=Path, required=True, metavar="FILE", help="that of the same with softmax")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="what to do")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="what to do")
     parser.add_argument("--test-images", type=at_least(1), metavar="N", help="at most")
     parser.add_argument("--scenes", type=at_least(1), default=120, help="of CamVid, to fit and to test, at most")
     add_run_arguments(parser, "transfer", depth=8)

@@ -50,7 +50,7 @@ def root(tmp_path):
 
 def runs_of(weights, *words):
     small = ["--depth=1", "--samples=64", "--batch-size=32", "--test-images=20"]
-    return {run.name: run for run in plan(_parser().parse_args([*weights, *small, *words]))}
+    return {run.variant: run for run in plan(_parser().parse_args([*weights, *small, *words]))}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -58,12 +58,12 @@ def test_models_with_and_without_weights(weights, root, tmp_path):
     runs = runs_of(weights, "--width=32")
     assert len(runs) == 12
     out, names = tmp_path / "out", ("frozen-luna", "finetune64-luna", "finetune64-softmax-random")
-    for run in (runs[f"{name}-seed0"] for name in names):
+    for run in (runs[name] for name in names):
         found = execute(run, str(root), tmp_path / "work" / run.name)
         row = {"task": run.task, "variant": run.variant, "seed": 0, "config": run.config, **found}
         result_path(out, run).parent.mkdir(parents=True, exist_ok=True)
         result_path(out, run).write_text(json.dumps(row))
-    frozen, tuned = json.loads((out / "runs/frozen-luna-seed0.json").read_text()), row
+    frozen, tuned = json.loads((out / "runs/cifar10-frozen-luna-seed0.json").read_text()), row
     assert 0 <= frozen["knn"] <= 1 and 0 <= frozen["camvid"]["accuracy"] <= 1
     assert tuned["accuracy"]["side"] == 64 and tuned["accuracy"]["images"] == 20
     lines = write_report(out).splitlines()
@@ -74,16 +74,16 @@ def test_models_with_and_without_weights(weights, root, tmp_path):
 def test_a_model_begins_with_its_weights(weights):
     runs = runs_of(weights, "--width=32")
     state = load_file(weights[0].partition("=")[2])
-    models = [begin(runs[f"frozen-{name}-seed0"].config) for name in ("luna", "luna-random")]
+    models = [begin(runs[f"frozen-{name}"].config) for name in ("luna", "luna-random")]
     assert [torch.equal(model.memory, state["memory"]) for model in models] == [True, False]
     assert all(model.num_classes == 10 for model in models)
-    rates = [runs[f"finetune64-{name}-seed0"].config["optimization"]["lr"] for name in ("luna", "luna-random")]
+    rates = [runs[f"finetune64-{name}"].config["optimization"]["lr"] for name in ("luna", "luna-random")]
     assert rates == [pytest.approx(5e-4), 1.5e-3]
 
 
 def test_weights_of_another_model_are_refused(weights, tmp_path):
     with pytest.raises(RuntimeError, match="size mismatch"):
-        begin(runs_of(weights, "--width=64")["frozen-luna-seed0"].config)
+        begin(runs_of(weights, "--width=64")["frozen-luna"].config)
     (tmp_path / "no.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="no.safetensors does not record its training"):
         runs_of([f"--luna={tmp_path / 'no.safetensors'}", weights[1]])
