@@ -80,7 +80,11 @@ def configuration(
             "num_sanity_val_steps": 0,
             "default_root_dir": str(out),
             "logger": loggers(out),
-            "callbacks+": [{"class_path": "luna_vision.tasks.EMA", "init_args": {"decay": 0.99, "warmup": True}}],
+            "callbacks+": [
+                {"class_path": "luna_vision.tasks.EMA", "init_args": {"decay": 0.99, "warmup": True}},
+                {"class_path": "luna_vision.tasks.LogPictures"},
+                {"class_path": "luna_vision.tasks.Report"},
+            ],
         },
     }
     return config, [f"recognised: {said}", f"{images} training images, classes: {listed(list(module.class_names), 20)}"]

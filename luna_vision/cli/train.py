@@ -193,7 +193,7 @@ class LunaCLI(LightningCLI):
         if self.subcommand == "predict" and (out := self._get(self.config, "out")):
             self._get(self.config_init, "model").predictions.check(Path(out))
             callbacks.append(PredictionWriter(out))
-        standard = {path.rpartition(".")[2] for path in CALLBACKS}
+        standard = {path.rpartition(".")[2] for path in CALLBACKS} | {"Report"}  # `luna-vision report` gives another
         names = [ProgressBar if isinstance(c, ProgressBar) else type(c).__name__ for c in callbacks]
         last = dict(zip(names, callbacks, strict=True))
         return [c for c, n in zip(callbacks, names, strict=True) if c is last[n] or n not in {*standard, ProgressBar}]

@@ -26,6 +26,7 @@ from luna_vision.models.factory import build_model, sized
 
 from .base import TimmTask, check_sizes, leaves_missing
 from .mixing import StepMixup
+from .outcomes import ClassOutcome
 
 Batch = tuple[Tensor, Tensor]
 
@@ -67,6 +68,7 @@ class ClassificationTask(TimmTask):
     """
 
     headline = ("test_acc1", "test accuracy")
+    outcome = ClassOutcome
 
     def __init__(
         self,
@@ -231,8 +233,10 @@ class ClassificationTask(TimmTask):
             self.log_epoch_mean(f"{name}_epoch", value.masked_fill(~loss.isfinite(), torch.nan), len(logits))
         self.log_learning_rate()
 
-    def evaluate(self, split: str, images: Tensor, targets: Tensor) -> None:
-        self._log_evaluation(split, self(images).float(), targets)
+    def evaluate(self, split: str, images: Tensor, targets: Tensor) -> dict[str, Any]:
+        logits = self(images).float()
+        self._log_evaluation(split, logits, targets)
+        return {"found": logits}
 
     def _log_evaluation(self, split: str, logits: Tensor, targets: Tensor) -> None:
         # Plain cross-entropy whatever the training loss is, so that runs can be compared.

@@ -22,6 +22,7 @@ from luna_vision.models import LunaVit
 from luna_vision.models.factory import build_model, sized
 
 from .base import TimmTask
+from .outcomes import BoxOutcome, MaskOutcome
 from .prediction_files import CocoPredictions, MaskPredictions
 
 BAND_PATCHES = 4096  # of a band where the data is to be trained on in bands
@@ -61,11 +62,6 @@ class _PyramidTask(TimmTask):
             width = max(image.shape[-1] for image in images)
             columns = -(-width // self.model.get_submodule(self.pyramid).stride)
             set_band_checkpointing(self.timm_model, max(1, BAND_PATCHES // columns))
-
-    def class_labels(self, count: int) -> list[str]:
-        """Names of the classes, those of the weights or of the data, else numbers from 0."""
-        names = self.label_names or getattr(self.trainer.datamodule, "class_names", None)
-        return list(names) if names else list(map(str, range(count)))
 
     def _log_classes(self, name: str, values: dict[str, Tensor]) -> None:
         self.log_dict({f"{name}/{label}": value.float().to(self.device) for label, value in values.items()})
@@ -108,6 +104,7 @@ class DetectionTask(_PyramidTask):
     headline = ("test_map", "test mAP")
     pyramid = "backbone.pyramid_backbone"
     predictions = CocoPredictions
+    outcome = BoxOutcome
 
     def __init__(
         self,
@@ -153,7 +150,7 @@ class DetectionTask(_PyramidTask):
         self.log_dict(parts, batch_size=len(images))
         return loss
 
-    def evaluate(self, split: str, images: list[Tensor], targets: Targets) -> None:
+    def evaluate(self, split: str, images: list[Tensor], targets: Targets) -> dict[str, Any]:
         metric = self._metrics.get(split)
         if metric is None:
             with warnings.catch_warnings():
@@ -161,7 +158,9 @@ class DetectionTask(_PyramidTask):
                 metric = self._metrics[split] = MeanAveragePrecision(class_metrics=split == "test").to(self.device)
         metric.warn_on_many_detections = False
         kept = ("boxes", "labels", "iscrowd")
-        metric.update(self(images), [{k: t[k] for k in kept if k in t} for t in targets])
+        found = self(images)
+        metric.update(found, [{k: t[k] for k in kept if k in t} for t in targets])
+        return {"found": found}
 
     def _finish(self, split: str) -> None:
         metric = self._metrics.pop(split, None)
@@ -170,7 +169,7 @@ class DetectionTask(_PyramidTask):
             values = {f"{split}_{name}": found[name].float().to(self.device) for name in ("map", "map_50", "map_75")}
             self.log_dict(values, prog_bar=True)
             if split == "test":
-                names, classes = self.class_labels(self.hparams.num_classes), found["classes"].reshape(-1).tolist()
+                names, classes = self.class_labels(), found["classes"].reshape(-1).tolist()
                 each = found["map_per_class"].reshape(-1)
                 self._log_classes("test_ap", {names[c - 1]: ap for c, ap in zip(classes, each, strict=True)})
 
@@ -231,6 +230,7 @@ class SegmentationTask(_PyramidTask):
     headline = ("test_miou", "test mIoU")
     pyramid = "backbone"
     predictions = MaskPredictions
+    outcome = MaskOutcome
 
     def __init__(
         self,
@@ -295,12 +295,14 @@ class SegmentationTask(_PyramidTask):
         self._log_training(loss.detach(), len(images))
         return loss
 
-    def evaluate(self, split: str, images: Tensor | list[Tensor], masks: Tensor | list[Tensor]) -> None:
+    def evaluate(self, split: str, images: Tensor | list[Tensor], masks: Tensor | list[Tensor]) -> dict[str, Any]:
         logits, masks = self(images), _padded(masks, IGNORE).long()
         self.log_evaluation_mean(f"{split}_loss", self._loss(logits, masks), len(images))
         metric = self.metrics[f"{split}_miou"]
         metric.update(logits.argmax(1), masks)
         self.log(f"{split}_miou", metric, prog_bar=True, batch_size=len(images))
+        found = zip(logits, images, strict=True)
+        return {"found": [one[:, : image.shape[1], : image.shape[2]] for one, image in found]}
 
     def on_test_epoch_end(self) -> None:
         metric = self.metrics["test_miou"]
@@ -308,7 +310,7 @@ class SegmentationTask(_PyramidTask):
             return
         with metric.sync_context():
             iou = iou_of(metric.confmat)
-        names = ["background"] * self.hparams.background + self.class_labels(self.hparams.num_classes)
+        names = ["background"] * self.hparams.background + self.class_labels()
         self._log_classes("test_iou", {name: iou[c] for c, name in enumerate(names) if not iou[c].isnan()})
 
     def predict_step(self, batch: tuple[list[Tensor], list[str]], batch_idx: int) -> dict[str, Any]:
