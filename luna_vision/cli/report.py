@@ -39,12 +39,8 @@ def find_run(folder: Path) -> Path:
     Raises:
         FileNotFoundError: There is none, or it has no best weights.
     """
-    runs = [folder] if (folder / "config.yaml").is_file() else [path.parent for path in folder.glob("*/config.yaml")]
+    runs = [folder, *(path.parent for path in folder.glob("*/config.yaml"))]
+    runs = [run for run in runs if (run / "config.yaml").is_file() and (run / "checkpoints" / "best.ckpt").is_file()]
     if not runs:
-        raise FileNotFoundError(
-            f"{folder} is not the folder of a run: it must have config.yaml and checkpoints/best.ckpt"
-        )
-    run = max(runs, key=lambda path: (path / "config.yaml").stat().st_mtime)
-    if not (run / "checkpoints" / "best.ckpt").is_file():
-        raise FileNotFoundError(f"{run} has no checkpoints/best.ckpt, the best weights of a run")
-    return run
+        raise FileNotFoundError(f"{folder} is not the folder of a run: it has no config.yaml and checkpoints/best.ckpt")
+    return max(runs, key=lambda run: (run / "config.yaml").stat().st_mtime)

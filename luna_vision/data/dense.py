@@ -12,13 +12,11 @@ import cv2
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from luna_vision.data.base import ImageDataModule, train_or_val
-from luna_vision.data.images import PredictDataset, Source, TransformedDataset
+from luna_vision.data.images import Source, TransformedDataset
 from luna_vision.data.sampling import sample_seed
 from luna_vision.images.decode import SampleError
-from luna_vision.images.find import find_images
 from luna_vision.images.transforms import SeededTransform, to_tensor
 from luna_vision.images.values import Raster, Values
 from luna_vision.utils.checks import check_at_least, check_option
@@ -157,15 +155,12 @@ class DenseDataset(TransformedDataset):
 class PredictsFiles:
     """Mixin of the data modules whose test images are files: predictions name them."""
 
-    def predict_dataloader(self) -> DataLoader:
-        self.find_values()
+    def files_to_predict(self) -> list[str]:
         if self.predict_path is not None:
-            files = find_images(self.predict_path) if self._to_predict is None else self._to_predict
-        elif (source := self.make_source("test")) is not None:
-            files = [source.sample_file(index) for index in range(len(source))]
-        else:
+            return super().files_to_predict()
+        if (source := self.make_source("test")) is None:
             raise ValueError("there are no test images to predict: give predict_path, a folder or files of images")
-        return self._loader(PredictDataset(files, self.eval_transform, self.in_chans), self.eval_batch_size)
+        return [source.sample_file(index) for index in range(len(source))]
 
 
 class DenseDataModule(PredictsFiles, ImageDataModule):
