@@ -138,7 +138,8 @@ def _segment(root: Path) -> Made:
     else:
         data |= {"classes": module.class_names}
     background = "the first class is the background" if module.background else "no background"
-    said = f"{'masks' if module.format == 'masks' else 'COCO outlines'}, {source.where}; {background}"
+    kind = "masks" if module.format == "masks" else f"outlines in the format {module.format}"
+    said = f"{kind}, {source.where}; {background}"
     options = _size_options(module, _sizes(source))
     return module, data | options, {"stride": 4, "pyramid_channels": 128}, said
 

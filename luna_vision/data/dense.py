@@ -5,7 +5,7 @@ Shapes: C channels, H x W pixels, n objects of an image.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import albumentations as A
 import cv2
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from luna_vision.data.base import ImageDataModule, train_or_val
 from luna_vision.data.images import Source, TransformedDataset
-from luna_vision.data.sampling import sample_seed
+from luna_vision.data.sampling import check_share, repeated, sample_seed
 from luna_vision.images.decode import SampleError
 from luna_vision.images.transforms import SeededTransform, to_tensor
 from luna_vision.images.values import Raster, Values
@@ -40,6 +40,13 @@ class Truth(NamedTuple):
     labels: np.ndarray = np.empty(0, np.int64)
     crowd: np.ndarray = np.empty(0, bool)
     mask: np.ndarray | None = None
+
+
+class DenseSource(Source, Protocol):
+    """(image, `Truth`) by index."""
+
+    def presence(self) -> np.ndarray:
+        """bool (n, K), whether an image has a class. Needed with ``repeat_rare`` alone."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +194,8 @@ class DenseDataModule(PredictsFiles, ImageDataModule):
         hflip: Probability of a horizontal flip.
         vflip: Probability of a vertical flip.
         color_jitter: Largest relative change of brightness, contrast, saturation.
+        repeat_rare: Training images of classes that fewer than this share of the images have come more often, see
+            :func:`luna_vision.data.sampling.repeat_rare`; 0 is off. With masks, all of them are read once for it.
         value_range, nodata, fill: As in :class:`ImageDataModule`.
         on_error: For a faulty label, and for an image that cannot be read or has another size than its labels say:
             "raise" stops with all of them counted and named; "skip" leaves labels out, and puts another image in the
@@ -221,6 +230,7 @@ class DenseDataModule(PredictsFiles, ImageDataModule):
         hflip: float = 0.5,
         vflip: float = 0.0,
         color_jitter: float = 0.3,
+        repeat_rare: float = 0.0,
         value_range: str | list[float] | None = None,
         nodata: float | None = None,
         fill: float | str | None = None,
@@ -229,6 +239,7 @@ class DenseDataModule(PredictsFiles, ImageDataModule):
         predict_path: str | list[str] | None = None,
     ) -> None:
         check_option("train_on", train_on, TRAIN_ON)
+        check_share(repeat_rare)
         super().__init__(
             root=root,
             img_size=crop_size,
@@ -247,7 +258,7 @@ class DenseDataModule(PredictsFiles, ImageDataModule):
             max_error_share=max_error_share,
             predict_path=predict_path,
         )
-        self.train_on = train_on
+        self.train_on, self.repeat_rare = train_on, repeat_rare
         self.augmentation = DenseAugmentation(
             self.img_size if train_on == "crops" else None,
             object_share,
@@ -259,7 +270,7 @@ class DenseDataModule(PredictsFiles, ImageDataModule):
         self.train_transform = self.eval_transform = DenseTransform(self.values, self.target)
         self._sources: dict[str, Source | None] = {}
 
-    def read(self, split: str) -> Source | None:
+    def read(self, split: str) -> DenseSource | None:
         """The images and labels of "train", "val" or "test", as ``root`` has them; None where it has no such split."""
         raise NotImplementedError
 
@@ -285,7 +296,8 @@ class DenseDataModule(PredictsFiles, ImageDataModule):
         if split == "val" and val is not None:
             return val
         train = self.source("train")
-        return train if val is not None else train_or_val(train, split, self.val_fraction)
+        source = train if val is not None else train_or_val(train, split, self.val_fraction)
+        return repeated(source, train.presence(), self.repeat_rare) if split == "train" and self.repeat_rare else source
 
     def timm_cfg(self) -> dict[str, Any]:
         """The classes, and what the numbers of files mean: the models prepare images themselves."""

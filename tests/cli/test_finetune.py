@@ -38,6 +38,7 @@ DATA = {
     "masks": ("segment", write_masks, "SegmentationDataModule"),
     "colors": ("segment", lambda root: write_masks(root, "colors"), "SegmentationDataModule"),
     "outlines": ("segment", write_coco, "SegmentationDataModule"),
+    "yolo outlines": ("segment", lambda root: write_yolo(root, True), "SegmentationDataModule"),
 }
 
 
