@@ -34,8 +34,8 @@ class PredictionWriter(BasePredictionWriter):
     """Write predictions to files, in the form that the task's ``predictions`` names: `prediction_files` has them.
 
     A file appears when the last image is predicted; masks appear one by one. Until then ``OUT.partial`` beside it has
-    what is finished. In one process, the same prediction continues from there after a stop. Each of several processes
-    writes its own file, with its rank in the name, and begins anew.
+    what is finished. In one process, the same prediction to the same `output` continues from there after a stop. Each
+    of several processes writes its own file, with its rank in the name, and begins anew.
 
     Args:
         output: The file or folder; None is one in the run's log directory, such as ``predictions.csv``.
@@ -61,7 +61,8 @@ class PredictionWriter(BasePredictionWriter):
         if trainer.world_size > 1:
             path = path.with_stem(f"{path.stem}.rank{trainer.global_rank}")
         self._files = (data.files_to_predict() if hasattr(data, "files_to_predict") else None) or []
-        self._file, self._resumes = None, bool(self._files) and trainer.world_size == 1
+        # the folder of a run is a new one each time
+        self._file, self._resumes = None, self.output is not None and bool(self._files) and trainer.world_size == 1
         self._journal = Journal(path, self._about(trainer, pl_module), self._resumes)
         done = [file for file in self._files if file in self._journal.records]
         if done:
