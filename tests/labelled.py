@@ -123,13 +123,23 @@ def yolo_of(one: Scene) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_yolo(root: Path) -> Path:
+def yolo_outlines_of(one: Scene) -> str:
+    lines, (width, height) = [], one.image.size
+    for (left, top, right, bottom), label in zip(one.boxes, one.labels, strict=True):
+        corners = [(left, top), (right, top), (right, bottom), (left, bottom)]
+        lines.append(f"{label} " + " ".join(f"{x / width:.6f} {y / height:.6f}" for x, y in corners))
+    return "\n".join(lines) + "\n"
+
+
+def write_yolo(root: Path, outlines: bool = False) -> Path:
     for split in SPLITS:
         found = scenes(split)
         save_images(root / "images" / split, found)
         (root / "labels" / split).mkdir(parents=True)
         for name, one in found.items():
-            (root / "labels" / split / name).with_suffix(".txt").write_text(yolo_of(one))
+            (root / "labels" / split / name).with_suffix(".txt").write_text(
+                (yolo_outlines_of if outlines else yolo_of)(one)
+            )
     lines = [f"{split}: images/{split}" for split in SPLITS]
     (root / "data.yaml").write_text("\n".join([*lines, f"names: {json.dumps(NAMES)}"]) + "\n")
     return root

@@ -24,7 +24,7 @@ PATH by task:
   classify    a folder with train/CLASS/*.jpg, and perhaps val/ and test/
   multilabel  a folder with train.csv, which names images and their labels
   detect      COCO (train.json beside train/), Pascal VOC (Annotations/, JPEGImages/) or YOLO (data.yaml)
-  segment     train/images and train/masks, or COCO with outlines"""
+  segment     train/images and train/masks, or COCO or YOLO with outlines"""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -80,7 +80,11 @@ def configuration(
             "num_sanity_val_steps": 0,
             "default_root_dir": str(out),
             "logger": loggers(out),
-            "callbacks+": [{"class_path": "luna_vision.tasks.EMA", "init_args": {"decay": 0.99, "warmup": True}}],
+            "callbacks+": [
+                {"class_path": "luna_vision.tasks.EMA", "init_args": {"decay": 0.99, "warmup": True}},
+                {"class_path": "luna_vision.tasks.LogPictures"},
+                {"class_path": "luna_vision.tasks.Report"},
+            ],
         },
     }
     return config, [f"recognised: {said}", f"{images} training images, classes: {listed(list(module.class_names), 20)}"]
@@ -134,7 +138,8 @@ def _segment(root: Path) -> Made:
     else:
         data |= {"classes": module.class_names}
     background = "the first class is the background" if module.background else "no background"
-    said = f"{'masks' if module.format == 'masks' else 'COCO outlines'}, {source.where}; {background}"
+    kind = "masks" if module.format == "masks" else f"outlines in the format {module.format}"
+    said = f"{kind}, {source.where}; {background}"
     options = _size_options(module, _sizes(source))
     return module, data | options, {"stride": 4, "pyramid_channels": 128}, said
 

@@ -14,8 +14,9 @@ __all__ = ["main"]
 
 # each is a file of this folder with main(words)
 COMMANDS = {
-    "finetune": "Train on labelled files of your own: recognise their format, write a YAML, train and test.",
+    "finetune": "Train on labelled files of your own: recognise their format, write a YAML, train, test and report.",
     "preview": "Draw augmented training images with their boxes, masks or labels.",
+    "report": "Write what a run has learned as a page: curves, classes, confusion, calibration, best and worst images.",
     "distill": "Train a Luna ViT to have the features of any timm model, without labels.",
     "pretrain": "Train a Luna ViT on images alone, without labels or a teacher.",
     "embed": "Write embeddings of images, as parquet or npz.",
@@ -29,6 +30,7 @@ COMMANDS = {
 EXTRAS = dict.fromkeys((*TRAINING, "distill", "pretrain"), "train") | {
     "finetune": "downstream",
     "preview": "downstream",
+    "report": "downstream",
     "embed": "downstream",
     "probe": "downstream",
     "visualize": "visualize",

@@ -10,7 +10,6 @@ from ..utils.errors import UserError
 ABOUT = """\
 Draw the first training images of a configuration, augmented, with their boxes, masks or labels, and say what the data
 holds. Options of `luna-vision fit`, such as --data.root FOLDER, are taken as they are."""
-COLUMNS, SIDE = 4, 320  # of the sheet: pictures in a row, and the longer side of each, pixels
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,9 +28,10 @@ def main(words: list[str]) -> int | None:
         raise UserError(f"--count must be at least 1, got {own.count}")
     if not any(word.partition("=")[0] in ("-c", "--config") for word in rest):
         raise UserError("preview needs a --config FILE, as luna-vision fit takes it")
+    from ..tasks.pictures import sheet
     from ..utils.files import check_output, new_file
     from ..utils.text import printable
-    from .preview_pictures import pictures, sheet, sizes
+    from .preview_pictures import pictures, sizes
     from .train import build
 
     check_output(own.out, [".png"], overwrite=True)
@@ -42,6 +42,6 @@ def main(words: list[str]) -> int | None:
     found = pictures(data, own.count)
     print(printable(sizes(found)))
     with new_file(own.out) as file:
-        sheet([picture for picture, _ in found], COLUMNS, SIDE).save(file, "PNG")
+        sheet([picture for picture, _ in found]).save(file, "PNG")
     print(f"preview: {own.out}")
     return 0

@@ -36,6 +36,7 @@ from ..tasks.resume import ExactResume, resume, take_tuned
 from ..tasks.sharding import FSDP2Strategy
 from ..tasks.stopping import StopTogether
 from ..utils.errors import UserError, arguments_of, is_check, one_line
+from ..utils.files import check_folder
 from ..utils.text import printable
 from .common import WRAPPERS, Hints, run_command
 from .predict_words import with_weights
@@ -100,6 +101,8 @@ class LunaCLI(LightningCLI):
                 type=str,
                 help="The file, .csv or .json by the task, or the folder of masks; by default in the run's own folder.",
             )
+            help_ = "A folder for pictures of the images with the boxes or masks that were found."
+            parser.add_argument("--overlays", type=str, help=help_)
         return parser
 
     def _model_argument(self, name: str, data: LightningDataModule) -> Any:
@@ -191,10 +194,16 @@ class LunaCLI(LightningCLI):
         unwanted += [Checkpoint, ExportBest] if config["enable_checkpointing"] is False else []
         given = config["callbacks"] or []
         callbacks = [c for c in (given if isinstance(given, list) else [given]) if not isinstance(c, tuple(unwanted))]
-        if self.subcommand == "predict" and (out := self._get(self.config, "out")):
+        out, overlays = (
+            self._get(self.config, name) if self.subcommand == "predict" else None for name in ("out", "overlays")
+        )
+        if out:
             self._get(self.config_init, "model").predictions.check(Path(out))
-            callbacks.append(PredictionWriter(out))
-        standard = {path.rpartition(".")[2] for path in CALLBACKS}
+        if overlays:
+            check_folder(Path(overlays))
+        if out or overlays:
+            callbacks.append(PredictionWriter(out, overlays))
+        standard = {path.rpartition(".")[2] for path in CALLBACKS} | {"Report"}  # `luna-vision report` gives another
         names = [ProgressBar if isinstance(c, ProgressBar) else type(c).__name__ for c in callbacks]
         last = dict(zip(names, callbacks, strict=True))
         return [c for c, n in zip(callbacks, names, strict=True) if c is last[n] or n not in {*standard, ProgressBar}]

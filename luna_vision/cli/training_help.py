@@ -17,7 +17,8 @@ _OWN = {
   PATH ... [--checkpoint FILE]  images or folders, and best.safetensors or best.ckpt of any training, in place of
                               --config, --ckpt_path and --data.predict_path
   --data.predict_path PATH    an image file or a folder of them; by default the test images
-  --out FILE                  .csv, .json of boxes, or a folder of masks; by default in the run's own folder""",
+  --out FILE                  .csv, .json of boxes, or a folder of masks; by default in the run's own folder
+  --overlays FOLDER           also draw the boxes or masks that were found over the images""",
 }
 _PHOTOS = """
 On photos of your own: luna-vision fit --config configs/image_folder.yaml --data.root photos"""

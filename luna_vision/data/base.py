@@ -172,6 +172,7 @@ class ImageDataModule(LightningDataModule):
         self.persistent_workers = persistent_workers and num_workers > 0
         self.predict_path = predict_path
         self._to_predict: list[str] | None = None
+        self.finished: set[str] = set()
         self.crop_pct = crop_pct
         self._measure = mean == DATA
         if isinstance(mean, str) and (not self._measure or std is not None):
@@ -357,10 +358,20 @@ class ImageDataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader | list:
         return self._eval_loader("test")
 
+    def files_to_predict(self) -> list[str] | None:
+        """The image files to predict, also those that are `finished`; None where the images are no files."""
+        if self.predict_path is None:
+            return None
+        return find_images(self.predict_path) if self._to_predict is None else self._to_predict
+
+    def reading(self) -> dict[str, Any]:
+        """The options that the pixels of evaluation depend on, as plain data."""
+        return {"img_size": list(self.img_size), "crop_pct": self.crop_pct, "in_chans": self.in_chans, **self._given}
+
     def predict_dataloader(self) -> DataLoader:
         self.find_values()
-        if self.predict_path is not None:
-            images = find_images(self.predict_path) if self._to_predict is None else self._to_predict
+        if (files := self.files_to_predict()) is not None:
+            images = [file for file in files if file not in self.finished]
         elif (images := self.make_source("test")) is None or isinstance(images, IterableDataset):
             raise ValueError("there is no indexed test set to predict: give predict_path, a folder or files of images")
         return self._loader(PredictDataset(images, self.eval_transform, self.in_chans), self.eval_batch_size)

@@ -5,20 +5,18 @@ Shapes: C channels, H x W pixels, n objects of an image.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import albumentations as A
 import cv2
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from luna_vision.data.base import ImageDataModule, train_or_val
-from luna_vision.data.images import PredictDataset, Source, TransformedDataset
-from luna_vision.data.sampling import sample_seed
+from luna_vision.data.images import Source, TransformedDataset
+from luna_vision.data.sampling import check_share, repeated, sample_seed
 from luna_vision.images.decode import SampleError
-from luna_vision.images.find import find_images
 from luna_vision.images.transforms import SeededTransform, to_tensor
 from luna_vision.images.values import Raster, Values
 from luna_vision.utils.checks import check_at_least, check_option
@@ -42,6 +40,13 @@ class Truth(NamedTuple):
     labels: np.ndarray = np.empty(0, np.int64)
     crowd: np.ndarray = np.empty(0, bool)
     mask: np.ndarray | None = None
+
+
+class DenseSource(Source, Protocol):
+    """(image, `Truth`) by index."""
+
+    def presence(self) -> np.ndarray:
+        """bool (n, K), whether an image has a class. Needed with ``repeat_rare`` alone."""
 
 
 @dataclass(frozen=True)
@@ -157,15 +162,12 @@ class DenseDataset(TransformedDataset):
 class PredictsFiles:
     """Mixin of the data modules whose test images are files: predictions name them."""
 
-    def predict_dataloader(self) -> DataLoader:
-        self.find_values()
+    def files_to_predict(self) -> list[str]:
         if self.predict_path is not None:
-            files = find_images(self.predict_path) if self._to_predict is None else self._to_predict
-        elif (source := self.make_source("test")) is not None:
-            files = [source.sample_file(index) for index in range(len(source))]
-        else:
+            return super().files_to_predict()
+        if (source := self.make_source("test")) is None:
             raise ValueError("there are no test images to predict: give predict_path, a folder or files of images")
-        return self._loader(PredictDataset(files, self.eval_transform, self.in_chans), self.eval_batch_size)
+        return [source.sample_file(index) for index in range(len(source))]
 
 
 class DenseDataModule(PredictsFiles, ImageDataModule):
@@ -192,6 +194,8 @@ class DenseDataModule(PredictsFiles, ImageDataModule):
         hflip: Probability of a horizontal flip.
         vflip: Probability of a vertical flip.
         color_jitter: Largest relative change of brightness, contrast, saturation.
+        repeat_rare: Training images of classes that fewer than this share of the images have come more often, see
+            :func:`luna_vision.data.sampling.repeat_rare`; 0 is off. With masks, all of them are read once for it.
         value_range, nodata, fill: As in :class:`ImageDataModule`.
         on_error: For a faulty label, and for an image that cannot be read or has another size than its labels say:
             "raise" stops with all of them counted and named; "skip" leaves labels out, and puts another image in the
@@ -226,6 +230,7 @@ class DenseDataModule(PredictsFiles, ImageDataModule):
         hflip: float = 0.5,
         vflip: float = 0.0,
         color_jitter: float = 0.3,
+        repeat_rare: float = 0.0,
         value_range: str | list[float] | None = None,
         nodata: float | None = None,
         fill: float | str | None = None,
@@ -234,6 +239,7 @@ class DenseDataModule(PredictsFiles, ImageDataModule):
         predict_path: str | list[str] | None = None,
     ) -> None:
         check_option("train_on", train_on, TRAIN_ON)
+        check_share(repeat_rare)
         super().__init__(
             root=root,
             img_size=crop_size,
@@ -252,7 +258,7 @@ class DenseDataModule(PredictsFiles, ImageDataModule):
             max_error_share=max_error_share,
             predict_path=predict_path,
         )
-        self.train_on = train_on
+        self.train_on, self.repeat_rare = train_on, repeat_rare
         self.augmentation = DenseAugmentation(
             self.img_size if train_on == "crops" else None,
             object_share,
@@ -264,7 +270,7 @@ class DenseDataModule(PredictsFiles, ImageDataModule):
         self.train_transform = self.eval_transform = DenseTransform(self.values, self.target)
         self._sources: dict[str, Source | None] = {}
 
-    def read(self, split: str) -> Source | None:
+    def read(self, split: str) -> DenseSource | None:
         """The images and labels of "train", "val" or "test", as ``root`` has them; None where it has no such split."""
         raise NotImplementedError
 
@@ -290,7 +296,8 @@ class DenseDataModule(PredictsFiles, ImageDataModule):
         if split == "val" and val is not None:
             return val
         train = self.source("train")
-        return train if val is not None else train_or_val(train, split, self.val_fraction)
+        source = train if val is not None else train_or_val(train, split, self.val_fraction)
+        return repeated(source, train.presence(), self.repeat_rare) if split == "train" and self.repeat_rare else source
 
     def timm_cfg(self) -> dict[str, Any]:
         """The classes, and what the numbers of files mean: the models prepare images themselves."""

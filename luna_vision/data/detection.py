@@ -40,6 +40,9 @@ class BoxSource:
     def sample_file(self, index: int) -> str:
         return self.labels.images[index].file
 
+    def presence(self) -> np.ndarray:
+        return self.labels.presence
+
     def __getitem__(self, index: int) -> tuple[Any, Truth]:
         labels = self.labels.images[index]
         image = read_image(labels.file)

@@ -78,6 +78,14 @@ class LabelSet(NamedTuple):
         labels = [image.labels for image in self.images]
         return np.bincount(np.concatenate([*labels, np.empty(0, np.int64)]), minlength=len(self.names))
 
+    @property
+    def presence(self) -> np.ndarray:
+        """bool (n, K), whether an image has a class."""
+        found = np.zeros((len(self.images), len(self.names)), bool)
+        for row, image in zip(found, self.images, strict=True):
+            row[image.labels] = True
+        return found
+
 
 class Place(NamedTuple):
     """Where the labels of a split are, and the folder of its images."""
@@ -400,11 +408,12 @@ def find_yolo(root: Path, split: str) -> Place | None:
     return Place(file, next((path for path in tried if path.exists()), tried[0]))
 
 
-def read_yolo(place: Place, names: list[str] | None, faults: LabelFaults) -> LabelSet:
+def read_yolo(place: Place, names: list[str] | None, faults: LabelFaults, masks: bool = False) -> LabelSet:
     """Read the text files beside the images: ``class x y width height``, the centre first, as shares of the image.
 
-    A line with more numbers is an outline, and its box is read. An image without a text file has no objects. Arguments
-    and errors are those of `read_coco`; `names` is not used, as data.yaml is the same for all splits.
+    A line with more numbers is an outline, ``class x y x y ...``: without `masks` its box is read, with `masks` its
+    polygon, and then a box is a fault. An image without a text file has no objects. Arguments and errors are those of
+    `read_coco`; `names` is not used, as data.yaml is the same for all splits.
     """
     names = _yolo_names(place.labels)
     if place.images.suffix == ".txt":
@@ -427,7 +436,7 @@ def read_yolo(place: Place, names: list[str] | None, faults: LabelFaults) -> Lab
             continue
         for number, line in enumerate(lines, 1):
             if line.split():
-                _yolo_object(line.split(), f"{labels.name} line {number}", len(names), objects)
+                _yolo_object(line.split(), f"{labels.name} line {number}", len(names), objects, masks)
         images.append(objects.annotated(file))
     return LabelSet(str(place.labels), names, images, list(range(1, len(names) + 1)), [])
 
@@ -439,7 +448,7 @@ def label_file_of(image: str) -> Path:
     return Path(path).with_suffix(".txt")
 
 
-def _yolo_object(words: list[str], where: str, classes: int, objects: _Objects) -> None:
+def _yolo_object(words: list[str], where: str, classes: int, objects: _Objects, masks: bool) -> None:
     label, *numbers = map(_number, words)
     if len(numbers) < 4 or len(numbers) == 5 or (len(numbers) > 5 and len(numbers) % 2):
         objects.faults.add("line that is neither a box nor an outline", where)
@@ -448,13 +457,19 @@ def _yolo_object(words: list[str], where: str, classes: int, objects: _Objects) 
         objects.faults.add(UNKNOWN, f"{where}: {words[0][:20]}")
         return
     height, width = objects.size
+    outline = None
+    if len(numbers) == 4 and masks:
+        objects.faults.add("box where an outline is needed", where)
+        return
     if len(numbers) == 4:
         x, y, w, h = numbers
         box = (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
     else:
         xs, ys = np.array(numbers[0::2]), np.array(numbers[1::2])
         box = (xs.min(), ys.min(), xs.max(), ys.max())
-    objects.add((box[0] * width, box[1] * height, box[2] * width, box[3] * height), int(label), where)
+        outline = [np.stack([xs * width, ys * height], axis=1).ravel().tolist()] if masks else None
+    corners = (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
+    objects.add(corners, int(label), where, outline=outline)
 
 
 def _yolo(file: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Subset
 
 from luna_vision.data.base import train_or_val
 from luna_vision.data.dense import PredictsFiles
@@ -16,7 +15,7 @@ from luna_vision.data.faults import LabelFaults
 from luna_vision.data.folders import PhotoDataModule
 from luna_vision.data.images import Source, TransformedDataset
 from luna_vision.data.label_files import MISSING, TWICE, UNKNOWN, split_names
-from luna_vision.data.sampling import sample_seed
+from luna_vision.data.sampling import check_share, repeated, sample_seed
 from luna_vision.images.decode import read_image
 from luna_vision.images.find import listed
 from luna_vision.utils.errors import UserError, one_line
@@ -120,27 +119,6 @@ def _columns(cells: list[str], names: list[str], where: str, faults: LabelFaults
     return [name for name, cell in zip(names, cells, strict=True) if cell.lower() in YES]
 
 
-def repeat_rare(matrix: np.ndarray, threshold: float) -> np.ndarray:
-    """How often each image comes in an epoch, so that images of rare classes come more often.
-
-    An image of a class that a share f of all images has comes max(1, sqrt(threshold / f)) times; that of the rarest of
-    its classes counts, rounded up or down at random, always alike.
-
-    Source: Gupta et al., "LVIS: A Dataset for Large Vocabulary Instance Segmentation", CVPR 2019, appendix B.2.
-
-    Args:
-        matrix: (n, K), 1 for the classes that an image has.
-        threshold: A share of the images.
-
-    Returns:
-        int64 (n,)
-    """
-    share = (matrix > 0).mean(0)
-    factor = np.sqrt(threshold / np.maximum(share, 1 / len(matrix))).clip(min=1)
-    repeats = np.where(matrix > 0, factor, 1).max(1, initial=1)
-    return np.floor(repeats + np.random.default_rng(0).random(len(repeats))).astype(np.int64)
-
-
 class MultiLabelDataset(TransformedDataset):
     """(image tensor, labels (K,)) of a `LabelTable`."""
 
@@ -160,7 +138,7 @@ class MultiLabelDataModule(PredictsFiles, PhotoDataModule):
         root: Folder of the tables.
         separator: Between labels in a list; by default the first of | ; , that occurs.
         repeat_rare: Images of classes that fewer than this share of the images have come more often, see
-            :func:`luna_vision.data.multilabel.repeat_rare`; 0 is off.
+            :func:`luna_vision.data.sampling.repeat_rare`; 0 is off.
         **kwargs: The other arguments of :class:`ImageDataModule`. ``on_error`` also counts faulty rows.
 
     Raises:
@@ -170,8 +148,7 @@ class MultiLabelDataModule(PredictsFiles, PhotoDataModule):
 
     def __init__(self, root: str = "data", separator: str | None = None, repeat_rare: float = 0.0, **kwargs) -> None:
         super().__init__(root=root, **kwargs)
-        if not 0 <= repeat_rare <= 1:
-            raise ValueError(f"repeat_rare is a share of the images, in [0, 1], got {repeat_rare}")
+        check_share(repeat_rare)
         self.separator, self.repeat_rare = separator, repeat_rare
         self._tables: dict[str, LabelTable | None] = {}
 
@@ -207,11 +184,7 @@ class MultiLabelDataModule(PredictsFiles, PhotoDataModule):
             return val
         train = self.table("train")
         source = train if val is not None else train_or_val(train, split, self.val_fraction)
-        if split == "train" and self.repeat_rare:
-            kept = list(range(len(train))) if source is train else source.indices
-            repeats = repeat_rare(train.matrix[kept], self.repeat_rare)
-            return Subset(train, np.repeat(kept, repeats).tolist())
-        return source
+        return repeated(source, train.matrix, self.repeat_rare) if split == "train" and self.repeat_rare else source
 
     def positive_share(self) -> Tensor:
         """float32 (K,), the share of the training images that have each class."""

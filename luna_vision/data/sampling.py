@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:
@@ -33,6 +33,46 @@ def seeded_rng(seed: int) -> Iterator[None]:
         np.random.seed(seed)  # noqa: NPY002 - the transforms of timm and torchvision draw from the global generators
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed CUDA as well, unrestored
         yield
+
+
+def repeat_rare(matrix: np.ndarray, threshold: float) -> np.ndarray:
+    """How often each image comes in an epoch, so that images of rare classes come more often.
+
+    An image of a class that a share f of all images has comes max(1, sqrt(threshold / f)) times; that of the rarest of
+    its classes counts, rounded up or down at random, always alike.
+
+    Source: Gupta et al., "LVIS: A Dataset for Large Vocabulary Instance Segmentation", CVPR 2019, appendix B.2.
+
+    Args:
+        matrix: (n, K), 1 for the classes that an image has.
+        threshold: A share of the images.
+
+    Returns:
+        int64 (n,)
+    """
+    share = (matrix > 0).mean(0)
+    factor = np.sqrt(threshold / np.maximum(share, 1 / len(matrix))).clip(min=1)
+    repeats = np.where(matrix > 0, factor, 1).max(1, initial=1)
+    return np.floor(repeats + np.random.default_rng(0).random(len(repeats))).astype(np.int64)
+
+
+def check_share(repeat_rare: float) -> None:
+    """Raise a ValueError unless the argument of that name is a share."""
+    if not 0 <= repeat_rare <= 1:
+        raise ValueError(f"repeat_rare is a share of the images, in [0, 1], got {repeat_rare}")
+
+
+def repeated(source: Dataset, matrix: np.ndarray, threshold: float) -> Subset:
+    """A source in which images of rare classes come more often, see `repeat_rare`.
+
+    Args:
+        source: All images, or a part of them.
+        matrix: (n, K) of all images, 1 for the classes that an image has.
+        threshold: A share of the images.
+    """
+    whole, kept = (source.dataset, source.indices) if isinstance(source, Subset) else (source, range(len(source)))
+    kept = np.asarray(kept)
+    return Subset(whole, np.repeat(kept, repeat_rare(matrix[kept], threshold)).tolist())
 
 
 class EpochSampler(DistributedSampler):

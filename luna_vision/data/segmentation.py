@@ -3,6 +3,7 @@
 import csv
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +14,19 @@ from torch import Tensor
 
 from luna_vision.data.dense import IGNORE, DenseDataModule, Truth, check_image_size, size_of
 from luna_vision.data.faults import LabelFaults
-from luna_vision.data.label_files import LabelSet, Size, draw_outline, find_coco, image_size, read_coco, split_names
+from luna_vision.data.label_files import (
+    LabelSet,
+    Size,
+    draw_outline,
+    find_coco,
+    find_yolo,
+    image_size,
+    read_coco,
+    read_yolo,
+    split_names,
+)
 from luna_vision.images.decode import SampleError, read_image
-from luna_vision.images.find import find_images, listed
+from luna_vision.images.find import find_images, listed, walk
 from luna_vision.images.pillow import open_image_file
 from luna_vision.utils.checks import check_option
 from luna_vision.utils.errors import UserError, one_line
@@ -34,7 +45,8 @@ LAYOUTS = (
 MASK_ENDS = ("", "_mask", "_masks", "_label", "_L")  # of a mask's name, after the name of its image
 BACKGROUNDS = ("background", "_background_", "bg")  # names of a first class that is no object
 SCANNED = 2000  # masks that are read at the start, evenly spread, to count the pixels of each class
-FORMATS = ("masks", "coco")
+FORMATS = ("masks", "coco", "yolo")
+OUTLINES = {"coco": (find_coco, read_coco), "yolo": (find_yolo, read_yolo)}
 
 
 class Coding(NamedTuple):
@@ -130,13 +142,21 @@ class MaskSource:
         check_image_size(size, mask.shape, f"its mask {path}")
         return mask
 
+    def presence(self) -> np.ndarray:
+        """bool (n, K), whether an image has a class; of masks that cannot be read, none. Reads all of them."""
+        found = np.zeros((len(self.pairs), IGNORE + 1), bool)
+        for row, (_, path) in zip(found, self.pairs, strict=True):
+            with suppress(SampleError):
+                row[np.unique(self.coding.decode(read_mask(path, self.coding.colors))[0])] = True
+        return found[:, : len(self.coding.names)]
+
     def __getitem__(self, index: int) -> tuple[Any, Truth]:
         image = read_image(self.pairs[index][0])
         return image, Truth(mask=self.mask(index, size_of(image)))
 
 
 class OutlineSource:
-    """(image, `Truth`) of a COCO file: the outlines of objects, smaller ones over larger ones, crowds ignored."""
+    """(image, `Truth`) of the outlines of objects in label files: smaller ones over larger ones, crowds ignored."""
 
     skipped = ""
 
@@ -159,6 +179,9 @@ class OutlineSource:
             mask[objects[at]] = IGNORE if image.crowd[at] else image.labels[at] + self.background
         return mask
 
+    def presence(self) -> np.ndarray:
+        return self.labels.presence
+
     def __getitem__(self, index: int) -> tuple[Any, Truth]:
         image = read_image(self.sample_file(index))
         return image, Truth(mask=self.mask(index, size_of(image)))
@@ -177,13 +200,13 @@ class SegmentationDataModule(DenseDataModule):
 
     Args:
         root: Folder of the data.
-        format: "masks" or "coco"; by default the one that ``root`` has.
+        format: "masks", "coco" or "yolo"; by default the one that ``root`` has.
         classes: Names of the classes, the background among them where the masks have one.
         values: The number of each class in masks, or its colour [red, green, blue]; by default 0, 1, ...
         ignore_index: The number, or the colour, of pixels that are neither trained on nor scored; -1 for none.
         background: Whether the first class is the background, which is trained on, and scored as one more class;
-            by default where it is called so. With COCO, whether pixels outside of all outlines are background or
-            ignored.
+            by default where it is called so. With COCO and YOLO, whether pixels outside of all outlines are background
+            or ignored.
         **kwargs: The other arguments of :class:`~luna_vision.data.dense.DenseDataModule`.
 
     Raises:
@@ -220,17 +243,18 @@ class SegmentationDataModule(DenseDataModule):
 
     @property
     def format(self) -> str:
-        """ "masks" or "coco"."""
+        """One of `FORMATS`."""
         if self._format is None:
             found = ["masks"] * (self.folders("train") is not None)
-            found += ["coco"] * (find_coco(Path(self.root), "train") is not None)
+            found += [name for name, (find, _) in OUTLINES.items() if find(Path(self.root), "train") is not None]
             if not found:
                 layouts = listed([" and ".join(at).format("train", "train") for at in LAYOUTS])
                 raise FileNotFoundError(
-                    f"no training masks in {self.root}: it must have {layouts}, or a COCO file train.json beside train/"
+                    f"no training masks in {self.root}: it must have {layouts}, a COCO file train.json beside train/, "
+                    "or a data.yaml of YOLO with outlines"
                 )
             if len(found) > 1:
-                raise UserError(f"{self.root} has masks and a COCO file: say which one as format")
+                raise UserError(f"{self.root} has labels in the formats {' and '.join(found)}: say which one as format")
             self._format = found[0]
         return self._format
 
@@ -276,12 +300,12 @@ class SegmentationDataModule(DenseDataModule):
         """Whether class 0 of the masks in a batch is the background, which ``class_names`` leaves out."""
         if self._background is not None:
             return self._background
-        return self.format == "coco" or self.coding.names[0].lower() in BACKGROUNDS
+        return self.format != "masks" or self.coding.names[0].lower() in BACKGROUNDS
 
     @property
     def class_names(self) -> list[str]:
         """The classes without the background."""
-        if self.format == "coco":
+        if self.format != "masks":
             return self._classes or self.source("train").labels.names
         return self.coding.names[int(self.background) :]
 
@@ -292,7 +316,8 @@ class SegmentationDataModule(DenseDataModule):
         for name in split_names(split):
             for layout in LAYOUTS:
                 images, masks = (Path(self.root, part.format(name)) for part in layout)
-                if images.is_dir() and masks.is_dir():
+                # YOLO has texts in such a folder
+                if images.is_dir() and masks.is_dir() and any(folder.images for folder in walk(masks)):
                     return images, masks
         return None
 
@@ -331,17 +356,20 @@ class SegmentationDataModule(DenseDataModule):
             source = MaskSource(self._pairs(split), self.coding, f"{folders[0]} and {folders[1]}")
             names = self.coding.names
         else:
-            place = find_coco(Path(self.root), split)
+            find, read = OUTLINES[self.format]
+            place = find(Path(self.root), split)
             if place is None and split == "train":
-                raise FileNotFoundError(f"no COCO file of training images in {self.root}, such as train.json")
+                raise FileNotFoundError(f"no training labels in {self.root} as {self.format}, such as train.json")
             if place is None:
                 return None
             known = self._classes if split == "train" else self.class_names
             faults = LabelFaults(name, self.max_error_share)
-            labels = read_coco(place, known, faults, masks=True)
+            labels = read(place, known, faults, masks=True)
             faults.settle(len(labels.images) + int(labels.counts.sum()) + sum(map(len, faults.found.values())))
             if not labels.images or not labels.names:
                 raise UserError(f"{place.labels} has no {'images' if labels.names else 'classes'}")
+            if known is not None and labels.names != known:
+                raise UserError(f"classes must be those of {place.labels}, {listed(labels.names)}, got {listed(known)}")
             source = OutlineSource(labels, self.background)
             names = ["background"] * self.background + labels.names
         self._scan(source, names, name)
@@ -360,6 +388,7 @@ class SegmentationDataModule(DenseDataModule):
                 continue
             counts += np.bincount(mask.ravel(), minlength=IGNORE + 1)
         faults.settle(len(scanned))
+        source.pixels = counts[: len(names)]
         total = max(int(counts.sum()), 1)
         shares = [f"{label} {counts[i] / total:.1%}" for i, label in enumerate(names) if counts[i]]
         source.skipped = f"; pixels: {listed(shares, 20)}; ignored {counts[IGNORE] / total:.1%}"
@@ -368,8 +397,13 @@ class SegmentationDataModule(DenseDataModule):
             seen = f"{len(scanned)} masks" if len(scanned) < len(source) else "the masks"
             rank_zero_warn(printable(f"{name}: classes that never occur in {seen}: {listed(never)}"))
 
+    def pixel_share(self) -> Tensor:
+        """float32 (K,), the share of the labelled training pixels that each class has, with the background."""
+        pixels = torch.from_numpy(self.source("train").pixels).double()
+        return (pixels / pixels.sum()).float()
+
     def timm_cfg(self) -> dict[str, Any]:
-        values = None if self.format == "coco" else [v if isinstance(v, int) else list(v) for v in self.coding.values]
+        values = None if self.format != "masks" else [v if isinstance(v, int) else list(v) for v in self.coding.values]
         return super().timm_cfg() | {"mask_values": values}
 
     def target(self, truth: Truth) -> Tensor:

@@ -13,6 +13,8 @@ from .mixing import StepMixup
 from .multilabel import MultiLabelTask
 from .nested import NestedMemory
 from .online_probe import OnlineProbe
+from .pictures import LogPictures
+from .report import Report
 from .reporting import EpochLines, ExportBest, PredictionWriter, export_weights
 from .sequence import SequenceTask
 from .sequence_parallel import SequenceParallelStrategy
@@ -32,12 +34,14 @@ __all__ = [
     "ImagesPerSecond",
     "LastCheckpoint",
     "LeJEPATask",
+    "LogPictures",
     "MultiLabelTask",
     "NestedMemory",
     "NonFiniteGuard",
     "NonFiniteLossError",
     "OnlineProbe",
     "PredictionWriter",
+    "Report",
     "SegmentationTask",
     "SequenceTask",
     "SequenceParallelStrategy",

@@ -33,6 +33,7 @@ from luna_vision.models.factory import training_checkpoint
 
 from .checkpoints import check_deletions
 from .optimization import build_optimizer, build_scheduler, check_rates, freeze_layers, frozen_layers
+from .outcomes import Outcome
 from .prediction_files import CsvPredictions, PredictionFile
 from .sharding import check_same_weights, shard
 
@@ -69,6 +70,7 @@ class TimmTask(LightningModule):
         model: the module that is trained.
         headline: name of the metric that sums up a test, and its name in a sentence.
         predictions: the form of the files that predictions are written to.
+        outcome: what a report of a test counts; None where there is no report.
         data_cfg: the record of the data that the loaded weights were trained on, see `on_save_checkpoint`.
         label_names: its class names, if it has them.
         takes_masks: whether images may lack pixels, see `luna_vision.images.masks`.
@@ -79,6 +81,7 @@ class TimmTask(LightningModule):
 
     headline: ClassVar[tuple[str, str]]
     predictions: ClassVar[type[PredictionFile]] = CsvPredictions
+    outcome: ClassVar[type[Outcome] | None] = None
     model: nn.Module
     data_cfg: dict[str, Any] = {}  # replaced, never changed
     takes_masks = False
@@ -213,6 +216,11 @@ class TimmTask(LightningModule):
     def label_names(self) -> list[str] | None:
         return self.data_cfg.get("label_names")
 
+    def class_labels(self) -> list[str]:
+        """Names of the classes, those of the weights or of the data, else numbers from 0."""
+        names = self.label_names or getattr(self.trainer.datamodule, "class_names", None)
+        return list(names) if names else list(map(str, range(self.hparams.num_classes)))
+
     @property
     def timm_model(self) -> nn.Module:
         """The timm model in ``self.model``."""
@@ -289,14 +297,18 @@ class TimmTask(LightningModule):
     def check_batch(self, *batch: Any) -> None:
         """Raise ``ValueError`` where images or targets do not fit the task."""
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.evaluate("val", *batch)
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any] | None:
+        return self.evaluate("val", *batch)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.evaluate("test", *batch)
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Any] | None:
+        return self.evaluate("test", *batch)
 
-    def evaluate(self, split: str, *batch: Any) -> None:
-        """Count a batch of a validation (``split`` "val") or a test ("test")."""
+    def evaluate(self, split: str, *batch: Any) -> dict[str, Any] | None:
+        """Count a batch of a validation (``split`` "val") or a test ("test").
+
+        Returns:
+            Where the task has an `outcome`, ``found``: for each image what `Outcome.add` takes.
+        """
         raise NotImplementedError
 
     # ---- optimisation

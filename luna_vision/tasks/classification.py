@@ -26,6 +26,7 @@ from luna_vision.models.factory import build_model, sized
 
 from .base import TimmTask, check_sizes, leaves_missing
 from .mixing import StepMixup
+from .outcomes import ClassOutcome
 
 Batch = tuple[Tensor, Tensor]
 
@@ -67,6 +68,7 @@ class ClassificationTask(TimmTask):
     """
 
     headline = ("test_acc1", "test accuracy")
+    outcome = ClassOutcome
 
     def __init__(
         self,
@@ -105,7 +107,8 @@ class ClassificationTask(TimmTask):
             self._set_bands()
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
-        self.register_buffer("class_weight", self._class_weight(), persistent=False)
+        weight = None if class_weights is None else given_weights(class_weights, hp.num_classes)
+        self.register_buffer("class_weight", weight, persistent=False)
         self.bce = BinaryCrossEntropy(label_smoothing, target_threshold=bce_threshold) if loss == "bce" else None
         if self.bce is not None:  # `compute_loss` sets its weight, which does not belong into checkpoints
             self.bce.register_buffer("weight", None, persistent=False)
@@ -123,14 +126,6 @@ class ClassificationTask(TimmTask):
         if not isinstance(self.model, LunaVit):
             raise ValueError(f"band_rows is for Luna ViTs, and {hp.model_name} is none: set it to 0")
         set_band_checkpointing(self.model, hp.band_rows)
-
-    def _class_weight(self) -> Tensor | None:
-        given, count = self.hparams.class_weights, self.hparams.num_classes
-        if given is None or given == "balanced":  # `setup` counts the images
-            return given and torch.ones(count)
-        if len(given) != count or not all(0 <= weight < math.inf for weight in given):
-            raise ValueError(f"class_weights must be {count} finite numbers of at least 0, got {given}")
-        return torch.tensor(given, dtype=torch.float32)
 
     def _mixer(self) -> StepMixup | None:
         hp = self.hparams
@@ -231,8 +226,10 @@ class ClassificationTask(TimmTask):
             self.log_epoch_mean(f"{name}_epoch", value.masked_fill(~loss.isfinite(), torch.nan), len(logits))
         self.log_learning_rate()
 
-    def evaluate(self, split: str, images: Tensor, targets: Tensor) -> None:
-        self._log_evaluation(split, self(images).float(), targets)
+    def evaluate(self, split: str, images: Tensor, targets: Tensor) -> dict[str, Any]:
+        logits = self(images).float()
+        self._log_evaluation(split, logits, targets)
+        return {"found": logits}
 
     def _log_evaluation(self, split: str, logits: Tensor, targets: Tensor) -> None:
         # Plain cross-entropy whatever the training loss is, so that runs can be compared.
@@ -255,3 +252,16 @@ class ClassificationTask(TimmTask):
         probabilities = logits.sigmoid() if self.hparams.loss == "bce" else logits.softmax(1)
         top = probabilities.topk(min(5, self.hparams.num_classes), dim=1)
         return {"ids": list(ids), "labels": top.indices, "probabilities": top.values}
+
+
+def given_weights(given: list[float] | str | None, count: int) -> Tensor:
+    """The argument ``class_weights`` of a task (K,): ones where none are given, and where `setup` is to count.
+
+    Raises:
+        ValueError: They are not K finite numbers of at least 0.
+    """
+    if given is None or given == "balanced":
+        return torch.ones(count)
+    if len(given) != count or not all(0 <= weight < math.inf for weight in given):
+        raise ValueError(f"class_weights must be {count} finite numbers of at least 0, got {given}")
+    return torch.tensor(given, dtype=torch.float32)

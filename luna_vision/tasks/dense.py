@@ -22,6 +22,9 @@ from luna_vision.models import LunaVit
 from luna_vision.models.factory import build_model, sized
 
 from .base import TimmTask
+from .classification import given_weights
+from .multilabel import MOST_WEIGHT
+from .outcomes import BoxOutcome, MaskOutcome
 from .prediction_files import CocoPredictions, MaskPredictions
 
 BAND_PATCHES = 4096  # of a band where the data is to be trained on in bands
@@ -61,11 +64,6 @@ class _PyramidTask(TimmTask):
             width = max(image.shape[-1] for image in images)
             columns = -(-width // self.model.get_submodule(self.pyramid).stride)
             set_band_checkpointing(self.timm_model, max(1, BAND_PATCHES // columns))
-
-    def class_labels(self, count: int) -> list[str]:
-        """Names of the classes, those of the weights or of the data, else numbers from 0."""
-        names = self.label_names or getattr(self.trainer.datamodule, "class_names", None)
-        return list(names) if names else list(map(str, range(count)))
 
     def _log_classes(self, name: str, values: dict[str, Tensor]) -> None:
         self.log_dict({f"{name}/{label}": value.float().to(self.device) for label, value in values.items()})
@@ -108,6 +106,7 @@ class DetectionTask(_PyramidTask):
     headline = ("test_map", "test mAP")
     pyramid = "backbone.pyramid_backbone"
     predictions = CocoPredictions
+    outcome = BoxOutcome
 
     def __init__(
         self,
@@ -153,7 +152,7 @@ class DetectionTask(_PyramidTask):
         self.log_dict(parts, batch_size=len(images))
         return loss
 
-    def evaluate(self, split: str, images: list[Tensor], targets: Targets) -> None:
+    def evaluate(self, split: str, images: list[Tensor], targets: Targets) -> dict[str, Any]:
         metric = self._metrics.get(split)
         if metric is None:
             with warnings.catch_warnings():
@@ -161,7 +160,9 @@ class DetectionTask(_PyramidTask):
                 metric = self._metrics[split] = MeanAveragePrecision(class_metrics=split == "test").to(self.device)
         metric.warn_on_many_detections = False
         kept = ("boxes", "labels", "iscrowd")
-        metric.update(self(images), [{k: t[k] for k in kept if k in t} for t in targets])
+        found = self(images)
+        metric.update(found, [{k: t[k] for k in kept if k in t} for t in targets])
+        return {"found": found}
 
     def _finish(self, split: str) -> None:
         metric = self._metrics.pop(split, None)
@@ -170,7 +171,7 @@ class DetectionTask(_PyramidTask):
             values = {f"{split}_{name}": found[name].float().to(self.device) for name in ("map", "map_50", "map_75")}
             self.log_dict(values, prog_bar=True)
             if split == "test":
-                names, classes = self.class_labels(self.hparams.num_classes), found["classes"].reshape(-1).tolist()
+                names, classes = self.class_labels(), found["classes"].reshape(-1).tolist()
                 each = found["map_per_class"].reshape(-1)
                 self._log_classes("test_ap", {names[c - 1]: ap for c, ap in zip(classes, each, strict=True)})
 
@@ -222,6 +223,9 @@ class SegmentationTask(_PyramidTask):
         background: whether class 0 is the background, which ``num_classes`` does not count; by default as the data
             says, else true.
         background_weight: weight of background pixels in the loss; below 1 where there are far more of them.
+        class_weights: weight of each class in the training loss, the background among them, or ``balanced``: the median
+            share of a class among the training pixels, divided by its own share, at most 20 (Badrinarayanan et al.,
+            "SegNet", TPAMI 2017). Times ``background_weight``. ``val_loss`` is without.
         **kwargs: the arguments of `TimmTask`; by default 10 classes and 3 channels where the data does not say.
 
     Raises:
@@ -231,6 +235,7 @@ class SegmentationTask(_PyramidTask):
     headline = ("test_miou", "test mIoU")
     pyramid = "backbone"
     predictions = MaskPredictions
+    outcome = MaskOutcome
 
     def __init__(
         self,
@@ -240,6 +245,7 @@ class SegmentationTask(_PyramidTask):
         pyramid_channels: int = 256,
         background: bool | None = None,
         background_weight: float = 1.0,
+        class_weights: list[float] | Literal["balanced"] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -256,8 +262,19 @@ class SegmentationTask(_PyramidTask):
         if hp.background:
             weight[0] = background_weight
         self.register_buffer("class_weight", weight, persistent=False)
+        self.register_buffer("train_weight", weight * given_weights(class_weights, self.classes), persistent=False)
         iou = {"num_classes": self.classes, "ignore_index": IGNORE, "validate_args": False}
         self.metrics = nn.ModuleDict({f"{split}_miou": _MeanIoU(**iou) for split in ("val", "test")})
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and self.hparams.class_weights == "balanced":
+            data = self.trainer.datamodule
+            if not hasattr(data, "pixel_share"):
+                raise ValueError("class_weights=balanced needs data that counts the pixels of its classes: give a list")
+            share = data.pixel_share().clamp(min=1e-9)
+            balanced = (share[share > 1e-9].median() / share).clamp(max=MOST_WEIGHT)
+            self.train_weight.copy_(self.class_weight * balanced.to(self.class_weight))
 
     def check_data(self, data: LightningDataModule | None, stage: str) -> None:
         super().check_data(data, stage)
@@ -282,25 +299,27 @@ class SegmentationTask(_PyramidTask):
                 low, high = int(counted.min()), int(counted.max())
                 raise ValueError(f"masks must be 0 to {self.classes - 1}, or {IGNORE}, got {low} to {high}")
 
-    def _loss(self, logits: Tensor, masks: Tensor) -> Tensor:
-        total = F.cross_entropy(logits.float(), masks, self.class_weight, ignore_index=IGNORE, reduction="sum")
+    def _loss(self, logits: Tensor, masks: Tensor, weight: Tensor) -> Tensor:
+        total = F.cross_entropy(logits.float(), masks, weight, ignore_index=IGNORE, reduction="sum")
         counted = masks != IGNORE
-        weights = self.class_weight[masks.where(counted, 0)] * counted
+        weights = weight[masks.where(counted, 0)] * counted
         return total / weights.sum().clamp(min=1e-6)  # the mean, and 0 where all is ignored, as a crop may be
 
     def training_step(self, batch: tuple[Any, Any], batch_idx: int) -> Tensor:
         images, masks = batch
         self._set_bands(images)
-        loss = self._loss(self(images), _padded(masks, IGNORE).long())
+        loss = self._loss(self(images), _padded(masks, IGNORE).long(), self.train_weight)
         self._log_training(loss.detach(), len(images))
         return loss
 
-    def evaluate(self, split: str, images: Tensor | list[Tensor], masks: Tensor | list[Tensor]) -> None:
+    def evaluate(self, split: str, images: Tensor | list[Tensor], masks: Tensor | list[Tensor]) -> dict[str, Any]:
         logits, masks = self(images), _padded(masks, IGNORE).long()
-        self.log_evaluation_mean(f"{split}_loss", self._loss(logits, masks), len(images))
+        self.log_evaluation_mean(f"{split}_loss", self._loss(logits, masks, self.class_weight), len(images))
         metric = self.metrics[f"{split}_miou"]
         metric.update(logits.argmax(1), masks)
         self.log(f"{split}_miou", metric, prog_bar=True, batch_size=len(images))
+        found = zip(logits, images, strict=True)
+        return {"found": [one[:, : image.shape[1], : image.shape[2]] for one, image in found]}
 
     def on_test_epoch_end(self) -> None:
         metric = self.metrics["test_miou"]
@@ -308,7 +327,7 @@ class SegmentationTask(_PyramidTask):
             return
         with metric.sync_context():
             iou = iou_of(metric.confmat)
-        names = ["background"] * self.hparams.background + self.class_labels(self.hparams.num_classes)
+        names = ["background"] * self.hparams.background + self.class_labels()
         self._log_classes("test_iou", {name: iou[c] for c, name in enumerate(names) if not iou[c].isnan()})
 
     def predict_step(self, batch: tuple[list[Tensor], list[str]], batch_idx: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MultilabelAveragePrecision, MultilabelF1Score
 
 from .classification import ClassificationTask
+from .outcomes import LabelsOutcome
 from .prediction_files import LabelsCsv
 
 MOST_WEIGHT = 20.0  # of a rare class with class_weights=balanced
@@ -40,6 +41,7 @@ class MultiLabelTask(ClassificationTask):
 
     headline = ("test_map", "test mAP")
     predictions = LabelsCsv
+    outcome = LabelsOutcome
 
     def __init__(self, *args: Any, loss: Literal["bce"] = "bce", **kwargs: Any) -> None:
         super().__init__(*args, loss=loss, **kwargs)
@@ -93,9 +95,7 @@ class MultiLabelTask(ClassificationTask):
 
     def on_test_epoch_end(self) -> None:
         if self.average_precision.update_called:
-            names = self.label_names or getattr(self.trainer.datamodule, "class_names", None)
-            names = names or list(map(str, range(self.hparams.num_classes)))
-            each = zip(names, self.average_precision.compute(), strict=True)
+            each = zip(self.class_labels(), self.average_precision.compute(), strict=True)
             self.log_dict({f"test_ap/{name}": value for name, value in each if value.isfinite()})
         self.average_precision.reset()
 

@@ -1,4 +1,4 @@
-"""The files that predictions are written to: CSV, COCO JSON, and masks."""
+"""The files that predictions are written to: CSV, COCO JSON, and masks; and the list of what is finished so far."""
 
 from __future__ import annotations
 
@@ -7,37 +7,129 @@ import io
 import json
 import os
 from collections import Counter
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 import numpy as np
 from PIL import Image
 
-from luna_vision.utils.files import check_folder, check_output, new_file, new_folder
+from luna_vision.images.pillow import georeference
+from luna_vision.utils.errors import UserError
+from luna_vision.utils.files import check_folder, check_output, new_file, open_own, write_text
 from luna_vision.utils.text import csv_cell, utf8
+
+from .outcomes import BoxOutcome
 
 if TYPE_CHECKING:
     from .base import TimmTask
 
 
-class PredictionFile:
-    """A file, or a folder, of predictions: a context that takes what ``predict_step`` of a task returns.
+class Journal:
+    """What is predicted so far, a line of JSON for each image, in ``OUT.partial`` beside the output.
 
-    The file appears at the end of the block, and not at all after an error.
+    A line is on its way to the disk before the next image is predicted, so a killed run loses no image that is
+    finished. The first line says what the predictions depend on.
 
     Args:
-        path: the file or folder.
-        names: names of the classes, if they are known.
-        task: the task that predicts.
+        output: The file or folder of predictions.
+        about: Plain data that the predictions depend on.
+        keep: Whether to take what an earlier run has left; else it is replaced.
+
+    Attributes:
+        records: By image, what was written of it.
+
+    Raises:
+        UserError: The file was left by a run that depended on something else, or by another program.
+        OSError: It cannot be read or written.
+    """
+
+    def __init__(self, output: Path, about: dict[str, Any], keep: bool = True) -> None:
+        self.output, self.path = output, output.with_name(f"{output.name}.partial")
+        self.about: dict[str, Any] = json.loads(json.dumps(about))
+        self.records: dict[str, dict[str, Any]] = {}
+        self._file: BinaryIO | None = None
+        self._length = 0  # of what an earlier run has left, bytes
+        if os.path.lexists(self.path) and keep:
+            self._read()
+
+    def _read(self) -> None:
+        with open_own(self.path, keep=True) as file:
+            content = file.read()
+        self._length = content.rfind(b"\n") + 1  # a line that a kill cut off was not finished
+        try:
+            about, *records = [json.loads(line) for line in content[: self._length].split(b"\n")[:-1]]
+            self.records = {record["image"]: record for record in records}
+            known = set(about)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path} is no list of predictions: remove it, or give another output") from error
+        if other := sorted(name for name in known | set(self.about) if about.get(name) != self.about.get(name)):
+            raise UserError(
+                f"{self.path} was left by a run with other {', '.join(other)}: remove it, or give another output"
+            )
+
+    def add(self, records: list[dict[str, Any]]) -> None:
+        """Write what is predicted of some images."""
+        lines = records
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open_own(self.path, keep=self._length > 0)
+            self._file.truncate(self._length)
+            self._file.seek(self._length)
+            lines = records if self._length else [self.about, *records]
+        left = memoryview(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+        while left:  # of a nearly full disk, a part may be written
+            left = left[self._file.write(left) :]
+        self.records |= {record["image"]: record for record in records}
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def remove(self) -> None:
+        """Remove the file, once the output is complete."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
+
+class FileNames:
+    """Names for files that belong to images, below the folder that all images have in common.
+
+    Where two images differ by their suffix alone, the name keeps it.
+
+    Args:
+        files: All images.
+    """
+
+    def __init__(self, files: list[str]) -> None:
+        stems = Counter(os.path.splitext(os.path.abspath(file))[0] for file in files)
+        self._twice = {stem for stem, count in stems.items() if count > 1}
+        self._common = os.path.commonpath([os.path.dirname(stem) for stem in stems]) if stems else os.getcwd()
+
+    def __call__(self, file: str, suffix: str) -> str:
+        """The relative path of the file with this suffix that belongs to an image."""
+        stem, own = os.path.splitext(os.path.abspath(file))
+        name = os.path.relpath(stem, self._common)
+        name = os.path.basename(stem) if name.startswith(os.pardir) else name  # an image that is none of `files`
+        return f"{name}{own if stem in self._twice else ''}{suffix}"
+
+
+class PredictionFile:
+    """A file, or a folder, of predictions. A subclass says how an image is recorded, and what the records become.
+
+    Args:
+        path: The file or folder.
+        names: Names of the classes, if they are known.
+        task: The task that predicts.
+        files: All images, also those that an earlier run has predicted; empty where images are no files.
     """
 
     default: ClassVar[str]  # its name in a run's folder
     suffix: ClassVar[str]  # of the file; empty for a folder
+    drawn: ClassVar[bool] = False  # whether predictions can be drawn over their images
 
-    def __init__(self, path: Path, names: list[str] | None, task: TimmTask) -> None:
+    def __init__(self, path: Path, names: list[str] | None, task: TimmTask, files: list[str]) -> None:
         self.path, self.names, self.task = path, names, task
-        self.closing = ExitStack()
+        self.file_names = FileNames(files)
 
     @classmethod
     def check(cls, path: Path) -> None:
@@ -47,24 +139,19 @@ class PredictionFile:
         else:
             check_folder(path)
 
-    def __enter__(self) -> PredictionFile:
-        self.open()
-        return self
+    def records(self, prediction: dict[str, Any]) -> list[dict[str, Any]]:
+        """What ``predict_step`` of the task returns, as plain data: a dict for each image, with its name as "image".
 
-    def __exit__(self, *error: Any) -> None:
-        if error[0] is None:
-            self.finish()
-        self.closing.__exit__(*error)
-
-    def open(self) -> None:
-        """Prepare for the first prediction."""
-
-    def write(self, prediction: dict[str, Any]) -> None:
-        """Take the prediction of a batch."""
+        What belongs into files of their own is written here.
+        """
         raise NotImplementedError
 
-    def finish(self) -> None:
-        """Write what is left, after the last prediction."""
+    def targets(self, prediction: dict[str, Any]) -> list[Any]:
+        """What ``predict_step`` returns, as `luna_vision.tasks.pictures.draw` takes it, where `drawn`."""
+        raise NotImplementedError
+
+    def finish(self, records: list[dict[str, Any]]) -> None:
+        """Write what is to be written of all images at once."""
 
 
 class CsvPredictions(PredictionFile):
@@ -76,32 +163,26 @@ class CsvPredictions(PredictionFile):
 
     default, suffix = "predictions.csv", ".csv"
 
-    def open(self) -> None:
-        file = io.TextIOWrapper(self.closing.enter_context(new_file(self.path)), encoding="utf-8", newline="")
-        self.closing.callback(file.detach)  # flushes
-        self.rows = csv.writer(file)
-        self._has_header = False
-
-    def row(self, *cells: Any) -> None:
-        """Write a row."""
-        self.rows.writerow([csv_cell(cell) if isinstance(cell, str) else cell for cell in cells])
-
-    def header(self, prediction: dict[str, Any]) -> list[str]:
-        """Names of the columns after the first."""
-        count = prediction["labels"].shape[1]
-        return [f"{column}{i + 1}" for column in ("label", "probability") for i in range(count)]
-
-    def write(self, prediction: dict[str, Any]) -> None:
-        if not self._has_header:
-            self.row("image", *self.header(prediction))
-            self._has_header = True
-        self.write_rows(prediction)
-
-    def write_rows(self, prediction: dict[str, Any]) -> None:
+    def records(self, prediction: dict[str, Any]) -> list[dict[str, Any]]:
         columns = (prediction["ids"], prediction["labels"].tolist(), prediction["probabilities"].tolist())
-        for image, labels, probabilities in zip(*columns, strict=True):
-            shown = [self.names[label] for label in labels] if self.names else labels
-            self.row(image, *shown, *(f"{p:.6f}" for p in probabilities))
+        return [{"image": i, "labels": own, "probabilities": p} for i, own, p in zip(*columns, strict=True)]
+
+    def finish(self, records: list[dict[str, Any]]) -> None:
+        text = io.StringIO(newline="")
+        rows = csv.writer(text)
+        for cells in (self.header(records), *map(self.row, records)):
+            rows.writerow([csv_cell(cell) if isinstance(cell, str) else cell for cell in cells])
+        write_text(self.path, text.getvalue())
+
+    def header(self, records: list[dict[str, Any]]) -> list[str]:
+        """Names of the columns."""
+        count = len(records[0]["labels"])
+        return ["image", *(f"{column}{i + 1}" for column in ("label", "probability") for i in range(count))]
+
+    def row(self, record: dict[str, Any]) -> list[Any]:
+        """The cells of an image."""
+        labels = [self.names[label] for label in record["labels"]] if self.names else record["labels"]
+        return [record["image"], *labels, *(f"{p:.6f}" for p in record["probabilities"])]
 
 
 class LabelsCsv(CsvPredictions):
@@ -110,15 +191,18 @@ class LabelsCsv(CsvPredictions):
     Text is marked as in `CsvPredictions`.
     """
 
-    def header(self, prediction: dict[str, Any]) -> list[str]:
-        count = prediction["probabilities"].shape[1]
-        return ["labels", *(self.names or map(str, range(count)))]
+    def records(self, prediction: dict[str, Any]) -> list[dict[str, Any]]:
+        columns = (prediction["ids"], prediction["probabilities"].tolist())
+        return [{"image": image, "probabilities": own} for image, own in zip(*columns, strict=True)]
 
-    def write_rows(self, prediction: dict[str, Any]) -> None:
-        for image, probabilities in zip(prediction["ids"], prediction["probabilities"].tolist(), strict=True):
-            names = self.names or list(map(str, range(len(probabilities))))
-            found = [name for name, p in zip(names, probabilities, strict=True) if p >= 0.5]
-            self.row(image, "|".join(found), *(f"{p:.6f}" for p in probabilities))
+    def header(self, records: list[dict[str, Any]]) -> list[str]:
+        return ["image", "labels", *(self.names or map(str, range(len(records[0]["probabilities"]))))]
+
+    def row(self, record: dict[str, Any]) -> list[Any]:
+        probabilities = record["probabilities"]
+        names = self.names or list(map(str, range(len(probabilities))))
+        found = [name for name, p in zip(names, probabilities, strict=True) if p >= 0.5]
+        return [record["image"], "|".join(found), *(f"{p:.6f}" for p in probabilities)]
 
 
 class CocoPredictions(PredictionFile):
@@ -128,73 +212,75 @@ class CocoPredictions(PredictionFile):
     there, and so do its categories. So ``COCO.loadRes`` takes the list of annotations as it is.
     """
 
-    default, suffix = "predictions.json", ".json"
+    default, suffix, drawn = "predictions.json", ".json", True
 
-    def open(self) -> None:
-        self._content: dict[str, list] = {"images": [], "categories": [], "annotations": []}
-        self._ids = getattr(self.task.trainer.datamodule, "image_ids", {})
-        self._categories = self.task.data_cfg.get("category_ids")
+    def records(self, prediction: dict[str, Any]) -> list[dict[str, Any]]:
+        found = zip(*(prediction[name] for name in ("ids", "sizes", "objects")), strict=True)
+        return [
+            {"image": image, "size": list(size), **{name: value.tolist() for name, value in objects.items()}}
+            for image, size, objects in found
+        ]
 
-    def write(self, prediction: dict[str, Any]) -> None:
-        images, annotations = self._content["images"], self._content["annotations"]
-        for image, (height, width), objects in zip(*(prediction[k] for k in ("ids", "sizes", "objects")), strict=True):
-            id_ = self._ids.get(image, len(images) + 1)
+    def targets(self, prediction: dict[str, Any]) -> list[Any]:
+        return list(map(BoxOutcome.predicted, prediction["objects"]))
+
+    def finish(self, records: list[dict[str, Any]]) -> None:
+        known = getattr(self.task.trainer.datamodule, "image_ids", {})
+        categories = self.task.data_cfg.get("category_ids")
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for record in records:
+            image, (height, width) = record["image"], record["size"]
+            id_ = known.get(image, len(images) + 1)
             images.append({"id": id_, "file_name": utf8(image), "width": width, "height": height})
-            columns = (objects["boxes"].tolist(), objects["labels"].tolist(), objects["scores"].tolist())
+            columns = (record[name] for name in ("boxes", "labels", "scores"))
             for (left, top, right, bottom), label, score in zip(*columns, strict=True):
-                category = self._categories[label - 1] if self._categories else label
+                category = categories[label - 1] if categories else label
                 box = [round(x, 3) for x in (left, top, right - left, bottom - top)]
                 found = {"id": len(annotations) + 1, "image_id": id_, "category_id": category, "bbox": box}
                 annotations.append(found | {"area": round(box[2] * box[3], 3), "iscrowd": 0, "score": round(score, 6)})
-
-    def finish(self) -> None:
         count = len(self.names or []) or self.task.hparams.num_classes
         names = self.names or list(map(str, range(1, count + 1)))
-        ids = self._categories or range(1, count + 1)
-        self._content["categories"] = [{"id": id_, "name": name} for id_, name in zip(ids, names, strict=True)]
+        ids = categories or range(1, count + 1)
+        named = [{"id": id_, "name": name} for id_, name in zip(ids, names, strict=True)]
         with new_file(self.path) as file:
-            file.write(json.dumps(self._content).encode())
+            file.write(json.dumps({"images": images, "categories": named, "annotations": annotations}).encode())
 
 
 class MaskPredictions(PredictionFile):
-    """A folder of PNG masks, in the numbers or colours of the training masks, with a palette that shows them.
+    """A folder of masks, in the numbers or colours of the training masks, with a palette that shows them.
 
-    A mask has the name of its image, below the folder that all images have in common. Where two images differ by their
-    suffix alone, the mask keeps it.
+    A mask has the name of its image, see `FileNames`. It is a PNG, or a TIFF with the georeference of its image where
+    that is a GeoTIFF.
     """
 
-    default, suffix = "predictions", ""
+    default, suffix, drawn = "predictions", "", True
 
-    def open(self) -> None:
-        self._folder = self.closing.enter_context(new_folder(self.path))
-        hp, values = self.task.hparams, self.task.data_cfg.get("mask_values")
+    def __init__(self, path: Path, names: list[str] | None, task: TimmTask, files: list[str]) -> None:
+        super().__init__(path, names, task, files)
+        hp, values = task.hparams, task.data_cfg.get("mask_values")
         count = hp.num_classes + hp.background
         values = list(range(count)) if values is None else values
-        self._colors = not isinstance(values[0], int)
-        palette = np.array(values, np.uint8) if self._colors else voc_palette()
-        self._values = np.arange(count) if self._colors else np.array(values)
+        colors = not isinstance(values[0], int)
+        palette = np.array(values, np.uint8) if colors else voc_palette()
+        self._values = np.arange(count) if colors else np.array(values)
         self._palette = palette.tobytes()
-        files = self.task.trainer.predict_dataloaders.dataset.source
-        self._common = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
-        stems = Counter(os.path.splitext(os.path.abspath(file))[0] for file in files)
-        self._twice = {stem for stem, count in stems.items() if count > 1}
 
-    def write(self, prediction: dict[str, Any]) -> None:
+    def records(self, prediction: dict[str, Any]) -> list[dict[str, Any]]:
         for file, mask in zip(prediction["ids"], prediction["masks"], strict=True):
             numbers = self._values[mask.cpu().numpy()]
             deep = numbers.max(initial=0) > 255
             picture = Image.fromarray(numbers.astype(np.uint16 if deep else np.uint8))
             if not deep:
                 picture.putpalette(self._palette)
-            path = self._folder / self.name(file)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
+            tags = georeference(file)
+            options = {"format": "TIFF", "tiffinfo": tags, "compression": "tiff_deflate"} if tags else {"format": "PNG"}
+            with new_file(self.path / self.file_names(file, ".tif" if tags else ".png")) as new:
+                picture.save(new, **options)
+        return [{"image": file} for file in prediction["ids"]]
 
-    def name(self, file: str) -> str:
-        """The path of an image's mask in the folder."""
-        stem, suffix = os.path.splitext(os.path.abspath(file))
-        relative = os.path.relpath(stem, self._common)
-        return f"{relative}{suffix if stem in self._twice else ''}.png"
+    def targets(self, prediction: dict[str, Any]) -> list[Any]:
+        return prediction["masks"]
 
 
 def voc_palette() -> np.ndarray:

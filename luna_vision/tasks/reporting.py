@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +18,79 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors.torch import save_file
 
 from luna_vision.models import unwrap_state_dict
+from luna_vision.utils.errors import one_line
 from luna_vision.utils.files import new_file
+from luna_vision.utils.fingerprint import describe
+from luna_vision.utils.progress import progress_bar
 from luna_vision.utils.text import printable
 
 from .base import TimmTask
 from .checkpoints import averages_at_end, best_checkpoint, last_checkpoint, model_checkpoint, read_checkpoint
-from .prediction_files import PredictionFile
+from .pictures import draw, to_pixels
+from .prediction_files import Journal
 
 
 class PredictionWriter(BasePredictionWriter):
     """Write predictions to files, in the form that the task's ``predictions`` names: `prediction_files` has them.
 
-    A file appears when the last image is predicted. Each of several processes writes its own, with its rank in the
-    name.
+    A file appears when the last image is predicted; masks appear one by one. Until then ``OUT.partial`` beside it has
+    what is finished. In one process, the same prediction to the same `output` continues from there after a stop. Each
+    of several processes writes its own file, with its rank in the name, and begins anew.
 
     Args:
-        output: the file or folder; None is one in the run's log directory, such as ``predictions.csv``.
+        output: The file or folder; None is one in the run's log directory, such as ``predictions.csv``.
+        overlays: A folder for pictures of the images with the boxes or masks that were found; None draws none.
+
+    Raises:
+        ValueError: When a prediction starts: overlays of a task without boxes and masks, or ``OUT.partial`` was left by
+            a prediction with other weights or options.
     """
 
-    def __init__(self, output: str | None = None) -> None:
+    def __init__(self, output: str | None = None, overlays: str | None = None) -> None:
         super().__init__(write_interval="batch")
-        self.output = output
-        self._file: PredictionFile | None = None
-        self._closing = ExitStack()  # closes it
+        self.output, self.overlays = output, None if overlays is None else Path(overlays)
+        self._journal: Journal | None = None
 
-    def on_predict_start(self, trainer: Trainer, pl_module: TimmTask) -> None:
-        self._file, self._closing = None, ExitStack()
-
-    def _open(self, trainer: Trainer, pl_module: TimmTask) -> PredictionFile:
-        form = pl_module.predictions
+    def setup(self, trainer: Trainer, pl_module: TimmTask, stage: str) -> None:
+        if stage != "predict":
+            return
+        form, data = pl_module.predictions, trainer.datamodule
+        if self.overlays is not None and not form.drawn:
+            raise ValueError(f"overlays are of boxes and masks, which {type(pl_module).__name__} does not find")
         path = Path(self.output or Path(trainer.log_dir or trainer.default_root_dir) / form.default)
         if trainer.world_size > 1:
             path = path.with_stem(f"{path.stem}.rank{trainer.global_rank}")
-        self._path, names = path, pl_module.label_names or self._class_names(trainer)
-        return self._closing.enter_context(form(path, names, pl_module))
+        self._files = (data.files_to_predict() if hasattr(data, "files_to_predict") else None) or []
+        # the folder of a run is a new one each time
+        self._file, self._resumes = None, self.output is not None and bool(self._files) and trainer.world_size == 1
+        self._journal = Journal(path, self._about(trainer, pl_module), self._resumes)
+        done = [file for file in self._files if file in self._journal.records]
+        if done:
+            print(f"{path}: {len(done)} of {len(self._files)} images are finished already", file=sys.stderr)
+            # a loader must have an image: if only the file of all of them is missing, one is predicted again
+            data.finished = set(done[: len(self._files) - 1])
+
+    def _about(self, trainer: Trainer, task: TimmTask) -> dict[str, Any]:
+        """What the predictions depend on, but for the images."""
+        path, data = trainer.ckpt_path or task.hparams.checkpoint, trainer.datamodule
+        weights = describe(task.model)["weights"]
+        if path:  # they are read later
+            with open(path, "rb") as file:
+                weights = hashlib.file_digest(file, "sha256").hexdigest()
+        plain = {name: str(value) for name, value in task.hparams.items()}
+        reading = data.reading() if hasattr(data, "reading") else {}
+        return {"weights": weights, "model": plain, "reading": reading, "overlays": str(self.overlays)}
+
+    def on_predict_start(self, trainer: Trainer, pl_module: TimmTask) -> None:
+        done = len(getattr(trainer.datamodule, "finished", ()))
+        bar = {"total": len(self._files) or None, "initial": done, "desc": "predicting", "unit": "image"}
+        # on a terminal there is Lightning's own
+        self._bar = progress_bar(show=trainer.is_global_zero and not sys.stderr.isatty(), **bar)
 
     def write_on_batch_end(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        pl_module: TimmTask,
         prediction: dict[str, Any],
         batch_indices: Sequence[int] | None,
         batch: Any,
@@ -63,8 +98,33 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         if self._file is None:  # only now has the task read its weights, whose file knows the names
-            self._file = self._open(trainer, pl_module)
-        self._file.write(prediction)
+            names = pl_module.label_names or self._class_names(trainer)
+            self._file = pl_module.predictions(self._journal.output, names, pl_module, self._files)
+        with self._kept():
+            records = self._file.records(prediction)
+            if self.overlays is not None:
+                self._draw(pl_module, batch[0], prediction)
+            self._journal.add(records)
+        self._bar.update(len(records))
+
+    def _draw(self, task: TimmTask, images: Any, prediction: dict[str, Any]) -> None:
+        transform = getattr(task.trainer.datamodule, "eval_transform", None)
+        names, background = self._file.names or task.class_labels(), bool(task.hparams.get("background"))
+        for name, image, target in zip(prediction["ids"], images, self._file.targets(prediction), strict=True):
+            with new_file(self.overlays / self._file.file_names(name, ".jpg")) as file:
+                draw(to_pixels(image, transform), target, names, background).save(file, "JPEG", quality=90)
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """A block that writes; an error of the system, such as a full disk, also says what is kept."""
+        try:
+            yield
+        except OSError as error:
+            journal, reason = self._journal, one_line(error) if error.errno is None else error.strerror
+            reason = reason if reason.startswith("cannot write") else f"cannot write {journal.output}: {reason}"
+            if self._resumes and journal.records:
+                reason += f"; the same command continues after the {len(journal.records)} images that are finished"
+            raise OSError(reason) from error
 
     @staticmethod
     def _class_names(trainer: Trainer) -> list[str] | None:
@@ -74,12 +134,23 @@ class PredictionWriter(BasePredictionWriter):
             return None
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._closing.close()
-        if self._file is not None:
-            print(f"predictions: {self._path}")
+        self._bar.close()
+        if self._file is None:
+            return
+        records = self._journal.records
+        with self._kept():
+            self._file.finish([records[f] for f in self._files if f in records] or list(records.values()))
+            self._journal.remove()
+        print(f"predictions: {self._journal.output}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._closing.__exit__(type(exception), exception, exception.__traceback__)
+        if self._journal is None or trainer.state.fn != TrainerFn.PREDICTING:
+            return
+        self._journal.close()
+        if not self._resumes:
+            self._journal.remove()
+        elif isinstance(exception, (KeyboardInterrupt, SIGTERMException)):
+            print("stopped; the same command continues from here", file=sys.stderr)
 
 
 def export_weights(checkpoint: str | Path, output: str | Path) -> None:

@@ -44,6 +44,7 @@ class SequenceTask(ClassificationTask):
     """
 
     takes_masks = False
+    outcome = None
 
     def __init__(self, bptt_steps: int = 0, carry: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)

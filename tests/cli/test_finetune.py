@@ -38,6 +38,7 @@ DATA = {
     "masks": ("segment", write_masks, "SegmentationDataModule"),
     "colors": ("segment", lambda root: write_masks(root, "colors"), "SegmentationDataModule"),
     "outlines": ("segment", write_coco, "SegmentationDataModule"),
+    "yolo outlines": ("segment", lambda root: write_yolo(root, True), "SegmentationDataModule"),
 }
 
 
@@ -80,6 +81,7 @@ def test_from_files_to_files(form, run, tmp_path):
     code, out, err = run("finetune", "--task", task, "--data", "data", "--out", "runs/x", *SHORT, *SMALL, *sizes)
     assert code == 0, err
     assert "recognised: " in out and "load it with:" in out
+    first = out
     folder = tmp_path / "runs/x/version_0"
     model, transform, names = luna_vision.load(folder / "checkpoints/best.safetensors")
     assert names == ["background"] * (task in ("detect", "segment")) + NAMES
@@ -95,6 +97,12 @@ def test_from_files_to_files(form, run, tmp_path):
         assert sorted(file.name for file in found.iterdir()) == sorted(file.name for file in images)
     else:
         assert len(found.read_text().splitlines()) == len(images) + 1
+    report = folder / "report/report.html"
+    assert f"report: {report.relative_to(tmp_path)}" in first and report.is_file()
+    if form == "voc":  # again, of the run's folder alone
+        report.unlink()
+        code, out, err = run("report", "runs/x", "--trainer.accelerator=cpu")
+        assert code == 0 and report.is_file(), err
     again = yaml.safe_load((tmp_path / "runs/x/finetune.yaml").read_text())
     assert again["trainer"]["max_epochs"] > 1  # that of the command line is in the run's own config.yaml
     assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["max_epochs"] == 1
@@ -117,6 +125,16 @@ def test_from_files_to_files(form, run, tmp_path):
 def test_mistakes(words, message, run):
     code, _, err = run("finetune", *words)
     assert code == 2 and len(err.strip().splitlines()) == 1 and message in err
+
+
+def test_a_report_takes_a_run(run, tmp_path):
+    for folder, has in (("a", ["a/config.yaml"]), ("b", [])):
+        for name in has:
+            (tmp_path / name).parent.mkdir()
+            (tmp_path / name).touch()
+        code, _, err = run("report", folder)
+        assert code == 2 and len(err.strip().splitlines()) == 1 and "best.ckpt" in err
+    assert run("report")[0] == 2
 
 
 def test_an_unknown_task(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from luna_vision.data import MultiLabelDataModule
-from luna_vision.data.multilabel import repeat_rare
+from luna_vision.data.sampling import repeat_rare
 from luna_vision.images.decode import SampleError
 from luna_vision.utils.errors import UserError
 from tests.labelled import NAMES, scenes, write_labels

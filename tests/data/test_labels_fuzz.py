@@ -92,6 +92,7 @@ FILES = {
     "yolo": (DetectionDataModule, write_yolo, "labels/train/train_1.txt"),
     "yolo yaml": (DetectionDataModule, write_yolo, "data.yaml"),
     "outlines": (SegmentationDataModule, write_coco, "train.json"),
+    "yolo outlines": (SegmentationDataModule, lambda root: write_yolo(root, True), "labels/train/train_1.txt"),
     "masks": (SegmentationDataModule, write_masks, "train/masks/train_1.png"),
     "names": (SegmentationDataModule, write_masks, "classes.txt"),
     "colors": (SegmentationDataModule, lambda root: write_masks(root, "colors"), "class_dict.csv"),

@@ -18,7 +18,7 @@ from sklearn.metrics import average_precision_score, f1_score, jaccard_score
 import luna_vision
 from luna_vision.data import DetectionDataModule, MultiLabelDataModule, SegmentationDataModule
 from luna_vision.tasks import DetectionTask, MultiLabelTask, PredictionWriter, SegmentationTask, export_weights
-from tests.labelled import COLORS, NAMES, WRITERS, coco_of, scenes, write_coco, write_labels, write_masks
+from tests.labelled import COLORS, NAMES, WRITERS, coco_of, scenes, write_coco, write_labels, write_masks, write_yolo
 
 QUIET = {"num_workers": 0, "batch_size": 2}
 MODEL = {"model_name": "test_luna_vit", "model_kwargs": {"embed_dim": 32, "depth": 2}}
@@ -114,11 +114,13 @@ def test_a_detector_learns_at_native_size(tmp_path):
     assert set(found) == {"boxes", "labels", "scores"}
 
 
-@pytest.mark.parametrize("form", ["index", "palette", "colors", "coco", "no background", "0 and 255"])
+@pytest.mark.parametrize("form", ["index", "palette", "colors", "coco", "yolo", "no background", "0 and 255"])
 def test_segmentation(form, tmp_path):
     root, options = tmp_path / "data", {"train_on": "crops", "crop_size": 32}
     if form == "coco":
         write_coco(root)
+    elif form == "yolo":
+        write_yolo(root, outlines=True)
     else:
         write_masks(root, form if form in ("palette", "colors") else "index")
     if form == "no background":
@@ -170,7 +172,7 @@ def test_images_of_several_sizes_are_padded_without_a_trace():
 def test_a_crop_in_which_all_is_ignored_gives_no_nan():
     task = SegmentationTask(**DENSE, num_classes=2)
     logits = torch.zeros(1, 3, 8, 8, requires_grad=True)
-    loss = task._loss(logits, torch.full((1, 8, 8), 255))
+    loss = task._loss(logits, torch.full((1, 8, 8), 255), task.class_weight)
     loss.backward()
     assert loss == 0 and logits.grad.isfinite().all()
 
@@ -200,6 +202,48 @@ def test_bands_change_no_gradient(name, tmp_path):
     assert ran == [False, True]
     for whole, bands in zip(*gradients, strict=True):
         torch.testing.assert_close(bands, whole, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", ["balanced", [1.0, 0.0, 4.0]])
+def test_class_weights_of_pixels(given, tmp_path):
+    """Training pixels count by their class, those of validation alike; balanced, by its share among all pixels."""
+    data = SegmentationDataModule(write_masks(tmp_path), **QUIET)
+    task = SegmentationTask(**DENSE, num_classes=2, class_weights=given, background_weight=0.5)
+    trainer(tmp_path, limit_train_batches=1, limit_val_batches=1).fit(task, data)
+    pixels = np.bincount(np.concatenate([one.mask.ravel() for one in scenes("train").values()]), minlength=3)
+    expected = np.array(given if isinstance(given, list) else np.median(pixels) / pixels) * [0.5, 1, 1]
+    logits, mask = torch.randn(1, 3, 4, 6), torch.randint(3, (1, 4, 6))
+    seen = {}
+    task.forward = lambda images: logits
+    task.log_evaluation_mean = lambda name, value, count: seen.setdefault(name, value)
+    task.log = task._log_training = lambda *args, **kwargs: None
+    for loss, weights in (
+        (task.training_step((torch.zeros(1, 3, 4, 6), mask), 0), expected),
+        (task.evaluate("val", torch.zeros(1, 3, 4, 6), mask) and seen["val_loss"], [0.5, 1, 1]),
+    ):
+        weights = torch.tensor(weights, dtype=torch.float32)
+        torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, mask, weights), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_the_wrong_number_of_classes():
+    with pytest.raises(ValueError, match="3 finite numbers"):
+        SegmentationTask(**DENSE, num_classes=2, class_weights=[1.0, 2.0])
+
+
+@pytest.mark.parametrize("form", ["boxes", "masks", "outlines"])
+def test_images_of_rare_classes_come_more_often(form, tmp_path):
+    root = write_masks(tmp_path) if form == "masks" else write_coco(tmp_path)
+    make = DetectionDataModule if form == "boxes" else SegmentationDataModule
+    plain, more = make(root, **QUIET), make(root, **QUIET, repeat_rare=1.0)
+    assert len(plain.dataset("train")) < len(more.dataset("train")) and len(more.dataset("val")) == 2
+    has = {name: set(one.labels) for name, one in scenes("train").items()}
+    rare = min((0, 1), key=lambda label: sum(label in labels for labels in has.values()))
+    source = more.make_source("train")
+    files = [Path(source.dataset.sample_file(index)).name for index in source.indices]
+    share = sum(rare in has[file] for file in files) / len(files)
+    assert share > sum(rare in labels for labels in has.values()) / len(has)
+    with pytest.raises(ValueError, match="repeat_rare"):
+        make(root, **QUIET, repeat_rare=2)
 
 
 def test_bands_need_a_luna_vit(tmp_path):

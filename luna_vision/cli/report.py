@@ -1,0 +1,46 @@
+"""``luna-vision report``: the report of a run that has ended."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import NoReturn
+
+from ..utils.errors import UserError
+
+ABOUT = """\
+Test the best weights of a run once more, and write RUN/report/report.html, a page that needs no other file, and its
+pictures. Options of `luna-vision test`, such as --data.root FOLDER, are taken as they are."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; luna-vision report --help shows how it is called")
+
+
+def main(words: list[str]) -> int | None:
+    """Run the command with these words."""
+    usage = "luna-vision report RUN [--SECTION.OPTION VALUE ...]"
+    parser = _Parser("luna-vision report", usage, ABOUT, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("run", type=Path, metavar="RUN", help="its folder, or the one above, whose newest run is taken")
+    own, rest = parser.parse_known_args(words)
+    run = find_run(own.run)
+    from . import train
+
+    report = {"class_path": "luna_vision.tasks.Report", "init_args": {"run": str(run)}}
+    weights = ["--ckpt_path", str(run / "checkpoints" / "best.ckpt"), "--trainer.logger=false"]
+    added = f"--trainer.callbacks+={json.dumps(report)}"
+    return train.run_words(["test", "--config", str(run / "config.yaml"), *weights, added, *rest])
+
+
+def find_run(folder: Path) -> Path:
+    """The folder of a run, or the newest run in a folder.
+
+    Raises:
+        FileNotFoundError: There is none, or it has no best weights.
+    """
+    runs = [folder, *(path.parent for path in folder.glob("*/config.yaml"))]
+    runs = [run for run in runs if (run / "config.yaml").is_file() and (run / "checkpoints" / "best.ckpt").is_file()]
+    if not runs:
+        raise FileNotFoundError(f"{folder} is not the folder of a run: it has no config.yaml and checkpoints/best.ckpt")
+    return max(runs, key=lambda run: (run / "config.yaml").stat().st_mtime)
