@@ -149,10 +149,10 @@ class Shell(nn.Module):
 
     def _add_residual(self, x: Tensor, y: Tensor) -> Tensor:
         """x + y, in y's memory where that saves time and no hook of the block can have kept y."""
+        in_place = True
         if not torch.jit.is_scripting():
-            if not self._adds_in_place(x):
-                return clamp_fp16(x + y)
-        return add_residual(x, y)
+            in_place = self._adds_in_place(x)
+        return add_residual(x, y, in_place)
 
     @torch.jit.ignore
     def _adds_in_place(self, x: Tensor) -> bool:
@@ -199,7 +199,7 @@ class MixerBlock(Shell):
             h = self.norm_tile(x)
             x = self._add_attention(x, h, self.attn(h, grid_size, patch_valid), grid_size, patch_valid)
         elif self.local is not None and self.local_after:  # no mixing but the local one
-            x = self._add_residual(x, self.drop_path1(self.local(x, grid_size, patch_valid)))
+            x = self._add_residual(x, self.drop_path1(clamp_fp16(self.local(x, grid_size, patch_valid))))
         return self._add_mlp(x, grid_size, patch_valid), memory
 
 
@@ -381,10 +381,10 @@ class LunaBlock(Shell):
         """
         if self.pack_slots:
             packed = packed.merge(self.pack_tile(self._norm_memory(memory), self.pack_query(memory)))
-        return self._update_memory(memory, packed.finish())
+        return self._update_memory(memory, clamp_fp16(packed.finish().to(memory.dtype)))
 
     def _update_memory(self, memory: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
-        packed = clamp_fp16(packed.to(memory.dtype))
+        packed = packed.to(memory.dtype)
         memory = clamp_fp16(memory + self.drop_path1(self.ls1_memory(self.drop_memory(packed))))
         if not self.norm_first:
             memory = self.norm1_memory(memory)

@@ -9,6 +9,7 @@ import timm.layers
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..functional import clamp_fp16
 from .local_mixing import LocalMixing
 
 
@@ -31,7 +32,7 @@ class Mlp(timm.layers.Mlp):
         """Map (B, N, C) to (B, N, C). Without a grid, as for a memory, there is no local mixing."""
         x = self.act(self.fc1(x))
         if self.local is not None and grid_size is not None:
-            x = x + self.local(x, grid_size, patch_valid)
+            x = clamp_fp16(x + self.local(x, grid_size, patch_valid))
         return self.drop2(self.fc2(self.norm(self.drop1(x))))
 
 
@@ -72,6 +73,6 @@ class SwiGlu(nn.Module):
         """Map (B, N, C) to (B, N, C). Without a grid, as for a memory, there is no local mixing."""
         x = self.fc1(x)
         if self.local is not None and grid_size is not None:
-            x = x + self.local(x, grid_size, patch_valid)
+            x = clamp_fp16(x + self.local(x, grid_size, patch_valid))
         gate, x = x.chunk(2, dim=-1)
         return self.drop(self.fc2(self.drop(F.silu(gate) * x)))

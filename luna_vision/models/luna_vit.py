@@ -547,7 +547,7 @@ class LunaVit(nn.Module):
             Patches (B, N, C) and memory (B, L, C). This memory is the one to hand in again.
 
         Raises:
-            ValueError: A shape does not fit, or (eager mode only) an image has no valid patch.
+            ValueError: A shape does not fit, or (eager mode, a mask on the CPU only) an image has no valid patch.
         """
         x, memory, grid_size, patch_valid = self._embed(x, patch_valid, memory)
         keep: list[int] = []
