@@ -15,7 +15,8 @@ _OWN = {
   --resume                    continue the newest stopped run of this configuration""",
     "predict": """\
   --data.predict_path PATH    an image file or a folder of them; by default the test images
-  --out FILE                  .csv, .json of boxes, or a folder of masks; by default in the run's own folder""",
+  --out FILE                  .csv, .json of boxes, or a folder of masks; by default in the run's own folder
+  --dtype TYPE                float32, bfloat16 or float16; by default bfloat16 on a GPU that has it, else float32""",
 }
 _PHOTOS = """
 On photos of your own: luna-vision fit --config configs/image_folder.yaml --data.root photos"""

@@ -23,7 +23,7 @@ from timm.layers import DropPath, LayerScale, LayerType, get_act_layer, get_norm
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..functional import PackState, add_residual, check_valid, clamp_fp16
+from ..functional import PackState, add_residual, autocast_input, check_valid, clamp_fp16
 from ..utils.checks import check_option
 from .local_mixing import LocalMixing
 from .luna import LunaAttention
@@ -144,8 +144,8 @@ class Shell(nn.Module):
         return x
 
     def norm_tile(self, x: Tensor) -> Tensor:
-        """What the attention sees of the patches."""
-        return self.norm1(x) if self.norm_first else x
+        """What the attention sees of the patches; under autocast in its type, in which all read it."""
+        return autocast_input(self.norm1(x) if self.norm_first else x)
 
     def _add_residual(self, x: Tensor, y: Tensor) -> Tensor:
         """x + y, in y's memory where that saves time and no hook of the block can have kept y."""

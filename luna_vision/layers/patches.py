@@ -43,7 +43,8 @@ def blank_invalid(x: Tensor, patch_valid: Tensor | None, patch_size: tuple[int, 
     an image may have no valid patch.
 
     Raises:
-        ValueError: `patch_valid` is not (B, N) bool, or (eager mode, a mask on the CPU only) an image has no valid patch.
+        ValueError: `patch_valid` is not (B, N) bool, or (eager mode, a mask on the CPU only) an image has no valid
+            patch.
     """
     if patch_valid is None:
         return x
