@@ -192,12 +192,11 @@ class LunaCLI(LightningCLI):
             config["logger"] = [CSVLogger("runs", name), TensorBoardLogger(f"runs/{name}", "tensorboard")]
 
     def _choose_precision(self, config: Any) -> None:
-        """Predict in the type of --dtype, and have float32 mean float32 where nothing is in half precision."""
+        """Predict in the type of --dtype, or of the configuration's trainer.precision if that is auto, and have float32
+        mean float32 where nothing is in half precision."""
         if self.subcommand == "predict":
             name = self._get(self.config, "dtype")
-            if config["precision"] is not None and name != "auto":
-                raise UserError("--dtype and --trainer.precision both name the type: give one of them")
-            if config["precision"] is None:
+            if config["precision"] is None or name != "auto":
                 gpu = torch.cuda.is_available() and config["accelerator"] in ("auto", "gpu", "cuda")
                 dtype = str(pick_dtype(name, torch.device("cuda" if gpu else "cpu"))).removeprefix("torch.")
                 config["precision"] = PRECISIONS[dtype]

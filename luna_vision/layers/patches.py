@@ -3,6 +3,7 @@
 Shapes: B batch, N patches, C width.
 """
 
+import timm.layers
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_function, register_notrace_module
@@ -32,6 +33,17 @@ def pad_to_patches(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
     pad_h = (x.shape[2] + rows - 1) // rows * rows - x.shape[2]
     pad_w = (x.shape[3] + columns - 1) // columns * columns - x.shape[3]
     return F.pad(x, (0, pad_w, 0, pad_h))
+
+
+class PatchEmbed(timm.layers.PatchEmbed):
+    """timm's, on images of whole patches, whatever their size.
+
+    timm's own `forward` checks the size, and its message has the size in it: a compiler then makes a graph for each.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, channels, height, width) to (B, H', W', C)."""
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
 @register_notrace_function
