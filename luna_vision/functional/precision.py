@@ -42,6 +42,7 @@ def autocasts(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
+@register_notrace_function
 def autocast_input(x: Tensor) -> Tensor:
     """x in the type of a product under autocast; unchanged without autocast."""
     if not torch.jit.is_scripting():
