@@ -30,6 +30,10 @@ MODELS = (
     "luna_vit_small,memory_len=64",
     "vit_small_patch16_224",
     "xcit_small_12_p16_224",
+    "efficientvit_b2",
+    "convnext_tiny",
+    "swin_tiny_patch4_window7_224",
+    "mambaout_tiny",
     "luna_vit_small,mixer=softmax",
     "luna_vit_small,mixer=identity",
 )

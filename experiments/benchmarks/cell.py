@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import luna_vision  # noqa: F401  registers the models
 from luna_vision.utils.cost import count_macs, saved_bytes
+from luna_vision.utils.device import allow_tf32
 
 __all__ = ["Spec", "build", "gemm_rate", "run_cell"]
 
@@ -137,6 +138,7 @@ def _prepare(cell: dict[str, Any]) -> tuple[nn.Module, Callable[[], Any]]:
     spec, device = Spec.parse(cell["model"]), cell["device"]
     height, width = cell["height"], cell["width"]
     dtype = getattr(torch, cell["dtype"])
+    allow_tf32(dtype != torch.float32)
     torch.manual_seed(0)
     training = cell["mode"] == "training"
     model = build(spec, height, width).to(device=device, dtype=dtype).train(training)

@@ -32,20 +32,25 @@ MANY = 1024  # patches from which on a measurement counts: the choice does not d
 LAYERS = 12  # of a model; every call takes the weights of the next, which lie in no cache
 
 
-def closure(part: str, form: str, x: Tensor, memory: Tensor, heads: int, training: bool) -> Callable[[], Any]:
+def closure(
+    part: str, form: str, x: Tensor, memory: Tensor, heads: int, training: bool, compiled: bool
+) -> Callable[[], Any]:
     """A call of a part in a form, forward alone or with the backward pass."""
     torch.manual_seed(0)
     layers = [
         LunaAttention(x.shape[-1], heads, tie_kv="untied" not in part, pack_form=form, unpack_form=form)
-        .to(x.dtype)
+        .to(x.device, x.dtype)
         .requires_grad_(training)
         for _ in range(LAYERS)
     ]
-    turn = itertools.cycle(layers)
+    calls = [layer.unpack if part == "unpack" else layer.pack for layer in layers]
+    turn = itertools.cycle([torch.compile(call, dynamic=False) for call in calls] if compiled else calls)
 
     def run() -> Tensor:
-        layer = next(turn)
-        return layer.unpack(x, memory) if part == "unpack" else layer.pack(x, memory)
+        y = next(turn)(x, memory)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        return y
 
     def infer() -> None:
         with torch.inference_mode():
@@ -53,6 +58,8 @@ def closure(part: str, form: str, x: Tensor, memory: Tensor, heads: int, trainin
 
     def train() -> None:
         run().sum().backward()
+        if x.is_cuda:
+            torch.cuda.synchronize()
 
     return train if training else infer
 
@@ -95,8 +102,10 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     grid = itertools.product(PARTS, args.modes, args.dims, args.memory_lens, args.patches)
     for part, mode, dim, slots, patches in grid:
         heads = max(dim // 64, 1)
-        x, memory = (torch.randn(1, n, dim).to(getattr(torch, args.dtype)) for n in (patches, slots))
-        runs = {form: closure(part, form, x, memory, heads, mode == "training") for form in LF.FORMS[1:]}
+        x, memory = (
+            torch.randn(args.batch, n, dim).to(args.device, getattr(torch, args.dtype)) for n in (patches, slots)
+        )
+        runs = {form: closure(part, form, x, memory, heads, mode == "training", args.compiled) for form in LF.FORMS[1:]}
         row = dict(part=part, mode=mode, dim=dim, heads=heads, memory_len=slots, patches=patches)
         row.update(projections=1 if part == "pack" else 2, **interleaved(runs, args.seconds))
         rows.append(row)
@@ -115,6 +124,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dims", nargs="+", type=int, default=[192, 384, 768], help="widths; heads are of 64")
     parser.add_argument("--memory-lens", nargs="+", type=int, default=[8, 16, 32, 64, 128], metavar="SLOTS")
     parser.add_argument("--patches", nargs="+", type=int, default=[196, 1024, 4096])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--batch", type=int, default=1, help="images at a time; more for a GPU")
+    parser.add_argument("--compiled", action="store_true", help="both forms compiled")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
     parser.add_argument("--seconds", type=float, default=0.4, help="of timing for one pair")
@@ -133,7 +145,8 @@ def main(argv: list[str] | None = None) -> None:
         fitted[part] = {**cost._asdict(), "mean_regret": mean, "largest_regret": worst}
         print(f"{part}: {cost}; slower than the better form by {mean - 1:.1%} on average, {worst - 1:.0%} at most")
     if args.out and not args.fit_only:
-        result = {"date": datetime.date.today().isoformat(), "machine": machine("cpu"), "dtype": args.dtype}
+        result = {"date": datetime.date.today().isoformat(), "machine": machine(args.device), "dtype": args.dtype}
+        result |= {"batch": args.batch, "compiled": args.compiled}
         result["threads"] = torch.get_num_threads()
         write_json(args.out, {**result, "constants": fitted, "rows": rows})
 

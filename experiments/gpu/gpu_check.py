@@ -9,6 +9,7 @@ import copy
 import datetime
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -37,6 +38,8 @@ from luna_vision.execution import encode, set_band_checkpointing
 from luna_vision.layers import LunaAttention
 from luna_vision.mixers import MIXERS
 from luna_vision.tasks import EMA, ClassificationTask, ImagesPerSecond, NonFiniteGuard
+from luna_vision.utils.cost import count_macs
+from luna_vision.utils.device import allow_tf32, compile_blocks
 from luna_vision.utils.files import write_json
 from luna_vision.utils.record import machine as describe_machine
 
@@ -75,6 +78,7 @@ class Check:
         small: Whether it is one.
         found: Results by section.
         failed: What is wrong, a line each.
+        rate: Operations a second of a matrix product in bfloat16, once it is known.
     """
 
     def __init__(self, out: Path, device: str = "cuda", seconds: float = 420.0) -> None:
@@ -83,6 +87,7 @@ class Check:
         about = {"date": datetime.date.today().isoformat(), "machine": describe_machine(device)}
         self.found: dict[str, Any] = about
         self.failed: list[str] = []
+        self.rate: float | None = None
 
     def say(self, text: str) -> None:
         print(f"[{time.perf_counter() - self.begin:5.0f} s] {text}", flush=True)
@@ -163,6 +168,7 @@ def machine(check: Check) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.randn(side, side, device=check.device, dtype=dtype)
         values[f"{str(dtype)[6:]}_TFLOP_s"] = 2 * side**3 / check.timed(lambda x=x: x @ x) / 1e9
+    check.rate = 1e12 * values["bfloat16_TFLOP_s"]
     if check.device == "cuda":
         matmul = torch.backends.cuda.matmul
         values |= {"cudnn": torch.backends.cudnn.version(), "tf32_matmul": matmul.allow_tf32}
@@ -436,42 +442,51 @@ def kernel_speed(check: Check) -> None:
 
 MODELS = (
     "luna_vit_small",
-    "luna_vit_small,memory_len=32",
-    "luna_vit_small,mixer=identity",
     "vit_small_patch16_224",
-    "luna_vit_small,mixer=softmax",
+    "luna_vit_small,mixer=identity",
+    "xcit_small_12_p16_224",
+    "efficientvit_b2",
+    "convnext_tiny",
+    "luna_vit_small,memory_len=32",
 )
+WHOLE = ("efficientvit_b2", "convnext_tiny")  # are compiled as a whole, for which a second size leaves no time
+BATCHES = {224: 256, 384: 96, 512: 48, 1024: 12, 2048: 3, 4096: 1}  # of images that fill the card
 
 
 def speed(check: Check) -> None:
-    """Images a second of models, eager and compiled: inference in bfloat16, training under autocast."""
-    batches, names = {224: 256, 512: 64, 1024: 16, 2048: 4}, MODELS
+    """Images a second and peak memory of models, and their share of the rate of matrix products: inference in bfloat16,
+    eager, compiled and (one image) as a CUDA graph; training under autocast."""
+    batches, names = BATCHES, MODELS
     if check.small:
         batches, names = {160: 2}, ("test_luna_vit", "test_vit")
-    ways = [(training, compiled) for training in (False, True) for compiled in (False, True)]
-    plan = [(side, *way) for way in ways for side in batches]
-    plan.sort(key=lambda p: (p[0] not in (160, 224, 1024), p[1], p[2]))  # what says most comes first
-    for side, training, compiled in plan:
+    ways = [("inference", "graph"), *itertools.product(("inference", "training"), ("eager", "compiled"))]
+    plan = [(side, mode, execution) for mode, execution in ways for side in batches]
+    plan.sort(key=lambda p: (p[0] not in (160, 224, 1024), p[1] == "training"))  # what says most comes first
+    for side, mode, execution in plan:
         said = []
         for name in names:
             if check.late(45):
                 check.say("  out of time")
                 return
-            if side >= 2048 and training and ("vit_small_patch16" in name or "softmax" in name):
+            if mode == "training" and (side >= 4096 or (side >= 2048 and name.startswith("vit_"))):
                 continue  # minutes
-            way = {"mode": "training" if training else "inference", "execution": "compiled" if compiled else "eager"}
-            row = {"model": name, "side": side, **way}
+            if execution == "compiled" and name in WHOLE and side > 224:
+                continue
+            row = {"model": name, "side": side, "mode": mode, "execution": execution}
             try:
-                row |= _measure(check, Spec.parse(name), side, batches[side], training, compiled)
+                batch = 1 if execution == "graph" else batches[side]
+                row |= _measure(check, Spec.parse(name), side, batch, mode == "training", execution)
                 said.append(f"{name} {row['images_s']:.0f}/s")
             except RuntimeError as error:  # out of memory, or of what a compiler can do
                 row["error"] = first_line(error)
                 said.append(f"{name} {type(error).__name__}")
             check.note("speed", **row)
-        check.say(f"  {side} px, {way['mode']}, {way['execution']}: {', '.join(said)}")
+        check.say(f"  {side} px, {mode}, {execution}: {', '.join(said)}")
 
 
-def _measure(check: Check, spec: Spec, side: int, batch: int, training: bool, compiled: bool) -> dict[str, float]:
+def _measure(
+    check: Check, spec: Spec, side: int, batch: int, training: bool, execution: str
+) -> dict[str, float | None]:
     torch.manual_seed(0)
     torch.compiler.reset()
     if check.device == "cuda":
@@ -481,9 +496,8 @@ def _measure(check: Check, spec: Spec, side: int, batch: int, training: bool, co
     x, targets = torch.randn(B, 3, side, side, device=device), torch.randint(1000, (B,), device=device)
     if not training:
         model, x = model.bfloat16(), x.bfloat16()
-    if compiled:  # the blocks one by one, as all share one code: seconds instead of minutes
-        for block in model.blocks:
-            block.compile(dynamic=False, backend="eager" if check.small else "inductor")
+    if execution == "compiled":
+        compile_blocks(model, dynamic=False, backend="eager" if check.small else "inductor")
 
     def step() -> None:
         if not training:
@@ -499,9 +513,19 @@ def _measure(check: Check, spec: Spec, side: int, batch: int, training: bool, co
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        if execution == "graph":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            step = graph.replay
     ms = check.timed(step, 0.3)
     peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
-    return {"batch": B, "ms": ms, "images_s": 1e3 * B / ms, "peak_GB": peak}
+    with torch.device("meta"):
+        meta = build(spec, side, side)
+    macs = count_macs(meta, side, side)
+    flops = 2 * macs * B / ms * 1e3 * (3 if training else 1)  # a backward pass does twice the work
+    share = flops / check.rate if check.rate else None
+    return {"batch": B, "ms": ms, "images_s": 1e3 * B / ms, "peak_GB": peak, "share_of_gemm": share}
 
 
 def profile(check: Check) -> None:
@@ -613,6 +637,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device; --device cpu is a dry run")
     warnings.filterwarnings("ignore")
+    allow_tf32(False)  # float32 is compared with float64, and the rest is in half precision
     check = Check(args.out, args.device, args.seconds)
     for name in args.sections:
         if check.late(20):

@@ -6,7 +6,8 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,9 +24,11 @@ __all__ = [
     "Hints",
     "Parser",
     "add_model_options",
+    "add_speed_options",
     "add_statistics_options",
     "add_value_options",
     "at_least",
+    "at_speed",
     "load",
     "model_options",
     "named",
@@ -35,6 +38,8 @@ __all__ = [
 ]
 
 DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # as in `utils.device`, which imports torch
+DTYPE_HELP = "type of products, by autocast; auto is bfloat16 on a GPU that has it, else float32 (default: auto)"
 # the beginnings of jsonargparse's messages that wrap another error
 UNION, OF_CLASS = "Does not validate against any of the Union subtypes", "Problem with given class_path"
 WRAPPERS = (UNION, OF_CLASS, "Call to compute_fn of link")
@@ -154,6 +159,43 @@ def add_model_options(parser: Parser, default: str = "luna_vit_small", device: s
     group.add_argument(
         "--device", choices=DEVICES, default=device, help=f"auto takes a GPU if there is one (default: {device})"
     )
+
+
+def add_speed_options(parser: Parser, compiles: bool = True) -> None:
+    """Add --dtype and, where the command calls the model as a whole, --compile, which `at_speed` reads."""
+    group = parser.add_argument_group("speed")
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help=DTYPE_HELP)
+    if compiles:
+        group.add_argument(
+            "--compile", action="store_true", help="compile the blocks of the model first: for many images on a GPU"
+        )
+
+
+@contextmanager
+def at_speed(args: Namespace, model: "nn.Module") -> Iterator[str]:
+    """A context in which a model runs as the options of `add_speed_options` say: the name of the type.
+
+    The weights of half precision are cast once, and float32 means float32 (see `allow_tf32`). A line on stderr says
+    what runs where, unless that is float32 on the CPU.
+    """
+    import torch
+
+    from ..utils.device import allow_tf32, cast_products, compile_blocks, pick_dtype
+
+    device = next(model.parameters()).device
+    dtype = pick_dtype(args.dtype, device)
+    half, name = dtype != torch.float32, str(dtype).removeprefix("torch.")
+    allow_tf32(half)
+    if half:
+        cast_products(model, dtype)
+    compiled = getattr(args, "compile", False)
+    if compiled:
+        compile_blocks(model)
+    if half or compiled or device.type != "cpu":
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        print(f"on {where}, in {name}{', compiled' if compiled else ''}", file=sys.stderr)
+    with torch.autocast(device.type, dtype, enabled=half):
+        yield name
 
 
 def add_statistics_options(group: Any, help: str) -> None:

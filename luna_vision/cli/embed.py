@@ -7,9 +7,11 @@ from pathlib import Path
 from .common import (
     Parser,
     add_model_options,
+    add_speed_options,
     add_statistics_options,
     add_value_options,
     at_least,
+    at_speed,
     load,
     model_options,
     named,
@@ -27,6 +29,7 @@ def _parser() -> Parser:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".parquet or .npz")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE, which is refused otherwise")
     add_model_options(parser)
+    add_speed_options(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--memory", action="store_true", help="the memory slots (L, C), too; takes a Luna ViT")
     group.add_argument("--grid", action="store_true", help="the patch grid (H', W', C), too")
@@ -73,7 +76,10 @@ def main(words: list[str]) -> int:
     files, missing = find_files(args.images, partial(print, file=sys.stderr))
     model = load(args, num_classes=0)
     try:
-        failures = missing + write_embeddings(model, files, args.out, settings, random_weights(**model_options(args)))
+        with at_speed(args, model):
+            failures = missing + write_embeddings(
+                model, files, args.out, settings, random_weights(**model_options(args))
+            )
     except KeyboardInterrupt:
         print("stopped; the same command continues from here", file=sys.stderr)
         return 130

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 from .common import (
     Parser,
     add_model_options,
+    add_speed_options,
     add_statistics_options,
     add_value_options,
     at_least,
+    at_speed,
     load,
     model_options,
     value_options,
@@ -38,6 +40,7 @@ def _parser() -> Parser:
     parser.add_argument("--grid", type=Path, metavar="FILE", help="the patch features (H', W', C), .npy or .zarr")
     parser.add_argument("--overwrite", action="store_true", help="replace files at --out and --grid")
     add_model_options(parser, default=MODEL)
+    add_speed_options(parser, compiles=False)  # bands go through parts of a block
     group = parser.add_argument_group("pixels")
     group.add_argument("--level", type=at_least(0), metavar="N", help="of a pyramid; 0, the default, is the largest")
     add_statistics_options(group, "one number or one a channel (default: the model's)")
@@ -87,19 +90,20 @@ def main(words: list[str]) -> int:
         "store_dtype": args.store_dtype,
     }
     try:
-        result = encode(
-            model,
-            image,
-            mean=args.mean,
-            std=args.std,
-            **value_options(args),
-            store=args.store,
-            store_dtype=getattr(torch, args.store_dtype) if args.store_dtype else None,
-            memory_budget=args.memory_budget,
-            band_rows=args.band_rows,
-            grid=args.grid,
-            save=lambda result: _save(args.out, result, about),
-        )
+        with at_speed(args, model) as dtype:
+            result = encode(
+                model,
+                image,
+                mean=args.mean,
+                std=args.std,
+                **value_options(args),
+                store=args.store,
+                store_dtype=getattr(torch, args.store_dtype) if args.store_dtype else None,
+                memory_budget=args.memory_budget,
+                band_rows=args.band_rows,
+                grid=args.grid,
+                save=lambda result: _save(args.out, result, about | {"dtype": dtype}),
+            )
     except KeyboardInterrupt:
         again = "the same command continues from here" if args.store else "with --store FOLDER it could be resumed"
         print(f"stopped; {again}", file=sys.stderr)

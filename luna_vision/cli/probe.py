@@ -10,9 +10,11 @@ from ..utils.text import printable
 from .common import (
     Parser,
     add_model_options,
+    add_speed_options,
     add_statistics_options,
     add_value_options,
     at_least,
+    at_speed,
     load,
     model_options,
     pairs,
@@ -34,6 +36,7 @@ def _parser() -> Parser:
         description="Top-1 accuracy of frozen features: k nearest neighbours, and a linear classifier.",
     )
     add_model_options(parser)
+    add_speed_options(parser)
     group = parser.add_argument_group("images")
     group.add_argument("--data", choices=DATA, required=True, help="imagefolder is ROOT/train and ROOT/{test,val}")
     group.add_argument("--root", help="folder of the data (default: the data module's)")
@@ -83,7 +86,8 @@ def main(words: list[str]) -> int:
     counts = len(data.train.dataset), len(data.test.dataset)
     height, width = data.module.img_size
     print(f"{args.data}: {counts[0]} training and {counts[1]} test images of {height} x {width} pixels")
-    knn, linear, features = probe_model(model, data, None, args.knn_k, args.knn_t, say=partial(print, flush=True))
+    with at_speed(args, model) as dtype:
+        knn, linear, features = probe_model(model, data, None, args.knn_k, args.knn_t, say=partial(print, flush=True))
     if not linear.converged:
         print(f"the linear classifier had not converged after {MAX_ITER} iterations", file=sys.stderr)
     if args.out:
@@ -93,6 +97,7 @@ def main(words: list[str]) -> int:
             "checkpoint": str(args.checkpoint) if args.checkpoint else None,
             "random_weights": random_weights(**model_options(args)),
             "features": features,
+            "dtype": dtype,
             "data": {"name": args.data, "root": args.root, "args": args.data_args},
             "images": {"train": counts[0], "test": counts[1], "height": height, "width": width},
             "normalisation": {"mean": data.module.mean, "std": data.module.std},

@@ -16,8 +16,9 @@ from enum import Enum
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
+import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
@@ -26,6 +27,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from ..models.factory import training_checkpoint
 from ..tasks.base import TimmTask
@@ -35,14 +37,17 @@ from ..tasks.reporting import ExportBest, ModelSize, PredictionWriter, relative
 from ..tasks.resume import ExactResume, resume, take_tuned
 from ..tasks.sharding import FSDP2Strategy
 from ..tasks.stopping import StopTogether
+from ..utils.device import allow_tf32, pick_dtype
 from ..utils.errors import UserError, arguments_of, is_check, one_line
 from ..utils.files import check_folder
 from ..utils.text import printable
-from .common import WRAPPERS, Hints, run_command
+from .common import DTYPE_HELP, DTYPES, WRAPPERS, Hints, run_command
 from .predict_words import with_weights
 from .training_help import short_help
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
+# Lightning's names of autocast to a type
+PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 DIGITS = Path(__file__).with_name("digits.yaml")  # the config of a fit without --config
 # by default; "trainer.callbacks+" adds to them, or replaces one of the same class
 CALLBACKS = [
@@ -103,6 +108,7 @@ class LunaCLI(LightningCLI):
             )
             help_ = "A folder for pictures of the images with the boxes or masks that were found."
             parser.add_argument("--overlays", type=str, help=help_)
+            parser.add_argument("--dtype", type=Literal[DTYPES], default="auto", help=f"The {DTYPE_HELP}.")
         return parser
 
     def _model_argument(self, name: str, data: LightningDataModule) -> Any:
@@ -160,6 +166,7 @@ class LunaCLI(LightningCLI):
         """Add what exact resume needs: atomic checkpoints with all of the state."""
         config = self._get(self.config_init, "trainer")
         self._name_run(config)
+        self._choose_precision(config)
         config["callbacks"] = self._callbacks(config)
         summary = config["enable_model_summary"]
         with arguments_of("trainer"):
@@ -187,6 +194,18 @@ class LunaCLI(LightningCLI):
             config["logger"], self.save_config_callback = False, None
         if config["logger"] is None:
             config["logger"] = [CSVLogger("runs", name), TensorBoardLogger(f"runs/{name}", "tensorboard")]
+
+    def _choose_precision(self, config: Any) -> None:
+        """Predict in the type of --dtype, or of the configuration's trainer.precision if that is auto, and have float32
+        mean float32 where nothing is in half precision."""
+        if self.subcommand == "predict":
+            name = self._get(self.config, "dtype")
+            if config["precision"] is None or name != "auto":
+                gpu = torch.cuda.is_available() and config["accelerator"] in ("auto", "gpu", "cuda")
+                dtype = str(pick_dtype(name, torch.device("cuda" if gpu else "cpu"))).removeprefix("torch.")
+                config["precision"] = PRECISIONS[dtype]
+                rank_zero_info(f"predicting in {dtype}")
+        allow_tf32("16" in str(config["precision"]))
 
     def _callbacks(self, config: Any) -> list[Callback]:
         """The callbacks of the configuration: the last one of a standard class, and none that the trainer turns off."""

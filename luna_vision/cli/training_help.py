@@ -18,7 +18,8 @@ _OWN = {
                               --config, --ckpt_path and --data.predict_path
   --data.predict_path PATH    an image file or a folder of them; by default the test images
   --out FILE                  .csv, .json of boxes, or a folder of masks; by default in the run's own folder
-  --overlays FOLDER           also draw the boxes or masks that were found over the images""",
+  --overlays FOLDER           also draw the boxes or masks that were found over the images
+  --dtype TYPE                float32, bfloat16 or float16; by default bfloat16 on a GPU that has it, else float32""",
 }
 _PHOTOS = """
 On photos of your own: luna-vision fit --config configs/image_folder.yaml --data.root photos"""

@@ -8,9 +8,11 @@ from ..utils.text import printable
 from .common import (
     Parser,
     add_model_options,
+    add_speed_options,
     add_statistics_options,
     add_value_options,
     at_least,
+    at_speed,
     load,
     model_options,
     named,
@@ -50,6 +52,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--head", type=at_least(0), metavar="N", help="one head (default: the mean over heads)")
     add_model_options(parser)
+    add_speed_options(parser)
     group = parser.add_argument_group("images")
     group.add_argument(
         "--max-size",
@@ -85,10 +88,11 @@ def main(words: list[str]) -> int:
     if random_weights(**model_options(args)):
         options["warning"] = "RANDOM WEIGHTS: this picture says nothing about the image"
     drawn = 0
-    for target in draw_pictures(model, files, targets, failures, **options):
-        drawn += 1
-        tqdm.write(printable(str(target)))  # above the bar, if there is one
-        sys.stdout.flush()
+    with at_speed(args, model):
+        for target in draw_pictures(model, files, targets, failures, **options):
+            drawn += 1
+            tqdm.write(printable(str(target)))  # above the bar, if there is one
+            sys.stdout.flush()
     for path, reason in failures:
         print(f"error: {named(path, reason)}", file=sys.stderr)
     return 0 if not failures else 1 if drawn else 2

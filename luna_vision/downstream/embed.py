@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import luna_vision
 from luna_vision.images import find_files
+from luna_vision.utils.device import product_dtype
 from luna_vision.utils.files import check_output
 from luna_vision.utils.fingerprint import describe
 from luna_vision.utils.progress import progress_bar
@@ -158,6 +159,7 @@ def _about(extractor: Extractor, files: list[str], settings: Settings) -> dict[s
         "luna_vision": luna_vision.__version__,
         "model": getattr(extractor.model, "pretrained_cfg", {}).get("architecture", extractor.name),
         **describe(extractor.model),
+        "dtype": str(product_dtype(extractor.device, extractor.dtype)).removeprefix("torch."),
         "images": hashlib.sha256(os.fsencode(names)).hexdigest(),
         **config,
         **{name: getattr(settings, name) for name in ("max_size", "img_size", "memory", "grid", "max_pixels")},

@@ -3,8 +3,8 @@
 Shapes: B batch, C width, L memory slots, H', W' patch grid, N = H' * W'.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from luna_vision.images.decode import SampleError
 from luna_vision.images.masks import no_masks, split_missing
 from luna_vision.models.luna_vit import LunaVit
+from luna_vision.utils.device import fetch, to_device
 from luna_vision.utils.errors import one_line
 
 __all__ = ["Extractor", "Features"]
@@ -67,13 +68,18 @@ class Extractor:
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
 
-    def __call__(self, images: Sequence[Tensor]) -> list[Features]:
-        """The features of normalised images (channels, height, width).
+    def __call__(self, images: Sequence[Tensor] | Tensor) -> list[Features]:
+        """The features of normalised images (channels, height, width), a list or a batch.
 
         Raises:
             SampleError: The model does not take images of this size.
             ValueError: The model returns no embedding, or no grid though one is wanted.
         """
+        return self.submit(images)()
+
+    def submit(self, images: Sequence[Tensor] | Tensor) -> Callable[[], list[Features]]:
+        """Start to compute the features of images; the result waits for them. On a GPU the caller can prepare the next
+        images meanwhile. Errors as in a call."""
         batch, valid = self._batch(images)
         tokens, embeddings = self._run(batch, valid)
         if embeddings.ndim == 4 and embeddings.shape[2:] == (1, 1):
@@ -81,25 +87,32 @@ class Extractor:
         if embeddings.ndim != 2:
             shape = list(embeddings.shape[1:])
             raise ValueError(f"{self.name} gives {shape} for an image, not one vector: create it with a global_pool")
-        embeddings = embeddings.float().cpu().numpy()
-        memories = tokens[:, : self.model.memory_len].float().cpu().numpy() if self.memory else [None] * len(batch)
-        grids: Any = self._grids(tokens, batch).float().cpu().numpy() if self.grid else [None] * len(batch)
-        if self.grid and self.patch_size:
-            own = [self._cells(image) for image in images]
-            # copies, for a view would keep the padding in memory
-            grids = [grid[:rows, :columns].copy() for grid, (rows, columns) in zip(grids, own, strict=True)]
-        return [Features(*of_image) for of_image in zip(embeddings, memories, grids, strict=True)]
+        memories = tokens[:, : self.model.memory_len] if self.memory else None
+        wait = fetch(embeddings, memories, self._grids(tokens, batch) if self.grid else None)
+        own = [self._cells(image) for image in images] if self.grid and self.patch_size else None
+
+        def finish() -> list[Features]:
+            embeddings, memories, grids = ([None] * len(batch) if x is None else x.numpy() for x in wait())
+            if own:  # copies, for a view would keep the padding in memory
+                grids = [grid[:rows, :columns].copy() for grid, (rows, columns) in zip(grids, own, strict=True)]
+            return [Features(*of_image) for of_image in zip(embeddings, memories, grids, strict=True)]
+
+        return finish
 
     def _cells(self, image: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of an image, rounded up."""
         return -(-image.shape[1] // self.patch_size[0]), -(-image.shape[2] // self.patch_size[1])
 
-    def _batch(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _batch(self, images: Sequence[Tensor] | Tensor) -> tuple[Tensor, Tensor | None]:
         """Images as one batch and, if they have different grids or lack pixels, a mask (B, N) of their own patches."""
         missing = any(bool(image.isnan().any()) for image in images)
         if missing and self.patch_size is None:
             raise ValueError(no_masks(self.name))
-        if len({image.shape for image in images}) == 1:
+        if isinstance(images, Tensor):
+            batch = images
+            if not missing:
+                return batch, None
+        elif len({image.shape for image in images}) == 1:
             # a single image, which may be large, is not copied
             batch = torch.stack(list(images)) if len(images) > 1 else images[0].unsqueeze(0)
             if not missing:
@@ -114,10 +127,10 @@ class Extractor:
 
     def _run(self, batch: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens and embeddings of a batch."""
-        mask = {} if valid is None else {"patch_valid": valid.to(self.device)}
+        mask = {} if valid is None else {"patch_valid": to_device(valid, self.device)}
         try:
             with torch.inference_mode():
-                tokens = self.model.forward_features(batch.to(self.device, self.dtype), **mask)
+                tokens = self.model.forward_features(to_device(batch, self.device, self.dtype), **mask)
                 return tokens, self.model.forward_head(tokens, pre_logits=True, **mask)
         except (RuntimeError, AssertionError, ValueError) as error:  # depending on the model
             if isinstance(error, torch.OutOfMemoryError) or not self._has_a_size():

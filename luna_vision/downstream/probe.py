@@ -9,6 +9,7 @@ The features are the embeddings of a model that is not trained further. Images a
 """
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from luna_vision.data.base import hold_out
 from luna_vision.utils.progress import progress_bar
 
-from .features import Extractor
+from .features import Extractor, Features
 from .probe_data import DATA, ProbeData, check_classes, open_data
 
 __all__ = [
@@ -131,9 +132,14 @@ def extract_features(
     extractor = Extractor(model)
     features: list[np.ndarray] = []
     labels: list[np.ndarray] = []
+    running: deque[Callable[[], list[Features]]] = deque()
     for images, targets in progress_bar(loader, progress, desc=name, unit="batch"):
-        features += [found.embedding for found in extractor(images)]
+        running.append(extractor.submit(images))
         labels.append(targets.numpy())
+        if len(running) > 1:  # a GPU has a batch to work on while the next one is read
+            features += [found.embedding for found in running.popleft()()]
+    for finish in running:
+        features += [found.embedding for found in finish()]
     if not features:
         raise ValueError(f"{name}: there are no images")
     return np.stack(features), np.concatenate(labels)

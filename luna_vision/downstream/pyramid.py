@@ -41,7 +41,8 @@ def patches_of_images(
     for size in sizes:
         if not (1 <= size[0] <= padded[0] and 1 <= size[1] <= padded[1]):
             raise ValueError(f"image sizes must be 1 x 1 to {padded[0]} x {padded[1]}, got {size[0]} x {size[1]}")
-    covered = [torch.tensor([-(-s[axis] // patch_size[axis]) for s in sizes], device=device) for axis in (0, 1)]
+    covered = torch.tensor([[-(-s[axis] // patch_size[axis]) for s in sizes] for axis in (0, 1)])
+    covered = covered.to(device, non_blocking=True)  # `torch.tensor` would wait for the device
     rows, columns = (torch.arange(grid[axis], device=device) < covered[axis][:, None] for axis in (0, 1))
     return (rows[:, :, None] & columns[:, None, :]).flatten(1)
 

@@ -1,5 +1,6 @@
 """Features of image files, a window at a time: images of similar size share a batch, and few are in memory at once."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -226,13 +227,24 @@ def _extract(
     if patch:
         sizes = [(-(-height // patch[0]) * patch[0], -(-width // patch[1]) * patch[1]) for height, width in sizes]
     found: dict[int, Features] = {}
+    running: deque[tuple[list[int], Callable[[], list[Features]]]] = deque()
+
+    def finish() -> None:
+        batch, features = running.popleft()
+        found.update(zip(batch, features(), strict=True))
+        advance(len(batch))
+
     for positions in group(sizes, batch_size, MAX_PADDING if patch else 1.0):
         batch = [indices[i] for i in positions]
         try:
-            found.update(zip(batch, extractor([images[index] for index in batch]), strict=True))
+            running.append((batch, extractor.submit([images[index] for index in batch])))
         except SampleError as error:  # only models that need one size raise it, so it concerns all of the batch
             window.failures |= dict.fromkeys(batch, str(error))
-        advance(len(batch))
+            advance(len(batch))
+        if len(running) > 1:  # a GPU has a batch to work on while the next one is put together
+            finish()
+    while running:
+        finish()
     window.features, window.failures = dict(sorted(found.items())), dict(sorted(window.failures.items()))
 
 

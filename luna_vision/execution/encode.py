@@ -20,6 +20,7 @@ from ..images.pixels import Pixels, pixel_statistics
 from ..images.values import model_values
 from ..models import LunaVit
 from ..models.luna_vit import initial_memory
+from ..utils.device import product_dtype
 from ..utils.fingerprint import describe
 from ..utils.progress import progress_bar
 from .check import check_model
@@ -226,6 +227,7 @@ def _about(
     return {
         "luna_vision": luna_vision.__version__,
         **describe(model),
+        "dtype": str(product_dtype(memory.device, memory.dtype)),
         "pooling": model.global_pool,
         "image_shape": [*pixels.shape, str(pixels.dtype)],
         "image_name": str(getattr(pixels.image, "identity", "")),

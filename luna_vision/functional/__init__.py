@@ -9,12 +9,14 @@ into the short side; `pack_state` packs an image in parts. All are equal up to r
 
 from .absorbed import (
     FORMS,
+    GPU_COST,
     PACK_COST,
     UNPACK_COST,
     FormCost,
     Projections,
     absorbs,
     fold_queries,
+    form_cost,
     pack_absorbed,
     slot_scores,
     unpack_absorbed,
@@ -29,6 +31,7 @@ from .projected import attend, split_heads
 __all__ = [
     "FORMS",
     "FormCost",
+    "GPU_COST",
     "PACK_COST",
     "PackState",
     "Projections",
@@ -42,6 +45,7 @@ __all__ = [
     "check_valid",
     "clamp_fp16",
     "fold_queries",
+    "form_cost",
     "naive_attend",
     "no_autocast",
     "pack_absorbed",

@@ -9,7 +9,7 @@ For each head h, with queries Wq, keys Wk, values Wv and output projection Wo:
                   with Wq_h K_h^T and V_h Wo_h folded: two products with X and a softmax between them
 
 The pack's key bias drops out of its softmax. Its value bias passes through, since attention's rows sum to 1. Small
-matrices are folded in float32, also under autocast.
+matrices are folded in the type of the data, which under autocast is that of its products.
 
 This unpack is the read of External Attention, `normalise(X M_k^T) M_v` (Guo et al. 2021, arXiv 2105.02358, section
 3.2), by `slot_scores` and `weighted_slots`, with a memory that is written anew for each image.
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..utils.checks import check_option
 from .masks import readable
-from .precision import autocast_input, autocasts, clamp_fp16, upcast
+from .precision import autocast_input, autocasts, clamp_fp16
 
 FORMS = ("auto", "projected", "absorbed")
 
@@ -47,6 +47,16 @@ class FormCost(NamedTuple):
 # `python -m experiments.benchmarks.forms --fit-only`
 PACK_COST = FormCost(1.1, 1.0)
 UNPACK_COST = FormCost(0.5, 0.0)
+# Counted, not measured: the passes over the patches and the multiply-adds break even at the same number of slots. See
+# docs/gpu.md; `forms --device cuda` measures it, eager or compiled.
+GPU_COST = FormCost(1.0, 0.0)
+
+
+def form_cost(part: str, device: str) -> FormCost:
+    """What decides between the forms of the "pack" or the "unpack" on a device type, such as "cuda"."""
+    if device in ("cpu", "meta"):
+        return PACK_COST if part == "pack" else UNPACK_COST
+    return GPU_COST
 
 
 def absorbs(form: str, memory_len: int, heads: int, dim: int, projections: int, cost: FormCost) -> bool:
@@ -60,7 +70,7 @@ def absorbs(form: str, memory_len: int, heads: int, dim: int, projections: int, 
         heads: H.
         dim: C.
         projections: p, the projections of the patches that the absorbed form saves: 1 for a tied pack, else 2.
-        cost: `PACK_COST` or `UNPACK_COST`.
+        cost: From `form_cost`.
 
     Raises:
         ValueError: An unknown form.
@@ -88,41 +98,32 @@ class Projections(NamedTuple):
     b_out: Tensor | None = None
 
 
-def _project_heads(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
-    """A linear map of (B, L, C) to (H, B * L, E), the input of `_fold_heads`, in float32 or wider.
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear map of (B, L, C), in its type."""
+    return clamp_fp16(F.linear(x, weight.to(x.dtype), bias.to(x.dtype) if bias is not None else None))
 
-    One batched product over heads serves the whole batch. For so few rows it is faster than a linear layer.
-    """
+
+def _per_head(x: Tensor, heads: int) -> Tensor:
+    """(B, L, C) to (H, B * L, E), a view for products of all heads."""
     B, L, C = x.shape
-    x = upcast(x).reshape(1, B * L, C).expand(heads, -1, -1)
-    weight = upcast(weight).view(heads, C // heads, C).transpose(1, 2)
-    if bias is None:
-        return torch.bmm(x, weight)
-    return torch.baddbmm(upcast(bias).view(heads, 1, C // heads), x, weight)
+    return x.reshape(B * L, heads, C // heads).transpose(0, 1)
 
 
-def _fold_heads(x: Tensor, weight: Tensor, batch: int) -> Tensor:
-    """Multiply each head's part of x, (H, B * L, E), by its part of a weight, (H, E, C): (B, S, C).
-
-    The row of head h and slot l is x[h, l] @ weight[h].
-    """
-    heads, rows, _ = x.shape
-    y = torch.bmm(x, weight).view(heads, batch, rows // batch, -1)
-    return y.transpose(0, 1).reshape(batch, heads * (rows // batch), -1)
+def _slots(y: Tensor, batch: int) -> Tensor:
+    """(H, B * L, C) to (B, S, C): the row of head h and slot l is y[h, l]."""
+    heads, rows, _ = y.shape
+    return y.view(heads, batch, rows // batch, -1).transpose(0, 1).reshape(batch, heads * (rows // batch), -1)
 
 
 def fold_queries(memory: Tensor, w: Projections) -> Tensor:
-    """The queries of a memory (B, L, C), with the keys' projection and the scale folded in: (B, S, C).
-
-    In float32 or wider.
-    """
+    """The queries of a memory (B, L, C), with the keys' projection and the scale folded in: (B, S, C), in its type."""
     B, _, C = memory.shape
-    q = _project_heads(memory, w.w_query, w.b_query, w.heads) * math.sqrt(w.heads / C)
-    return _fold_heads(q, upcast(w.w_key).view(w.heads, C // w.heads, C), B)
+    q = _project(memory, w.w_query, w.b_query) * math.sqrt(w.heads / C)
+    return clamp_fp16(_slots(torch.bmm(_per_head(q, w.heads), w.w_key.to(q.dtype).view(w.heads, -1, C)), B))
 
 
 def project_values(z: Tensor, total: Tensor | None, w: Projections) -> Tensor:
-    """Weighted sums of patches to weighted sums of their values: (B, S, C) to (B, H, L, E), in float32 or wider.
+    """Weighted sums of patches to weighted sums of their values: (B, S, C) to (B, H, L, E), in their type.
 
     Args:
         z: The sums.
@@ -131,15 +132,26 @@ def project_values(z: Tensor, total: Tensor | None, w: Projections) -> Tensor:
     """
     B, S, C = z.shape
     H, L, E = w.heads, S // w.heads, C // w.heads
-    w_value = w.w_value
-    weight = upcast(w.w_key if w_value is None else w_value).view(H, E, C)
-    y = torch.bmm(upcast(z).view(B, H, L, C).transpose(0, 1).reshape(H, B * L, C), weight.transpose(1, 2))
-    y = y.view(H, B, L, E).transpose(0, 1)
-    b_value = w.b_value
+    w_value, b_value = w.w_value, w.b_value
+    weight = (w.w_key if w_value is None else w_value).to(z.dtype).view(H, E, C).transpose(1, 2)
+    z = z.view(B, H, L, C).transpose(0, 1).reshape(H, B * L, C)
     if b_value is None:
-        return y
-    bias = upcast(b_value).view(H, 1, E)
-    return y + (bias if total is None else upcast(total).view(B, H, L, 1) * bias)
+        y = torch.bmm(z, weight)
+    elif total is None:
+        y = torch.baddbmm(b_value.to(z.dtype).view(H, 1, E), z, weight)
+    else:
+        total = total.to(z.dtype).view(B, H, L).transpose(0, 1).reshape(H, B * L, 1)
+        y = torch.bmm(z, weight) + total * b_value.to(z.dtype).view(H, 1, E)
+    return y.view(H, B, L, E).transpose(0, 1)
+
+
+def _rows_of_slots(x: Tensor) -> bool:
+    """Whether the scores of a pack are (B, S, N): a GPU's softmax wants its rows whole; on a CPU (B, N, S) makes both
+    products faster. An exported graph, which may run anywhere, has the latter, wherever it is made."""
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_exporting():
+            return False
+    return x.is_cuda
 
 
 def pack_absorbed(
@@ -162,9 +174,8 @@ def pack_absorbed(
         if autocasts(x):
             with torch.autocast(x.device.type, enabled=False):
                 return pack_absorbed(memory, x, w, valid, dropout_p)
-    m = clamp_fp16(fold_queries(memory, w).to(x.dtype))
-    # a GPU's softmax wants its rows whole; on a CPU (B, N, S) makes both products faster
-    axis = 2 if x.is_cuda else 1
+    m = fold_queries(memory.to(x.dtype), w)
+    axis = 2 if _rows_of_slots(x) else 1
     scores = clamp_fp16(torch.bmm(x, m.transpose(1, 2)) if axis == 1 else torch.bmm(m, x.transpose(1, 2)))
     if valid is not None:
         scores = scores.masked_fill(~readable(valid).unsqueeze(3 - axis), float("-inf"))
@@ -181,7 +192,7 @@ def pack_absorbed(
     if total is not None:
         z = z / total.unsqueeze(2)
         row_sum = None if row_sum is None else row_sum / total
-    return clamp_fp16(project_values(z, row_sum, w).transpose(1, 2).flatten(2).to(x.dtype))
+    return clamp_fp16(project_values(z, row_sum, w).transpose(1, 2).flatten(2))
 
 
 def slot_scores(x: Tensor, m_key: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -222,25 +233,30 @@ def unpack_absorbed(
     H, E = w.heads, C // w.heads
     b_query, w_value, w_out, b_out = w.b_query, w.w_value, w.w_out, w.b_out  # TorchScript refines only locals
     assert w_out is not None
-    k = _project_heads(packed, w.w_key, w.b_value if w_value is None else None, H)
-    v = k if w_value is None else _project_heads(packed, w_value, w.b_value, H)
-    k = k * math.sqrt(H / C)
-    m_key = clamp_fp16(_fold_heads(k, upcast(w.w_query).view(H, E, C), B).to(x.dtype))
-    m_value = _fold_heads(v, upcast(w_out).view(C, H, E).permute(1, 2, 0), B)
+    packed = packed.to(x.dtype)
+    k = _project(packed, w.w_key, w.b_value if w_value is None else None)
+    v = _per_head(k if w_value is None else _project(packed, w_value, w.b_value), H)
+    k = _per_head(k * math.sqrt(H / C), H)
+    m_key = clamp_fp16(_slots(torch.bmm(k, w.w_query.to(x.dtype).view(H, E, C)), B))
+    w_out = w_out.to(x.dtype).view(C, H, E).permute(1, 2, 0)
     if b_out is not None and dropout_p == 0.0:
         # each head's weights sum to 1: 1 / H of the bias in every slot adds up to the bias, without a pass over N x C
-        m_value = m_value + upcast(b_out) / H
+        m_value = torch.baddbmm(b_out.to(x.dtype).view(1, 1, C), v, w_out, beta=1.0 / H)
         b_out = None
-    m_value = clamp_fp16(m_value.to(x.dtype))
+    else:
+        m_value = torch.bmm(v, w_out)
+    # for the same reason, a sum over the heads cannot leave the range of float16 where no slot is above 1 / H of it
+    m_value = clamp_fp16(_slots(m_value, B), 1.0 / H)
     shift: Tensor | None = None
     if b_query is not None:
-        shift = torch.bmm(k, upcast(b_query).view(H, E, 1)).view(H, B, L)
-        shift = clamp_fp16(shift.transpose(0, 1).reshape(B, H * L).to(x.dtype))
+        shift = torch.bmm(k, b_query.to(x.dtype).view(H, E, 1)).view(H, B, L)
+        shift = clamp_fp16(shift.transpose(0, 1).reshape(B, H * L))
 
     scores = clamp_fp16(slot_scores(x, m_key, shift)).unflatten(2, (H, L))
     if valid is not None:
         scores = scores.masked_fill(~readable(valid)[:, None, None, :], float("-inf"))
     weights = scores.softmax(dim=-1)
-    if dropout_p > 0.0:
-        weights = F.dropout(weights, dropout_p)
-    return clamp_fp16(weighted_slots(weights.flatten(2), m_value, b_out.to(x.dtype) if b_out is not None else None))
+    if dropout_p == 0.0:
+        return weighted_slots(weights.flatten(2), m_value)
+    y = weighted_slots(F.dropout(weights, dropout_p).flatten(2), m_value)
+    return clamp_fp16(y if b_out is None else y + b_out.to(x.dtype))

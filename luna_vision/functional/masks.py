@@ -15,18 +15,19 @@ def check_valid(valid: Tensor, batch: int, length: int, name: str, values: bool 
         batch: Batch size of the tokens.
         length: Number of tokens.
         name: Name of the mask in messages.
-        values: Also look for rows without a valid token. On a GPU this waits for the device, so a model does it once.
+        values: Also look for rows without a valid token, in a mask on the CPU. On a GPU this would wait for the
+            device: whoever makes masks looks at them before they go there.
 
     Raises:
-        ValueError: The mask is not bool, has another shape, or (in eager mode only, where values can be looked at)
-            leaves a row without a single valid token.
+        ValueError: The mask is not bool, has another shape, or (on a CPU and in eager mode only) leaves a row without a
+            single valid token. Elsewhere such a row gives finite numbers of no meaning.
     """
     if valid.dim() != 2 or valid.shape[0] != batch or valid.shape[1] != length:
         raise ValueError(f"{name} must have shape ({batch}, {length}), got {list(valid.shape)}")
     if valid.dtype != torch.bool:
         raise ValueError(f"{name} must be a bool tensor with True for valid tokens, got {valid.dtype}")
     if not torch.jit.is_scripting():
-        if not values or torch.jit.is_tracing() or torch.compiler.is_compiling() or valid.is_meta:
+        if not values or torch.jit.is_tracing() or torch.compiler.is_compiling() or valid.device.type != "cpu":
             return
         if not bool(valid.any(dim=1).all()):
             raise ValueError(f"{name} has a row without any valid token; every row needs at least one")

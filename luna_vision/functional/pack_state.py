@@ -71,7 +71,7 @@ def tile_absorbed(queries: Tensor, x: Tensor, w: Projections, valid: Tensor | No
         maximum, weights = _weights(scores.view(B, w.heads, S // w.heads, -1), valid)
         total = weights.sum(dim=-1)
         z = torch.bmm(weights.flatten(1, 2).to(x.dtype), x)
-        return PackState(maximum, total, project_values(z, total.flatten(1), w))
+        return PackState(maximum, total, project_values(upcast(z), total.flatten(1), w))
 
 
 def tile_projected(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> PackState:

@@ -8,25 +8,26 @@ from torch import Tensor
 
 
 @register_notrace_function  # a branch on the type, which fx cannot trace
-def clamp_fp16(x: Tensor) -> Tensor:
-    """Clamp float16 to its finite range, up to 65,504; other types pass through.
+def clamp_fp16(x: Tensor, share: float = 1.0) -> Tensor:
+    """Clamp float16 to a share of its finite range, which ends at 65,504; other types pass through.
 
     A projection of large inputs can reach infinity in float16, and the next softmax or norm would make it NaN.
     """
     if x.dtype == torch.float16:
-        x = x.clamp(-65504.0, 65504.0)
+        limit = 65504.0 if share == 1.0 else 65000.0 * share  # less, for the sum of the shares is rounded
+        x = x.clamp(-limit, limit)
     return x
 
 
 @register_notrace_function
-def add_residual(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, written into y's memory if the types allow, which saves an N x C tensor.
+def add_residual(x: Tensor, y: Tensor, in_place: bool = True) -> Tensor:
+    """x + y, finite in float16, and in place written into y's memory if the types allow, which saves an N x C tensor.
 
-    y must be a new tensor, such as the result of a layer: no view of x, and not read by anyone later.
+    In place, y must be a new tensor, such as the result of a layer: no view of x, and not read by anyone later.
     """
-    if y.dtype == x.dtype:
-        return clamp_fp16(y.add_(x))
-    return clamp_fp16(x + y)  # under autocast the residual stream is wider than the output of a layer
+    if y.dtype != x.dtype:  # under autocast the residual stream is wider than the output of a layer
+        return x + clamp_fp16(y)
+    return clamp_fp16(y.add_(x) if in_place else x + y)
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -41,6 +42,7 @@ def autocasts(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
+@register_notrace_function
 def autocast_input(x: Tensor) -> Tensor:
     """x in the type of a product under autocast; unchanged without autocast."""
     if not torch.jit.is_scripting():

@@ -11,6 +11,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
+from ..utils.device import to_device
 from ..utils.errors import UserError, one_line
 from .masks import valid_patches
 from .transforms import per_channel
@@ -154,7 +155,7 @@ class Pixels:
         else:
             array = convert(array, self.in_chans)
         array = np.require(array, requirements=["C", "W"])  # a copy of what is read-only, which PyTorch does not like
-        x = torch.from_numpy(array).to(self.out["device"]).permute(2, 0, 1)
+        x = to_device(torch.from_numpy(array), torch.device(self.out["device"])).permute(2, 0, 1)
         x = x.to(self.out["dtype"], memory_format=torch.contiguous_format, copy=True)
         if not deep:
             x.div_(255)

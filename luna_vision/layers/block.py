@@ -22,7 +22,7 @@ from timm.layers import DropPath, LayerScale, LayerType, get_act_layer, get_norm
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..functional import PackState, add_residual, check_valid, clamp_fp16
+from ..functional import PackState, add_residual, autocast_input, check_valid, clamp_fp16
 from ..utils.checks import check_option
 from .local_mixing import LocalMixing
 from .luna import LunaAttention
@@ -141,15 +141,15 @@ class Shell(nn.Module):
         return x
 
     def norm_tile(self, x: Tensor) -> Tensor:
-        """What the attention sees of the patches."""
-        return self.norm1(x) if self.norm_first else x
+        """What the attention sees of the patches; under autocast in its type, in which all read it."""
+        return autocast_input(self.norm1(x) if self.norm_first else x)
 
     def _add_residual(self, x: Tensor, y: Tensor) -> Tensor:
         """x + y, in y's memory where that saves time and no hook of the block can have kept y."""
+        in_place = True
         if not torch.jit.is_scripting():
-            if not self._adds_in_place(x):
-                return clamp_fp16(x + y)
-        return add_residual(x, y)
+            in_place = self._adds_in_place(x)
+        return add_residual(x, y, in_place)
 
     @torch.jit.ignore
     def _adds_in_place(self, x: Tensor) -> bool:
@@ -196,7 +196,7 @@ class MixerBlock(Shell):
             h = self.norm_tile(x)
             x = self._add_attention(x, h, self.attn(h, grid_size, patch_valid), grid_size, patch_valid)
         elif self.local is not None and self.local_after:  # no mixing but the local one
-            x = self._add_residual(x, self.drop_path1(self.local(x, grid_size, patch_valid)))
+            x = self._add_residual(x, self.drop_path1(clamp_fp16(self.local(x, grid_size, patch_valid))))
         return self._add_mlp(x, grid_size, patch_valid), memory
 
 
@@ -359,10 +359,10 @@ class LunaBlock(Shell):
         Returns:
             The memory (B, L, C) for the next block, and what `unpack_tile` lets the patches read.
         """
-        return self._update_memory(memory, packed.finish())
+        return self._update_memory(memory, clamp_fp16(packed.finish().to(memory.dtype)))
 
     def _update_memory(self, memory: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
-        packed = clamp_fp16(packed.to(memory.dtype))
+        packed = packed.to(memory.dtype)
         memory = clamp_fp16(memory + self.drop_path1(self.ls1_memory(self.drop_memory(packed))))
         if not self.norm_first:
             memory = self.norm1_memory(memory)

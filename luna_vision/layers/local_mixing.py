@@ -7,7 +7,7 @@ from timm.layers import trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..functional import clamp_fp16, zero_invalid
+from ..functional import zero_invalid
 
 
 @register_notrace_module
@@ -29,6 +29,8 @@ class LocalMixing(nn.Module):
     def forward(self, x: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None = None) -> Tensor:
         """Map (B, N, C) to (B, N, C). Invalid patches count as zeros, like the border of the image.
 
+        The caller adds a residual, and keeps the sum in the range of float16.
+
         Raises:
             ValueError: There is no grid, or it does not have N patches.
         """
@@ -40,4 +42,4 @@ class LocalMixing(nn.Module):
             raise ValueError(f"grid_size {H} x {W} does not have the {N} patches of x")
         # a channels-last view, not a copy
         x = self.conv(zero_invalid(x, patch_valid).reshape(B, H, W, C).permute(0, 3, 1, 2))
-        return clamp_fp16(x.permute(0, 2, 3, 1).reshape(B, N, C))
+        return x.permute(0, 2, 3, 1).reshape(B, N, C)

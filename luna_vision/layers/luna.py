@@ -20,16 +20,16 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..functional import (
-    PACK_COST,
-    UNPACK_COST,
     PackState,
     Projections,
     absorbs,
     attend,
     attention_weights,
+    autocast_input,
     check_valid,
     clamp_fp16,
     fold_queries,
+    form_cost,
     no_autocast,
     pack_absorbed,
     split_heads,
@@ -131,19 +131,31 @@ class LunaAttention(nn.Module):
     @torch.jit.ignore
     def set_memory_len(self, memory_len: int) -> None:
         """Choose the forms for so many slots, where they are not forced."""
-        pack = (memory_len, self.pack_heads, self.dim, 1 if self.tie_kv else 2)
-        self.prefers_absorbed_pack = absorbs(self.pack_form, *pack, PACK_COST)
-        self.prefers_absorbed_unpack = absorbs(self.unpack_form, memory_len, self.num_heads, self.dim, 2, UNPACK_COST)
+        pack = (self.pack_form, memory_len, self.pack_heads, self.dim, 1 if self.tie_kv else 2)
+        unpack = (self.unpack_form, memory_len, self.num_heads, self.dim, 2)
+        # by device, to which a module may move later
+        self.prefers_absorbed_pack = {of: absorbs(*pack, form_cost("pack", of)) for of in ("cpu", "cuda")}
+        self.prefers_absorbed_unpack = {of: absorbs(*unpack, form_cost("unpack", of)) for of in ("cpu", "cuda")}
 
     @property
     def absorb_pack(self) -> bool:
         """Whether the pack runs in the absorbed form."""
-        return self.prefers_absorbed_pack and self._all_plain("pack_q", "pack_kv", "pack_k", "pack_v")
+        return self.prefers_absorbed_pack[self._kind()] and self._all_plain("pack_q", "pack_kv", "pack_k", "pack_v")
 
     @property
     def absorb_unpack(self) -> bool:
         """The same of the unpack."""
-        return self.prefers_absorbed_unpack and self._all_plain("unpack_q", "unpack_kv", "unpack_k", "unpack_v", "proj")
+        plain = ("unpack_q", "unpack_kv", "unpack_k", "unpack_v", "proj")
+        return self.prefers_absorbed_unpack[self._kind()] and self._all_plain(*plain)
+
+    @torch.jit.ignore
+    def _kind(self) -> str:
+        """Whose choice counts: "cpu", or "cuda" for any accelerator; an exported graph, which may run anywhere, always
+        has the first."""
+        if torch.compiler.is_exporting():
+            return "cpu"
+        weight = next(self.pack_q.parameters(), None)
+        return "cpu" if weight is None or weight.device.type in ("cpu", "meta") else "cuda"
 
     @torch.jit.ignore
     def _all_plain(self, *names: str) -> bool:
@@ -186,7 +198,8 @@ class LunaAttention(nn.Module):
             Y_X (B, N, C), what the patches read, projected; Y_P (B, L, C), the packed memory, raw.
 
         Raises:
-            ValueError: A shape does not fit, a mask is not bool, or (eager mode only) a row has no valid token.
+            ValueError: A shape does not fit, a mask is not bool, or (eager mode, masks on the CPU only) a row has no
+                valid token.
         """
         self._check(x, memory, patch_valid, memory_valid)
         packed = self.pack(x, memory, patch_valid)
@@ -217,6 +230,7 @@ class LunaAttention(nn.Module):
     def pack_query(self, memory: Tensor) -> Tensor:
         """What a memory (B, L, C) asks of every tile: folded (B, H * L, C), or projected (B, H, L, C / H)."""
         if self.absorb_pack:
+            memory = autocast_input(memory)
             with no_autocast(memory):
                 return fold_queries(memory, self._pack_weights())
         return self._heads(self.pack_q(memory), self.pack_heads)

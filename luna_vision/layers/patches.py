@@ -3,6 +3,7 @@
 Shapes: B batch, N patches, C width.
 """
 
+import timm.layers
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_function, register_notrace_module
@@ -34,6 +35,17 @@ def pad_to_patches(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
     return F.pad(x, (0, pad_w, 0, pad_h))
 
 
+class PatchEmbed(timm.layers.PatchEmbed):
+    """timm's, on images of whole patches, whatever their size.
+
+    timm's own `forward` checks the size, and its message has the size in it: a compiler then makes a graph for each.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, channels, height, width) to (B, H', W', C)."""
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
 @register_notrace_function
 def blank_invalid(x: Tensor, patch_valid: Tensor | None, patch_size: tuple[int, int], values: bool = True) -> Tensor:
     """Set the pixels of invalid patches to zero, in images (B, C, height, width) of whole patches.
@@ -43,7 +55,8 @@ def blank_invalid(x: Tensor, patch_valid: Tensor | None, patch_size: tuple[int, 
     an image may have no valid patch.
 
     Raises:
-        ValueError: `patch_valid` is not (B, N) bool, or (eager mode only) an image has no valid patch.
+        ValueError: `patch_valid` is not (B, N) bool, or (eager mode, a mask on the CPU only) an image has no valid
+            patch.
     """
     if patch_valid is None:
         return x

@@ -20,7 +20,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     AttentionPoolLatent,
     LayerType,
-    PatchEmbed,
     calculate_drop_path_rates,
     get_act_layer,
     get_device_dtype,
@@ -41,7 +40,7 @@ from torch import Tensor, nn
 
 from ..functional import clamp_fp16
 from ..layers import POS_EMBEDS, ConvPatchEmbed, LunaBlock, MixerBlock
-from ..layers.patches import PatchMaskDrop, blank_invalid, check_image, pad_to_patches, residual_stream
+from ..layers.patches import PatchEmbed, PatchMaskDrop, blank_invalid, check_image, pad_to_patches, residual_stream
 from ..layers.pos_embed import grid_coords
 from ..mixers import create_mixer
 from ..utils.checks import check_option
@@ -537,7 +536,7 @@ class LunaVit(nn.Module):
             Patches (B, N, C) and memory (B, L, C). This memory is the one to hand in again.
 
         Raises:
-            ValueError: A shape does not fit, or (eager mode only) an image has no valid patch.
+            ValueError: A shape does not fit, or (eager mode, a mask on the CPU only) an image has no valid patch.
         """
         x, memory, grid_size, patch_valid = self._embed(x, patch_valid, memory)
         keep: list[int] = []

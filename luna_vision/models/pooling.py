@@ -11,6 +11,7 @@ from torch import Tensor
 from ..functional import (
     PackState,
     Projections,
+    autocast_input,
     fold_queries,
     no_autocast,
     readable,
@@ -128,6 +129,7 @@ class Pool:
             return tile_projected(q, *split_heads(pool.kv(x), 2 * pool.num_heads).chunk(2, 1), patch_valid)
         weight, bias = pool.kv.weight, pool.kv.bias
         w = Projections(pool.num_heads, pool.q.weight, pool.q.bias, weight[:C], weight[C:], bias[C:])
+        latent = autocast_input(pool.latent.expand(x.shape[0], -1, -1))
         with no_autocast(x):
-            queries = fold_queries(pool.latent.expand(x.shape[0], -1, -1), w)
+            queries = fold_queries(latent, w)
         return tile_absorbed(queries, x, w, patch_valid)

@@ -132,7 +132,7 @@ class TimmTask(LightningModule):
         """Whether a task with the argument ``compile`` is to compile for the trainer's device."""
         if self.hparams.compile == "auto":
             return self.trainer.strategy.root_device.type == "cuda"
-        return self.hparams.compile
+        return bool(self.hparams.compile)
 
     def train(self, mode: bool = True) -> TimmTask:
         super().train(mode)

@@ -23,6 +23,7 @@ from luna_vision.execution import set_band_checkpointing
 from luna_vision.images.masks import split_missing
 from luna_vision.models import LunaVit
 from luna_vision.models.factory import build_model, sized
+from luna_vision.utils.device import compile_blocks
 
 from .base import TimmTask, check_sizes, leaves_missing
 from .mixing import StepMixup
@@ -55,7 +56,9 @@ class ClassificationTask(TimmTask):
         mix_mode: one draw for a batch, for each pair, or for each image.
         mix_seed: seed of the draws, which depend on it and on the step alone.
         compile: run the model through ``torch.compile``, in place, so that weights keep their names. ``auto`` compiles
-            on CUDA only, as a CPU takes minutes for it. Off where the trainer detects anomalies.
+            on CUDA only, as a CPU takes minutes for it. ``blocks`` compiles block by block, which takes a fraction of
+            the time, as equal blocks share their code. Each size of images is compiled by itself. Off where the trainer
+            detects anomalies.
         channels_last: keep images and convolutions in channels-last memory format.
         grad_checkpointing: save memory by recomputing activations in the backward pass.
         band_rows: for very large images: recompute as well, and run each block of a Luna ViT this number of rows of
@@ -85,7 +88,7 @@ class ClassificationTask(TimmTask):
         mix_switch_prob: float = 0.5,
         mix_mode: Literal["batch", "pair", "elem"] = "batch",
         mix_seed: int = 0,
-        compile: bool | Literal["auto"] = False,
+        compile: bool | Literal["auto", "blocks"] = False,
         channels_last: bool = False,
         grad_checkpointing: bool = False,
         band_rows: int = 0,
@@ -154,7 +157,12 @@ class ClassificationTask(TimmTask):
             self.class_weight.copy_(self._balanced(self.trainer.datamodule))
         # in compiled code, autograd cannot say which operation has the anomaly
         if self.compiles() and not self.trainer._detect_anomaly:
-            self.model.compile()  # at the first call
+            # At the first call, and each size by itself: in a backward pass for any size, Inductor fails to order the
+            # strides of a grid ("cannot determine truth value of Relational").
+            if self.hparams.compile == "blocks":
+                compile_blocks(self.model, dynamic=False)
+            else:
+                self.model.compile(dynamic=False)
 
     def _balanced(self, data: LightningDataModule | None) -> Tensor:
         labels = known_labels(getattr(data.dataset("train"), "source", None)) if hasattr(data, "dataset") else None

@@ -108,8 +108,9 @@ def logits_and_layers(model: nn.Module, images: Tensor, layers: Sequence[int] = 
 
 
 def logits_and_layers_of(compile: bool) -> Callable[..., LogitsAndLayers]:
-    """`logits_and_layers`, compiled or not. ``model.compile()`` would not compile ``forward_intermediates``."""
-    return torch.compile(logits_and_layers) if compile else logits_and_layers
+    """`logits_and_layers`, compiled (each size by itself) or not. ``model.compile()`` would not compile
+    ``forward_intermediates``."""
+    return torch.compile(logits_and_layers, dynamic=False) if compile else logits_and_layers
 
 
 def layer_widths(model: nn.Module, name: str, layers: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -83,7 +83,7 @@ class UnlabelledTask(TimmTask):
             self.trainer.strategy.root_device.type == "cuda" if self.hparams.compile == "auto" else self.hparams.compile
         )
         if on and not self.trainer._detect_anomaly:
-            self._features = torch.compile(features_of)
+            self._features = torch.compile(features_of, dynamic=False)  # see `ClassificationTask.setup`
 
     # ---- batches
 

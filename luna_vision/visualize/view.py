@@ -18,6 +18,7 @@ from luna_vision.images.masks import no_masks, split_missing
 from luna_vision.images.transforms import eval_transform, per_channel
 from luna_vision.images.values import MASK, model_values
 from luna_vision.models.luna_vit import LunaVit
+from luna_vision.utils.device import to_device
 from luna_vision.utils.text import printable
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray
@@ -145,9 +146,9 @@ def run(model: nn.Module, pixels: Tensor, method: str, **arguments) -> list:
         if not isinstance(model, LunaVit):
             raise ValueError(no_masks(type(model).__name__))
         pixels, valid = split_missing(pixels, model.patch_embed.patch_size)
-        arguments["patch_valid"] = valid.to(parameter.device)
+        arguments["patch_valid"] = to_device(valid, parameter.device)
     model.eval()
     try:
-        return getattr(model, method)(pixels.to(parameter.device, parameter.dtype), **arguments)
+        return getattr(model, method)(to_device(pixels, parameter.device, parameter.dtype), **arguments)
     finally:
         model.train(training)

@@ -92,15 +92,25 @@ def test_evaluation_of_a_checkpoint(run_dir, monkeypatch, tmp_path, capsys, recw
     ]  # which nobody can do anything about
 
 
-@pytest.mark.parametrize("name", ["predictions.csv", "mine.csv"])
-def test_predict_writes_csv(run_dir, monkeypatch, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "words"), [("predictions.csv", []), ("mine.csv", ["--dtype", "bfloat16"])], ids=["run", "own"]
+)
+def test_predict_writes_csv(run_dir, monkeypatch, tmp_path, name, words):
     monkeypatch.chdir(tmp_path)
     for index in range(3):
         Image.new("L", (20, 30), 80 * index).save(tmp_path / f"{index}.png")
     checkpoint = run_dir[0] / "runs/debug/version_0/checkpoints/best.ckpt"
     arguments = ["predict", "--config", DEBUG, "--ckpt_path", str(checkpoint), f"--data.predict_path={tmp_path}"]
     out = [] if name == "predictions.csv" else ["--out", f"new/{name}"]
-    assert call(monkeypatch, *arguments, *out) == 0
+    types = []
+    step = ClassificationTask.predict_step
+    monkeypatch.setattr(
+        ClassificationTask,
+        "predict_step",
+        lambda task, *args: types.append(task(args[0][0]).dtype) or step(task, *args),
+    )
+    assert call(monkeypatch, *arguments, *out, *words) == 0
+    assert set(types) == {torch.bfloat16 if words else torch.float32}
     (path,) = tmp_path.rglob("*.csv")
     assert path.name == name and (not out or path.parent == tmp_path / "new")
     rows = list(csv.DictReader(path.open()))

@@ -204,6 +204,17 @@ def test_random_weights_are_announced_and_written_down(random, photos, weights, 
     assert json.loads(str(np.load(tmp_path / "out.npz")["about"]))["random_weights"] is random
 
 
+def test_features_of_half_precision_are_close_and_the_file_says_so(photos, weights, tmp_path):
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / f"{dtype}.npz"
+        assert main([str(photos / "00.png"), *weights, "--dtype", dtype, "--out", str(out)]) == 0
+        found[dtype] = np.load(out)
+        assert json.loads(str(found[dtype]["about"]))["dtype"] == dtype
+    whole, half = (found[dtype]["embedding"] for dtype in found)
+    assert 0 < np.abs(half - whole).max() < 0.05 * np.abs(whole).max()
+
+
 def stop_after(monkeypatch, windows: int):
     """Ctrl-C at the moment when the next window would be kept."""
     add = parts.PartFolder.add

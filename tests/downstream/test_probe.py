@@ -255,6 +255,15 @@ def test_a_training_checkpoint_says_how_pixels_are_normalised(tmp_path):
     assert result["normalisation"] == {"mean": [0.2], "std": [0.6]}
 
 
+@pytest.mark.parametrize(("words", "dtype"), [([], "float32"), (["--dtype", "bfloat16"], "bfloat16")])
+def test_the_type_of_products_is_said_and_written_down(words, dtype, tmp_path, capsys):
+    out = tmp_path / "probe.json"
+    limits = ["--data", "digits", "--num-train", "60", "--num-test", "20", "--img-size", "8", "--device", "cpu"]
+    assert main([*limits, *TINY, *words, "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["dtype"] == dtype
+    assert ("on cpu, in bfloat16" in capsys.readouterr().err) == bool(words)
+
+
 def test_random_weights_are_announced_and_written_down(tmp_path, capsys):
     words = ["--data", "digits", "--num-train", "60", "--num-test", "20", "--img-size", "8", *TINY]
     assert main([*words, "--out", str(tmp_path / "probe.json")]) == 0

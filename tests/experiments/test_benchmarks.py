@@ -8,10 +8,13 @@ import sys
 import time
 
 import pytest
+import torch
 
 from experiments.benchmarks import __main__ as benchmark
 from experiments.benchmarks import forms
+from experiments.benchmarks.cell import Spec, build
 from experiments.benchmarks.report import exponent, plot, short_name, table
+from luna_vision.utils.cost import count_macs
 
 SMALL = ["--repeats", "2", "--seconds", "0.1", "--threads", "1"]
 MODELS = ["--models", "test_luna_vit", "test_vit", "test_luna_vit,mixer=identity"]
@@ -142,3 +145,10 @@ def test_form_constants_are_those_that_cost_least(tmp_path, capsys):
     forms.main([*argv, "--out", str(tmp_path / "forms.json")])
     assert len(json.loads((tmp_path / "forms.json").read_text())["rows"]) == 6
     assert "unpack: FormCost(absorbed=" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name in benchmark.MODELS if "luna" not in name])
+def test_peers_take_the_sizes_of_the_benchmark(name):
+    with torch.device("meta"):
+        model = build(Spec.parse(name), 512, 512)
+    assert count_macs(model, 512, 512) > 1e9

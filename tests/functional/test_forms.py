@@ -144,7 +144,7 @@ def test_auto_loses_little_against_the_committed_measurement():
     """`docs/results/benchmark/forms.json`: the rule is close to the better form of the pairs that were timed with many
     patches."""
     rows = json.loads((Path(__file__).parents[2] / "docs/results/benchmark/forms.json").read_text())["rows"]
-    for part, cost in (("pack", LF.PACK_COST), ("unpack", LF.UNPACK_COST)):
+    for part, cost in ((part, LF.form_cost(part, "cpu")) for part in ("pack", "unpack")):
         mine = [r for r in rows if r["part"].startswith(part) and r["patches"] >= forms.MANY]
         assert len(mine) > 30
         assert statistics.mean(forms.regret(r, cost) for r in mine) < 1.01
@@ -173,9 +173,9 @@ def test_unknown_form_is_said():
 def test_bfloat16_error_is_at_most_that_of_the_projected_form_by_half(dim, heads, slots, patches, tie_kv, std):
     """Against float64, with the same bfloat16 weights and inputs; attention from soft (std 1) to sharp.
 
-    Where products are computed in bfloat16 itself, absorbed scores are rounded, too, which sharp attention shows.
+    Absorbed queries and scores are rounded, too, which sharp attention shows.
     """
-    limit = 2.0 if std > 1.0 else 1.5
+    limit = 2.5 if std > 1.0 else 1.5
     torch.manual_seed(0)
     exact, *layers = (
         LunaAttention(dim, heads, None, tie_kv, pack_form=f, unpack_form=f) for f in ("projected", *LF.FORMS[1:])

@@ -9,6 +9,7 @@ from timm.utils.onnx import onnx_export
 from torch.export import Dim
 
 import luna_vision  # noqa: F401  registers the models
+from experiments.gpu.fake import fake_cuda
 
 SIZES = [(1, 3, 160, 160), (3, 3, 50, 99), (2, 3, 300, 65), (1, 3, 17, 224)]
 
@@ -74,3 +75,18 @@ def test_onnx_with_dynamic_height_and_width(pos_embed, tmp_path):
         x = torch.randn(*size)
         (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         np.testing.assert_allclose(y, model(x).detach().numpy(), rtol=1e-3, atol=1e-5)
+
+
+def test_an_exported_graph_is_the_same_wherever_it_is_made():
+    """A file may run on another device than that which wrote it: it has none of the choices of the latter."""
+    dims = {0: Dim("batch", min=1, max=64), 2: Dim("height", min=17, max=8192), 3: Dim("width", min=17, max=8192)}
+    graphs = []
+    for device in ("cpu", "cuda"):
+        # with many slots, a GPU has another form than a CPU
+        model = timm.create_model("test_luna_vit", num_classes=5, depth=2, memory_len=40).to("meta").eval()
+        assert model.blocks[0].attn.prefers_absorbed_unpack == {"cpu": True, "cuda": False}
+        with fake_cuda(), torch.no_grad():
+            model, x = model.to_empty(device=device), torch.empty(2, 3, 160, 96, device=device)
+            exported = torch.export.export(model, (x,), dynamic_shapes={"x": dims})
+        graphs.append([str(node.target) for node in exported.graph.nodes])
+    assert graphs[0] == graphs[1]

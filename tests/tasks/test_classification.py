@@ -189,12 +189,15 @@ def test_predict_step_ranks_classes():
     assert (out["probabilities"].diff(dim=1) <= 0).all()
 
 
-def test_compile_is_in_place(tmp_path, data, monkeypatch):
+@pytest.mark.parametrize("value", [True, "blocks"])
+def test_compile_is_in_place_and_of_each_size_by_itself(tmp_path, data, monkeypatch, value):
+    """Inductor fails on the backward pass of a grid of any size."""
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, *args, **kwargs: compiled.append(module))
-    task = tiny_task(compile=True)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append((module, options)))
+    task = tiny_task(compile=value)
     tiny_trainer(tmp_path, max_epochs=1).fit(task, data)
-    assert compiled and compiled[0] is task.model
+    assert [module for module, _ in compiled] == ([task.model] if value is True else list(task.model.blocks))
+    assert all(options == {"dynamic": False} for _, options in compiled)
     assert all(name.startswith("model.") and "_orig_mod" not in name for name in task.state_dict())
 
 

@@ -125,7 +125,7 @@ def test_training_loss_is_the_weighted_sum(teacher_file):
 @pytest.mark.parametrize("features", [False, True])
 def test_only_the_student_learns(tmp_path, data, monkeypatch, features, compile):
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, *args, **kwargs: compiled.append(module))
     arguments = batch_norm_teacher(tmp_path / "teacher.pth")
     layers = [[0, 2], [1, -1]] if features else None

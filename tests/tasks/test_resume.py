@@ -21,7 +21,7 @@ from luna_vision.data import DigitsDataModule
 from luna_vision.data.sampling import next_batch
 from luna_vision.tasks import EMA, ClassificationTask, ImagesPerSecond, NonFiniteGuard
 from luna_vision.tasks.checkpoints import AtomicCheckpointIO
-from luna_vision.tasks.resume import ExactResume, latest_complete, resume
+from luna_vision.tasks.resume import ExactResume, latest_complete, random_states, resume, set_random_states
 from luna_vision.utils import files
 
 from .conftest import last_rows, tiny_trainer
@@ -351,3 +351,16 @@ def test_resume_is_exact_where_batches_have_several_sizes(tmp_path):
         ours, logged = fit(again, checkpoint=path, data_arguments=sizes)
         assert logged == rows
         torch.testing.assert_close(ours, weights, rtol=0, atol=0)
+
+
+def test_the_generator_of_the_gpu_is_part_of_a_checkpoint(monkeypatch):
+    """Tried on a generator that stands for it: dropout and stochastic depth draw from it."""
+    gpu = torch.Generator().manual_seed(1)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", gpu.get_state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", gpu.set_state)
+    states = random_states()
+    first = torch.rand(3, generator=gpu)
+    set_random_states(states)
+    assert torch.equal(torch.rand(3, generator=gpu), first)

@@ -6,8 +6,9 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
-from luna_vision.tasks import EMA, ImagesPerSecond, LastCheckpoint, NestedMemory, NonFiniteGuard
+from luna_vision.tasks import EMA, ImagesPerSecond, LastCheckpoint, NestedMemory, NonFiniteGuard, SegmentationTask
 
 from .conftest import SyntheticData, tiny_task, tiny_trainer
 
@@ -85,6 +86,19 @@ def test_a_step_waits_for_the_device_once(tmp_path, monkeypatch, guarded, accumu
     steps = [guarded * ((batch + 1) % accumulate == 0) for batch in range(8)]
     rows = [2 * (batch in (3, 7)) for batch in range(8)]  # a loss and an accuracy
     assert waits[:7] == [step + row for step, row in zip(steps, rows, strict=True)][:7]
+
+
+@pytest.mark.parametrize("sizes", ["one size", "mixed sizes"])
+def test_a_step_of_segmentation_waits_for_the_device_once(tmp_path, monkeypatch, sizes):
+    """For the guard; padding and its masks are made from sizes that the host knows."""
+    count = Count(Device(monkeypatch))
+    task = SegmentationTask("test_luna_vit", 3, 1, model_kwargs=MODEL | {"patch_size": 8}, pyramid_channels=8)
+    sides = [(32, 32)] * 8 if sizes == "one size" else [(32, 24), (16, 32)] * 4
+    data = [(torch.rand(1, *side), torch.randint(4, side)) for side in sides]
+    loader = DataLoader(data, 2, collate_fn=lambda batch: tuple(map(list, zip(*batch, strict=True))))
+    trainer = tiny_trainer(tmp_path, max_epochs=1, callbacks=[NonFiniteGuard(), EMA(), count])
+    trainer.fit(task, loader)
+    assert count.waits[1:4] == [1, 1, 1]
 
 
 MODEL = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "drop_path_rate": 0.2}
