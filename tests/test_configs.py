@@ -49,6 +49,24 @@ def test_config_builds(path, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir()), "building a run must not write anything"
 
 
+def test_the_documented_places_of_cifar_build(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text().replace("\\\n", " ")
+    lines = [
+        line.partition("#")[0].split()
+        for line in text.splitlines()
+        if line.startswith("luna-vision fit --config configs/cifar10")
+    ]
+    found = []
+    monkeypatch.setattr("sys.argv", ["train.py"])  # pytest's own arguments make LightningCLI warn
+    for words in lines:
+        words[words.index("--config") + 1] = str(Path(__file__).parents[1] / words[words.index("--config") + 1])
+        machine = ["--trainer.accelerator=cpu", "--trainer.precision=32-true", "--model.num_classes=10"]
+        cli = build([*words[2:], *machine], run=False)
+        found.append(type(cli.datamodule).__name__)
+        assert cli.datamodule.img_size == (32, 32) and cli.datamodule.crop_pct is None
+    assert found == ["CIFAR10DataModule", "ImageFolderDataModule", "TimmDataModule"]
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_header_says_how_to_run_it_and_what_comes_out(path):
     header = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ")]
