@@ -9,7 +9,8 @@ from ..utils.errors import UserError
 
 ABOUT = """\
 Test the best weights of a run once more, and write RUN/report/report.html, a page that needs no other file, and its
-pictures. Options of `luna-vision test`, such as --data.root FOLDER, are taken as they are."""
+pictures. Options of `luna-vision test`, such as --data.root FOLDER, or --config FILE over that of the run, are taken as
+they are."""
 
 
 class _Parser(argparse.ArgumentParser):
