@@ -86,8 +86,9 @@ BLOCK = {
 PHOTO_BLOCK = BLOCK | {"memory_len": 8}
 TOKEN = {"global_pool": "token", "last_block": "final_pack"}
 BOTH = {"global_pool": "both", "last_block": "final_pack"}
-BEFORE = {"mlp": "gelu", "local_mixing": "before"}  # the shell before it was chosen on photographs
-SWIGLU = {"mlp": "swiglu", "local_mixing": "mlp"}
+BEFORE = {"mlp": "gelu"}  # the shell before it was chosen on photographs
+SWIGLU = {"mlp": "swiglu"}
+INSIDE = {"local_mixing": "mlp"}  # the convolution in the MLP; where nothing is said, it is before the block
 GAIN = {"mixer": "softmax", "mixer_args": {"query_gain": 8.0}}  # initial queries as much larger as Luna's are
 SOFTMAX = GAIN | BEFORE
 WHOLE = {"data": {"crop": "pad"}}
@@ -138,11 +139,14 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
         "luna-final-pack-both": PHOTO_BLOCK | BOTH,
         # the MLP, and the convolution
         "luna-local-mlp": PHOTO_BLOCK | {"local_mixing": "mlp"},
-        "luna-swiglu": PHOTO_BLOCK | SWIGLU,
-        "softmax-swiglu": GAIN | SWIGLU,
+        "luna-swiglu-before": PHOTO_BLOCK | SWIGLU,
+        "luna-swiglu": PHOTO_BLOCK | SWIGLU | INSIDE,
+        "softmax-swiglu": GAIN | SWIGLU | INSIDE,
         # what gained most, together; the latter is the default now
-        "luna-final-pack-swiglu": PHOTO_BLOCK | TOKEN | SWIGLU,
-        "luna-final-pack-both-swiglu": PHOTO_BLOCK | BOTH | SWIGLU,
+        "luna-final-pack-swiglu": PHOTO_BLOCK | TOKEN | SWIGLU | INSIDE,
+        "luna-final-pack-both-swiglu": PHOTO_BLOCK | BOTH | SWIGLU | INSIDE,
+        "luna-final-pack-both-swiglu-before": PHOTO_BLOCK | BOTH | SWIGLU,
+        "softmax-swiglu-before": GAIN | SWIGLU,
         "luna-local-none": PHOTO_BLOCK | {"local_mixing": "none"},
         "softmax-local-none": SOFTMAX | {"local_mixing": "none"},
     },

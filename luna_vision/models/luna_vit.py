@@ -113,7 +113,7 @@ class LunaVit(nn.Module):
         qkv_bias: bool = True,
         proj_bias: bool = True,
         norm_first: bool = True,
-        local_mixing: Literal["none", "before", "attn", "mlp"] = "mlp",
+        local_mixing: Literal["none", "before", "attn", "mlp"] = "before",
         mlp: Literal["swiglu", "gelu"] = "swiglu",
         memory_mlp: Literal["none", "own", "shared"] = "none",
         stem: Literal["patch", "conv"] = "patch",
