@@ -221,7 +221,7 @@ def test_lora_acts_merges_and_learns(options, dora):
     model = with_lora(options, use_dora=dora)
     merged = copy.deepcopy(model).merge_and_unload()
     with torch.no_grad():
-        assert (model(image()) - make(**options)(image())).abs().max() > 0.1
+        assert (model(image()) - make(**options)(image())).abs().max() > 0.05
     check_runs(model.get_base_model(), merged)
 
     model.train()(image()).square().mean().backward()
