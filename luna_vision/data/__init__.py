@@ -13,6 +13,7 @@ from luna_vision.data.datasets import (
 )
 from luna_vision.data.detection import DetectionDataModule
 from luna_vision.data.folders import ImageFolderDataModule
+from luna_vision.data.gpu import GpuDataModule
 from luna_vision.data.litdata_module import LitDataDataModule
 from luna_vision.data.multilabel import MultiLabelDataModule
 from luna_vision.data.sampling import EpochSampler, sample_seed
@@ -41,6 +42,7 @@ __all__ = [
     "DigitsDataModule",
     "EpochSampler",
     "FashionMNISTDataModule",
+    "GpuDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
     "LitDataDataModule",

@@ -1,5 +1,6 @@
 """Training, evaluation and prediction with Lightning."""
 
+from .budget import TimeBudget
 from .callbacks import EMA, ImagesPerSecond
 from .checkpoints import BestCheckpoint, LastCheckpoint
 from .classification import ClassificationTask
@@ -46,5 +47,6 @@ __all__ = [
     "SequenceTask",
     "SequenceParallelStrategy",
     "StepMixup",
+    "TimeBudget",
     "export_weights",
 ]

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
+from luna_vision.data.gpu import Keys
 from luna_vision.data.sampling import next_batch
 from luna_vision.images.find import listed
 from luna_vision.images.masks import no_masks
@@ -290,7 +291,7 @@ class TimmTask(LightningModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Check values on the CPU: on a GPU, a step would have to wait for them."""
-        if not self.trainer.predicting:
+        if not self.trainer.predicting and not isinstance(batch, Keys):  # labels of keys were checked when read
             self.check_batch(*batch)
         return batch
 
@@ -354,8 +355,17 @@ class TimmTask(LightningModule):
             optimizer = config.scheduler.optimizer
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] = self.hparams.lr
-            config.scheduler = build_scheduler(optimizer, self.trainer, self.hparams)
-        scheduler, (epoch, _) = config.scheduler, next_batch(self.trainer)
+            self.reschedule()
+        else:
+            self._set_rate(config.scheduler, next_batch(self.trainer)[0])
+
+    def reschedule(self) -> None:
+        """Build the schedule again, when the length of the run has changed, and set the rate of the next step."""
+        config = next(iter(self.trainer.lr_scheduler_configs))
+        config.scheduler = build_scheduler(config.scheduler.optimizer, self.trainer, self.hparams)
+        self._set_rate(config.scheduler, next_batch(self.trainer)[0])
+
+    def _set_rate(self, scheduler: Scheduler, epoch: int) -> None:
         if self.hparams.schedule_by == "update" and self.global_step:
             scheduler.step_update(num_updates=self.global_step)
         elif self.hparams.schedule_by == "epoch" and epoch:
