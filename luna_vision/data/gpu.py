@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from luna_vision.data.base import train_or_val
@@ -44,18 +44,24 @@ class ResidentDataset(TransformedDataset):
     """All images of a source in one uint8 tensor. By index it gives keys alone.
 
     Args:
-        *args: As in :class:`TransformedDataset`; the transform gives pixels in [0, 1], all images of one size.
+        source, *args: As in :class:`TransformedDataset`; the transform gives pixels in [0, 1], all images of one size.
         split: "train", "val" or "test".
         threads: How many read the images.
+        as_it_is: Shape of the arrays that the transform would not change.
 
     Attributes:
         images: uint8 (n, C, H, W).
         labels: int64 (n,).
     """
 
-    def __init__(self, *args: Any, split: str, threads: int) -> None:
-        super().__init__(*args)
+    def __init__(self, source: Source, *args: Any, split: str, threads: int, as_it_is: tuple[int, ...]) -> None:
+        super().__init__(source, *args)
         self.split, self._drawn = split, (-1, torch.empty(0))
+        whole, at = (source.dataset, source.indices) if isinstance(source, Subset) else (source, slice(None))
+        if isinstance(whole, ArraySource) and whole.images.shape[1:] == as_it_is:
+            self.images = torch.from_numpy(whole.images[at]).permute(0, 3, 1, 2).contiguous()
+            self.labels = torch.from_numpy(whole.targets[at]).long()
+            return
         with ThreadPoolExecutor(max(threads, 1)) as pool:
             found = pool.map(self._read_pixels, range(len(self.source)))
             bar = tqdm(found, f"reading {split} images", len(self.source), leave=False, mininterval=1)
@@ -155,7 +161,8 @@ class GpuDataModule(ImageFolderDataModule):
         zeros, ones = (0.0,) * self.in_chans, (1.0,) * self.in_chans
         _, *arguments = self._arguments(split)
         pixels = eval_transform(self.img_size, zeros, ones, self.crop_pct, values=self.values)
-        return ResidentDataset(source, pixels, *arguments, split=split, threads=self._threads)
+        as_it_is = (*self.img_size, self.in_chans) if self.crop_pct in (None, 1) else ()
+        return ResidentDataset(source, pixels, *arguments, split=split, threads=self._threads, as_it_is=as_it_is)
 
     def _loader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
         loader = super()._loader(dataset, *args, **kwargs)
@@ -201,6 +208,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             raise ValueError(f"x_{split} of {path} must be uint8 (n, H, W) or (n, H, W, 3), got {x.dtype} {x.shape}")
         if y.dtype.kind not in "iu" or y.shape != (len(x),) or len(x) == 0:
             raise ValueError(f"y_{split} of {path} must be {len(x)} integers, at least one, got {y.dtype} {y.shape}")
+        count = len(arrays["classes"]) if "classes" in arrays else arrays["y_train"].max() + 1
+        if not 0 <= y.min() <= y.max() < count:
+            raise ValueError(f"y_{split} of {path} must be in [0, {count}), got {y.min()} to {y.max()}")
     return arrays
 
 

@@ -54,10 +54,11 @@ def batches(data, split):
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_evaluation_has_the_images_of_a_folder(file, folder, split):
-    expected = batches(module(folder, ImageFolderDataModule), split)
+@pytest.mark.parametrize("options", [{}, {"crop_pct": 0.75}, {"img_size": [6, 9]}, {"in_chans": 1}], ids=str)
+def test_evaluation_has_the_images_of_a_folder(file, folder, split, options):
+    expected = batches(module(folder, ImageFolderDataModule, **options), split)
     for root in (file, folder):
-        found = batches(module(root), split)
+        found = batches(module(root, **options), split)
         assert len(found) == len(expected)
         for (images, labels), (images_, labels_) in zip(found, expected, strict=True):
             torch.testing.assert_close(images, images_)
@@ -163,7 +164,8 @@ def test_erasing_takes_a_rectangle_of_some_images():
         ({"x_train": np.zeros((20, 8, 8, 3), np.float32)}, "float32"),
         ({"x_train": np.zeros((20, 8, 8, 2), np.uint8)}, "(20, 8, 8, 2)"),
         ({"y_train": np.zeros(3, np.int64)}, "20 integers"),
-        ({"classes": np.array(["one"])}, "label 1"),
+        ({"classes": np.array(["one"])}, "y_train"),
+        ({"y_test": np.full(7, 2)}, "y_test"),
     ],
 )
 def test_wrong_arrays_are_named(pixels, tmp_path, change, said):
