@@ -118,7 +118,7 @@ class GpuDataModule(ImageFolderDataModule):
         super().__init__(root=root, augmentation=augmentation, **kwargs)
         if self.values.fill == MASK:
             raise ValueError("GpuDataModule keeps no missing pixels: give another fill, or take ImageFolderDataModule")
-        self._threads, self.num_workers = self.num_workers, 0
+        self._threads, self.num_workers, self.persistent_workers = self.num_workers, 0, False
         self._augmented = augmentation != "none"
 
     def find_class_names(self) -> list[str]:

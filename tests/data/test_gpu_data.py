@@ -43,7 +43,7 @@ def folder(pixels, tmp_path_factory):
 
 
 def module(root, kind=GpuDataModule, **options):
-    arguments = {"img_size": SIDE, "batch_size": 4, "num_workers": 0, "crop_pct": None, "val_fraction": 0.2}
+    arguments = {"img_size": SIDE, "batch_size": 4, "num_workers": 2, "crop_pct": None, "val_fraction": 0.2}
     return kind(root=str(root), **arguments | options)
 
 
