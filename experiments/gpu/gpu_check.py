@@ -1,7 +1,8 @@
 """First contact of luna_vision with a GPU: `python -m experiments.gpu.gpu_check --help`. What to expect: docs/gpu.md.
 
 Correctness comes first, then timings, then steps of training. Each section prints a few lines, and what it has found is
-in OUT/gpu_check.json after every result. With `--device cpu` everything that does not need a GPU runs in small.
+in OUT/gpu_check.json after every result, beside what other sections have found there on the same day and machine. With
+`--device cpu` everything that does not need a GPU runs in small.
 """
 
 import contextlib
@@ -9,12 +10,12 @@ import copy
 import datetime
 import functools
 import importlib.util
-import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 from experiments.benchmarks.cell import Spec, build
 from experiments.command import Parser, quiet_lightning
 from luna_vision import functional as LF
+from luna_vision.data import GpuDataModule
 from luna_vision.execution import encode, set_band_checkpointing
 from luna_vision.layers import LunaAttention
 from luna_vision.mixers import MIXERS
@@ -85,8 +88,11 @@ class Check:
         self.out, self.device, self.small = out, device, device == "cpu"
         self.end, self.begin = time.perf_counter() + seconds, time.perf_counter()
         about = {"date": datetime.date.today().isoformat(), "machine": describe_machine(device)}
-        self.found: dict[str, Any] = about
-        self.failed: list[str] = []
+        file = out / "gpu_check.json"
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        known = known if {name: known.get(name) for name in about} == about else {}
+        self.failed: list[str] = known.pop("failed", [])
+        self.found: dict[str, Any] = known | about
         self.rate: float | None = None
 
     def say(self, text: str) -> None:
@@ -96,6 +102,13 @@ class Check:
         """Keep a result."""
         self.found.setdefault(section, []).append(values)
         write_json(self.out / "gpu_check.json", {**self.found, "failed": self.failed})
+
+    def begin_section(self, name: str) -> None:
+        """Forget what an earlier check on this machine, today, has found in a section."""
+        if name != "machine":  # which describes it
+            self.found.pop(name, None)
+        self.failed = [line for line in self.failed if not line.startswith(f"{name}: ")]
+        self.say(f"{name}: {SECTIONS[name].__doc__}")
 
     def fail(self, text: str) -> None:
         self.failed.append(text)
@@ -174,7 +187,8 @@ def machine(check: Check) -> None:
         values |= {"cudnn": torch.backends.cudnn.version(), "tf32_matmul": matmul.allow_tf32}
         values |= {"tf32_cudnn": torch.backends.cudnn.allow_tf32}
         values |= {"bf16_reduced": matmul.allow_bf16_reduced_precision_reduction}
-    check.note("speed of the machine", **values)
+    check.found["machine_speed"] = []
+    check.note("machine_speed", **values)
     check.say("  " + ", ".join(f"{name} {value}" for name, value in values.items()))
 
 
@@ -459,12 +473,16 @@ def speed(check: Check) -> None:
     batches, names = BATCHES, MODELS
     if check.small:
         batches, names = {160: 2}, ("test_luna_vit", "test_vit")
-    ways = [("inference", "graph"), *itertools.product(("inference", "training"), ("eager", "compiled"))]
-    plan = [(side, mode, execution) for mode, execution in ways for side in batches]
-    plan.sort(key=lambda p: (p[0] not in (160, 224, 1024), p[1] == "training"))  # what says most comes first
-    for side, mode, execution in plan:
+    ways = [("inference", "eager"), ("inference", "compiled"), ("training", "eager"), ("inference", "graph")]
+    ways.append(("training", "compiled"))
+    rare = (384, 4096)
+    # what says most comes first: the first three models, at the usual sides
+    plan = [(side, way, names[:3]) for way in ways for side in batches if side not in rare]
+    plan += [(side, way, names[3:]) for way in ways for side in batches if side not in rare]
+    plan += [(side, way, names) for way in ways for side in batches if side in rare]
+    for side, (mode, execution), models in plan:
         said = []
-        for name in names:
+        for name in models:
             if check.late(45):
                 check.say("  out of time")
                 return
@@ -584,40 +602,56 @@ class _Clock(L.Callback):
 
 @quiet_lightning()
 def training(check: Check) -> None:
-    """A step of the real training loop, bare and with the callbacks of the configs."""
+    """A step of the real training loop: bare, with the callbacks of the configs, and with data on the device."""
     name, side, batch, steps, skipped = "luna_vit_small", 224, 64, 50, 10
     if check.small:
         name, side, batch, steps, skipped = "test_luna_vit", 64, 2, 3, 1
-    callbacks: dict[str, list[L.Callback]] = {
-        "bare": [],
-        "guard": [NonFiniteGuard()],
-        "guard, EMA, rate, Rich bar": [
-            NonFiniteGuard(),
-            EMA(0.999),
-            ImagesPerSecond(),
-            L.callbacks.RichProgressBar(),
-        ],
-    }
-    for what, more in callbacks.items():
-        clock = _Clock(check, skipped)
-        trainer = L.Trainer(
-            accelerator="gpu" if check.device == "cuda" else "cpu",
-            devices=1,
-            precision="bf16-mixed",
-            max_steps=steps,
-            callbacks=[clock, *more],
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar="Rich" in what,
-            default_root_dir=check.out,
-        )
-        workers = 0 if check.small else 4
-        loader = DataLoader(_OneImage(side, batch * (steps + 10)), batch, num_workers=workers, pin_memory=bool(workers))
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            trainer.fit(ClassificationTask(name, 1000), loader)
-        check.note("training", callbacks=what, model=name, side=side, batch=batch, ms_per_step=clock.ms)
-        check.say(f"  {what}: {clock.ms:.1f} ms a step, {name}, batch {batch} at {side} px")
+    workers = 0 if check.small else 4
+    loader = DataLoader(_OneImage(side, batch * (steps + 10)), batch, num_workers=workers, pin_memory=bool(workers))
+    usual = [NonFiniteGuard(), EMA(0.999), ImagesPerSecond(), L.callbacks.RichProgressBar()]
+    _time_steps(check, "bare", ClassificationTask(name, 1000), loader, [], steps, skipped)
+    _time_steps(check, "guard", ClassificationTask(name, 1000), loader, [NonFiniteGuard()], steps, skipped)
+    _time_steps(check, "guard, EMA, rate, Rich bar", ClassificationTask(name, 1000), loader, usual, steps, skipped)
+    if not check.small:
+        name, side, batch, steps = "luna_vit_nano_patch8", 64, 512, 100
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        images = rng.integers(0, 256, (batch * (steps + 10), side, side, 3), np.uint8)
+        np.savez(file := Path(folder, "data.npz"), x_train=images, y_train=np.arange(len(images)) % 20)
+        data = GpuDataModule(str(file), img_size=side, batch_size=batch, val_fraction=0.0, crop_pct=None)
+        task = ClassificationTask(name, 20, compile=False if check.small else "blocks")
+        usual = [NonFiniteGuard(), EMA(0.999), ImagesPerSecond()]
+        _time_steps(check, "images on the device, compiled blocks", task, data, usual, steps, skipped)
+
+
+def _time_steps(
+    check: Check,
+    what: str,
+    task: ClassificationTask,
+    data: DataLoader | GpuDataModule,
+    callbacks: list[L.Callback],
+    steps: int,
+    skipped: int,
+) -> None:
+    clock = _Clock(check, skipped)
+    trainer = L.Trainer(
+        accelerator="gpu" if check.device == "cuda" else "cpu",
+        devices=1,
+        precision="bf16-mixed",
+        max_steps=steps,
+        callbacks=[clock, *callbacks],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar="Rich" in what,
+        default_root_dir=check.out,
+        num_sanity_val_steps=0,
+    )
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        trainer.fit(task, data)
+    name = task.hparams.model_name
+    check.note("training", what=what, model=name, batch=data.batch_size, ms_per_step=clock.ms)
+    check.say(f"  {what}: {clock.ms:.1f} ms a step, {name}, batch {data.batch_size}")
 
 
 SECTIONS: dict[str, Callable[[Check], None]] = {
@@ -643,13 +677,12 @@ def main(argv: list[str] | None = None) -> int:
         if check.late(20):
             check.say(f"{name}: left out, no time")
             continue
-        check.say(f"{name}: {SECTIONS[name].__doc__}")
+        check.begin_section(name)
         try:
             SECTIONS[name](check)
         except Exception as error:  # a section that breaks must not cost the others their time on the GPU
             traceback.print_exc()
             check.fail(f"{name}: {first_line(error)}")
-    check.note("sections", done=args.sections)
     print(f"\n{len(check.failed)} failed", *(f"  {line}" for line in check.failed[:25]), sep="\n")
     return int(bool(check.failed))
 

@@ -24,25 +24,18 @@ def run(out: Path, *sections: str) -> tuple[int, dict]:
 def test_quick_sections_run_in_small(tmp_path):
     sections = ["machine", "execution", "waits", "kernel_speed", "profile", "training"]
     code, found = run(tmp_path, *sections)
-    assert code == 0 and found["failed"] == [] and found["sections"] == [{"done": sections}]
+    assert code == 0 and found["failed"] == []
     assert len(found["execution"]) == 7 and all(row["ok"] for row in found["execution"])
     assert "needs a GPU" in found["waits"][0]["skipped"] and "needs a GPU" in found["kernel_speed"][0]["skipped"]
-    assert [row["ms_per_step"] > 0 for row in found["training"]] == [True] * 3
+    assert [row["ms_per_step"] > 0 for row in found["training"]] == [True] * 4
     assert (tmp_path / "profile_64_1.txt").stat().st_size
     assert {"cpu", "torch", "luna_vision"} <= set(found["machine"])
 
 
-@pytest.mark.slow
-def test_all_other_sections_run_in_small(tmp_path):
-    code, found = run(tmp_path, "layer", "models", "kernels", "speed")
-    assert code == 0 and found["failed"] == []
-    assert len(found["layer"]) == 8 * 4 * 6 and len(found["models"]) == 4 * 2 * len(gpu_check.VARIANTS)
-    assert all(row["ok"] for section in ("layer", "models") for row in found[section])
-    if importlib.util.find_spec("triton"):
-        assert [row["ok"] for row in found["kernels"]] == [True, True]
-    else:
-        assert "not installed" in found["kernels"][0]["skipped"]
-    assert len(found["speed"]) == 10 and not any("error" in row for row in found["speed"])
+def test_a_later_check_keeps_the_other_sections(tmp_path):
+    run(tmp_path, "machine", "waits")
+    _, found = run(tmp_path, "waits")
+    assert len(found["machine_speed"]) == len(found["waits"]) == 1
 
 
 def test_what_is_wrong_is_said_and_hides_nothing(tmp_path, monkeypatch, capsys):
@@ -72,9 +65,18 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_script_finds_the_tests_and_runs_them_on_the_device(tmp_path):
-    environment = {**os.environ, "DEVICE": "cpu", "OUT": str(tmp_path), "JOBS": "0", "SECTIONS": "machine"}
+def test_the_script_runs_everything_in_small(tmp_path):
+    environment = {**os.environ, "DEVICE": "cpu", "OUT": str(tmp_path), "JOBS": "0"}
     words = ["bash", "experiments/gpu/gpu_check.sh", "-k", "test_auto_takes_the_form"]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in (tmp_path / "pytest.log").read_text() and "0 failed" in (tmp_path / "check.log").read_text()
+    found = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert len(found["layer"]) == 8 * 4 * 6 and len(found["models"]) == 4 * 2 * len(gpu_check.VARIANTS)
+    assert all(row["ok"] for section in ("layer", "models") for row in found[section])
+    if importlib.util.find_spec("triton"):
+        assert [row["ok"] for row in found["kernels"]] == [True, True]
+    else:
+        assert "not installed" in found["kernels"][0]["skipped"]
+    assert len(found["speed"]) == 10 and not any("error" in row for row in found["speed"])
+    assert {"machine_speed", "execution", "waits", "kernel_speed", "profile", "training"} <= set(found)
