@@ -5,7 +5,7 @@
 
 n is a norm without weight and bias, which `ops.fold_norm` moves into the projections. A program reads whole rows of X,
 as two blocks of columns: A of them, a power of two, and the rest, padded to a power of two, R (0 for none). Scores and
-sums are in float32, products in the type of M, K and V. What is masked or beyond the end is read as zero.
+sums are in float32, products in the type of M, K and V.
 
 A program of the pack takes a stretch of an image's patches; a stretch ends in (maximum, sum, weighted sum), which
 `_merge_kernel` merges as `PackState.merge` does. The backward passes recompute the weights. They write the gradient of
@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 264  # two for each multiprocessor of an H100
+SIZES = ["N", "stretch", "splits"]  # change from image to image: nothing is compiled for their values
 
 
 class Launch(NamedTuple):
@@ -36,22 +37,31 @@ class Launch(NamedTuple):
     slots: int
     """Slots that it multiplies with at once, at most."""
     warps: int
+    stages: int = 1
+    """Tiles on their way from memory at once."""
+    registers: int | None = None
+    """Of a thread, at most; with 128 and 8 warps, two programs fit a multiprocessor."""
 
 
-def forward_launch(C: int, dtype: torch.dtype) -> Launch:
-    """For the pack and the unpack. What a program holds must fit into registers and shared memory."""
-    if dtype == torch.float32:
-        return Launch(16 if C > 128 else 32, 16 if C > 512 else 32, 4 if C <= 128 else 8)
-    if C <= 128:
-        return Launch(64, 64, 4)
-    return Launch(32, 64 if C <= 384 else 32 if C <= 768 else 16, 8)
+# What registers and shared memory of Hopper allow, found by compiling for it: not measured. Up to which width, for
+# the pack, the unpack and their backward passes; products in half precision.
+LAUNCHES = {
+    128: (Launch(64, 64, 4, 3), Launch(32, 64, 4, 1, 128), Launch(32, 32, 4, 1, 128), Launch(32, 32, 4, 1, 128)),
+    192: (Launch(32, 64, 4, 3), Launch(32, 32, 4, 1, 128), Launch(16, 32, 4, 1, 128), Launch(16, 32, 4, 1, 128)),
+    384: (Launch(32, 64, 8, 3), Launch(32, 64, 8, 1, 128), Launch(16, 32, 8, 1, 128), Launch(16, 64, 8, 1, 128)),
+    768: (Launch(16, 32, 8, 2), Launch(16, 32, 8), Launch(16, 16, 8), Launch(16, 16, 8)),
+}
+SMALL = Launch(16, 16, 8)  # wider, or in float32, which tensor cores do not multiply exactly
+PACK, UNPACK, PACK_BACKWARD, UNPACK_BACKWARD = range(4)
 
 
-def backward_launch(C: int, dtype: torch.dtype) -> Launch:
-    """For the kernels that give the gradient of X."""
-    if dtype == torch.float32:
-        return Launch(16, 16 if C > 384 else 32, 4 if C <= 128 else 8)
-    return Launch(32, 64 if C <= 384 else 32 if C <= 768 else 16, 4 if C <= 128 else 8)
+def default_launch(kernel: int, C: int, dtype: torch.dtype) -> Launch:
+    """How a kernel runs at a width, with products in a type."""
+    if dtype != torch.float32:
+        for most, launches in LAUNCHES.items():
+            if C <= most:
+                return launches[kernel]
+    return SMALL
 
 
 @triton.jit
@@ -120,7 +130,7 @@ def _finite(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _pack_kernel(
     x_ptr, m_ptr, valid_ptr, max_ptr, sum_ptr, z_ptr, N, S, stretch, eps,
     C: tl.constexpr, A: tl.constexpr, R: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr,
@@ -143,19 +153,20 @@ def _pack_kernel(
     for n0 in range(start, end, BN):
         n = n0 + tl.arange(0, BN)
         use = n < end
+        h0, h1 = _load(x_ptr, n, use, first, rest, C, R)
         if MASKED:
             use = use & (tl.load(valid_ptr + b * N + n, mask=use, other=0) != 0)
-        h0, h1 = _load(x_ptr, n, use, first, rest, C, R)
         h0, h1, _, _ = _norm(h0.to(tl.float32), h1.to(tl.float32), rest, eps, C, R)
         h0, h1 = h0.to(dtype), h1.to(dtype)
-        t = tl.where(use[None, :], _scores(m0, m1, h0, h1, R), -1e30)
-        new = tl.maximum(maximum, tl.max(t, 1))
-        a = tl.where(use[None, :], tl.exp(t - new[:, None]), 0.0)
+        t = tl.where(use[:, None], _scores(h0, h1, m0, m1, R), -1e30)
+        new = tl.maximum(maximum, tl.max(t, 0))
+        a = tl.where(use[:, None], tl.exp(t - new[None, :]), 0.0)
         rescale = tl.exp(maximum - new)
-        total = total * rescale + tl.sum(a, 1)
-        z0 = tl.dot(a.to(dtype), h0, z0 * rescale[:, None], input_precision="ieee")
+        total = total * rescale + tl.sum(a, 0)
+        a = tl.trans(a.to(dtype))
+        z0 = tl.dot(a, h0, z0 * rescale[:, None], input_precision="ieee")
         if R > 0:
-            z1 = tl.dot(a.to(dtype), h1, z1 * rescale[:, None], input_precision="ieee")
+            z1 = tl.dot(a, h1, z1 * rescale[:, None], input_precision="ieee")
         maximum = new
     if WHOLE:  # all of the image: the result, and the logarithm of the sum
         at = b * S + s
@@ -170,7 +181,7 @@ def _pack_kernel(
     _store(z_ptr, at, is_slot, first, rest, z0, z1, C, R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _merge_kernel(
     max_ptr, sum_ptr, z_ptr, lse_ptr, out_ptr, S, splits,
     C: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr, CHUNK: tl.constexpr,
@@ -183,16 +194,16 @@ def _merge_kernel(
     total = tl.sum(tl.load(sum_ptr + of + i * S, mask=i < splits, other=0.0) * tl.exp(maximum - top), 0)
     cols = tl.arange(0, CP)
     z = tl.zeros((CP,), tl.float32)
-    for i0 in range(0, splits, CHUNK):
-        i = i0 + tl.arange(0, CHUNK)
-        scale = tl.exp(tl.load(max_ptr + of + i * S, mask=i < splits, other=-1e30) - top)
-        at = z_ptr + (of + i.to(tl.int64) * S)[:, None] * C + cols[None, :]
-        z += tl.sum(tl.load(at, mask=(i < splits)[:, None] & (cols < C)[None, :], other=0.0) * scale[:, None], 0)
+    for j0 in range(0, splits, CHUNK):
+        j = j0 + tl.arange(0, CHUNK)
+        scale = tl.exp(tl.load(max_ptr + of + j * S, mask=j < splits, other=-1e30) - top)
+        at = z_ptr + (of + j.to(tl.int64) * S)[:, None] * C + cols[None, :]
+        z += tl.sum(tl.load(at, mask=(j < splits)[:, None] & (cols < C)[None, :], other=0.0) * scale[:, None], 0)
     tl.store(lse_ptr + b * S + s, top + tl.log(total))
     tl.store(out_ptr + (b * S + s) * C + cols, _finite(z / total, out_ptr.dtype.element_ty), mask=cols < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _pack_backward_kernel(
     x_ptr, m_ptr, valid_ptr, lse_ptr, dz_ptr, d_ptr, dx_ptr, ds_ptr, mean_ptr, scale_ptr, N, S, eps,
     C: tl.constexpr, A: tl.constexpr, R: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
@@ -205,9 +216,9 @@ def _pack_backward_kernel(
         use = use & (tl.load(valid_ptr + b * N + n, mask=use, other=0) != 0)
     first, rest = _columns(A, R)
     dtype: tl.constexpr = m_ptr.dtype.element_ty
-    h0, h1 = _load(x_ptr + b * N * C, n, use, first, rest, C, R)
+    h0, h1 = _load(x_ptr + b * N * C, n, is_patch, first, rest, C, R)
     h0, h1, mean, scale = _norm(h0.to(tl.float32), h1.to(tl.float32), rest, eps, C, R)
-    q0, q1 = h0.to(dtype), h1.to(dtype)
+    h0, h1 = h0.to(dtype), h1.to(dtype)
     d0 = tl.zeros((BN, A), tl.float32)
     d1 = d0
     if R > 0:
@@ -218,33 +229,37 @@ def _pack_backward_kernel(
         m0, m1 = _load(m_ptr + b * S * C, s, is_slot, first, rest, C, R)
         g0, g1 = _load(dz_ptr + b * S * C, s, is_slot, first, rest, C, R)
         lse = tl.load(lse_ptr + b * S + s, mask=is_slot, other=0.0)
-        p = tl.exp(_scores(q0, q1, m0, m1, R) - lse[None, :])
+        p = tl.exp(_scores(h0, h1, m0, m1, R) - lse[None, :])
         p = tl.where(use[:, None] & is_slot[None, :], p, 0.0)
-        ds = p * (_scores(q0, q1, g0, g1, R) - tl.load(d_ptr + b * S + s, mask=is_slot, other=0.0)[None, :])
+        ds = p * (_scores(h0, h1, g0, g1, R) - tl.load(d_ptr + b * S + s, mask=is_slot, other=0.0)[None, :])
         p, ds = p.to(dtype), ds.to(dtype)
         at = ds_ptr + (b * N + n)[:, None] * S + s[None, :]
         tl.store(at, ds, mask=is_patch[:, None] & is_slot[None, :])
-        d0 = tl.dot(p, g0, tl.dot(ds, m0, d0, input_precision="ieee"), input_precision="ieee")
+        d0 = tl.dot(p, g0, d0, input_precision="ieee")
+        d0 = tl.dot(ds, m0, d0, input_precision="ieee")
         if R > 0:
-            d1 = tl.dot(p, g1, tl.dot(ds, m1, d1, input_precision="ieee"), input_precision="ieee")
-    d0, d1 = _norm_backward(d0, d1, h0, h1, scale, C, R)
+            d1 = tl.dot(p, g1, d1, input_precision="ieee")
+            d1 = tl.dot(ds, m1, d1, input_precision="ieee")
+    x0, x1 = _load(x_ptr + b * N * C, n, is_patch, first, rest, C, R)  # again, rather than kept in float32
+    d0, d1 = _norm_backward(d0, d1, x0, x1, rest, mean, scale, C, R)
     to: tl.constexpr = dx_ptr.dtype.element_ty
     _store(dx_ptr + b * N * C, n, is_patch, first, rest, d0.to(to), d1.to(to), C, R)
     tl.store(mean_ptr + b * N + n, mean, mask=is_patch)
-    tl.store(scale_ptr + b * N + n, tl.where(use, scale, 0.0), mask=is_patch)  # 0: a patch that counts for nothing
+    tl.store(scale_ptr + b * N + n, scale, mask=is_patch)
 
 
 @triton.jit
-def _norm_backward(d0, d1, h0, h1, scale, C: tl.constexpr, R: tl.constexpr):
-    """The gradient of rows, from that of the normed rows h."""
-    sum_d, sum_dh = tl.sum(d0, 1), tl.sum(d0 * h0, 1)
+def _norm_backward(d0, d1, x0, x1, rest, mean, scale, C: tl.constexpr, R: tl.constexpr):
+    """The gradient of rows x, from that of the normed rows, d."""
+    x0 = (x0.to(tl.float32) - mean[:, None]) * scale[:, None]
+    sum_d, sum_dx = tl.sum(d0, 1), tl.sum(d0 * x0, 1)
     if R > 0:
+        x1 = tl.where((rest < C)[None, :], (x1.to(tl.float32) - mean[:, None]) * scale[:, None], 0.0)
         sum_d += tl.sum(d1, 1)
-        sum_dh += tl.sum(d1 * h1, 1)
-    mean, slope = (sum_d / C)[:, None], (sum_dh / C)[:, None]
-    d0 = scale[:, None] * (d0 - mean - h0 * slope)
+        sum_dx += tl.sum(d1 * x1, 1)
+    d0 = scale[:, None] * (d0 - (sum_d / C)[:, None] - x0 * (sum_dx / C)[:, None])
     if R > 0:
-        d1 = scale[:, None] * (d1 - mean - h1 * slope)
+        d1 = scale[:, None] * (d1 - (sum_d / C)[:, None] - x1 * (sum_dx / C)[:, None])
     else:
         d1 = d0
     return d0, d1
@@ -258,7 +273,7 @@ def _softmax(t, BN: tl.constexpr, BS: tl.constexpr, LP: tl.constexpr):
     return tl.reshape(t / tl.sum(t, 2)[:, :, None], (BN, BS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _unpack_kernel(
     x_ptr, k_ptr, shift_ptr, v_ptr, w_ptr, b_ptr, y_ptr, h_ptr, mean_ptr, scale_ptr, N, S, padded, eps, eps2,
     C: tl.constexpr, A: tl.constexpr, R: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr,
@@ -301,7 +316,7 @@ def _unpack_kernel(
         tl.store(scale_ptr + b * N + n, scale, mask=is_patch)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _unpack_backward_kernel(
     x_ptr, k_ptr, shift_ptr, v_ptr, dy_ptr, dx_ptr, w_ptr, dt_ptr, mean_ptr, scale_ptr, N, S, padded, eps,
     C: tl.constexpr, A: tl.constexpr, R: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr,
@@ -314,9 +329,9 @@ def _unpack_backward_kernel(
     dtype: tl.constexpr = k_ptr.dtype.element_ty
     h0, h1 = _load(x_ptr + b * N * C, n, is_patch, first, rest, C, R)
     h0, h1, mean, scale = _norm(h0.to(tl.float32), h1.to(tl.float32), rest, eps, C, R)
-    q0, q1 = h0.to(dtype), h1.to(dtype)
-    e0, e1 = _load(dy_ptr + b * N * C, n, is_patch, first, rest, C, R)
-    g0, g1 = e0.to(dtype), e1.to(dtype)
+    h0, h1 = h0.to(dtype), h1.to(dtype)
+    g0, g1 = _load(dy_ptr + b * N * C, n, is_patch, first, rest, C, R)
+    g0, g1 = g0.to(dtype), g1.to(dtype)
     d0 = tl.zeros((BN, A), tl.float32)
     d1 = d0
     if R > 0:
@@ -327,7 +342,7 @@ def _unpack_backward_kernel(
         is_slot = (i % LP < L) & (s < S)
         k0, k1 = _load(k_ptr + b * S * C, s, is_slot, first, rest, C, R)
         shift = tl.load(shift_ptr + b * S + s, mask=is_slot, other=0.0)
-        t = tl.where(is_slot[None, :], _scores(q0, q1, k0, k1, R) + shift[None, :], -1e30)
+        t = tl.where(is_slot[None, :], _scores(h0, h1, k0, k1, R) + shift[None, :], -1e30)
         w = _softmax(t, BN, BS, LP)
         v0, v1 = _load(v_ptr + b * S * C, s, is_slot, first, rest, C, R)
         dt = w * _scores(g0, g1, v0, v1, R)
@@ -340,7 +355,9 @@ def _unpack_backward_kernel(
         d0 = tl.dot(dt, k0, d0, input_precision="ieee")
         if R > 0:
             d1 = tl.dot(dt, k1, d1, input_precision="ieee")
-    d0, d1 = _norm_backward(d0, d1, h0, h1, scale, C, R)
+    x0, x1 = _load(x_ptr + b * N * C, n, is_patch, first, rest, C, R)  # again, rather than kept in float32
+    d0, d1 = _norm_backward(d0, d1, x0, x1, rest, mean, scale, C, R)
+    e0, e1 = _load(dy_ptr + b * N * C, n, is_patch, first, rest, C, R)
     to: tl.constexpr = dx_ptr.dtype.element_ty
     d0, d1 = (d0 + e0.to(tl.float32)).to(to), (d1 + e1.to(tl.float32)).to(to)
     _store(dx_ptr + b * N * C, n, is_patch, first, rest, d0, d1, C, R)
@@ -348,7 +365,7 @@ def _unpack_backward_kernel(
     tl.store(scale_ptr + b * N + n, scale, mask=is_patch)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _sums_kernel(
     g_ptr, x_ptr, mean_ptr, scale_ptr, out_ptr, total_ptr, N, S, stretch,
     C: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr, NORM: tl.constexpr, TOTAL: tl.constexpr,
@@ -393,6 +410,11 @@ def _stretches(N: int, programs: int, tile: int) -> tuple[int, int]:
     return triton.cdiv(N, stretch), stretch
 
 
+def _how(launch: Launch) -> dict[str, int]:
+    limit = {} if launch.registers is None else {"maxnreg": launch.registers}
+    return {"num_warps": launch.warps, "num_stages": launch.stages, **limit}
+
+
 def _slots(S: int, most: int) -> int:
     return max(16, min(most, triton.next_power_of_2(S)))
 
@@ -407,12 +429,12 @@ def pack_forward(
         m: (B, S, C).
         valid: Which patches count, (B, N) bool; at least one of an image.
         eps: Of the norm.
-        launch: How to run; as `forward_launch` says if None.
+        launch: How to run; as `default_launch` says if None.
     """
     x, m = x.contiguous(), m.contiguous()
     (B, N, C), S = x.shape, m.shape[1]
-    tile, slots, warps = launch or forward_launch(C, m.dtype)
-    slots = _slots(S, slots)
+    launch = launch or default_launch(PACK, C, m.dtype)
+    tile, slots = launch.tile, _slots(S, launch.slots)
     blocks = triton.cdiv(S, slots)
     splits, stretch = _stretches(N, B * blocks, tile)
     whole = splits == 1
@@ -423,7 +445,7 @@ def pack_forward(
         parts = (*parts, x.new_empty(B, splits, S, C, dtype=torch.float32))
     mask = m if valid is None else valid.contiguous().view(torch.uint8)
     sizes = {**_blocks(C), "BS": slots, "BN": tile, "MASKED": valid is not None, "WHOLE": whole}
-    _pack_kernel[(blocks, splits, B)](x, m, mask, *parts, N, S, stretch, eps, **sizes, num_warps=warps, num_stages=1)
+    _pack_kernel[(blocks, splits, B)](x, m, mask, *parts, N, S, stretch, eps, **sizes, **_how(launch))
     if not whole:
         sizes = {"C": C, "CP": triton.next_power_of_2(C), "SP": triton.next_power_of_2(splits), "CHUNK": 8}
         _merge_kernel[(S, B)](*parts, lse, z, S, splits, **sizes, num_warps=4)
@@ -437,14 +459,15 @@ def pack_backward(
     """The gradients of x and m, from that of z. Arguments as in `pack_forward`, z and lse as it gave them."""
     x, m, dz = x.contiguous(), m.contiguous(), dz.contiguous().to(m.dtype)
     (B, N, C), S = x.shape, m.shape[1]
-    tile, slots, warps = launch or backward_launch(C, m.dtype)
+    launch = launch or default_launch(PACK_BACKWARD, C, m.dtype)
+    tile = launch.tile
     dx, ds = torch.empty_like(x), x.new_empty(B, N, S, dtype=m.dtype)
     mean, scale = (x.new_empty(B, N, dtype=torch.float32) for _ in range(2))
     d = (dz.float() * z.float()).sum(dim=2)
     mask = m if valid is None else valid.contiguous().view(torch.uint8)
-    sizes = {**_blocks(C), "BS": _slots(S, slots), "BN": tile, "MASKED": valid is not None}
+    sizes = {**_blocks(C), "BS": _slots(S, launch.slots), "BN": tile, "MASKED": valid is not None}
     _pack_backward_kernel[(triton.cdiv(N, tile), B)](
-        x, m, mask, lse, dz, d, dx, ds, mean, scale, N, S, eps, **sizes, num_warps=warps, num_stages=1
+        x, m, mask, lse, dz, d, dx, ds, mean, scale, N, S, eps, **sizes, **_how(launch)
     )
     return dx, _sums(ds, x, mean, scale)[0]
 
@@ -464,20 +487,20 @@ def unpack_forward(
         eps: Of the norm before the scores.
         norm: Weight and bias (C) of the second norm, if there is one.
         eps2: Its eps.
-        launch: How to run; as `forward_launch` says if None.
+        launch: How to run; as `default_launch` says if None.
     """
     x, k, shift, v = x.contiguous(), k.contiguous(), shift.contiguous(), v.contiguous()
     (B, N, C), S = x.shape, k.shape[1]
     y = torch.empty_like(x)
     h = torch.empty_like(x, dtype=k.dtype) if norm else k.new_empty(0)
     mean, scale = (x.new_empty((B, N) if norm else 0, dtype=torch.float32) for _ in range(2))
-    tile, of_slots, warps = launch or forward_launch(C, k.dtype)
-    heads = _heads(S, slots, of_slots)
+    launch = launch or default_launch(UNPACK, C, k.dtype)
+    tile, heads = launch.tile, _heads(S, slots, launch.slots)
     sizes = {**_blocks(C), **heads[1], "BN": tile, "NORM": norm is not None}
     weight, bias = (k, k) if norm is None else norm
     _unpack_kernel[(triton.cdiv(N, tile), B)](
         x, k, shift, v, weight, bias, y, h, mean, scale, N, S, heads[0], eps, eps2, **sizes,
-        num_warps=warps, num_stages=1,
+        **_how(launch),
     )  # fmt: skip
     return y, h, mean, scale
 
@@ -491,11 +514,11 @@ def unpack_backward(
     dx = torch.empty_like(x)
     w, dt = (x.new_empty(B, N, S, dtype=k.dtype) for _ in range(2))
     mean, scale = (x.new_empty(B, N, dtype=torch.float32) for _ in range(2))
-    tile, of_slots, warps = launch or backward_launch(C, k.dtype)
-    heads = _heads(S, slots, of_slots)
+    launch = launch or default_launch(UNPACK_BACKWARD, C, k.dtype)
+    tile, heads = launch.tile, _heads(S, slots, launch.slots)
     sizes = {**_blocks(C), **heads[1], "BN": tile}
     _unpack_backward_kernel[(triton.cdiv(N, tile), B)](
-        x, k, shift, v, dy, dx, w, dt, mean, scale, N, S, heads[0], eps, **sizes, num_warps=warps, num_stages=1
+        x, k, shift, v, dy, dx, w, dt, mean, scale, N, S, heads[0], eps, **sizes, **_how(launch)
     )
     dk, dshift = _sums(dt, x, mean, scale)
     dv, _ = _sums(w, dy)
