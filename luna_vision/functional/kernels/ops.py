@@ -22,6 +22,8 @@ from ..precision import autocast_input, autocasts, clamp_fp16
 
 MAX_SLOTS = 64  # L
 MAX_HEADS = 16
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself reads it once
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -36,9 +38,9 @@ class Norm(NamedTuple):
 def supports_kernels(x: Tensor, heads: int, slots: int) -> bool:
     """Whether the kernels take patches (B, N, C) on their device, with L slots of H heads: on a GPU, or in Triton's
     interpreter (TRITON_INTERPRET=1) on a CPU, where Triton is installed; in bfloat16, float16 and float32."""
-    here = x.is_cuda or (x.is_cpu and os.environ.get("TRITON_INTERPRET") == "1")
+    here = HAS_TRITON and (x.is_cuda or (INTERPRETED and x.is_cpu))
     fits = x.shape[-1] % 64 == 0 and slots <= MAX_SLOTS and heads <= MAX_HEADS and x.dtype in TYPES
-    return here and fits and importlib.util.find_spec("triton") is not None
+    return here and fits
 
 
 def fold_norm(norm: Norm, w: Projections, pack: bool) -> Projections:

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 264  # two for each multiprocessor of an H100
+MULTIPROCESSORS = 132  # of an H100
 SIZES = ["N", "stretch", "splits"]  # change from image to image: nothing is compiled for their values
 
 
@@ -403,9 +403,9 @@ def _blocks(C: int) -> dict[str, int]:
     return {"C": C, "A": a, "R": max(16, triton.next_power_of_2(C - a)) if C > a else 0}
 
 
-def _stretches(N: int, programs: int, tile: int) -> tuple[int, int]:
-    """How many stretches, and their length: enough programs for the device, of two tiles of 64 patches at least."""
-    splits = max(1, min(PROGRAMS // programs, N // 128))
+def _stretches(N: int, programs: int, tile: int, warps: int) -> tuple[int, int]:
+    """How many stretches, and their length: eight warps for each multiprocessor, and 128 patches at least."""
+    splits = max(1, min(MULTIPROCESSORS * 8 // warps // programs, N // 128))
     stretch = triton.cdiv(triton.cdiv(N, splits), tile) * tile
     return triton.cdiv(N, stretch), stretch
 
@@ -436,7 +436,7 @@ def pack_forward(
     launch = launch or default_launch(PACK, C, m.dtype)
     tile, slots = launch.tile, _slots(S, launch.slots)
     blocks = triton.cdiv(S, slots)
-    splits, stretch = _stretches(N, B * blocks, tile)
+    splits, stretch = _stretches(N, B * blocks, tile, launch.warps)
     whole = splits == 1
     z, lse = torch.empty_like(m), x.new_empty(B, S, dtype=torch.float32)
     parts = (lse, lse, z)
@@ -540,7 +540,7 @@ def _sums(g: Tensor, x: Tensor, mean: Tensor | None = None, scale: Tensor | None
     columns, tile = 64 if wide or C % 128 else 128, 32 if wide else 64
     slots = _slots(S, 32 if wide else 64)
     blocks = triton.cdiv(S, slots) * (C // columns)
-    splits, stretch = _stretches(N, B * blocks, tile)
+    splits, stretch = _stretches(N, B * blocks, tile, 4)
     out = x.new_empty(B, splits, S, C, dtype=g.dtype if splits == 1 else torch.float32)
     total = x.new_empty(B, splits, S, dtype=torch.float32)
     normed = mean is not None
