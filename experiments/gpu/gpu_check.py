@@ -68,6 +68,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"pack_heads": 1},
     {"memory_len": 32},
     {"patch_size": 8},
+    {"use_kernels": True},
+    {"use_kernels": True, "tie_kv": False, "init_values": 0.1, "local_mixing": "mlp"},
 ]
 
 
@@ -349,9 +351,10 @@ def waits(check: Check) -> None:
         check.note("waits", skipped="needs a GPU")
         check.say("  needs a GPU")
         return
-    for mixer in MIXERS:
+    for mixer, kernels in [*((mixer, False) for mixer in MIXERS), ("luna", True)]:
         for masked in (False, True):
-            model = timm.create_model("test_luna_vit", mixer=mixer, drop_path_rate=0.1).cuda().train()
+            arguments = {"mixer": mixer, "use_kernels": kernels, "drop_path_rate": 0.1}
+            model = timm.create_model("test_luna_vit", **arguments).cuda().train()
             x = torch.randn(2, 3, 96, 96, device="cuda")
             mask = {"patch_valid": torch.ones(2, 36, dtype=torch.bool, device="cuda")} if masked else {}
             model(x, **mask).sum().backward()
@@ -365,8 +368,8 @@ def waits(check: Check) -> None:
                     torch.cuda.set_sync_debug_mode("default")
             count = sum("synchroniz" in str(warning.message) for warning in caught)
             captured = _captured(model.eval(), x, mask)
-            check.note("waits", mixer=mixer, masked=masked, waits=count, graph=captured)
-            check.say(f"  {mixer:12s} masked {masked!s:5s} waits {count:3d}, graph: {captured}")
+            check.note("waits", mixer=mixer, kernels=kernels, masked=masked, waits=count, graph=captured)
+            check.say(f"  {mixer:12s}{' kernels' * kernels} masked {masked!s:5s} waits {count:3d}, graph: {captured}")
 
 
 @torch.no_grad()
@@ -515,6 +518,7 @@ def _graph(step: Callable[[], Any]) -> Callable[[], Any]:
 
 MODELS = (
     "luna_vit_small",
+    "luna_vit_small,use_kernels=True",
     "vit_small_patch16_224",
     "luna_vit_small,mixer=identity",
     "xcit_small_12_p16_224",
@@ -531,7 +535,7 @@ def speed(check: Check) -> None:
     eager, compiled and (one image) as a CUDA graph; training under autocast."""
     batches, names = BATCHES, MODELS
     if check.small:
-        batches, names = {160: 2}, ("test_luna_vit", "test_vit")
+        batches, names = {160: 2}, ("test_luna_vit", "test_luna_vit,use_kernels=True", "test_vit")
     ways = [("inference", "graph"), *itertools.product(("inference", "training"), ("eager", "compiled"))]
     plan = [(side, mode, execution) for mode, execution in ways for side in batches]
     plan.sort(key=lambda p: (p[0] not in (160, 224, 1024), p[1] == "training"))  # what says most comes first

@@ -42,7 +42,7 @@ def test_all_other_sections_run_in_small(tmp_path):
         assert [row["ok"] for row in found["kernels"]] == [True] * 4
     else:
         assert "not installed" in found["kernels"][0]["skipped"]
-    assert len(found["speed"]) == 10 and not any("error" in row for row in found["speed"])
+    assert len(found["speed"]) == 15 and not any("error" in row for row in found["speed"])
 
 
 def test_what_is_wrong_is_said_and_hides_nothing(tmp_path, monkeypatch, capsys):

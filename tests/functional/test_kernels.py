@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ needs_kernels = pytest.mark.skipif(
     not TRITON or (DEVICE == "cpu" and not INTERPRETED), reason="needs Triton, and a GPU or TRITON_INTERPRET=1"
 )
 
+FILES = [__file__, str(Path(__file__).parents[1] / "layers" / "test_block_kernels.py")]
+
 # B, N, C, H, L, tied keys and values, masks, biases
 SHAPES = [
     (2, 1, 64, 1, 3, True, False, True),
@@ -33,9 +36,9 @@ LIMITS = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 @pytest.mark.slow
 @pytest.mark.skipif(not TRITON or INTERPRETED, reason="needs Triton, and starts its interpreter")
-def test_all_of_this_in_the_interpreter():
+def test_kernels_in_the_interpreter():
     """Triton must be told before it is imported, which torch does."""
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *FILES]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -11,6 +11,7 @@ Shapes: B batch, N patches, L memory slots, H heads, S = H L, C width.
 
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from ..absorbed import Projections, fold_queries, fold_slots, project_values
 from ..masks import readable
-from ..precision import autocast_input, autocasts, clamp_fp16
+from ..precision import autocasts, clamp_fp16
 
 MAX_SLOTS = 64  # L
 MAX_HEADS = 16
+MAX_BLOCK = 2**16  # bytes of the slots of a head, of which a kernel holds several such blocks in shared memory
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself reads it once
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -37,10 +39,12 @@ class Norm(NamedTuple):
 
 def supports_kernels(x: Tensor, heads: int, slots: int) -> bool:
     """Whether the kernels take patches (B, N, C) on their device, with L slots of H heads: on a GPU, or in Triton's
-    interpreter (TRITON_INTERPRET=1) on a CPU, where Triton is installed; in bfloat16, float16 and float32."""
+    interpreter (TRITON_INTERPRET=1) on a CPU, where Triton is installed; in bfloat16, float16 and float32; and where
+    the slots of a head fit shared memory."""
     here = HAS_TRITON and (x.is_cuda or (INTERPRETED and x.is_cpu))
     fits = x.shape[-1] % 64 == 0 and slots <= MAX_SLOTS and heads <= MAX_HEADS and x.dtype in TYPES
-    return here and fits
+    block = 2 ** (slots - 1).bit_length() * x.shape[-1] * _product_type(x).itemsize
+    return here and fits and block <= MAX_BLOCK
 
 
 def fold_norm(norm: Norm, w: Projections, pack: bool) -> Projections:
@@ -77,10 +81,18 @@ def pack_normed(memory: Tensor, x: Tensor, norm: Norm, w: Projections, valid: Te
         w: The projections.
         valid: Which patches count, (B, N) bool.
     """
-    memory = autocast_input(memory)
+    memory = memory.to(_product_type(x))
     if autocasts(x):
         with torch.autocast(x.device.type, enabled=False):
-            return pack_normed(memory, x, norm, w, valid)
+            return _pack_normed(memory, x, norm, w, valid)
+    return _pack_normed(memory, x, norm, w, valid)
+
+
+def _product_type(x: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+
+
+def _pack_normed(memory: Tensor, x: Tensor, norm: Norm, w: Projections, valid: Tensor | None) -> Tensor:
     w = fold_norm(norm, w, pack=True)
     m = fold_queries(memory, w)
     z, _ = normed_pack(x, m, None if valid is None else readable(valid), norm.eps)
@@ -94,6 +106,7 @@ def unpack_normed(
     w: Projections,
     valid: Tensor | None = None,
     norm2: Norm | None = None,
+    branch: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """x + `unpack_absorbed` of LN(x), by a kernel: (B, N, C), in the type of x; and LN2 of that, in the type of
     products, or None without a second norm.
@@ -105,14 +118,30 @@ def unpack_normed(
         w: The projections, with that of the output.
         valid: Which slots may be read, (B, L) bool.
         norm2: The second norm.
+        branch: What is done to that which is added to x: a factor for each channel or image, such as LayerScale and
+            stochastic depth. It is done to the values of the slots (B, S, C), which are fewer.
     """
-    packed = autocast_input(packed)
+    packed = packed.to(_product_type(x))
     if autocasts(x):
         with torch.autocast(x.device.type, enabled=False):
-            return unpack_normed(x, packed, norm, w, valid, norm2)
+            return _unpack_normed(x, packed, norm, w, valid, norm2, branch)
+    return _unpack_normed(x, packed, norm, w, valid, norm2, branch)
+
+
+def _unpack_normed(
+    x: Tensor,
+    packed: Tensor,
+    norm: Norm,
+    w: Projections,
+    valid: Tensor | None,
+    norm2: Norm | None,
+    branch: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, Tensor | None]:
     L = packed.shape[1]
     k, shift, v = fold_slots(packed, fold_norm(norm, w, pack=False))
     assert shift is not None  # the norm has a bias
+    if branch is not None:
+        v = branch(v).to(v.dtype)
     shift = shift.float()
     if valid is not None:
         shift = shift.masked_fill(~readable(valid).repeat(1, w.heads), -1e30)
