@@ -147,3 +147,15 @@ def test_a_model_takes_them():
         y = fused(x)
     assert len(kernels.ran) == 4 * 2 + 1
     torch.testing.assert_close(y, plain(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_block_has_one_graph():
+    _, fused = pair(drop_path=0.1)
+    expected = results(fused.eval())
+    torch.compiler.reset()
+    fused.compile(backend="aot_eager", fullgraph=True)
+    for a, b in zip(results(fused), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    with torch.inference_mode(), Kernels() as kernels:
+        fused.forward(*(t.to(DEVICE) for t in tokens()), GRID)
+    assert kernels.ran == ["normed_pack", "normed_unpack"]
