@@ -57,10 +57,11 @@ def test_without_triton_nothing_is_missed():
 def inputs(shape):
     """Tokens, norms and projections in float64, and masks."""
     B, N, C, H, L, tied, masked, biased = shape
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
+    on_cpu = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
 
     def draw(*size, std=1.0):
-        return std * torch.randn(*size, generator=generator, dtype=torch.float64)
+        return std * torch.randn(*size, **on_cpu)
 
     def bias():
         return draw(C, std=0.3) if biased else None
@@ -81,7 +82,7 @@ def inputs(shape):
     }
     masks = {}
     if masked:
-        masks = {name: torch.rand(B, n, generator=generator) < 0.6 for name, n in (("patches", N), ("slots", L))}
+        masks = {name: torch.rand(B, n, **on_cpu) < 0.6 for name, n in (("patches", N), ("slots", L))}
         for mask in masks.values():
             mask[:, 0] = True
         if B > 1:
@@ -112,8 +113,11 @@ def fused(leaves, masks):
 
 def values_and_gradients(function, leaves, masks):
     found = function(leaves, masks)
-    generator = torch.Generator().manual_seed(1)
-    given = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, t.dtype) for t in found]
+    generator = torch.Generator("cpu").manual_seed(1)
+    given = [
+        torch.randn(t.shape, generator=generator, dtype=torch.float64, device="cpu").to(t.device, t.dtype)
+        for t in found
+    ]
     flat = [t for t in torch.utils._pytree.tree_leaves(leaves) if isinstance(t, torch.Tensor)]
     gradients = torch.autograd.grad(found, flat, given, allow_unused=True)
     return [*found, *(torch.zeros_like(t) if g is None else g for t, g in zip(flat, gradients, strict=True))]
