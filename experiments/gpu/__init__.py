@@ -1,1 +1,1 @@
-"""The check of the package on one CUDA GPU, and drafts of kernels: docs/gpu.md."""
+"""The check of the package on one CUDA GPU, and what it predicts without one: docs/gpu.md."""

@@ -5,7 +5,7 @@ A kernel takes as long as its bytes at the rate of memory, or its operations at 
 is longer. "eager" is every operation as it is dispatched. "compiled" fuses, as a compiler would, what is neither a
 product, a convolution nor a fused attention: neighbours between the same products are one kernel, which reads and
 writes what the others need of it. "kernels" is what the fused kernels of docs/gpu.md would make of it, counted by hand:
-they do not exist. `python -m experiments.gpu.cost_model --help`.
+not all of them exist. `python -m experiments.gpu.cost_model --help`.
 """
 
 import argparse
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args: argparse.Namespace = parser.parse_args(argv)
     rows = []
-    print("eager / compiled / with fused kernels that do not exist")
+    print("eager / compiled / with fused kernels, counted by hand")
     print("| model | px | batch | GFLOP an image | kernels | MB an image | us an image |")
     print("|---|---|---|---|---|---|---|")
     for side in args.sizes:

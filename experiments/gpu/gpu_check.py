@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from experiments.benchmarks.cell import Spec, build
 from experiments.command import Parser, quiet_lightning
+from experiments.gpu.kernels import LAUNCHES, fused_pack, fused_unpack, launches, make, pack, unpack
 from luna_vision import functional as LF
 from luna_vision.data import GpuDataModule
 from luna_vision.execution import encode, set_band_checkpointing
@@ -70,6 +71,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"pack_heads": 1},
     {"memory_len": 32},
     {"patch_size": 8},
+    {"use_kernels": True},
+    {"use_kernels": True, "tie_kv": False, "init_values": 0.1, "local_mixing": "mlp"},
 ]
 
 
@@ -362,9 +365,10 @@ def waits(check: Check) -> None:
         check.note("waits", skipped="needs a GPU")
         check.say("  needs a GPU")
         return
-    for mixer in MIXERS:
+    for mixer, kernels in [*((mixer, False) for mixer in MIXERS), ("luna", True)]:
         for masked in (False, True):
-            model = timm.create_model("test_luna_vit", mixer=mixer, drop_path_rate=0.1).cuda().train()
+            arguments = {"mixer": mixer, "use_kernels": kernels, "drop_path_rate": 0.1}
+            model = timm.create_model("test_luna_vit", **arguments).cuda().train()
             x = torch.randn(2, 3, 96, 96, device="cuda")
             mask = {"patch_valid": torch.ones(2, 36, dtype=torch.bool, device="cuda")} if masked else {}
             model(x, **mask).sum().backward()
@@ -378,8 +382,8 @@ def waits(check: Check) -> None:
                     torch.cuda.set_sync_debug_mode("default")
             count = sum("synchroniz" in str(warning.message) for warning in caught)
             captured = _captured(model.eval(), x, mask)
-            check.note("waits", mixer=mixer, masked=masked, waits=count, graph=captured)
-            check.say(f"  {mixer:12s} masked {masked!s:5s} waits {count:3d}, graph: {captured}")
+            check.note("waits", mixer=mixer, kernels=kernels, masked=masked, waits=count, graph=captured)
+            check.say(f"  {mixer:12s}{' kernels' * kernels} masked {masked!s:5s} waits {count:3d}, graph: {captured}")
 
 
 @torch.no_grad()
@@ -400,62 +404,135 @@ def _captured(model: nn.Module, x: Tensor, mask: dict[str, Tensor]) -> str:
 
 
 def kernels(check: Check) -> None:
-    """The drafts of fused kernels against their formulas; on a CPU in Triton's interpreter."""
+    """The fused kernels against their formulas, values and gradients; on a CPU in Triton's interpreter."""
     if importlib.util.find_spec("triton") is None:
         check.note("kernels", skipped="triton is not installed")
         check.say("  triton is not installed")
         return
-    if check.small:
+    # bfloat16, which the interpreter multiplies as integers, needs a GPU
+    limits = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
+    jobs = [("float32", 64, 0), ("float16", 192, 0)]
+    if not check.small:
+        jobs = list(itertools.product(limits, (128, 192, 384), [0]))
+        # side by side with these, so that `kernel_speed` finds them compiled
+        jobs += [("bfloat16", width, 1 + i) for width, of in LAUNCHES.items() for i in range(len(of))]
+    running = []
+    for dtype, width, index in jobs:
+        words = [sys.executable, "-m", "experiments.gpu.kernels", "--device", check.device, "--dtype", dtype]
+        words += ["--width", str(width), "--launches", str(index)]
         # the interpreter must be asked for before triton is imported, which torch does
-        words = [sys.executable, "-m", "experiments.gpu.luna_triton"]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        found = json.loads(subprocess.check_output(words, env=environment, text=True))
-        for name, limit in (("float32", 1e-5), ("float16", 3e-3)):
-            check.judge("kernels", f"interpreted, {name}", functools.partial(found.get, name), limit)
-        return
-    from experiments.gpu import luna_triton
-
-    for shape in ({}, {"B": 1, "N": 4099, "slots": 16}, {"N": 65, "slots": 32}):
-        for dtype, limit in ((torch.bfloat16, 0.02), (torch.float16, 3e-3)):
-            here = functools.partial(luna_triton.errors, check.device, dtype, **shape)
-            check.judge("kernels", f"{shape}, {str(dtype)[6:]}", here, limit)
+        environment = {**os.environ, **({"TRITON_INTERPRET": "1"} if check.small else {}), "OMP_NUM_THREADS": "1"}
+        running.append(
+            subprocess.Popen(words, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        )
+    end = time.perf_counter() + (300 if check.small else 90)
+    for (dtype, width, index), process in zip(jobs, running, strict=True):
+        name = f"{dtype}, width {width}" + f", launches {index}" * bool(index)
+        try:
+            out, said = process.communicate(timeout=max(1.0, end - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, said = process.communicate()
+            said += "\nout of time"
+        rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+        if process.returncode:
+            rows.append({"error": " ".join(said.splitlines()[-1:])[:300]})
+        for row in rows:
+            if "error" in row:
+                check.fail(f"kernels: {name}: {row}")
+                check.note("kernels", dtype=dtype, width=width, launches=index, ok=False, **row)
+                continue
+            shape = {key: row.pop(key) for key in ("B", "N", "slots", "masked")}
+            check.judge("kernels", f"{name}, {shape}", functools.partial(dict, row), limits[dtype])
+        worst = max((v for row in rows for v in row.values() if isinstance(v, float)), default=float("nan"))
+        check.say(f"  {name}: worst {worst:.1e}, limit {limits[dtype]:g}")
 
 
 # ---- timings
 
 
+CACHE = 150_000_000  # bytes, thrice the cache of an H100
+
+
 def kernel_speed(check: Check) -> None:
-    """The drafts of fused kernels beside the operations that they replace, and the time that memory alone takes."""
+    """The fused kernels beside the operations that they replace, and the time that memory alone takes: milliseconds in
+    a CUDA graph, each time with patches that are not in the cache."""
     if check.device != "cuda" or importlib.util.find_spec("triton") is None:
         check.note("kernel_speed", skipped="needs a GPU and triton")
         check.say("  needs a GPU and triton")
         return
-    from experiments.gpu import luna_triton as drafts
+    began = time.perf_counter()
+    shapes = ((256, 196, 8, 384), (12, 4096, 8, 384), (1, 16384, 8, 384), (4, 16384, 16, 384), (512, 64, 8, 128))
+    ways = {"eager": (pack, unpack), "kernel": (fused_pack, fused_unpack)}
+    broken = {(row["width"], row["launches"]) for row in check.found.get("kernels", []) if "error" in row}
+    for B, N, slots, C in shapes:
+        for way, functions in ways.items():
+            for index in range(1 + len(LAUNCHES[C]) if way == "kernel" and slots == 8 else 1):
+                if way == "kernel" and (C, index) in broken:
+                    continue  # what breaks the device would end all that follows
+                with launches(C, index) if way == "kernel" else contextlib.nullcontext():
+                    _kernel_speed(check, (B, N, slots, C), f"{way} {index}" if index else way, *functions)
+        if time.perf_counter() - began > 40:
+            check.say("  out of time")
+            return
+    for B, N, slots, C in shapes[:2]:  # last, for compiling takes seconds
+        compiled = [torch.compile(function, dynamic=False) for function in ways["eager"]]
+        _kernel_speed(check, (B, N, slots, C), "compiled", *compiled)
+        if time.perf_counter() - began > 40:
+            check.say("  out of time")
+            return
 
-    for B, N, slots in ((256, 196, 8), (12, 4096, 8), (1, 16384, 8), (4, 16384, 16)):
-        x, m, k, shift, v, *norms = drafts.make(B, N, 384, 6, slots, "cuda", torch.bfloat16)
 
-        def pack(x=x, m=m, norms=norms) -> Tensor:
-            h = F.layer_norm(x, (384,), *norms[:2], 1e-6)
-            return torch.bmm(torch.bmm(m, h.transpose(1, 2)).softmax(2), h)
+def _kernel_speed(check: Check, shape: tuple[int, int, int, int], way: str, pack: Callable, unpack: Callable) -> None:
+    """A row of milliseconds: of pack and unpack, forward, and with the backward pass."""
+    B, N, slots, C = shape
+    given = make(B, N, C, slots, "cuda", torch.bfloat16)
+    numbers = given["x"].numel()
+    copies = [given["x"].detach().clone().requires_grad_() for _ in range(max(2, CACHE // (2 * numbers)))]
+    to_unpack = [given[name] for name in ("k", "shift", "v", "w", "b")]
+    # read x; read x, write two; read x and dz, write dx; read x, dy and dh, write dx: at 3 TB/s
+    passes = {"pack": 1, "unpack": 3, "pack_both": 3, "unpack_both": 7}
+    row: dict[str, Any] = {"B": B, "N": N, "slots": slots, "width": C, "way": way}
+    for name, count in passes.items():
+        packs, both = name.startswith("pack"), name.endswith("both")
+        tensors, function = ([given["m"]], pack) if packs else (to_unpack, functools.partial(unpack, slots=slots))
+        dy = torch.randn_like(given["m"] if packs else given["x"])
 
-        def unpack(x=x, k=k, shift=shift, v=v, norms=norms, slots=slots) -> Tensor:
-            h = F.layer_norm(x, (384,), *norms[:2], 1e-6)
-            scores = torch.baddbmm(shift[:, None].to(h.dtype), h, k.transpose(1, 2)).unflatten(2, (6, slots))
-            return F.layer_norm(x + torch.bmm(scores.softmax(3).flatten(2), v), (384,), *norms[2:], 1e-6)
+        def step(both=both, tensors=tensors, function=function, dy=dy) -> None:
+            for x in copies:
+                if not both:
+                    with torch.no_grad():
+                        function(x, *tensors)
+                    continue
+                y = function(x, *tensors)
+                y = y if isinstance(y, tuple) else (y,)
+                torch.autograd.grad(y, [x, *tensors], [dy] * len(y))
 
-        row = {"B": B, "N": N, "slots": slots}
-        row |= {"pack_eager": check.timed(pack), "pack_compiled": check.timed(torch.compile(pack))}
-        row |= {"pack_triton": check.timed(lambda a=(x, m, *norms[:2]): drafts.pack(*a))}
-        row |= {"unpack_eager": check.timed(unpack), "unpack_compiled": check.timed(torch.compile(unpack))}
-        row |= {"unpack_triton": check.timed(lambda a=(x, k, shift, v, *norms, slots): drafts.unpack(*a))}
-        row |= {"pack_memory": 2 * x.numel() / 3e9, "unpack_memory": 6 * x.numel() / 3e9}  # at 3 TB/s
-        check.note("kernel_speed", **row)
-        check.say("  " + ", ".join(f"{n} {v:.3f}" if isinstance(v, float) else f"{n} {v}" for n, v in row.items()))
+        try:
+            row[name] = check.timed(_graph(step), 0.05) / len(copies)
+        except Exception as error:  # one that does not run must not hide the others
+            row[f"{name}_error"] = first_line(error)[:200]
+        row[f"{name}_memory"] = 2 * count * numbers / 3e9
+    check.note("kernel_speed", **row)
+    check.say("  " + ", ".join(f"{n} {v:.4f}" if isinstance(v, float) else f"{n} {v}" for n, v in row.items()))
+
+
+def _graph(step: Callable[[], Any]) -> Callable[[], Any]:
+    """The same step as a CUDA graph."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 MODELS = (
     "luna_vit_small",
+    "luna_vit_small,use_kernels=True",
     "vit_small_patch16_224",
     "luna_vit_small,mixer=identity",
     "xcit_small_12_p16_224",
@@ -472,13 +549,13 @@ def speed(check: Check) -> None:
     eager, compiled and (one image) as a CUDA graph; training under autocast."""
     batches, names = BATCHES, MODELS
     if check.small:
-        batches, names = {160: 2}, ("test_luna_vit", "test_vit")
+        batches, names = {160: 2}, ("test_luna_vit", "test_luna_vit,use_kernels=True", "test_vit")
     ways = [("inference", "eager"), ("inference", "compiled"), ("training", "eager"), ("inference", "graph")]
     ways.append(("training", "compiled"))
     rare = (384, 4096)
-    # what says most comes first: the first three models, at the usual sides
-    plan = [(side, way, names[:3]) for way in ways for side in batches if side not in rare]
-    plan += [(side, way, names[3:]) for way in ways for side in batches if side not in rare]
+    # what says most comes first: the first four models, at the usual sides
+    plan = [(side, way, names[:4]) for way in ways for side in batches if side not in rare]
+    plan += [(side, way, names[4:]) for way in ways for side in batches if side not in rare]
     plan += [(side, way, names) for way in ways for side in batches if side in rare]
     for side, (mode, execution), models in plan:
         said = []

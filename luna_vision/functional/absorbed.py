@@ -209,6 +209,38 @@ def weighted_slots(weights: Tensor, m_value: Tensor, bias: Tensor | None = None)
     return torch.baddbmm(bias[None, None, :], weights, m_value)
 
 
+def fold_slots(packed: Tensor, w: Projections, fold_bias: bool = True) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What the patches read of a packed memory (B, L, C), with their projections folded in: keys (B, S, C), what is
+    added to their scores (B, S), if the queries have a bias, and values (B, S, C), in its type.
+
+    Args:
+        packed: The memory.
+        w: The projections, with that of the output.
+        fold_bias: Whether the values hold the bias of the output.
+    """
+    B, L, C = packed.shape
+    H, E = w.heads, C // w.heads
+    b_query, w_value, w_out, b_out = w.b_query, w.w_value, w.w_out, w.b_out  # TorchScript refines only locals
+    assert w_out is not None
+    k = _project(packed, w.w_key, w.b_value if w_value is None else None)
+    v = _per_head(k if w_value is None else _project(packed, w_value, w.b_value), H)
+    k = _per_head(k * math.sqrt(H / C), H)
+    m_key = clamp_fp16(_slots(torch.bmm(k, w.w_query.to(k.dtype).view(H, E, C)), B))
+    w_out = w_out.to(k.dtype).view(C, H, E).permute(1, 2, 0)
+    if b_out is not None and fold_bias:
+        # each head's weights sum to 1: 1 / H of the bias in every slot adds up to the bias, without a pass over N x C
+        m_value = torch.baddbmm(b_out.to(k.dtype).view(1, 1, C), v, w_out, beta=1.0 / H)
+    else:
+        m_value = torch.bmm(v, w_out)
+    # for the same reason, a sum over the heads cannot leave the range of float16 where no slot is above 1 / H of it
+    m_value = clamp_fp16(_slots(m_value, B), 1.0 / H)
+    shift: Tensor | None = None
+    if b_query is not None:
+        shift = torch.bmm(k, b_query.to(k.dtype).view(H, E, 1)).view(H, B, L)
+        shift = clamp_fp16(shift.transpose(0, 1).reshape(B, H * L))
+    return m_key, shift, m_value
+
+
 def unpack_absorbed(
     x: Tensor, packed: Tensor, w: Projections, valid: Tensor | None = None, dropout_p: float = 0.0
 ) -> Tensor:
@@ -229,29 +261,8 @@ def unpack_absorbed(
         if autocasts(x):
             with torch.autocast(x.device.type, enabled=False):
                 return unpack_absorbed(x, packed, w, valid, dropout_p)
-    B, L, C = packed.shape
-    H, E = w.heads, C // w.heads
-    b_query, w_value, w_out, b_out = w.b_query, w.w_value, w.w_out, w.b_out  # TorchScript refines only locals
-    assert w_out is not None
-    packed = packed.to(x.dtype)
-    k = _project(packed, w.w_key, w.b_value if w_value is None else None)
-    v = _per_head(k if w_value is None else _project(packed, w_value, w.b_value), H)
-    k = _per_head(k * math.sqrt(H / C), H)
-    m_key = clamp_fp16(_slots(torch.bmm(k, w.w_query.to(x.dtype).view(H, E, C)), B))
-    w_out = w_out.to(x.dtype).view(C, H, E).permute(1, 2, 0)
-    if b_out is not None and dropout_p == 0.0:
-        # each head's weights sum to 1: 1 / H of the bias in every slot adds up to the bias, without a pass over N x C
-        m_value = torch.baddbmm(b_out.to(x.dtype).view(1, 1, C), v, w_out, beta=1.0 / H)
-        b_out = None
-    else:
-        m_value = torch.bmm(v, w_out)
-    # for the same reason, a sum over the heads cannot leave the range of float16 where no slot is above 1 / H of it
-    m_value = clamp_fp16(_slots(m_value, B), 1.0 / H)
-    shift: Tensor | None = None
-    if b_query is not None:
-        shift = torch.bmm(k, b_query.to(x.dtype).view(H, E, 1)).view(H, B, L)
-        shift = clamp_fp16(shift.transpose(0, 1).reshape(B, H * L))
-
+    H, L, b_out = w.heads, packed.shape[1], w.b_out
+    m_key, shift, m_value = fold_slots(packed.to(x.dtype), w, dropout_p == 0.0)
     scores = clamp_fp16(slot_scores(x, m_key, shift)).unflatten(2, (H, L))
     if valid is not None:
         scores = scores.masked_fill(~readable(valid)[:, None, None, :], float("-inf"))

@@ -23,11 +23,12 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..functional import PackState, add_residual, autocast_input, check_valid, clamp_fp16
+from ..functional.kernels import Norm
 from ..utils.checks import check_option
 from .local_mixing import LocalMixing
 from .luna import LunaAttention
 from .mlp import Mlp, SwiGlu
-from .plain import has_hooks
+from .plain import has_hooks, is_plain_norm
 
 __all__ = ["LOCAL_MIXING", "MEMORY_MLP", "MLPS", "READ", "LunaBlock", "MixerBlock"]
 
@@ -166,9 +167,16 @@ class Shell(nn.Module):
         x = self._add_residual(x, self.drop_path1(self.ls1(y)))
         return x if self.norm_first else self.norm1(x)
 
-    def _add_mlp(self, x: Tensor, grid_size: tuple[int, int] | None, patch_valid: Tensor | None) -> Tensor:
+    def _add_mlp(
+        self,
+        x: Tensor,
+        grid_size: tuple[int, int] | None,
+        patch_valid: Tensor | None,
+        normed: Tensor | None = None,
+    ) -> Tensor:
         if self.norm_first:
-            return self._add_residual(x, self.drop_path2(self.ls2(self.mlp(self.norm2(x), grid_size, patch_valid))))
+            h = self.norm2(x) if normed is None else normed
+            return self._add_residual(x, self.drop_path2(self.ls2(self.mlp(h, grid_size, patch_valid))))
         return self.norm2(self._add_residual(x, self.drop_path2(self.ls2(self.mlp(x, grid_size, patch_valid)))))
 
 
@@ -240,6 +248,7 @@ class LunaBlock(Shell):
         unpack_form: str = "auto",
         query_gain: float = 1.0,
         mlp: str = "swiglu",
+        use_kernels: bool = False,
         device=None,
         dtype=None,
     ) -> None:
@@ -250,6 +259,9 @@ class LunaBlock(Shell):
             mlp_ratio, norm_first, local_mixing, init_values, drop_path, act_layer, norm_layer, read, mlp: See `Shell`.
             memory_mlp: An MLP on the memory: "none", one of its "own", or "shared" with the patches.
             proj_drop: Dropout after projections, in the MLP, and on the memory's update.
+            use_kernels: Run norm, pack, unpack and residual by fused kernels where there are some: on a GPU with
+                Triton, at a width that is a multiple of 64, pre-norm, both attentions absorbed, and nothing dropped
+                but whole paths; not in tiles and not in exported graphs. The result is the same up to rounding.
 
         Raises:
             ValueError: `dim` is not a multiple of a head count, or an unknown option.
@@ -291,6 +303,7 @@ class LunaBlock(Shell):
         self.mix_halo = int(local_mixing == "before")
         self.unpack_halo = int(self.updates_patches and local_mixing in ("attn", "mlp"))
         self.drops_values = attn_drop > 0.0 or proj_drop > 0.0
+        self.use_kernels = use_kernels
 
     @torch.jit.ignore
     def prune_memory_update(self) -> None:
@@ -333,10 +346,44 @@ class LunaBlock(Shell):
         if patch_valid is not None:
             check_valid(patch_valid, x.shape[0], x.shape[1], "patch_valid", values=False)
         x = self.mix_tile(x, grid_size, patch_valid)
+        if not torch.jit.is_scripting():
+            if self._takes_kernels(x, memory.shape[1]):
+                return self._forward_kernels(x, memory, grid_size, patch_valid, memory_valid)
         h = self.norm_tile(x)
         packed = self.attn.pack(h, self._norm_memory(memory), patch_valid)
         memory, read = self._update_memory(memory, packed)
         return self.unpack_tile(x, h, read, grid_size, patch_valid, memory_valid), memory
+
+    @torch.jit.ignore
+    def _takes_kernels(self, x: Tensor, memory_len: int) -> bool:
+        if not self.use_kernels or not self.norm_first or self.local_after or torch.compiler.is_exporting():
+            return False
+        return is_plain_norm(self.norm1) and self.attn.takes_kernels(x, memory_len)
+
+    @torch.jit.ignore
+    def _forward_kernels(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        grid_size: tuple[int, int] | None,
+        patch_valid: Tensor | None,
+        memory_valid: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` after the local mixing, by fused kernels."""
+        norm1 = Norm(self.norm1.weight, self.norm1.bias, self.norm1.eps)
+        packed = self.attn.pack_normed(x, self._norm_memory(memory), norm1, patch_valid)
+        memory, read = self._update_memory(memory, packed)
+        if self.mlp is None:
+            return x, memory
+        norm2 = None
+        if is_plain_norm(self.norm2):
+            norm2 = Norm(self.norm2.weight, self.norm2.bias, self.norm2.eps)
+
+        def branch(y: Tensor) -> Tensor:
+            return self.drop_path1(self.ls1(y))
+
+        x, normed = self.attn.unpack_normed(x, read, norm1, memory_valid, norm2, branch)
+        return self._add_mlp(x, grid_size, patch_valid, normed), memory
 
     @torch.jit.ignore
     def pack_query(self, memory: Tensor) -> Tensor:

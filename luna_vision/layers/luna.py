@@ -13,6 +13,7 @@ The absorbed form reads their weights, and runs only where these say all that th
 Shapes: B batch, N patches, L memory slots, C width, H heads.
 """
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -37,7 +38,8 @@ from ..functional import (
     tile_projected,
     unpack_absorbed,
 )
-from .plain import is_plain
+from ..functional.kernels import Norm, pack_normed, supports_kernels, unpack_normed
+from .plain import is_hooked, is_plain
 
 __all__ = ["LunaAttention"]
 
@@ -223,6 +225,37 @@ class LunaAttention(nn.Module):
         k, v = self._unpack_kv(packed)
         y = attend(self._heads(self.unpack_q(x), self.num_heads), k, v, memory_valid, drop)
         return self.proj_drop(clamp_fp16(self.proj(y)))
+
+    # with the norm of the patches inside, by fused kernels
+
+    @torch.jit.ignore
+    def takes_kernels(self, x: Tensor, memory_len: int) -> bool:
+        """Whether `pack_normed` and `unpack_normed` give what `pack` and `unpack` do, for patches (B, N, C)."""
+        drops = self.training and (self.attn_drop > 0.0 or (not self.pack_only and self.proj_drop.p > 0.0))
+        if drops or not self.absorb_pack or not (self.pack_only or self.absorb_unpack) or is_hooked(self):
+            return False
+        return supports_kernels(x, max(self.num_heads, self.pack_heads), memory_len)
+
+    @torch.jit.ignore
+    def pack_normed(self, x: Tensor, memory: Tensor, norm: Norm, patch_valid: Tensor | None = None) -> Tensor:
+        """`pack` of the normed patches, from the patches as they are."""
+        return pack_normed(memory, x, norm, self._pack_weights(), patch_valid)
+
+    @torch.jit.ignore
+    def unpack_normed(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        norm: Norm,
+        memory_valid: Tensor | None = None,
+        norm2: Norm | None = None,
+        branch: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The patches after the attention: x + `unpack` of the normed patches, through `branch`; and their second norm.
+
+        Arguments and result are those of `luna_vision.functional.kernels.unpack_normed`.
+        """
+        return unpack_normed(x, packed, norm, self._unpack_weights(), memory_valid, norm2, branch)
 
     # `pack` in parts
 

@@ -1,11 +1,12 @@
 """What others have done to a layer: whether it must be called, and whether its output is watched."""
 
 import torch
+from timm.layers import LayerNorm
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["has_hooks", "is_plain"]
+__all__ = ["has_hooks", "is_hooked", "is_plain", "is_plain_norm"]
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -17,18 +18,26 @@ def is_plain(layer: nn.Module) -> bool:
     """
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
         return False
-    if _is_hooked(layer):
+    if is_hooked(layer):
         return False
     return not any(parameter is not None and _is_wrapper(parameter) for parameter in layer._parameters.values())
+
+
+def is_plain_norm(layer: nn.Module) -> bool:
+    """Whether calling this layer is the LayerNorm that its weight and bias say, and nothing else."""
+    if type(layer) not in (nn.LayerNorm, LayerNorm) or "forward" in vars(layer) or is_hooked(layer):
+        return False
+    return all(p is not None and not _is_wrapper(p) for p in (layer.weight, layer.bias))
 
 
 @torch.jit.ignore
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module or one inside it has hooks, or all modules have."""
-    return _has_any_global_hook() or any(map(_is_hooked, module.modules()))
+    return _has_any_global_hook() or any(map(is_hooked, module.modules()))
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks of its own."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

@@ -134,6 +134,7 @@ class LunaVit(nn.Module):
         pack_form: Literal["auto", "projected", "absorbed"] = "auto",
         unpack_form: Literal["auto", "projected", "absorbed"] = "auto",
         query_gain: float = 8.0,
+        use_kernels: bool = False,
         device=None,
         dtype=None,
         **of_vit: Any,
@@ -163,8 +164,8 @@ class LunaVit(nn.Module):
             memory_mlp: An MLP on the memory in every block: none, one of its own, or that of the patches.
             stem: "patch", one linear map of each patch, or "conv", 3x3 convolutions of stride 2.
             mixer: What mixes the patches, a name in `luna_vision.mixers.MIXERS`. All but "luna" have no memory: no
-                prefix tokens, and `memory_len`, `pack_heads`, `tie_kv`, `memory_mlp`, `query_gain` and the forms mean
-                nothing.
+                prefix tokens, and `memory_len`, `pack_heads`, `tie_kv`, `memory_mlp`, `query_gain`, `use_kernels` and
+                the forms mean nothing.
             mixer_args: Arguments of that mixer alone.
             pos_embed: "fourier" (computed), "learn" (a reference grid, resampled) or "none".
             init_values: Initial LayerScale; none if None.
@@ -184,6 +185,7 @@ class LunaVit(nn.Module):
             pack_form: How the pack is computed; the result is the same, see `luna_vision.functional`.
             unpack_form: The same for the unpack.
             query_gain: What the initial query projections are multiplied by, see `LunaAttention.init_weights`.
+            use_kernels: Run parts of the blocks by fused kernels on a GPU, see `LunaBlock`.
             **of_vit: Arguments of timm's `VisionTransformer` that say what holds here anyway.
 
         Raises:
@@ -279,6 +281,7 @@ class LunaVit(nn.Module):
                 pack_form=pack_form,
                 unpack_form=unpack_form,
                 query_gain=query_gain,
+                use_kernels=use_kernels,
                 **attention,
                 **shell,
             )
