@@ -31,7 +31,7 @@ SHAPES = [
     (1, 333, 384, 1, 16, True, False, False),
     (1, 20, 64, 16, 64, True, False, True),
 ]
-LIMITS = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+LIMITS = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 8e-2}
 
 
 @pytest.mark.slow
