@@ -61,8 +61,11 @@ def pack(weights: Path, metrics: Path, name: str, about: str, out: Path) -> dict
 
 def readable(label: str) -> str:
     """The first word for a WordNet id, such as "goldfish" for n01443537; other labels as they are."""
-    info = ImageNetInfo("imagenet-22k")
-    return info.label_name_to_description(label).split(",")[0] if label in info.label_names() else label
+    for subset in ("imagenet-1k", "imagenet-22k"):  # neither has all that the other has
+        info = ImageNetInfo(subset)
+        if label in info.label_names():
+            return info.label_name_to_description(label).split(",")[0]
+    return label
 
 
 def main(argv: list[str] | None = None) -> int:

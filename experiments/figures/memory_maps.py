@@ -1,33 +1,21 @@
-"""Draw docs/figures/memory_maps.png, what a small trained memory does: `python -m experiments.figures.memory_maps`.
+"""Draw docs/figures/memory_maps.png: `python -m experiments.figures.memory_maps`. Where the memory of the weights that
+come with the package looks, on a photo that comes with scikit-image (CC0)."""
 
-The first run trains the model of experiments/configs/memory_maps.yaml and keeps it in runs/memory_maps: 18 minutes on
-one thread of a busy machine with two cores. Later runs only draw. The picture shows the first canvas of the test set.
-"""
-
-import argparse
 from pathlib import Path
 
-import torch
+import skimage.data
+import timm
+from PIL import Image
 
-from experiments.runs import CONFIGS, fit
+import luna_vision  # noqa: F401 - registers the models
 from luna_vision.utils.files import save_figure
-from luna_vision.visualize import plot_memory, view
-
-TEST_IMAGE = 0
+from luna_vision.visualize import plot_memory
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", default="data", help="folder of Fashion-MNIST (default: data)")
-    args = parser.parse_args()
-    torch.set_num_threads(1)  # the order of sums, and so the weights, depend on it
-    here = {"data": {"init_args": {"root": args.root}}}
-    cli, _ = fit([CONFIGS / "memory_maps.yaml", here], Path("runs/memory_maps"))
-    data = cli.datamodule
-    canvas = data.dataset("test").source.canvas(TEST_IMAGE)
-    seen = view(cli.model.model, canvas.image, mean=data.mean, std=data.std)
-    title = f"which class is in the majority? {data.class_names[canvas.label]}"
-    figure = plot_memory(cli.model.model, seen, slots=4, title=title)
+    model = timm.create_model("luna_vit_nano_patch8", pretrained=True).eval()
+    photo = Image.fromarray(skimage.data.chelsea()).resize((384, 256))
+    figure = plot_memory(model, photo, slots=4, title="luna_vit_nano_patch8.tiny_imagenet_64")
     save_figure(figure, Path(__file__).parents[2] / "docs" / "figures" / "memory_maps.png", dpi=110)
 
 
