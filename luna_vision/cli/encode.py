@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MODEL = "luna_vit_tiny"  # the default
 SUFFIXES = (".npz", ".safetensors")
+CHOICE = ("level", "mpp", "magnification", "region", "region_in", "bands", "channel", "series", "z", "t")
 STORE_TYPES = ("float32", "bfloat16")
 
 
@@ -34,15 +35,41 @@ def _parser() -> Parser:
         "them. With --store, the same command resumes a run that was stopped.",
     )
     parser.add_argument(
-        "image", type=Path, metavar="IMAGE", help="TIFF (tiled, pyramid), .zarr, .npy; PNG, JPEG, ... are decoded whole"
+        "image",
+        type=Path,
+        metavar="IMAGE",
+        help="TIFF (tiled, pyramid, OME, GeoTIFF), slides of OpenSlide, .zarr, .npy; PNG, JPEG, ... are decoded whole",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".npz or .safetensors")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="the patch features (H', W', C), .npy or .zarr")
     parser.add_argument("--overwrite", action="store_true", help="replace files at --out and --grid")
     add_model_options(parser, default=MODEL)
     add_speed_options(parser, compiles=False)  # bands go through parts of a block
-    group = parser.add_argument_group("pixels")
+    group = parser.add_argument_group("part of the image")
     group.add_argument("--level", type=at_least(0), metavar="N", help="of a pyramid; 0, the default, is the largest")
+    group.add_argument("--mpp", type=float, metavar="X", help="micrometres of a pixel, in place of a level")
+    group.add_argument("--magnification", type=float, metavar="X", help="of the objective, such as 20, likewise")
+    group.add_argument(
+        "--region", type=float, nargs=4, metavar=("X", "Y", "W", "H"), help="a rectangle, from its upper left corner"
+    )
+    group.add_argument(
+        "--region-in",
+        choices=("pixels", "map"),
+        default="pixels",
+        help="unit of --region: pixels of level 0, or that of the map of a georeferenced image (default: pixels)",
+    )
+    group.add_argument("--bands", type=at_least(1), nargs="+", metavar="N", help="to read, in this order, from 1")
+    group.add_argument("--channel", nargs="+", metavar="NAME", help="names or, from 0, numbers, in place of bands")
+    group.add_argument("--series", type=at_least(0), metavar="N", help="of a file with several images, from 0")
+    group.add_argument("--z", type=at_least(0), metavar="N", help="of a stack, from 0")
+    group.add_argument("--t", type=at_least(0), metavar="N", help="likewise")
+    group.add_argument(
+        "--mask",
+        metavar="otsu|FILE",
+        help="leave out the rest: tissue by Otsu's threshold on a low level, an image that is 0 there, or polygons in "
+        "GeoJSON",
+    )
+    group = parser.add_argument_group("pixels")
     add_statistics_options(group, "one number or one a channel (default: the model's)")
     add_value_options(group)
     group = parser.add_argument_group("memory and disk")
@@ -79,7 +106,7 @@ def main(words: list[str]) -> int:
             raise FileExistsError(f"{args.grid} exists: give --overwrite to replace it")
     if args.store is not None and args.store.exists() and not args.store.is_dir():
         raise NotADirectoryError(f"--store {args.store} is a file: give a folder")
-    image = open_image(args.image, args.level)
+    image = open_image(args.image, **{name: getattr(args, name) for name in CHOICE})
     model = load(args, default=MODEL)
     about = {
         "luna_vision": __version__,
@@ -97,6 +124,7 @@ def main(words: list[str]) -> int:
                 mean=args.mean,
                 std=args.std,
                 **value_options(args),
+                mask=args.mask,
                 store=args.store,
                 store_dtype=getattr(torch, args.store_dtype) if args.store_dtype else None,
                 memory_budget=args.memory_budget,
@@ -109,7 +137,8 @@ def main(words: list[str]) -> int:
         print(f"stopped; {again}", file=sys.stderr)
         return 130
     (height, width), (rows, columns) = image.shape[:2], result.grid_size
-    print(f"{args.out}: {height} x {width} pixels, {rows} x {columns} patches")
+    seen = "" if result.patch_valid is None else f", {int(result.patch_valid.sum())} of them looked at"
+    print(f"{args.out}: {height} x {width} pixels, {rows} x {columns} patches{seen}")
     return 0
 
 
@@ -121,6 +150,8 @@ def _save(path: Path, result: "Encoded", about: dict[str, Any]) -> None:
 
     named = {name: getattr(result, name) for name in ("embedding", "logits", "memory", "raw_memory")}
     arrays = {name: value.float().numpy() for name, value in named.items() if value is not None}
+    if result.patch_valid is not None:
+        arrays["patch_valid"] = result.patch_valid.numpy()
     about = {**about, "grid_size": list(result.grid_size)}
     with new_file(path) as file:
         if path.suffix == ".npz":

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import luna_vision
 
+from ..images.foreground import patch_mask
 from ..images.pixels import Pixels, pixel_statistics
 from ..images.values import model_values
 from ..models import LunaVit
@@ -26,6 +28,7 @@ from ..utils.progress import progress_bar
 from .check import check_model
 from .checkpoint import Checkpoint
 from .grid import Grid, check_apart, check_grid
+from .layout import Layout
 from .out_of_core import Engine, State
 from .plan import make_plan, parse_bytes
 from .store import FileRows, RamRows, Ring
@@ -46,6 +49,7 @@ class Encoded:
         raw_memory: (L, C), before the final norm: the `memory` for a next image.
         grid_size: (H', W').
         peak_bytes: Bytes to be allocated at most, by the plan.
+        patch_valid: (H', W') bool, the patches that were looked at; None if all were. Others are 0 in the `grid`.
     """
 
     embedding: Tensor | None
@@ -54,6 +58,7 @@ class Encoded:
     raw_memory: Tensor
     grid_size: tuple[int, int]
     peak_bytes: int
+    patch_valid: Tensor | None = None
 
 
 @torch.no_grad()  # not inference mode: the result may be used in training
@@ -66,6 +71,7 @@ def encode(
     value_range: str | Sequence[float] | None = None,
     nodata: float | None = None,
     fill: float | str | None = None,
+    mask: np.ndarray | str | os.PathLike | None = None,
     memory: Tensor | None = None,
     store: str | os.PathLike | None = None,
     store_dtype: torch.dtype | None = None,
@@ -94,6 +100,8 @@ def encode(
         nodata: A number that stands for no data, besides the one that a file itself names; likewise.
         fill: What takes the place of missing numbers: "mean", "error" or a number; or "mask", which leaves out patches
             that have no others; likewise.
+        mask: The patches to look at, as `patch_valid` of the model: "otsu" for tissue, a mask file, polygons in GeoJSON
+            or an array, see `luna_vision.images.foreground.patch_mask`. Others are neither read nor computed.
         memory: (L, C), replaces the learned initial memory (`Encoded.raw_memory` of an earlier image).
         store: A folder for the patches; None keeps them in memory. It is emptied at the end.
         store_dtype: Type in which patches are kept between two layers, the model's if None. `torch.bfloat16` halves
@@ -125,36 +133,45 @@ def encode(
     pixels = Pixels(image, model.in_chans, *statistics, dtype=wide, device=parameter.device, values=values)
     (height, width), (p, q) = pixels.shape[:2], model.patch_embed.patch_size
     grid_size = -(-height // p), -(-width // q)
+    masked = None if mask is None else patch_mask(mask, image, grid_size, (p, q))
+    if masked is not None:
+        pixels.restrict(masked, (p, q))
     memory = None if memory is None else memory.reshape(-1, *memory.shape[-2:]).to(parameter.device)
     state = State(0, 0, initial_memory(model.learned_memory(), memory, parameter.new_empty(1, 1, model.embed_dim)))
 
     checkpoint, band = None, band_rows
     if store is not None:
         about = _about(model, pixels, statistics, state.memory, store_dtype, band_rows, grid)
+        about["mask"] = None if masked is None else hashlib.sha256(np.packbits(masked).tobytes()).hexdigest()
         checkpoint = Checkpoint(Path(store), about)
         band = checkpoint.band or band
     out = None
     try:
         with ExitStack() as files:
-            plan = make_plan(model, pixels, grid_size, store_dtype, store is not None, budget, band)
+            count = None if masked is None else int(masked.sum())
+            plan = make_plan(model, pixels, grid_size, store_dtype, store is not None, budget, band, count)
             if checkpoint is not None:  # the first row of pixels is read only after the plan has found room for it
-                checkpoint.expect({"image": hashlib.sha256(pixels.raw(0, 1).tobytes()).hexdigest()})
+                first = pixels.raw(pixels.first, pixels.first + 1)
+                checkpoint.expect({"image": hashlib.sha256(first.tobytes()).hexdigest()})
             resume = checkpoint is not None and checkpoint.band is not None
             if resume:
                 state = checkpoint.load(parameter.device)
-            valid = pixels.valid((p, q), plan.band)
-            shape = grid_size[0] + plan.margin, grid_size[1] * model.embed_dim, store_dtype
+            if (valid := pixels.valid((p, q), plan.band)) is not None:
+                pixels.restrict(valid, (p, q))
+            layout = Layout(grid_size, plan.band, valid)
+            shape = layout.count + layout.margin, model.embed_dim, store_dtype
             rows = RamRows(*shape) if checkpoint is None else FileRows(checkpoint.patches, *shape, resume=resume)
             files.callback(rows.close)
             # a run that was killed at its very end has a complete grid already
-            at_end = (state.sweep, state.row) == (len(model.stages()), grid_size[0])
+            at_end = (state.sweep, state.row) == (len(model.stages()), layout.bands[-1].stop)
             if grid is not None and not (at_end and Grid.is_finished(Path(grid))):
                 out = Grid(Path(grid), (*grid_size, model.embed_dim), parameter.dtype, plan.band, resume)
                 files.callback(out.close)
-            ring = Ring(rows, *grid_size, plan.margin)
-            engine = Engine(model, pixels, grid_size, plan.band, ring, state, out, valid)
+            ring = Ring(rows, layout.count, layout.margin)
+            engine = Engine(model, pixels, layout, plan.band, ring, state, out)
             embedding, memory = _run(engine, rows, checkpoint, progress)
             result = _finish(model, embedding, memory, grid_size, plan.bytes)
+            result.patch_valid = None if valid is None else torch.from_numpy(valid)
             if save is not None:
                 save(result)
             if out is not None:
@@ -187,8 +204,10 @@ def _run(
     engine: Engine, rows: RamRows | FileRows, checkpoint: Checkpoint | None, progress: bool
 ) -> tuple[Tensor | None, Tensor]:
     """Run the engine to its end, with a progress bar; keep its state after every band if there is a checkpoint."""
-    done = engine.state.sweep * engine.height + engine.state.row
-    total = engine.sweeps * engine.height
+    bands, state = engine.layout.bands, engine.state
+    each = sum(band.stop - band.start for band in bands)
+    done = state.sweep * each + sum(band.stop - band.start for band in bands if band.stop <= state.row)
+    total = engine.sweeps * each
     with progress_bar(show=progress, total=total, initial=done, desc="encoding", unit="row") as bar:
 
         def after_band(state: State, new: int) -> None:
@@ -196,7 +215,7 @@ def _run(
                 rows.sync()
                 if engine.grid is not None:
                     engine.grid.sync()
-                checkpoint.save(state, engine.band)
+                checkpoint.save(state, engine.rows)
             bar.update(new)
 
         return engine.run(after_band)
