@@ -34,7 +34,8 @@ def patch_mask(
     Args:
         mask: "otsu", see `foreground`; an image file that lies over level 0 of the image's file, or GeoJSON with
             polygons in pixels of level 0 or, of an image with a georeference, in the coordinates that the GeoJSON
-            names; else in longitude and latitude; or an array (h, w) that lies over the image. What is not 0 counts.
+            names; else in longitude and latitude; or an array (h, w) that lies over the image, or (H', W'). What is not
+            0 counts.
         image: From `open_image`, or an array.
         grid_size: H', W'.
         patch_size: Its height and width in pixels.
@@ -48,6 +49,8 @@ def patch_mask(
     place, name = (0.0, 0.0, 1.0, 1.0), "the mask"
     if not isinstance(mask, str | os.PathLike):
         cells = np.asarray(mask)
+        if cells.shape == tuple(grid_size):  # one for each patch, of which the last may be cut
+            return _checked(cells != 0, name)
         if cells.ndim != 2 or not _same_shape(cells.shape, (height, width)):
             raise UserError(f"the mask of shape {cells.shape} does not lie over the image of {height} x {width} pixels")
         cells = cells != 0

@@ -26,7 +26,7 @@ from .npy import read_header
 from .pillow import deep_numbers, nodata_of, open_image_file, orientation_of
 from .rasters import has_rasterio, open_raster
 from .regions import Choice, Source, opened
-from .slides import is_slide, open_slide
+from .slides import open_slide, vendor_of
 from .tiff import GEOREFERENCE, Kind, NotReadHere, Turn, check_axes, is_tiff, open_tiff
 
 __all__ = ["ChunkedImage", "NpyImage", "PillowImage", "open_image"]
@@ -79,8 +79,8 @@ def _source(path: Path, choice: Choice) -> Source:
     if path.is_dir() or (head.startswith(ZIP) and path.name.lower().endswith(".zip")):
         return _zarr_source(path, choice.series or 0, stack)
     plain = choice.series is None and not stack
-    if plain and is_slide(path):
-        return open_slide(path)
+    if plain and (vendor := vendor_of(path)):
+        return (vendor == "aperio" and _complete(path)) or open_slide(path)
     if is_tiff(head):
         return (plain and _georeferenced(path)) or _tiff_source(path, choice.series or 0, stack)
     if choice.level is not None:
@@ -89,6 +89,16 @@ def _source(path: Path, choice: Choice) -> Source:
         raise ValueError(f"only TIFF and zarr images have series and stacks, and {path} is none")
     image = NpyImage(path) if head.startswith(NPY) else PillowImage(path)
     return Source([image.shape[:2]], lambda level: image, str(path))
+
+
+def _complete(path: Path) -> Source | None:
+    """A slide that is a TIFF without missing tiles, and has all levels: OpenSlide interpolates where a level is not an
+    exact fraction of level 0, and TIFF is read as it is, here as elsewhere."""
+    try:
+        slide, tiff = open_slide(path), _tiff_source(path, 0, {})
+    except (ValueError, OSError):
+        return None
+    return tiff if tiff.sizes == slide.sizes and not tiff.sparse else None
 
 
 def _georeferenced(path: Path) -> Source | None:
@@ -103,7 +113,12 @@ def _georeferenced(path: Path) -> Source | None:
                 return None
     except Exception:  # of a damaged file, nearly anything; the reader of TIFF says what
         return None
-    return open_raster(path)
+    source = open_raster(path)
+    if source is not None and source.lossy:
+        # decoders differ: level 0 is that of training and prediction, which read it as a whole
+        whole, levels = _tiff_source(path, 0, {}), source.open
+        source.open = lambda level: levels(level) if level else whole.open(0)
+    return source
 
 
 def _need(name: str, what: str) -> None:
@@ -210,7 +225,7 @@ def _tiff_source(path: Path, series: int, stack: dict[str, int]) -> Source:
             pass  # what Pillow says is that it does not know the file
         raise UserError(f"{path} has {error}: it is not read") from error
     sizes = [size[::-1] for size in tiff.sizes] if tiff.turn.transposed else tiff.sizes
-    return Source(sizes, open_level, str(path), tiff.mpp, tiff.magnification, list(tiff.channels))
+    return Source(sizes, open_level, str(path), tiff.mpp, tiff.magnification, list(tiff.channels), sparse=tiff.sparse)
 
 
 @contextmanager

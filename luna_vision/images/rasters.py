@@ -60,7 +60,8 @@ def open_raster(path: Path) -> Source | None:
         return RasterImage(data if level == 0 else levels[level - 1], kept, bits, data.nodata)
 
     where = Georeference(data.crs.to_wkt(), tuple(data.transform)[:6])
-    return Source(sizes, open_level, str(path), bands=names, georeference=where)
+    lossy = "JPEG" in structure.get("COMPRESSION", "")
+    return Source(sizes, open_level, str(path), bands=names, georeference=where, lossy=lossy)
 
 
 class RasterImage:

@@ -69,6 +69,8 @@ class Source:
         magnification: Of the objective of level 0.
         bands: Names of the bands, as far as they have any.
         georeference: Where it lies on a map.
+        sparse: Whether tiles are missing in the file.
+        lossy: Whether it is JPEG, whose decoders differ by a little.
     """
 
     sizes: list[tuple[int, int]]
@@ -78,6 +80,8 @@ class Source:
     magnification: float | None = None
     bands: list[str] = field(default_factory=list)
     georeference: Georeference | None = None
+    sparse: bool = False
+    lossy: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,19 +12,20 @@ from PIL import Image
 from ..utils.errors import one_line
 from .regions import Source
 
-__all__ = ["is_slide", "open_slide"]
+__all__ = ["open_slide", "vendor_of"]
 
 GENERIC = "generic-tiff"  # what OpenSlide calls a plain TIFF in tiles
 ROWS = 256  # read together, where the slide does not say how high its tiles are
 
 
-def is_slide(path: Path) -> bool:
-    """Whether OpenSlide is installed, and knows a file as that of a scanner."""
+def vendor_of(path: Path) -> str:
+    """The scanner's vendor as OpenSlide names it; empty if it is not installed, or does not know the file."""
     try:
         import openslide
     except ImportError:
-        return False
-    return openslide.OpenSlide.detect_format(path) not in (None, GENERIC)
+        return ""
+    vendor = openslide.OpenSlide.detect_format(path)
+    return "" if vendor in (None, GENERIC) else vendor
 
 
 def open_slide(path: Path) -> Source:

@@ -105,6 +105,7 @@ class OpenTiff:
         mpp: Micrometres of a pixel of level 0, if the file says so.
         magnification: Of the objective, likewise.
         channels: Names of the channels, likewise.
+        sparse: Whether tiles are missing in the file, which are read as 0.
     """
 
     source: Any
@@ -116,6 +117,7 @@ class OpenTiff:
     mpp: float | None = None
     magnification: float | None = None
     channels: tuple[str, ...] = ()
+    sparse: bool = False
 
     def as_zarr(self) -> Any:
         """A store of zarr with the array, as stored."""
@@ -168,7 +170,8 @@ def open_tiff(
     page = source.keyframe
     if page.compression not in COMPRESSIONS:
         raise NotReadHere(f"the compression {getattr(page.compression, 'name', page.compression)}")
-    encoded = max(max(one.databytecounts, default=0) for one in getattr(source, "pages", [source]) if one is not None)
+    pages = [one for one in getattr(source, "pages", [source]) if one is not None]
+    encoded = max(max(one.databytecounts, default=0) for one in pages)
     if encoded > size:
         raise ValueError(f"it ends before a tile of {encoded} bytes")
     axes = source.axes.upper().replace("S", "C").replace("Q", "Z").replace("I", "Z")
@@ -180,8 +183,10 @@ def open_tiff(
         page.decode = _checked(page.decode, math.prod(page.chunks))
     orientation = (page if ORIENTATION in page.tags else first).tags.valueof(ORIENTATION, 1)
     sizes = [tuple(one.shape[one.axes.upper().index(a)] for a in "YX") for one in levels]
+    sparse = any(0 in one.keyframe.databytecounts for one in levels)
     about = (series.keyframe, tiff.ome_metadata or "", number)
-    return OpenTiff(source, axes, kind, Turn.of(orientation), encoded, sizes, *_resolution(*about), _channels(*about))
+    resolution = _resolution(*about)
+    return OpenTiff(source, axes, kind, Turn.of(orientation), encoded, sizes, *resolution, _channels(*about), sparse)
 
 
 def read_tiff(file: BinaryIO, name: str, max_pixels: int) -> Raster:

@@ -14,6 +14,7 @@ from sklearn.datasets import load_sample_image
 from luna_vision.cli.common import run_command
 from luna_vision.cli.encode import main
 from luna_vision.images import open_image
+from luna_vision.images.decode import read_image
 from luna_vision.images.pixels import Pixels
 from luna_vision.images.slides import SlideImage
 
@@ -78,6 +79,22 @@ def test_a_resolution_between_two_levels_is_resampled(slide, photo):
     want = np.asarray(Image.fromarray(photo).resize((427, 284), Image.Resampling.BILINEAR))[:, :426]
     assert np.abs(all_of(image).astype(int) - want).mean() < 4
     np.testing.assert_array_equal(image.window(slice(100, 150), slice(200, 300)), all_of(image)[100:150, 200:300])
+
+
+def test_levels_that_are_no_fraction_are_read_as_they_are(tmp_path):
+    """OpenSlide interpolates them; a complete TIFF need not be read by it."""
+    image = np.tile(load_sample_image("china.jpg"), (2, 2, 1))[:, :1279]
+    with tifffile.TiffWriter(tmp_path / "a.svs") as file:
+        how = {"photometric": "rgb", "tile": (64, 64), "metadata": None}
+        about = "Aperio Image Library\r\n{} |AppMag = 20|MPP = 0.5"
+        file.write(image, description=about.format("1279x854"), **how)
+        file.write(
+            image[::8, ::8].copy(), description="Aperio Image Library\r\nthumbnail", photometric="rgb", metadata=None
+        )
+        file.write(image[::4, ::4].copy(), description=about.format("320x214"), **how)
+    low = open_image(tmp_path / "a.svs", mpp=2.0)
+    np.testing.assert_array_equal(all_of(low), image[::4, ::4])
+    assert open_image(tmp_path / "a.svs", magnification=20).shape == image.shape
 
 
 def test_a_region_of_a_slide(slide):
@@ -235,15 +252,25 @@ def test_bands_and_regions_of_a_raster(raster):
     assert open_image(raster, 1).shape == (75, 100, 4) and open_image(raster, 2).shape == (38, 50, 4)
 
 
+def test_a_lossy_raster_has_the_pixels_that_it_has_as_a_whole(photo, tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    where = {"crs": "EPSG:32633", "transform": rasterio.transform.Affine(10, 0, 0, 0, -10, 0)}
+    how = {"width": 640, "height": 426, "count": 3, "dtype": "uint8", "tiled": True, "compress": "jpeg"}
+    with rasterio.open(tmp_path / "a.tif", "w", driver="GTiff", photometric="YCBCR", **how, **where) as file:
+        file.write(photo.transpose(2, 0, 1))
+        file.build_overviews([2])
+    np.testing.assert_array_equal(all_of(open_image(tmp_path / "a.tif")), np.asarray(read_image(tmp_path / "a.tif")))
+    assert open_image(tmp_path / "a.tif", 1).shape == (213, 320, 3)
+    assert open_image(tmp_path / "a.tif").frame.georeference is not None
+
+
 def test_alpha_of_a_raster_is_no_band(tmp_path):
     rasterio = pytest.importorskip("rasterio")
     where = {"crs": "EPSG:32633", "transform": rasterio.transform.Affine(10, 0, 0, 0, -10, 0)}
     array = np.random.default_rng(0).integers(0, 255, (4, 40, 50), np.uint8)
     how = {"driver": "GTiff", "width": 50, "height": 40, "count": 4, "dtype": "uint8"}
-    with rasterio.open(tmp_path / "a.tif", "w", photometric="RGB", alpha="unspecified", **how, **where) as file:
+    with rasterio.open(tmp_path / "a.tif", "w", photometric="RGB", alpha="YES", **how, **where) as file:
         file.write(array)
-        kinds = rasterio.enums.ColorInterp
-        file.colorinterp = kinds.red, kinds.green, kinds.blue, kinds.alpha
     np.testing.assert_array_equal(all_of(open_image(tmp_path / "a.tif")), array[:3].transpose(1, 2, 0))
 
 
