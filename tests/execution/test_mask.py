@@ -15,6 +15,7 @@ from luna_vision.images import open_image
 from luna_vision.images.foreground import patch_mask
 
 from .conftest import OPTIONS, close, normalised
+from .test_budget import allocated
 
 SIDE = 4  # of a patch of the models
 
@@ -169,6 +170,16 @@ def test_a_mask_takes_less_memory(make, photo):
     with pytest.raises(ValueError, match="too small"):
         encode(model, image, memory_budget="2MB", progress=False)
     encode(model, image, mask=valid, memory_budget="2MB", progress=False)
+
+
+@pytest.mark.parametrize("kind", ["blobs", "diagonal", "noise", "rows"])
+@pytest.mark.parametrize("options", [{}, {"stem": "conv", "patch_size": 4}, {"local_mixing": "mlp"}], ids=str)
+def test_what_is_allocated_stays_within_the_plan(kind, options, make, photo):
+    valid = blobs(100, 160, kind)
+    valid[40:70, 30:110] |= kind == "blobs"
+    model = make(dtype=torch.float32, embed_dim=64, **options)
+    found, planned = allocated(model, photo[:400], mask=valid, band_rows=4)
+    assert found < planned
 
 
 # ---- where masks come from
