@@ -71,17 +71,22 @@ def test_every_mask_and_band(kind, band, make, photo, tmp_path):
         check(make(**options), photo[:79, :95], blobs(20, 24, kind), tmp_path, band_rows=band)
 
 
+@pytest.mark.parametrize("saved", [True, False])
 @pytest.mark.parametrize("mixing", ["before", "mlp"])
-def test_a_run_that_is_stopped_after_any_band_goes_on(mixing, make, photo, tmp_path, monkeypatch):
-    model, valid, image = make(local_mixing=mixing), blobs(20, 24), photo[:79, :95]
+def test_a_run_that_is_stopped_after_any_band_goes_on(mixing, saved, make, photo, tmp_path, monkeypatch):
+    """Whether its state was saved, or only its patches were written."""
+    model, valid, image = make(local_mixing=mixing), np.zeros((20, 24), bool), photo[:79, :95]
+    valid[3:17, 5:15] = valid[18:, 20:] = True
     how = {"mask": valid, "band_rows": 2, "progress": False}
     want, save = encode(model, image, **how), Checkpoint.save
     for stop_at in range(100):
         count = iter(range(10**6))
 
         def stop(*args, count=count, stop_at=stop_at):
-            save(*args)
-            if next(count) == stop_at:
+            stops = next(count) == stop_at
+            if saved or not stops:
+                save(*args)
+            if stops:
                 raise KeyboardInterrupt
 
         try:
