@@ -96,13 +96,14 @@ def measure(job: dict[str, Any]) -> None:
     print(json.dumps(result))
 
 
-def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """`measure` in a process of its own; what went wrong, if it was killed for its memory."""
-    worker = subprocess.run([sys.executable, "-c", WORKER, json.dumps(job)], capture_output=True, text=True)
+def run_job(job: dict[str, Any], code: str = WORKER) -> dict[str, Any]:
+    """`measure` in a process of its own, whose last line is the result; what went wrong, if it was killed for its
+    memory."""
+    worker = subprocess.run([sys.executable, "-c", code, json.dumps(job)], capture_output=True, text=True)
     if worker.returncode:
         last = worker.stderr.strip().rsplit("\n", 1)[-1] or f"ended with exit code {worker.returncode}"
         return {**job, "error": last}
-    return {**job, **json.loads(worker.stdout)}
+    return {**job, **json.loads(worker.stdout.strip().rsplit("\n", 1)[-1])}
 
 
 def _parser() -> Parser:

@@ -8,7 +8,6 @@ of the training: reading, augmentation, forward, backward, optimizer and its sta
 import argparse
 import datetime
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from luna_vision.tasks import DetectionTask, SegmentationTask
 from luna_vision.utils.files import write_json
 from luna_vision.utils.record import machine, read_json
 
+from .bands import run_job
 from .gigapixel import peak_resident
 
 __all__ = ["main", "measure"]
@@ -91,15 +91,6 @@ def measure(job: dict[str, Any]) -> None:
     print(json.dumps(found))
 
 
-def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """`measure` in a process of its own; what went wrong, if it was killed for its memory."""
-    worker = subprocess.run([sys.executable, "-c", WORKER, json.dumps(job)], capture_output=True, text=True)
-    if worker.returncode:
-        last = worker.stderr.strip().rsplit("\n", 1)[-1] or f"ended with exit code {worker.returncode}"
-        return {**job, "error": last}
-    return {**job, **json.loads(worker.stdout.strip().rsplit("\n", 1)[-1])}
-
-
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m experiments.benchmarks.train_on",
@@ -131,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     for job in jobs(args):
         if any(all(row.get(name) == value for name, value in job.items()) for row in rows):
             continue
-        row = run_job(job)
+        row = run_job(job, WORKER)
         rows.append(row)
         what = f"{job['task']}, {job['side']} px, {job['train_on']}"
         said = row["error"] if "error" in row else f"peak resident memory {row['peak_resident_bytes'] / 1e9:.2f} GB"

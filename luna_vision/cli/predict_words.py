@@ -7,6 +7,7 @@ from typing import Any
 from ..models.checkpoints import image_cfg, training_checkpoint
 from ..models.weights import SHIPPED, weights_file
 from ..utils.errors import UserError
+from .recipe import option_words
 
 __all__ = ["with_weights"]
 
@@ -25,9 +26,14 @@ def with_weights(args: list[str]) -> list[str]:
     start = args.index("predict") + 1
     end = next((i for i in range(start, len(args)) if args[i].startswith("-")), len(args))
     paths, rest, checkpoint = args[start:end], args[end:], None
-    if "--checkpoint" in rest[:-1]:
-        i = rest.index("--checkpoint")
-        checkpoint, rest = Path(rest[i + 1]), rest[:i] + rest[i + 2 :]
+    for i, word in enumerate(rest):
+        if word == "--checkpoint" and i + 1 < len(rest):
+            checkpoint, rest = Path(rest[i + 1]), rest[:i] + rest[i + 2 :]
+        elif word.startswith("--checkpoint="):
+            checkpoint, rest = Path(word.partition("=")[2]), rest[:i] + rest[i + 1 :]
+        else:
+            continue
+        break
     if not paths and checkpoint is None:
         return args
     if any(word.partition("=")[0] in ("-c", "--config", "--ckpt_path") for word in rest):
@@ -55,7 +61,7 @@ def _words(checkpoint: Path | None) -> list[str]:
             f"{checkpoint} does not say how to prepare images and what its outputs mean: give --config config.yaml of "
             "its run, with --ckpt_path"
         )
-    return [f"--{name}={_word(value)}" for name, value in _options(run, checkpoint).items() if value is not None]
+    return option_words(_options(run, checkpoint))
 
 
 def _options(run: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
@@ -77,7 +83,3 @@ def _options(run: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
         "data.std": cfg["std"],
         "data.crop_pct": "null" if squash else cfg["crop_pct"],
     }
-
-
-def _word(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from ..utils.errors import UserError
 
-__all__ = ["Recipe", "common_options", "fit", "fit_words", "loggers"]
+__all__ = ["Recipe", "common_options", "fit", "fit_words", "loggers", "option_words"]
 
 EPILOG = """\
 Any option of fit works on the same line and comes last, such as --trainer.max_steps 8, --model.lr 1e-3,
@@ -102,9 +102,10 @@ def fit(config: str, options: dict[str, Any], overrides: list[str]) -> NoReturn:
 def fit_words(config: str, options: dict[str, Any], overrides: list[str]) -> list[str]:
     """The command line of `fit` with a YAML of this folder, options by dotted name (None for that of the YAML), and the
     user's own."""
-    words = [f"--{name}={_word(value)}" for name, value in options.items() if value is not None]
-    return ["fit", "--config", str(Path(__file__).with_name(config)), *words, *overrides]
+    return ["fit", "--config", str(Path(__file__).with_name(config)), *option_words(options), *overrides]
 
 
-def _word(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def option_words(options: dict[str, Any]) -> list[str]:
+    """Options by dotted name as words of a command line; without those that are None."""
+    words = {name: x if isinstance(x, str) else json.dumps(x) for name, x in options.items() if x is not None}
+    return [f"--{name}={word}" for name, word in words.items()]

@@ -139,7 +139,7 @@ def test_paths_and_a_checkpoint_are_enough_to_predict(run, monkeypatch):
     assert wants[0] == 0
     want = Path("want.csv").read_text()
     weights = [folder / "best.ckpt", folder / "best.safetensors", "mine.safetensors"]
-    for words in (["--checkpoint", str(file)] for file in weights):
+    for words in (["--checkpoint", str(weights[0])], *([f"--checkpoint={file}"] for file in weights[1:])):
         code, _, err = run("predict", "photos/test", *words, "--out=found.csv", config=False)
         assert code == 0, err
         assert Path("found.csv").read_text() == want
