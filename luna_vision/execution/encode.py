@@ -27,7 +27,7 @@ from ..utils.fingerprint import describe
 from ..utils.progress import progress_bar
 from .check import check_model
 from .checkpoint import Checkpoint
-from .grid import Grid, check_apart, check_grid
+from .grid import Grid, Sink, check_apart
 from .layout import Layout
 from .out_of_core import Engine, State
 from .plan import make_plan, parse_bytes
@@ -77,7 +77,7 @@ def encode(
     store_dtype: torch.dtype | None = None,
     memory_budget: int | str | None = None,
     band_rows: int | None = None,
-    grid: str | os.PathLike | None = None,
+    grid: str | os.PathLike | Sink | None = None,
     progress: bool = True,
     save: Callable[[Encoded], None] | None = None,
 ) -> Encoded:
@@ -110,7 +110,7 @@ def encode(
         band_rows: Rows of patches that go through a layer together; chosen from the budget if None. It changes the
             result by rounding only.
         grid: A .npy or .zarr file for the patches after the final norm, (H', W', C). An existing file or .zarr folder
-            is replaced at the end.
+            is replaced at the end. Or a `luna_vision.execution.grid.Sink`, which takes them as they come.
         progress: Show a progress bar on stderr or, if that is no terminal, a line from time to time.
         save: Called with the result before the store is emptied. If it fails, the same call continues from there.
 
@@ -123,7 +123,8 @@ def encode(
     model.eval()
     parameter = next(model.parameters())
     store_dtype = parameter.dtype if store_dtype is None else store_dtype
-    _check_arguments(image, store_dtype, band_rows, grid)
+    _check_arguments(image, store_dtype, band_rows)
+    sink = None if grid is None else grid if isinstance(grid, Sink) else _grid_file(Path(grid), image)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
 
     statistics = pixel_statistics(model, mean, std)
@@ -141,7 +142,7 @@ def encode(
 
     checkpoint, band = None, band_rows
     if store is not None:
-        about = _about(model, pixels, statistics, state.memory, store_dtype, band_rows, grid)
+        about = _about(model, pixels, statistics, state.memory, store_dtype, band_rows, sink)
         about["mask"] = None if masked is None else hashlib.sha256(np.packbits(masked).tobytes()).hexdigest()
         checkpoint = Checkpoint(Path(store), about)
         band = checkpoint.band or band
@@ -149,7 +150,8 @@ def encode(
     try:
         with ExitStack() as files:
             count = None if masked is None else int(masked.sum())
-            plan = make_plan(model, pixels, grid_size, store_dtype, store is not None, budget, band, count)
+            others = 0 if sink is None else sink.planned_bytes(grid_size, model)
+            plan = make_plan(model, pixels, grid_size, store_dtype, store is not None, budget, band, count, others)
             if checkpoint is not None:  # the first row of pixels is read only after the plan has found room for it
                 first = pixels.raw(pixels.first, pixels.first + 1)
                 checkpoint.expect({"image": hashlib.sha256(first.tobytes()).hexdigest()})
@@ -162,11 +164,18 @@ def encode(
             shape = layout.count + layout.margin, model.embed_dim, store_dtype
             rows = RamRows(*shape) if checkpoint is None else FileRows(checkpoint.patches, *shape, resume=resume)
             files.callback(rows.close)
-            # a run that was killed at its very end has a complete grid already
-            at_end = (state.sweep, state.row) == (len(model.stages()), layout.bands[-1].stop)
-            if grid is not None and not (at_end and Grid.is_finished(Path(grid))):
-                out = Grid(Path(grid), (*grid_size, model.embed_dim), parameter.dtype, plan.band, resume)
+            last_sweep = state.sweep == len(model.stages())
+            # a run that was killed at its very end may have a complete result already
+            finished = last_sweep and state.row == layout.bands[-1].stop and sink is not None and sink.is_finished()
+            if sink is not None and not finished:
+                like = {"device": parameter.device, "dtype": parameter.dtype}
+                sink.open(layout, model.embed_dim, like, plan.band, resume)
+                out = sink
                 files.callback(out.close)
+                if last_sweep and (first := out.rewind(state.row)) < state.row:
+                    # the last sweep only reads the store, so that it can begin again anywhere
+                    assert not state.pool, "the pool would read rows twice"
+                    state.row = max((band.start for band in layout.bands if band.start <= first), default=0)
             ring = Ring(rows, layout.count, layout.margin)
             engine = Engine(model, pixels, layout, plan.band, ring, state, out)
             embedding, memory = _run(engine, rows, checkpoint, progress)
@@ -188,16 +197,16 @@ def encode(
     return result
 
 
-def _check_arguments(
-    image: Any, store_dtype: torch.dtype, band_rows: int | None, grid: str | os.PathLike | None
-) -> None:
+def _check_arguments(image: Any, store_dtype: torch.dtype, band_rows: int | None) -> None:
     if store_dtype not in STORE_TYPES:
         raise ValueError(f"store_dtype must be one of {', '.join(map(str, STORE_TYPES))}, got {store_dtype}")
     if band_rows is not None and band_rows < 1:
         raise ValueError(f"band_rows must be at least 1, got {band_rows}")
-    if grid is not None:
-        check_grid(Path(grid))
-        check_apart(Path(grid), "the patch grid", getattr(image, "file", None))
+
+
+def _grid_file(path: Path, image: Any) -> Grid:
+    check_apart(path, "the patch grid", getattr(image, "file", None))
+    return Grid(path)
 
 
 def _run(
@@ -239,7 +248,7 @@ def _about(
     memory: Tensor,
     store_dtype: torch.dtype,
     band_rows: int | None,
-    grid: str | os.PathLike | None,
+    sink: Sink | None,
 ) -> dict[str, Any]:
     """Everything that the result depends on. The image is known by its shape and its `identity`; `encode` adds its
     first row."""
@@ -256,5 +265,5 @@ def _about(
         "memory": hashlib.sha256(memory.detach().double().cpu().numpy().tobytes()).hexdigest(),
         "store_dtype": str(store_dtype),
         "band_rows": band_rows,
-        "grid": None if grid is None else os.path.abspath(grid),
+        "grid": None if sink is None else sink.described(),
     }

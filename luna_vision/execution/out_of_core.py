@@ -21,7 +21,7 @@ from ..images.pixels import Pixels
 from ..layers import LunaBlock
 from ..layers.pos_embed import grid_coords
 from ..models import LunaVit
-from .grid import Grid
+from .grid import Sink
 from .layout import Band, Layout
 from .store import Ring
 
@@ -58,7 +58,7 @@ class Engine:
         rows: int,
         ring: Ring,
         state: State,
-        grid: Grid | None = None,
+        grid: Sink | None = None,
     ) -> None:
         """
         Args:
@@ -68,7 +68,7 @@ class Engine:
             rows: Rows of patches whose pixels are read together.
             ring: The store of the patches, as it was at `state`.
             state: The state to start from.
-            grid: File for the patches after the final norm.
+            grid: Takes the patches after the final norm.
         """
         self.model, self.pixels, self.layout, self.rows = model, pixels, layout, rows
         self.ring, self.state, self.grid = ring, state, grid

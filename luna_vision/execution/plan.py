@@ -61,6 +61,7 @@ def make_plan(
     budget: int | None = None,
     band: int | None = None,
     count: int | None = None,
+    others: int = 0,
 ) -> Plan:
     """Choose the band, and estimate the memory.
 
@@ -72,6 +73,7 @@ def make_plan(
         budget: Bytes that may be allocated.
         band: Rows of a band, if the caller has chosen them.
         count: Patches that are kept, if that is not the whole grid.
+        others: Bytes that are allocated besides.
 
     Raises:
         ValueError: The budget is too small.
@@ -92,7 +94,7 @@ def make_plan(
         # patches that are read from a file or converted to another type are copies
         copies = (store_dtype.itemsize if in_file else 0) + (_itemsize(model) if store_dtype != model_dtype else 0)
         work += copies * rows * columns * model.embed_dim
-        return pixels.held_bytes + small + store + int(SLACK * work)
+        return pixels.held_bytes + small + store + others + int(SLACK * work)
 
     if budget is not None:
         while not settled and band > 1 and total(band) > budget:

@@ -45,7 +45,7 @@ def patch_mask(
         OSError: There is no such file.
     """
     height, width = image.shape[:2]
-    frame = getattr(image, "frame", None) or Frame((height, width), (0.0, 0.0, float(width), float(height)))
+    frame = Frame.of(image)
     place, name = (0.0, 0.0, 1.0, 1.0), "the mask"
     if not isinstance(mask, str | os.PathLike):
         cells = np.asarray(mask)

@@ -50,11 +50,19 @@ class Frame:
         size: (height, width) of level 0.
         box: (left, top, width, height) of the image, in pixels of level 0.
         georeference: Of level 0, if it has one.
+        mpp: Micrometres of a pixel of level 0, if they are known.
     """
 
     size: tuple[int, int]
     box: tuple[float, float, float, float]
     georeference: Georeference | None = None
+    mpp: float | None = None
+
+    @staticmethod
+    def of(image: Any) -> "Frame":
+        """That of an image; of an array, which is in no file, its own pixels are level 0."""
+        height, width = image.shape[:2]
+        return getattr(image, "frame", None) or Frame((height, width), (0.0, 0.0, float(width), float(height)))
 
 
 @dataclass
@@ -164,7 +172,7 @@ def opened(source: Source, choice: Choice) -> Any:
         box = (columns.start * across, rows.start * down, *sides)
     if choice.region is not None or bands is not None:
         image = Part(image, rows, columns, bands)
-    image.frame = Frame(full, box, source.georeference)
+    image.frame = Frame(full, box, source.georeference, source.mpp)
     image.overview = partial(_overview, source, image, level, bands)
     return image
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 import numpy as np
 from PIL import Image
 
+from luna_vision.downstream.segmentation import mask_numbers
 from luna_vision.images.pillow import georeference
 from luna_vision.utils.errors import UserError
 from luna_vision.utils.files import check_folder, check_output, new_file, open_own, write_text
@@ -258,12 +259,8 @@ class MaskPredictions(PredictionFile):
 
     def __init__(self, path: Path, names: list[str] | None, task: TimmTask, files: list[str]) -> None:
         super().__init__(path, names, task, files)
-        hp, values = task.hparams, task.data_cfg.get("mask_values")
-        count = hp.num_classes + hp.background
-        values = list(range(count)) if values is None else values
-        colors = not isinstance(values[0], int)
-        palette = np.array(values, np.uint8) if colors else voc_palette()
-        self._values = np.arange(count) if colors else np.array(values)
+        hp = task.hparams
+        self._values, palette = mask_numbers(hp.num_classes + hp.background, task.data_cfg.get("mask_values"))
         self._palette = palette.tobytes()
 
     def records(self, prediction: dict[str, Any]) -> list[dict[str, Any]]:
@@ -281,13 +278,3 @@ class MaskPredictions(PredictionFile):
 
     def targets(self, prediction: dict[str, Any]) -> list[Any]:
         return prediction["masks"]
-
-
-def voc_palette() -> np.ndarray:
-    """uint8 (256, 3), the colours of Pascal VOC's masks: the bits of a number, spread over the three channels."""
-    numbers = np.arange(256)
-    palette = np.zeros((256, 3), np.int64)
-    for bit in range(8):
-        palette |= (numbers[:, None] >> np.arange(3) & 1) << (7 - bit)
-        numbers = numbers >> 3
-    return palette.astype(np.uint8)

@@ -1,0 +1,275 @@
+"""Answers for every pixel of an image of any size, without tiles that are blended: a segmenter in the streaming engine.
+
+The backbone runs as `luna_vision.execution.encode` runs it. In its last sweep, patches after the final norm come row by
+row; the head reads them in squares, with as many patches around each as it looks far, so that the logits are those of
+the whole image.
+
+Shapes: H, W pixels, H', W' patch grid, D width of the backbone, K classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from luna_vision.execution.encode import Encoded, encode
+from luna_vision.execution.grid import Sink, check_apart
+from luna_vision.execution.layout import Layout
+from luna_vision.images.maps import MapFile
+from luna_vision.images.values import model_values, type_range
+from luna_vision.utils.fingerprint import describe
+
+from .segmentation import FCN, mask_numbers
+
+__all__ = ["PixelSink", "segment"]
+
+TILE = 512  # pixels, the side of the squares
+HALO = 3  # cells of the head's map, from which a pixel is computed
+
+
+class PixelSink(Sink):
+    """Runs the head of a segmenter on the patches of its backbone. A subclass takes the logits.
+
+    Attributes:
+        tile: Side of the squares in pixels.
+    """
+
+    def __init__(self, model: FCN, size: tuple[int, int]) -> None:
+        """
+        Args:
+            model: In eval mode.
+            size: H, W.
+        """
+        self.model, self.size = model, size
+        self.side, self.stride = model.backbone.stride, model.backbone.strides[0]
+        # squares begin where a cell begins that has several patches
+        align = max(1, self.stride // self.side)
+        self.halo = -(-HALO * self.stride // (self.side * align)) * align
+        self.patches = -(-max(TILE // self.side, 4 * self.halo) // align) * align
+        self.tile = self.patches * self.side
+
+    def take(self, top: int, left: int, logits: Tensor, valid: Tensor | None) -> None:
+        """Take the logits (K, n, m) of a square whose upper left pixel is at (top, left).
+
+        Args:
+            valid: (n, m) bool, the pixels in patches that were looked at; None for all. Squares without any are left
+                out.
+        """
+        raise NotImplementedError
+
+    def described(self) -> Any:
+        """The weights of the head, too: the engine knows those of the backbone."""
+        return {"head": describe(self.model)}
+
+    def planned_bytes(self, grid_size: tuple[int, int], model: nn.Module) -> int:
+        itemsize = max(4, next(model.parameters()).dtype.itemsize)
+        side = self.patches + 2 * self.halo
+        held = min(side, grid_size[0]) * grid_size[1] * model.embed_dim
+        cells = math.prod(min(side, n) * self.side / self.stride for n in grid_size)
+        classes = self.model.classifier[-1].out_channels
+        # maps of the pyramid with what a norm or a convolution copies, and the logits of cells and of pixels
+        work = cells * (6 * self.model.backbone.out_channels + classes * (1 + 4 * self.stride**2))
+        return int(itemsize * (held + work))
+
+    def open(self, layout: Layout, embed_dim: int, like: dict[str, Any], band: int, resume: bool) -> None:
+        self.layout, self.row = layout, 0
+        rows = min(self.patches + 2 * self.halo, layout.height)
+        self.window = torch.zeros(rows, layout.columns, embed_dim, **like)
+
+    @property
+    def top(self) -> int:
+        """The first row of the window; `row` is the first one of the squares that come next."""
+        return max(self.row - self.halo, 0)
+
+    @property
+    def bottom(self) -> int:
+        """Where the last row ends that these squares look at."""
+        return min(self.row + self.patches + self.halo, self.layout.height)
+
+    def _ready(self, row: int) -> bool:
+        """Whether the next squares can be done once all rows above this one are there."""
+        return self.row < self.layout.height and min(self.bottom, self.layout.bands[-1].stop) <= row
+
+    def rewind(self, row: int) -> int:
+        while self._ready(row):
+            self.row += self.patches
+        return min(self.top, row)
+
+    def write(self, start: int, x: Tensor) -> None:
+        stop = start + len(x)
+        while self.row < self.layout.height:
+            first, last = max(start, self.top), min(stop, self.bottom)
+            if first < last:
+                self.window[first - self.top : last - self.top] = x[first - start : last - start]
+            if not self._ready(stop):
+                return
+            self._next()
+
+    def finish(self) -> None:
+        pass  # all squares were done with the last row
+
+    def _next(self) -> None:
+        """Do a row of squares, and go to the next."""
+        stop, top = min(self.row + self.patches, self.layout.height), self.top
+        for left in range(0, self.layout.columns, self.patches):
+            right = min(left + self.patches, self.layout.columns)
+            mask = self.layout.mask(self.row, stop, left, right)
+            if mask is None or mask.any():
+                valid = None if mask is None else mask.view(stop - self.row, right - left)
+                self._square(self.row, stop, left, right, valid)
+        self.row += self.patches
+        kept = self.window[max(self.top - top, 0) : self.bottom - top].clone()
+        self.window.zero_()
+        if self.row < self.layout.height:
+            self.window[: len(kept)] = kept[: len(self.window)]
+
+    def _square(self, top: int, bottom: int, left: int, right: int, valid: Tensor | None) -> None:
+        """The logits of the patches of the rows [top, bottom) and the columns [left, right)."""
+        first = max(left - self.halo, 0)
+        columns = slice(first, min(right + self.halo, self.layout.columns))
+        patches = self.window[: self.bottom - self.top, columns].permute(2, 0, 1)[None]
+        logits = self.model.read(patches)
+        # only the cells around the square are upsampled
+        spans = []
+        for start, stop, begin, count in (
+            (top, bottom, self.top, logits.shape[2]),
+            (left, right, first, logits.shape[3]),
+        ):
+            begin = begin * self.side // self.stride
+            low = max(start * self.side // self.stride - 1, begin)
+            spans.append((low, min(-(-stop * self.side // self.stride) + 1, begin + count), begin))
+        (low, high, down), (near, far, across) = spans
+        pixels = self.model.upsample(logits[:, :, low - down : high - down, near - across : far - across])[0]
+        y, x = top * self.side, left * self.side
+        height, width = min(bottom * self.side, self.size[0]) - y, min(right * self.side, self.size[1]) - x
+        y0, x0 = y - low * self.stride, x - near * self.stride
+        pixels = pixels[:, y0 : y0 + height, x0 : x0 + width]
+        if valid is not None:
+            valid = valid.repeat_interleave(self.side, 0).repeat_interleave(self.side, 1)[:height, :width]
+            valid = valid.to(pixels.device)
+        self.take(y, x, pixels, valid)
+
+
+class _Maps(PixelSink):
+    """Writes the most probable class of each pixel, and probabilities."""
+
+    def __init__(
+        self, model: FCN, image: Any, classes: MapFile, numbers: np.ndarray, probabilities: MapFile | None
+    ) -> None:
+        super().__init__(model, tuple(image.shape[:2]))
+        self.image, self.classes, self.numbers, self.probabilities = image, classes, numbers, probabilities
+        self.maps = [one for one in (classes, probabilities) if one is not None]
+
+    def described(self) -> Any:
+        paths = [os.path.abspath(one.path) for one in self.maps]
+        numbers = hashlib.sha256(self.numbers.tobytes()).hexdigest()
+        return super().described() | {"maps": paths, "numbers": numbers}
+
+    def open(self, layout: Layout, embed_dim: int, like: dict[str, Any], band: int, resume: bool) -> None:
+        super().open(layout, embed_dim, like, band, resume)
+        with ExitStack() as opened:
+            for one in self.maps:
+                if not (resume and one.is_finished()):  # a run may have been killed between two maps
+                    dtype = self.numbers.dtype.name if one is self.classes else "uint8"
+                    one.open(self.image, dtype, self.tile, resume)
+                    if not resume:
+                        opened.callback(one.discard)
+            opened.pop_all()
+
+    def take(self, top: int, left: int, logits: Tensor, valid: Tensor | None) -> None:
+        numbers = self.numbers[logits.argmax(0).cpu().numpy()]
+        if valid is not None:
+            numbers[~valid.cpu().numpy()] = self.classes.nodata
+        self.classes.write(top, left, numbers)
+        if self.probabilities is not None:
+            shares = (logits.float().softmax(0) * 255).round()
+            if valid is not None:
+                shares *= valid
+            self.probabilities.write(top, left, shares.to(torch.uint8).cpu().numpy())
+
+    def sync(self) -> None:
+        pass  # tiles are files, which survive a kill
+
+    def close(self) -> None:
+        pass
+
+    def is_finished(self) -> bool:
+        return all(one.is_finished() for one in self.maps)
+
+    def discard(self) -> None:
+        for one in self.maps:
+            one.discard()
+
+    def finish(self) -> None:
+        for one in self.maps:
+            if not one.is_finished():
+                one.finish()
+
+
+@torch.no_grad()
+def segment(
+    model: FCN,
+    image: Any,
+    classes: str | os.PathLike,
+    probabilities: str | os.PathLike | None = None,
+    *,
+    values: Sequence[int] | Sequence[tuple[int, int, int]] | None = None,
+    class_names: Sequence[str] | None = None,
+    value_range: str | Sequence[float] | None = None,
+    nodata: float | None = None,
+    fill: float | str | None = None,
+    **how: Any,
+) -> Encoded:
+    """Write the class of each pixel of an image that need not fit into memory.
+
+    The classes are those of `model(image)`, up to rounding; there are no tiles to blend. Memory is bounded as by
+    `encode`. With a `store`, a call that was stopped is resumed by the same call.
+
+    Args:
+        model: A segmenter whose backbone is a Luna ViT; it is put in eval mode.
+        image: As in `encode`.
+        classes: File of the classes; its suffix is one of `luna_vision.images.maps.MAP_SUFFIXES`. What is there is
+            replaced at the end.
+        probabilities: File of the probability of each class, a channel each, uint8: 255 is 1.
+        values: The number, or the colour, of each class in training masks, which become the numbers and the colours of
+            the file; by default 0 to K - 1.
+        class_names: Their names.
+        value_range, nodata, fill: As in `encode`.
+        **how: mask, store, store_dtype, memory_budget, band_rows, progress of `encode`. Where a mask leaves patches
+            out, the file has its number for no data: the largest that is no class's.
+
+    Returns:
+        The memory, the patch grid's size and the mask; there is no embedding.
+
+    Raises:
+        ValueError: As in `encode`, or a suffix that is none of a map.
+        OSError: As in `encode`.
+    """
+    model.eval()
+    body, count = model.backbone.body, model.classifier[-1].out_channels
+    names = list(class_names or map(str, range(count)))
+    numbers, palette = mask_numbers(count, values)
+    free = next(n for n in range(np.iinfo(numbers.dtype).max, -1, -1) if n not in numbers)
+    named = {int(number): name for number, name in zip(numbers, names, strict=True)}
+    maps = [MapFile(Path(classes), classes=named, palette=palette, nodata=free)]
+    if probabilities is not None:
+        maps.append(MapFile(Path(probabilities), channels=names))
+    for one in maps:
+        check_apart(one.path, "the map", getattr(image, "file", None))
+    sink = _Maps(model, image, maps[0], numbers, maps[1] if len(maps) > 1 else None)
+    # training filled what is missing in the middle of the range, see `luna_vision.data.dense`
+    meant = model_values(body.pretrained_cfg, model.backbone.mean, value_range, nodata, fill)
+    if meant.fill == "mean":
+        low, high = meant.value_range or type_range(np.dtype(image.dtype), getattr(image, "top", None))
+        fill = (low + high) / 2
+    statistics = {"mean": model.image_mean.flatten().tolist(), "std": model.image_std.flatten().tolist()}
+    return encode(body, image, **statistics, value_range=value_range, nodata=nodata, fill=fill, grid=sink, **how)
