@@ -43,7 +43,14 @@ def _parser() -> Parser:
     parser.add_argument(
         "--probabilities", type=Path, metavar="FILE", help="of the classes, a channel each, 255 for 1; likewise"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace files at --out and --probabilities")
+    parser.add_argument(
+        "--polygons",
+        type=Path,
+        metavar="FILE",
+        help="the outlines of the classes, .geojson: in pixels of level 0 for QuPath or, of an image with a "
+        "georeference, in longitude and latitude; takes --out in .tif",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace these files")
     parser.add_argument(
         "--device", choices=DEVICES, default="auto", help="auto takes a GPU if there is one (default: auto)"
     )
@@ -59,13 +66,15 @@ def main(words: list[str]) -> int:
     from ..downstream.segmentation import FCN
     from ..downstream.whole import segment
     from ..images.maps import check_map
+    from ..images.polygons import check_geojson
     from ..loading import load
     from ..models.checkpoints import training_checkpoint
     from ..models.factory import pick_device
 
-    for path, what in ((args.out, "the output"), (args.probabilities, "the probabilities")):
+    files = (args.out, "the output"), (args.probabilities, "the probabilities"), (args.polygons, "the polygons")
+    for path, what in files:
         if path is not None:
-            check_map(path)
+            (check_geojson if path is args.polygons else check_map)(path)
             check_file(path, what, args.image, args.overwrite)
     if args.probabilities is not None and args.probabilities.resolve() == args.out.resolve():
         raise UserError(f"--out and --probabilities are both {args.out}: give another name")
@@ -78,7 +87,9 @@ def main(words: list[str]) -> int:
     try:
         with at_speed(args, model):
             how = streaming_arguments(args)
-            result = segment(model, image, args.out, args.probabilities, values=values, class_names=names, **how)
+            result = segment(
+                model, image, args.out, args.probabilities, args.polygons, values=values, class_names=names, **how
+            )
     except KeyboardInterrupt:
         return stopped(args)
     (height, width), seen = image.shape[:2], ""

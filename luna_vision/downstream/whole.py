@@ -25,7 +25,10 @@ from luna_vision.execution.encode import Encoded, encode
 from luna_vision.execution.grid import Sink, check_apart
 from luna_vision.execution.layout import Layout
 from luna_vision.images.maps import MapFile
+from luna_vision.images.polygons import check_geojson, outlines, write_geojson
+from luna_vision.images.regions import Frame
 from luna_vision.images.values import model_values, type_range
+from luna_vision.utils.errors import UserError
 from luna_vision.utils.fingerprint import describe
 
 from .segmentation import FCN, mask_numbers
@@ -163,14 +166,28 @@ class _Maps(PixelSink):
     """Writes the most probable class of each pixel, and probabilities."""
 
     def __init__(
-        self, model: FCN, image: Any, classes: MapFile, numbers: np.ndarray, probabilities: MapFile | None
+        self,
+        model: FCN,
+        image: Any,
+        classes: MapFile,
+        numbers: np.ndarray,
+        probabilities: MapFile | None,
+        polygons: Path | None,
+        outlined: list[int],
     ) -> None:
+        """
+        Args:
+            classes, probabilities, polygons: The files.
+            numbers: Of the classes.
+            outlined: The numbers that get polygons.
+        """
         super().__init__(model, tuple(image.shape[:2]))
         self.image, self.classes, self.numbers, self.probabilities = image, classes, numbers, probabilities
+        self.polygons, self.outlined = polygons, outlined
         self.maps = [one for one in (classes, probabilities) if one is not None]
 
     def described(self) -> Any:
-        paths = [os.path.abspath(one.path) for one in self.maps]
+        paths = [os.path.abspath(path) for path in (*(one.path for one in self.maps), self.polygons) if path]
         numbers = hashlib.sha256(self.numbers.tobytes()).hexdigest()
         return super().described() | {"maps": paths, "numbers": numbers}
 
@@ -184,6 +201,8 @@ class _Maps(PixelSink):
                     if not resume:
                         opened.callback(one.discard)
             opened.pop_all()
+        if self.polygons is not None and not resume:
+            self.polygons.unlink(missing_ok=True)  # one that exists is of this run
 
     def take(self, top: int, left: int, logits: Tensor, valid: Tensor | None) -> None:
         numbers = self.numbers[logits.argmax(0).cpu().numpy()]
@@ -203,7 +222,7 @@ class _Maps(PixelSink):
         pass
 
     def is_finished(self) -> bool:
-        return all(one.is_finished() for one in self.maps)
+        return all(one.is_finished() for one in self.maps) and (self.polygons is None or self.polygons.exists())
 
     def discard(self) -> None:
         for one in self.maps:
@@ -213,6 +232,15 @@ class _Maps(PixelSink):
         for one in self.maps:
             if not one.is_finished():
                 one.finish()
+        if self.polygons is not None:
+            found = outlines(self.classes.path, self.outlined)
+            features = ((rings, self._properties(number)) for number, rings in found)
+            write_geojson(self.polygons, Frame.of(self.image), self.size, features)
+
+    def _properties(self, number: int) -> dict[str, Any]:
+        """Of a polygon, as QuPath writes those of an annotation."""
+        name, color = self.classes.classes[number], self.classes.palette[number % 256].tolist()
+        return {"objectType": "annotation", "classification": {"name": name, "color": color}, "number": number}
 
 
 @torch.no_grad()
@@ -221,6 +249,7 @@ def segment(
     image: Any,
     classes: str | os.PathLike,
     probabilities: str | os.PathLike | None = None,
+    polygons: str | os.PathLike | None = None,
     *,
     values: Sequence[int] | Sequence[tuple[int, int, int]] | None = None,
     class_names: Sequence[str] | None = None,
@@ -240,6 +269,8 @@ def segment(
         classes: File of the classes; its suffix is one of `luna_vision.images.maps.MAP_SUFFIXES`. What is there is
             replaced at the end.
         probabilities: File of the probability of each class, a channel each, uint8: 255 is 1.
+        polygons: File of the outlines of all connected areas of a class, GeoJSON, but of a class "background"; takes
+            `classes` in TIFF. In pixels of level 0 or, of an image with a georeference, in longitude and latitude.
         values: The number, or the colour, of each class in training masks, which become the numbers and the colours of
             the file; by default 0 to K - 1.
         class_names: Their names.
@@ -263,9 +294,15 @@ def segment(
     maps = [MapFile(Path(classes), classes=named, palette=palette, nodata=free)]
     if probabilities is not None:
         maps.append(MapFile(Path(probabilities), channels=names))
-    for one in maps:
-        check_apart(one.path, "the map", getattr(image, "file", None))
-    sink = _Maps(model, image, maps[0], numbers, maps[1] if len(maps) > 1 else None)
+    polygons = None if polygons is None else Path(polygons)
+    if polygons is not None:
+        check_geojson(polygons)
+        if maps[0].is_zarr:
+            raise UserError(f"polygons are drawn from classes in TIFF, got {classes}")
+    for path in (*(one.path for one in maps), *([] if polygons is None else [polygons])):
+        check_apart(path, "the map", getattr(image, "file", None))
+    outlined = [number for number, name in named.items() if name != "background"]
+    sink = _Maps(model, image, maps[0], numbers, maps[1] if len(maps) > 1 else None, polygons, outlined)
     # training filled what is missing in the middle of the range, see `luna_vision.data.dense`
     meant = model_values(body.pretrained_cfg, model.backbone.mean, value_range, nodata, fill)
     if meant.fill == "mean":

@@ -1,5 +1,6 @@
 """`predict IMAGE --out FILE.tif`: the map of a large image is that of the masks that predict writes of small ones."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def run(monkeypatch, *words: object) -> int:
 def test_the_map_is_the_mask_that_predict_writes(name, trained, tmp_path, monkeypatch, capsys):
     out, shares = tmp_path / "a.tif", tmp_path / "p.tif"
     words = [trained / "new/a.png", "--checkpoint", trained / name, "--out", out, "--device", "cpu"]
-    assert run(monkeypatch, *words, "--probabilities", shares) == 0
+    polygons = tmp_path / "a.geojson"
+    assert run(monkeypatch, *words, "--probabilities", shares, "--polygons", polygons) == 0
     assert capsys.readouterr().out == f"{out}: 150 x 131 pixels\n"
     with tifffile.TiffFile(out) as file, Image.open(trained / "masks/a.png") as mask:
         np.testing.assert_array_equal(file.asarray(), np.asarray(mask))
@@ -68,6 +70,8 @@ def test_the_map_is_the_mask_that_predict_writes(name, trained, tmp_path, monkey
         colors = file.pages.first.colormap[:, :3].T // 257
         assert colors.flatten().tolist() == mask.getpalette()[:9]  # those of the training masks
         assert '"background"' in file.pages.first.description
+    features = json.loads(polygons.read_text())["features"]
+    assert {f["properties"]["classification"]["name"] for f in features} <= {"leaf", "brick"} and features
     model, transform, names = luna_vision.load(trained / name)
     with torch.no_grad():
         want = model(transform(trained / "new/a.png")[None])[0].softmax(0) * 255
@@ -99,6 +103,7 @@ def test_a_stopped_run_goes_on(trained, tmp_path, monkeypatch, capsys):
     [
         (["--out", "{tmp}/old.tif"], "old.tif exists: give --overwrite"),
         (["--probabilities", "{tmp}/p.png"], "a map must end in .tif, .tiff, .zarr, got"),
+        (["--polygons", "{tmp}/p.json"], "polygons must end in .geojson, got"),
         (["--probabilities", "{tmp}/a.tif"], "give another name"),
         (["--checkpoint", "{trained}/boxes.ckpt"], "is no segmenter"),
         (["--checkpoint", "{trained}/no.ckpt"], "there is no file or folder"),

@@ -6,6 +6,8 @@ import tracemalloc
 import numpy as np
 import pytest
 import rasterio
+import rasterio.features
+import rasterio.warp
 import tifffile
 import torch
 import torch.nn.functional as F
@@ -19,20 +21,10 @@ from luna_vision.execution import encode
 from luna_vision.execution.checkpoint import Checkpoint
 from luna_vision.images import open_image
 from luna_vision.images.maps import MapFile
+from luna_vision.images.polygons import write_geojson
 from tests.execution.test_budget import Allocations
 
 SMALL = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 8, "memory_len": 3}
-
-
-def make(stride: int = 4, classes: int = 4, **options) -> FCN:
-    """A segmenter in float64, far from where weights start."""
-    torch.manual_seed(0)
-    backbone = PyramidBackbone("test_luna_vit", [stride], 8, **SMALL | options)
-    model = FCN(backbone, classes).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
-    return model
 
 
 def picture(height: int, width: int) -> np.ndarray:
@@ -41,6 +33,21 @@ def picture(height: int, width: int) -> np.ndarray:
     coarse = torch.from_numpy(rng.random((1, 3, height // 40 + 2, width // 40 + 2)))
     blobs = F.interpolate(coarse, (height, width), mode="bicubic")[0].permute(1, 2, 0).numpy()
     return np.clip(255 * blobs + 20 * rng.standard_normal(blobs.shape), 0, 255).astype(np.uint8)
+
+
+@torch.no_grad()
+def make(stride: int = 4, classes: int = 4, **options) -> FCN:
+    """A segmenter in float64, far from where weights start, which finds all classes."""
+    torch.manual_seed(0)
+    backbone = PyramidBackbone("test_luna_vit", [stride], 8, **SMALL | options)
+    model = FCN(backbone, classes).double().eval()
+    for parameter in model.parameters():
+        parameter += 0.2 * torch.randn_like(parameter)
+    logits = whole(model, picture(200, 200))
+    model.classifier[-1].weight /= logits.std(dim=(1, 2))[:, None, None, None]
+    model.classifier[-1].bias.zero_()
+    model.classifier[-1].bias -= whole(model, picture(200, 200)).mean(dim=(1, 2))
+    return model
 
 
 @torch.no_grad()
@@ -207,6 +214,46 @@ def test_geotiff(tmp_path):
         close_to(file.read(), shares)
 
 
+def drawn(features: list, size: tuple[int, int], to_pixels=lambda x, y: (x, y)) -> np.ndarray:
+    """The number of the polygon at each pixel, 0 where there is none."""
+    found = np.zeros(size, np.uint8)
+    for feature in features:
+        rings = [[to_pixels(*point) for point in ring] for ring in feature["geometry"]["coordinates"]]
+        geometry = {"type": "Polygon", "coordinates": rings}
+        inside = rasterio.features.rasterize([geometry], size, dtype=np.uint8) > 0
+        assert not found[inside].any()
+        found[inside] = feature["properties"]["number"]
+    return found
+
+
+@pytest.mark.parametrize("place", ["slide", "map"])
+def test_polygons_cover_the_classes(place, tmp_path):
+    model, image = make(), picture(600, 700)
+    kind = {"driver": "GTiff", "count": 3, "height": 600, "width": 700, "dtype": "uint8"}
+    where = rasterio.Affine(10.0, 0, 500000.0, 0, -10.0, 5200000.0)
+    if place == "map":
+        kind |= {"crs": "EPSG:32633", "transform": where}
+    with rasterio.open(tmp_path / "a.tif", "w", tiled=True, **kind) as file:
+        file.write(image.transpose(2, 0, 1))
+    opened = open_image(tmp_path / "a.tif", region=(100, 40, 500, 530))
+    segment(model, opened, tmp_path / "c.tif", None, tmp_path / "c.geojson", class_names=NAMES, progress=False)
+    features = json.loads((tmp_path / "c.geojson").read_text())["features"]
+
+    def to_pixels(x: float, y: float) -> tuple[float, float]:
+        if place == "map":
+            (x,), (y,) = rasterio.warp.transform("OGC:CRS84", "EPSG:32633", [x], [y])
+            x, y = (x - where.c) / where.a, (y - where.f) / where.e
+        return round(x - 100, 3), round(y - 40, 3)
+
+    classes = tifffile.imread(tmp_path / "c.tif")
+    np.testing.assert_array_equal(drawn(features, (530, 500), to_pixels), classes)
+    assert len(np.unique(classes)) == 4
+    for feature in features:
+        about = feature["properties"]
+        assert about["objectType"] == "annotation" and about["classification"]["name"] == NAMES[about["number"]]
+        assert about["number"] != 0 and len(about["classification"]["color"]) == 3
+
+
 def test_numbers_and_colours_are_those_of_the_training_masks(tmp_path):
     model, image = make(), picture(40, 50)
     classes = answers(model, image)[0]
@@ -239,9 +286,16 @@ def test_a_run_that_is_stopped_anywhere_is_resumed(suffix, masked, tmp_path, mon
     valid = blobs(26, 20) if masked else None
     monkeypatch.setattr("luna_vision.downstream.whole.TILE", 32)
     classes, shares = answers(model, image, valid)
-    paths = tmp_path / f"c{suffix}", tmp_path / f"p{suffix}"
-    how = {"store": tmp_path / "store", "band_rows": 2 if masked else 6, "mask": valid, "progress": False}
-    save, finish = Checkpoint.save, MapFile.finish
+    paths = [tmp_path / f"c{suffix}", tmp_path / f"p{suffix}"]
+    paths += [tmp_path / "c.geojson"] if suffix == ".tif" else []
+    how = {
+        "class_names": NAMES,
+        "store": tmp_path / "store",
+        "band_rows": 2 if masked else 6,
+        "mask": valid,
+        "progress": False,
+    }
+    save, finish, polygons = Checkpoint.save, MapFile.finish, write_geojson
     for stop_at in range(100):
         count = iter(range(10**6))
 
@@ -254,13 +308,20 @@ def test_a_run_that_is_stopped_anywhere_is_resumed(suffix, masked, tmp_path, mon
             with monkeypatch.context() as patch:
                 patch.setattr(Checkpoint, "save", lambda *args, stop=stop: stop(*args, ours=save))
                 patch.setattr(MapFile, "finish", lambda *args, stop=stop: stop(*args, ours=finish))
+                name = "luna_vision.downstream.whole.write_geojson"
+                patch.setattr(name, lambda *args, stop=stop: stop(*args, ours=polygons))
                 segment(model, image, *paths, **how)
             break
         except KeyboardInterrupt:
             segment(model, image, *paths, **how)
-        found = [tifffile.imread(p) if suffix == ".tif" else zarr.open_group(p, mode="r")["0"][:] for p in paths]
+        read = tifffile.imread if suffix == ".tif" else lambda path: zarr.open_group(path, mode="r")["0"][:]
+        found = [read(path) for path in paths[:2]]
         np.testing.assert_array_equal(found[0], classes)
         close_to(found[1], shares)
+        if suffix == ".tif":
+            features = json.loads(paths[2].read_text())["features"]
+            want = np.where(classes == 255, 0, classes)
+            np.testing.assert_array_equal(drawn(features, (203, 157)), want)
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
     assert stop_at > 5
 
@@ -298,6 +359,8 @@ def test_mistakes(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", image)
     with pytest.raises(ValueError, match=r"the map .*a.tif would be written over the image"):
         segment(model, open_image(tmp_path / "a.tif"), tmp_path / "a.tif", progress=False)
+    with pytest.raises(ValueError, match="polygons are drawn from classes in TIFF"):
+        segment(model, image, tmp_path / "n.zarr", None, tmp_path / "n.geojson", progress=False)
     other = FCN(PyramidBackbone("test_vit", [8], 8, img_size=32), 3)
     with pytest.raises(ValueError, match="streaming needs a Luna ViT"):
         segment(other, image, tmp_path / "c.tif", progress=False)
