@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from luna_vision.execution.encode import Encoded, encode
-from luna_vision.execution.grid import Sink, check_apart
+from luna_vision.execution.grid import check_apart
 from luna_vision.execution.layout import Layout
 from luna_vision.images.maps import MapFile
 from luna_vision.images.polygons import check_geojson, outlines, write_geojson
@@ -32,19 +32,15 @@ from luna_vision.utils.errors import UserError
 from luna_vision.utils.fingerprint import describe
 
 from .segmentation import FCN, mask_numbers
+from .squares import SquareSink, itemsize
 
 __all__ = ["PixelSink", "segment"]
 
-TILE = 512  # pixels, the side of the squares
 HALO = 3  # cells of the head's map, from which a pixel is computed
 
 
-class PixelSink(Sink):
-    """Runs the head of a segmenter on the patches of its backbone. A subclass takes the logits.
-
-    Attributes:
-        tile: Side of the squares in pixels.
-    """
+class PixelSink(SquareSink):
+    """Runs the head of a segmenter on the patches of its backbone. A subclass takes the logits."""
 
     def __init__(self, model: FCN, size: tuple[int, int]) -> None:
         """
@@ -52,20 +48,16 @@ class PixelSink(Sink):
             model: In eval mode.
             size: H, W.
         """
-        self.model, self.size = model, size
-        self.side, self.stride = model.backbone.stride, model.backbone.strides[0]
-        # squares begin where a cell begins that has several patches
-        align = max(1, self.stride // self.side)
-        self.halo = -(-HALO * self.stride // (self.side * align)) * align
-        self.patches = -(-max(TILE // self.side, 4 * self.halo) // align) * align
-        self.tile = self.patches * self.side
+        self.model, self.size, self.stride = model, size, model.backbone.strides[0]
+        side = model.backbone.stride
+        align = max(1, self.stride // side)  # a cell may have several patches
+        super().__init__(side, -(-HALO * self.stride // (side * align)) * align, align)
 
     def take(self, top: int, left: int, logits: Tensor, valid: Tensor | None) -> None:
         """Take the logits (K, n, m) of a square whose upper left pixel is at (top, left).
 
         Args:
-            valid: (n, m) bool, the pixels in patches that were looked at; None for all. Squares without any are left
-                out.
+            valid: (n, m) bool, the pixels in patches that were looked at; None for all.
         """
         raise NotImplementedError
 
@@ -74,82 +66,25 @@ class PixelSink(Sink):
         return {"head": describe(self.model)}
 
     def planned_bytes(self, grid_size: tuple[int, int], model: nn.Module) -> int:
-        itemsize = max(4, next(model.parameters()).dtype.itemsize)
         side = self.patches + 2 * self.halo
-        held = min(side, grid_size[0]) * grid_size[1] * model.embed_dim
         cells = math.prod(min(side, n) * self.side / self.stride for n in grid_size)
         classes = self.model.classifier[-1].out_channels
         # maps of the pyramid with what a norm or a convolution copies, and the logits of cells and of pixels
         work = cells * (6 * self.model.backbone.out_channels + classes * (1 + 4 * self.stride**2))
-        return int(itemsize * (held + work))
+        return super().planned_bytes(grid_size, model) + int(itemsize(model) * work)
 
-    def open(self, layout: Layout, embed_dim: int, like: dict[str, Any], band: int, resume: bool) -> None:
-        self.layout, self.row = layout, 0
-        rows = min(self.patches + 2 * self.halo, layout.height)
-        self.window = torch.zeros(rows, layout.columns, embed_dim, **like)
-
-    @property
-    def top(self) -> int:
-        """The first row of the window; `row` is the first one of the squares that come next."""
-        return max(self.row - self.halo, 0)
-
-    @property
-    def bottom(self) -> int:
-        """Where the last row ends that these squares look at."""
-        return min(self.row + self.patches + self.halo, self.layout.height)
-
-    def _ready(self, row: int) -> bool:
-        """Whether the next squares can be done once all rows above this one are there."""
-        return self.row < self.layout.height and min(self.bottom, self.layout.bands[-1].stop) <= row
-
-    def rewind(self, row: int) -> int:
-        while self._ready(row):
-            self.row += self.patches
-        return min(self.top, row)
-
-    def write(self, start: int, x: Tensor) -> None:
-        stop = start + len(x)
-        while self.row < self.layout.height:
-            first, last = max(start, self.top), min(stop, self.bottom)
-            if first < last:
-                self.window[first - self.top : last - self.top] = x[first - start : last - start]
-            if not self._ready(stop):
-                return
-            self._next()
-
-    def finish(self) -> None:
-        pass  # all squares were done with the last row
-
-    def _next(self) -> None:
-        """Do a row of squares, and go to the next."""
-        stop, top = min(self.row + self.patches, self.layout.height), self.top
-        for left in range(0, self.layout.columns, self.patches):
-            right = min(left + self.patches, self.layout.columns)
-            mask = self.layout.mask(self.row, stop, left, right)
-            if mask is None or mask.any():
-                valid = None if mask is None else mask.view(stop - self.row, right - left)
-                self._square(self.row, stop, left, right, valid)
-        self.row += self.patches
-        kept = self.window[max(self.top - top, 0) : self.bottom - top].clone()
-        self.window.zero_()
-        if self.row < self.layout.height:
-            self.window[: len(kept)] = kept[: len(self.window)]
-
-    def _square(self, top: int, bottom: int, left: int, right: int, valid: Tensor | None) -> None:
-        """The logits of the patches of the rows [top, bottom) and the columns [left, right)."""
-        first = max(left - self.halo, 0)
-        columns = slice(first, min(right + self.halo, self.layout.columns))
-        patches = self.window[: self.bottom - self.top, columns].permute(2, 0, 1)[None]
+    def square(self, top: int, bottom: int, left: int, right: int, valid: Tensor | None) -> None:
+        patches, first_row, first_column = self.around(top, bottom, left, right, self.halo)
         logits = self.model.read(patches)
         # only the cells around the square are upsampled
         spans = []
-        for start, stop, begin, count in (
-            (top, bottom, self.top, logits.shape[2]),
-            (left, right, first, logits.shape[3]),
+        for start, stop, first, count in (
+            (top, bottom, first_row, logits.shape[2]),
+            (left, right, first_column, logits.shape[3]),
         ):
-            begin = begin * self.side // self.stride
-            low = max(start * self.side // self.stride - 1, begin)
-            spans.append((low, min(-(-stop * self.side // self.stride) + 1, begin + count), begin))
+            first = first * self.side // self.stride
+            low = max(start * self.side // self.stride - 1, first)
+            spans.append((low, min(-(-stop * self.side // self.stride) + 1, first + count), first))
         (low, high, down), (near, far, across) = spans
         pixels = self.model.upsample(logits[:, :, low - down : high - down, near - across : far - across])[0]
         y, x = top * self.side, left * self.side

@@ -214,11 +214,11 @@ def test_geotiff(tmp_path):
         close_to(file.read(), shares)
 
 
-def drawn(features: list, size: tuple[int, int], to_pixels=lambda x, y: (x, y)) -> np.ndarray:
+def drawn(features: list, size: tuple[int, int], to_pixels=lambda ring: ring) -> np.ndarray:
     """The number of the polygon at each pixel, 0 where there is none."""
     found = np.zeros(size, np.uint8)
     for feature in features:
-        rings = [[to_pixels(*point) for point in ring] for ring in feature["geometry"]["coordinates"]]
+        rings = list(map(to_pixels, feature["geometry"]["coordinates"]))
         geometry = {"type": "Polygon", "coordinates": rings}
         inside = rasterio.features.rasterize([geometry], size, dtype=np.uint8) > 0
         assert not found[inside].any()
@@ -239,11 +239,12 @@ def test_polygons_cover_the_classes(place, tmp_path):
     segment(model, opened, tmp_path / "c.tif", None, tmp_path / "c.geojson", class_names=NAMES, progress=False)
     features = json.loads((tmp_path / "c.geojson").read_text())["features"]
 
-    def to_pixels(x: float, y: float) -> tuple[float, float]:
+    def to_pixels(ring: list) -> list:
+        x, y = np.array(ring).T
         if place == "map":
-            (x,), (y,) = rasterio.warp.transform("OGC:CRS84", "EPSG:32633", [x], [y])
+            x, y = map(np.array, rasterio.warp.transform("OGC:CRS84", "EPSG:32633", x, y))
             x, y = (x - where.c) / where.a, (y - where.f) / where.e
-        return round(x - 100, 3), round(y - 40, 3)
+        return np.stack([x - 100, y - 40], axis=1).round(3).tolist()
 
     classes = tifffile.imread(tmp_path / "c.tif")
     np.testing.assert_array_equal(drawn(features, (530, 500), to_pixels), classes)
@@ -284,7 +285,7 @@ def test_a_run_that_is_stopped_anywhere_is_resumed(suffix, masked, tmp_path, mon
     """After each band of the last sweep, and between the two files."""
     model, image = make(depth=1), picture(203, 157)
     valid = blobs(26, 20) if masked else None
-    monkeypatch.setattr("luna_vision.downstream.whole.TILE", 32)
+    monkeypatch.setattr("luna_vision.downstream.squares.TILE", 32)
     classes, shares = answers(model, image, valid)
     paths = [tmp_path / f"c{suffix}", tmp_path / f"p{suffix}"]
     paths += [tmp_path / "c.geojson"] if suffix == ".tif" else []
@@ -368,7 +369,7 @@ def test_mistakes(tmp_path):
 
 def test_a_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
     model, image = make(), picture(203, 157)
-    monkeypatch.setattr("luna_vision.downstream.whole.TILE", 32)
+    monkeypatch.setattr("luna_vision.downstream.squares.TILE", 32)
     how = {"store": tmp_path / "store", "band_rows": 2, "progress": False}
     written = iter(range(10))
 

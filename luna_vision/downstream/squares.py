@@ -1,0 +1,142 @@
+"""A head that looks a few patches far, on an image of any size: in squares with what they look at around them.
+
+Patches after the final norm come row by row from the streaming engine. A window keeps the rows that a row of squares
+looks at; squares share no result, and each pixel, or cell of a map, belongs to one of them.
+
+Shapes: H', W' patch grid, D width of the backbone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from luna_vision.execution.grid import Sink
+from luna_vision.execution.layout import Layout
+
+__all__ = ["SquareSink"]
+
+TILE = 512  # pixels, the side of a square at least
+
+
+class SquareSink(Sink):
+    """Runs a head on squares. A subclass says what it is, in `square`.
+
+    Attributes:
+        patches, tile: Side of a square in patches and in pixels.
+        row: The first row of the squares that come next.
+    """
+
+    def __init__(self, side: int, halo: int, align: int = 1, pads: bool = False) -> None:
+        """
+        Args:
+            side: Of a patch, pixels.
+            halo: Patches around a square that the head looks at, a multiple of `align`.
+            align: Squares begin at multiples of so many patches.
+            pads: Whether the grid is padded with zeros to a multiple of `align`, and the padding belongs to squares.
+        """
+        self.side, self.halo, self.align, self.pads = side, halo, align, pads
+        self.patches = -(-max(TILE // side, 4 * halo) // align) * align
+        self.tile = self.patches * side
+
+    def square(self, top: int, bottom: int, left: int, right: int, valid: Tensor | None) -> None:
+        """Run the head on the rows [top, bottom) and the columns [left, right) of the patch grid.
+
+        Args:
+            valid: (bottom - top, right - left) bool, the patches that were looked at; None for all. Squares without
+                any are left out.
+        """
+        raise NotImplementedError
+
+    def end_row(self) -> None:
+        """A row of squares is done; called before the next one begins."""
+
+    def _grid(self, grid_size: tuple[int, int]) -> tuple[int, int]:
+        """The patch grid with its padding."""
+        align = self.align if self.pads else 1
+        return tuple(-(-n // align) * align for n in grid_size)
+
+    def planned_bytes(self, grid_size: tuple[int, int], model: nn.Module) -> int:
+        """Of the window; a subclass adds its head."""
+        height, columns = self._grid(grid_size)
+        return min(self.patches + 2 * self.halo, height) * columns * model.embed_dim * itemsize(model)
+
+    def open(self, layout: Layout, embed_dim: int, like: dict[str, Any], band: int, resume: bool) -> None:
+        self.layout, self.row = layout, 0
+        self.height, self.columns = self._grid((layout.height, layout.columns))
+        rows = min(self.patches + 2 * self.halo, self.height)
+        self.window = torch.zeros(rows, self.columns, embed_dim, **like)
+
+    @property
+    def top(self) -> int:
+        """The first row of the window."""
+        return max(self.row - self.halo, 0)
+
+    @property
+    def bottom(self) -> int:
+        """Where its last row ends."""
+        return min(self.row + self.patches + self.halo, self.height)
+
+    def _ready(self, row: int) -> bool:
+        """Whether the next squares can be done once all rows above this one are there."""
+        return self.row < self.height and min(self.bottom, self.layout.bands[-1].stop) <= row
+
+    def rewind(self, row: int) -> int:
+        while self._ready(row):
+            self.row += self.patches
+        return min(self.top, row)
+
+    def write(self, start: int, x: Tensor) -> None:
+        stop = start + len(x)
+        while self.row < self.height:
+            first, last = max(start, self.top), min(stop, self.bottom)
+            if first < last:
+                self.window[first - self.top : last - self.top, : x.shape[1]] = x[first - start : last - start]
+            if not self._ready(stop):
+                return
+            self._next()
+
+    def finish(self) -> None:
+        pass  # all squares were done with the last row
+
+    def _next(self) -> None:
+        """Do a row of squares, and go to the next."""
+        stop, top = min(self.row + self.patches, self.height), self.top
+        for left in range(0, self.columns, self.patches):
+            right = min(left + self.patches, self.columns)
+            valid = self._valid(stop, left, right)
+            if valid is None or valid.any():
+                self.square(self.row, stop, left, right, valid)
+        self.end_row()
+        self.row += self.patches
+        kept = self.window[max(self.top - top, 0) : self.bottom - top].clone()
+        self.window.zero_()
+        if self.row < self.height:
+            self.window[: len(kept)] = kept[: len(self.window)]
+
+    def _valid(self, stop: int, left: int, right: int) -> Tensor | None:
+        """The mask of a square; nothing in the padding is valid."""
+        bottom, end = min(stop, self.layout.height), min(right, self.layout.columns)
+        if bottom <= self.row or end <= left:  # padding alone
+            none = torch.zeros(stop - self.row, right - left, dtype=torch.bool)
+            return None if self.layout.valid is None else none
+        mask = self.layout.mask(self.row, bottom, left, end)
+        if mask is None:
+            return None
+        return F.pad(mask.view(bottom - self.row, end - left), (0, right - end, 0, stop - bottom))
+
+    def around(self, top: int, bottom: int, left: int, right: int, halo: int) -> tuple[Tensor, int, int]:
+        """The patches of a square of the row in work and `halo` more to each side, (1, D, n, m), and the row and the
+        column of the first one."""
+        first, left = max(top - halo, 0), max(left - halo, 0)
+        rows = slice(first - self.top, min(bottom + halo, self.height) - self.top)
+        patches = self.window[rows, left : min(right + halo, self.columns)]
+        return patches.permute(2, 0, 1)[None], first, left
+
+
+def itemsize(model: nn.Module) -> int:
+    """Bytes of a number in work: a CPU may compute half precision in float32."""
+    return max(4, next(model.parameters()).dtype.itemsize)
