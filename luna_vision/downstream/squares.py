@@ -8,16 +8,19 @@ Shapes: H', W' patch grid, D width of the backbone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luna_vision.execution.grid import Sink
 from luna_vision.execution.layout import Layout
+from luna_vision.images.values import model_values, type_range
 
-__all__ = ["SquareSink"]
+__all__ = ["SquareSink", "itemsize", "pixel_arguments"]
 
 TILE = 512  # pixels, the side of a square at least
 
@@ -135,6 +138,26 @@ class SquareSink(Sink):
         rows = slice(first - self.top, min(bottom + halo, self.height) - self.top)
         patches = self.window[rows, left : min(right + halo, self.columns)]
         return patches.permute(2, 0, 1)[None], first, left
+
+
+def pixel_arguments(
+    body: nn.Module,
+    image: Any,
+    value_range: str | Sequence[float] | None = None,
+    nodata: float | None = None,
+    fill: float | str | None = None,
+) -> dict[str, Any]:
+    """The options as arguments of `encode`, for a model of pixels in [0, 1] that normalises them itself: training
+    filled what is missing in the middle of the range, see `luna_vision.data.dense`.
+
+    Args:
+        body: The backbone, whose `pretrained_cfg` says what training had.
+    """
+    meant = model_values(body.pretrained_cfg, (0.5,), value_range, nodata, fill)
+    if meant.fill == "mean":
+        low, high = meant.value_range or type_range(np.dtype(image.dtype), getattr(image, "top", None))
+        fill = (low + high) / 2
+    return {"value_range": value_range, "nodata": nodata, "fill": fill}
 
 
 def itemsize(model: nn.Module) -> int:

@@ -27,12 +27,11 @@ from luna_vision.execution.layout import Layout
 from luna_vision.images.maps import MapFile
 from luna_vision.images.polygons import check_geojson, outlines, write_geojson
 from luna_vision.images.regions import Frame
-from luna_vision.images.values import model_values, type_range
 from luna_vision.utils.errors import UserError
 from luna_vision.utils.fingerprint import describe
 
 from .segmentation import FCN, mask_numbers
-from .squares import SquareSink, itemsize
+from .squares import SquareSink, itemsize, pixel_arguments
 
 __all__ = ["PixelSink", "segment"]
 
@@ -238,10 +237,6 @@ def segment(
         check_apart(path, "the map", getattr(image, "file", None))
     outlined = [number for number, name in named.items() if name != "background"]
     sink = _Maps(model, image, maps[0], numbers, maps[1] if len(maps) > 1 else None, polygons, outlined)
-    # training filled what is missing in the middle of the range, see `luna_vision.data.dense`
-    meant = model_values(body.pretrained_cfg, model.backbone.mean, value_range, nodata, fill)
-    if meant.fill == "mean":
-        low, high = meant.value_range or type_range(np.dtype(image.dtype), getattr(image, "top", None))
-        fill = (low + high) / 2
     statistics = {"mean": model.image_mean.flatten().tolist(), "std": model.image_std.flatten().tolist()}
-    return encode(body, image, **statistics, value_range=value_range, nodata=nodata, fill=fill, grid=sink, **how)
+    values = pixel_arguments(body, image, value_range, nodata, fill)
+    return encode(body, image, **statistics, **values, grid=sink, **how)

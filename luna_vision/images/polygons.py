@@ -11,11 +11,12 @@ import numpy as np
 
 from ..utils.errors import UserError
 from ..utils.files import new_file
-from .regions import Frame
+from .regions import Frame, Georeference
 
 __all__ = ["check_geojson", "outlines", "write_geojson"]
 
 GEOJSON_CRS = "OGC:CRS84"  # longitude and latitude, RFC 7946 section 4
+BATCH_POINTS = 10_000
 
 
 def check_geojson(path: Path) -> None:
@@ -80,21 +81,39 @@ def write_geojson(
     count = 0
     with new_file(path) as file:
         file.write(b'{"type": "FeatureCollection", "features": [')
-        for rings, properties in found:
-            rings = [(np.asarray(ring) * scale + frame.box[:2]).tolist() for ring in rings]
-            geometry = {"type": "Polygon", "coordinates": rings}
+        for batch in _batches(found):
+            rings = [np.asarray(ring) * scale + frame.box[:2] for own, _ in batch for ring in own]
             if frame.georeference is not None:
-                geometry = _on_earth(geometry, frame)
-            feature = {"type": "Feature", "geometry": geometry, "properties": properties}
-            file.write((",\n" if count else "\n").encode() + json.dumps(feature).encode())
-            count += 1
+                rings = _on_earth(rings, frame.georeference)
+            left = iter(rings)
+            for own, properties in batch:
+                geometry = {"type": "Polygon", "coordinates": [next(left).tolist() for _ in own]}
+                feature = {"type": "Feature", "geometry": geometry, "properties": properties}
+                file.write((",\n" if count else "\n").encode() + json.dumps(feature).encode())
+                count += 1
         file.write(b"\n]}\n")
     return count
 
 
-def _on_earth(geometry: dict[str, Any], frame: Frame) -> dict[str, Any]:
-    from rasterio.warp import transform_geom
+def _batches(found: Iterable[Any]) -> Iterator[list[Any]]:
+    """Features in lists of some thousand points: each change of coordinates has a fixed cost."""
+    batch, points = [], 0
+    for feature in found:
+        batch.append(feature)
+        points += sum(map(len, feature[0]))
+        if points >= BATCH_POINTS:
+            yield batch
+            batch, points = [], 0
+    yield batch
 
-    a, b, c, d, e, f = frame.georeference.transform
-    rings = [[(a * x + b * y + c, d * x + e * y + f) for x, y in ring] for ring in geometry["coordinates"]]
-    return transform_geom(frame.georeference.crs, GEOJSON_CRS, geometry | {"coordinates": rings}, precision=9)
+
+def _on_earth(rings: list[np.ndarray], where: Georeference) -> list[np.ndarray]:
+    """Points in pixels of level 0 as longitude and latitude, in degrees to about 0.1 mm."""
+    from rasterio.warp import transform
+
+    if not rings:
+        return []
+    a, b, c, d, e, f = where.transform
+    x, y = np.concatenate(rings).T
+    points = np.stack(transform(where.crs, GEOJSON_CRS, a * x + b * y + c, d * x + e * y + f), axis=1).round(9)
+    return np.split(points, np.cumsum([len(ring) for ring in rings])[:-1])

@@ -43,10 +43,14 @@ def trained(tmp_path_factory) -> Path:
     how = {"ckpt_path": folder / "best.ckpt", "return_predictions": False, "weights_only": True}
     tiny_trainer(folder, callbacks=[writer]).predict(task, data, **how)
     boxes = DetectionDataModule(write_coco(folder / "boxes"), **QUIET)
-    detector = DetectionTask(**MODEL, num_classes=2, strides=[8, 16], min_size=None, anchor_sizes=[16, 32])
-    trainer = tiny_trainer(folder, max_steps=1)
-    trainer.fit(detector, boxes)
-    trainer.save_checkpoint(folder / "boxes.ckpt")
+    for name in ("retinanet", "faster_rcnn"):
+        options = {"detector": name, "strides": [8, 16], "min_size": None, "anchor_sizes": [16, 32]}
+        detector = DetectionTask(**MODEL, **options, num_classes=2)
+        trainer = tiny_trainer(folder, max_steps=1)
+        trainer.fit(detector, boxes)
+        if name == "retinanet":  # so that it finds something
+            torch.nn.init.constant_(detector.model.head.classification_head.cls_logits.bias, -2.5)
+        trainer.save_checkpoint(folder / f"{name}.ckpt")
     return folder
 
 
@@ -78,6 +82,21 @@ def test_the_map_is_the_mask_that_predict_writes(name, trained, tmp_path, monkey
     assert np.abs(tifffile.imread(shares) - want.numpy()).max() < 0.6 and len(names) == 3
 
 
+def test_boxes_are_those_of_the_model(trained, tmp_path, monkeypatch, capsys):
+    out, coco = tmp_path / "a.geojson", tmp_path / "a.json"
+    words = [trained / "new/a.png", "--checkpoint", trained / "retinanet.ckpt", "--device", "cpu"]
+    assert run(monkeypatch, *words, "--out", out, "--coco", coco) == 0
+    model, transform, names = luna_vision.load(trained / "retinanet.ckpt")
+    model.topk_candidates = model.detections_per_img = 10**9
+    with torch.no_grad():
+        want = model([transform(trained / "new/a.png")])[0]
+    count = int((want["labels"] > 0).sum())
+    assert capsys.readouterr().out == f"{out}: {count} objects in 150 x 131 pixels\n" and count > 0
+    content = json.loads(coco.read_text())
+    assert len(content["annotations"]) == len(json.loads(out.read_text())["features"]) == count
+    assert [category["name"] for category in content["categories"]] == names[1:]
+
+
 def test_a_stopped_run_goes_on(trained, tmp_path, monkeypatch, capsys):
     save, count = Checkpoint.save, iter(range(100))
 
@@ -105,7 +124,11 @@ def test_a_stopped_run_goes_on(trained, tmp_path, monkeypatch, capsys):
         (["--probabilities", "{tmp}/p.png"], "a map must end in .tif, .tiff, .zarr, got"),
         (["--polygons", "{tmp}/p.json"], "polygons must end in .geojson, got"),
         (["--probabilities", "{tmp}/a.tif"], "give another name"),
-        (["--checkpoint", "{trained}/boxes.ckpt"], "is no segmenter"),
+        (["--coco", "{tmp}/a.json"], "--coco goes with boxes"),
+        (["--checkpoint", "{trained}/retinanet.ckpt"], "is no segmenter"),
+        (["--out", "{tmp}/a.geojson"], "is a segmenter: give --out .tif"),
+        (["--out", "{tmp}/a.geojson", "--checkpoint", "{trained}/faster_rcnn.ckpt"], "train with detector=retinanet"),
+        (["--out", "{tmp}/a.geojson", "--polygons", "{tmp}/b.geojson"], "--polygons goes with a map"),
         (["--checkpoint", "{trained}/no.ckpt"], "there is no file or folder"),
         (["--region", "0", "0", "1000", "1000"], "is not within"),
         (["--memory-budget", "1KB"], "is too small for this image: it takes "),
