@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import Parser, add_model_options, add_speed_options, at_speed, load, model_options
-from .streaming import IMAGE_HELP, add_streaming_options, check_file, open_chosen, stopped, streaming_arguments
+from .streaming import (
+    IMAGE_HELP,
+    add_streaming_options,
+    check_file,
+    open_chosen,
+    say_broken,
+    stopped,
+    streaming_arguments,
+)
 
 if TYPE_CHECKING:
     from ..execution import Encoded
@@ -69,7 +77,7 @@ def main(words: list[str]) -> int:
         return stopped(args)
     (height, width), (rows, columns) = image.shape[:2], result.grid_size
     seen = "" if result.patch_valid is None else f", {int(result.patch_valid.sum())} of them looked at"
-    print(f"{args.out}: {height} x {width} pixels, {rows} x {columns} patches{seen}")
+    print(f"{args.out}: {height} x {width} pixels, {rows} x {columns} patches{seen}{say_broken(result.broken_tiles)}")
     return 0
 
 
@@ -83,7 +91,7 @@ def _save(path: Path, result: "Encoded", about: dict[str, Any]) -> None:
     arrays = {name: value.float().numpy() for name, value in named.items() if value is not None}
     if result.patch_valid is not None:
         arrays["patch_valid"] = result.patch_valid.numpy()
-    about = {**about, "grid_size": list(result.grid_size)}
+    about = {**about, "grid_size": list(result.grid_size), "broken_tiles": result.broken_tiles}
     with new_file(path) as file:
         if path.suffix == ".npz":
             np.savez(file, **arrays, about=np.array(json.dumps(about)))

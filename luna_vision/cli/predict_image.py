@@ -7,7 +7,15 @@ from jsonargparse import Namespace
 
 from ..utils.errors import UserError
 from .common import DEVICES, Parser, add_speed_options, at_speed
-from .streaming import IMAGE_HELP, add_streaming_options, check_file, open_chosen, stopped, streaming_arguments
+from .streaming import (
+    IMAGE_HELP,
+    add_streaming_options,
+    check_file,
+    open_chosen,
+    say_broken,
+    stopped,
+    streaming_arguments,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -129,7 +137,7 @@ def _map(args: Namespace, model: "nn.Module", image: Any, names: list[str] | Non
     (height, width), seen = image.shape[:2], ""
     if result.patch_valid is not None:
         seen = f", of which {result.patch_valid.float().mean():.1%} looked at"
-    return f"{height} x {width} pixels{seen}"
+    return f"{height} x {width} pixels{seen}{say_broken(result.broken_tiles)}"
 
 
 def _boxes(args: Namespace, model: "nn.Module", image: Any, names: list[str] | None, cfg: dict[str, Any]) -> str:
@@ -140,5 +148,5 @@ def _boxes(args: Namespace, model: "nn.Module", image: Any, names: list[str] | N
         raise UserError(f"{args.checkpoint} is a segmenter: give --out .tif, and --polygons for GeoJSON")
     names = names and names[1:]  # the first is the background
     ids, how = cfg.get("category_ids"), streaming_arguments(args)
-    count, _ = detect(model, image, args.out, args.coco, class_names=names, category_ids=ids, **how)
-    return f"{count} objects in {image.shape[0]} x {image.shape[1]} pixels"
+    count, result = detect(model, image, args.out, args.coco, class_names=names, category_ids=ids, **how)
+    return f"{count} objects in {image.shape[0]} x {image.shape[1]} pixels{say_broken(result.broken_tiles)}"

@@ -6,7 +6,7 @@ from typing import Any
 
 from .common import Parser, add_statistics_options, add_value_options, at_least, value_options
 
-__all__ = ["add_streaming_options", "check_file", "open_chosen", "stopped", "streaming_arguments"]
+__all__ = ["add_streaming_options", "check_file", "open_chosen", "say_broken", "stopped", "streaming_arguments"]
 
 CHOICE = ("level", "mpp", "magnification", "region", "region_in", "bands", "channel", "series", "z", "t")
 STORE_TYPES = ("float32", "bfloat16")
@@ -43,6 +43,13 @@ def add_streaming_options(parser: Parser, statistics: bool = True) -> None:
     if statistics:
         add_statistics_options(group, "one number or one a channel (default: the model's)")
     add_value_options(group)
+    group.add_argument(
+        "--on-error",
+        choices=("raise", "fill", "skip"),
+        default="raise",
+        help="what becomes of tiles that cannot be read: raise stops (with --store, a good file continues the run), "
+        "fill gives them what missing numbers get, skip leaves out their patches (default: raise)",
+    )
     group = parser.add_argument_group("memory and disk")
     group.add_argument(
         "--memory-budget", default="4GB", metavar="SIZE", help="beyond model and libraries (default: %(default)s)"
@@ -80,9 +87,14 @@ def streaming_arguments(args: Any) -> dict[str, Any]:
     return {
         **{name: getattr(args, name) for name in ("mean", "std") if hasattr(args, name)},
         **value_options(args),
-        **{name: getattr(args, name) for name in ("mask", "store", "memory_budget", "band_rows")},
+        **{name: getattr(args, name) for name in ("on_error", "mask", "store", "memory_budget", "band_rows")},
         "store_dtype": getattr(torch, args.store_dtype) if args.store_dtype else None,
     }
+
+
+def say_broken(count: int) -> str:
+    """The end of a line about a result: how many tiles could not be read, if any."""
+    return f"; {count} broken {'tile' if count == 1 else 'tiles'}" if count else ""
 
 
 def stopped(args: Any) -> int:

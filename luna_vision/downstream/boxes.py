@@ -236,8 +236,8 @@ def detect(
         class_names: Without the background.
         category_ids: The numbers of the classes in COCO's form; by default from 1.
         value_range, nodata, fill: As in `encode`.
-        **how: mask, store, store_dtype, memory_budget, band_rows, progress of `encode`. Patches that a mask leaves out
-            have no objects.
+        **how: on_error, mask, store, store_dtype, memory_budget, band_rows, progress of `encode`. Patches that a mask
+            leaves out have no objects.
 
     Returns:
         How many objects there are, and what `encode` returns.

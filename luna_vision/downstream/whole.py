@@ -209,8 +209,8 @@ def segment(
             the file; by default 0 to K - 1.
         class_names: Their names.
         value_range, nodata, fill: As in `encode`.
-        **how: mask, store, store_dtype, memory_budget, band_rows, progress of `encode`. Where a mask leaves patches
-            out, the file has its number for no data: the largest that is no class's.
+        **how: on_error, mask, store, store_dtype, memory_budget, band_rows, progress of `encode`. Where a mask leaves
+            patches out, the file has its number for no data: the largest that is no class's.
 
     Returns:
         The memory, the patch grid's size and the mask; there is no embedding.

@@ -50,6 +50,7 @@ class Encoded:
         grid_size: (H', W').
         peak_bytes: Bytes to be allocated at most, by the plan.
         patch_valid: (H', W') bool, the patches that were looked at; None if all were. Others are 0 in the `grid`.
+        broken_tiles: How many tiles could not be read, see `on_error` of `encode`.
     """
 
     embedding: Tensor | None
@@ -59,6 +60,7 @@ class Encoded:
     grid_size: tuple[int, int]
     peak_bytes: int
     patch_valid: Tensor | None = None
+    broken_tiles: int = 0
 
 
 @torch.no_grad()  # not inference mode: the result may be used in training
@@ -71,6 +73,7 @@ def encode(
     value_range: str | Sequence[float] | None = None,
     nodata: float | None = None,
     fill: float | str | None = None,
+    on_error: str = "raise",
     mask: np.ndarray | str | os.PathLike | None = None,
     memory: Tensor | None = None,
     store: str | os.PathLike | None = None,
@@ -100,6 +103,9 @@ def encode(
         nodata: A number that stands for no data, besides the one that a file itself names; likewise.
         fill: What takes the place of missing numbers: "mean", "error" or a number; or "mask", which leaves out patches
             that have no others; likewise.
+        on_error: What becomes of tiles, strips or chunks of the file that cannot be read: "raise"; "fill", they have
+            what missing numbers have; or "skip", patches without other pixels are left out, for which the image is read
+            once more. What is decoded as a whole, such as PNG, raises.
         mask: The patches to look at, as `patch_valid` of the model: "otsu" for tissue, a mask file, polygons in GeoJSON
             or an array, see `luna_vision.images.foreground.patch_mask`. Others are neither read nor computed.
         memory: (L, C), replaces the learned initial memory (`Encoded.raw_memory` of an earlier image).
@@ -131,7 +137,8 @@ def encode(
     wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     cfg = getattr(model, "pretrained_cfg", {})
     values = model_values(cfg, statistics[0], value_range, nodata, fill)
-    pixels = Pixels(image, model.in_chans, *statistics, dtype=wide, device=parameter.device, values=values)
+    like = {"dtype": wide, "device": parameter.device}
+    pixels = Pixels(image, model.in_chans, *statistics, **like, values=values, on_error=on_error)
     (height, width), (p, q) = pixels.shape[:2], model.patch_embed.patch_size
     grid_size = -(-height // p), -(-width // q)
     masked = None if mask is None else patch_mask(mask, image, grid_size, (p, q))
@@ -158,6 +165,8 @@ def encode(
             resume = checkpoint is not None and checkpoint.band is not None
             if resume:
                 state = checkpoint.load(parameter.device)
+                pixels.broken = set(map(tuple, state.broken))
+                pixels.any_read = state.row > 0 or state.sweep > 0
             if (valid := pixels.valid((p, q), plan.band)) is not None:
                 pixels.restrict(valid, (p, q))
             layout = Layout(grid_size, plan.band, valid)
@@ -181,6 +190,7 @@ def encode(
             embedding, memory = _run(engine, rows, checkpoint, progress)
             result = _finish(model, embedding, memory, grid_size, plan.bytes)
             result.patch_valid = None if valid is None else torch.from_numpy(valid)
+            result.broken_tiles = len(pixels.broken)
             if save is not None:
                 save(result)
             if out is not None:
@@ -262,6 +272,7 @@ def _about(
         "mean": statistics[0],
         "std": statistics[1],
         **pixels.values.described(),
+        "on_error": pixels.on_error,
         "memory": hashlib.sha256(memory.detach().double().cpu().numpy().tobytes()).hexdigest(),
         "store_dtype": str(store_dtype),
         "band_rows": band_rows,

@@ -45,6 +45,8 @@ class State:
     """The `PackState` of this sweep's bands so far: maximum, total, weighted."""
     pool: dict[str, Tensor] = field(default_factory=dict)
     """The parts of the pooling so far."""
+    broken: list[tuple[int, int, int, int]] = field(default_factory=list)
+    """The tiles of the image that could not be read so far, see `Pixels.broken`."""
 
 
 class Engine:
@@ -113,6 +115,7 @@ class Engine:
             else:
                 self._pool(self.model.norm(x), band)
             del x  # free it before the next band
+            state.broken = sorted(self.pixels.broken)
             state.row = band.stop
             after_band(state, band.stop - band.start)
 
@@ -122,8 +125,10 @@ class Engine:
         if block is None:
             self.state.sweep += 1
             return
+        if self.state.sweep == 0:
+            self.pixels.check_broken()
         memory, read = block.close_pack(self.state.memory, PackState(**self.state.pack))
-        self.state = State(self.state.sweep + 1, 0, memory, read)
+        self.state = State(self.state.sweep + 1, 0, memory, read, broken=self.state.broken)
 
     def _embed(self, band: Band) -> Tensor:
         """Embed the pixels of a band: (1, n, C). Few rows of pixels are held at a time, however many it has."""

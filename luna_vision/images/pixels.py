@@ -3,7 +3,7 @@
 Shapes: H, W pixels, c channels, p side of a patch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,16 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
+from ..utils.checks import check_option
 from ..utils.device import to_device
 from ..utils.errors import UserError, one_line
 from .masks import valid_patches
 from .transforms import per_channel
 from .values import MASK, Levels, Values, check_bands, to_unit, type_range
 
-__all__ = ["Pixels", "pixel_statistics"]
+__all__ = ["ON_ERROR", "Pixels", "pixel_statistics"]
+
+ON_ERROR = ("raise", "fill", "skip")
 
 
 def pixel_statistics(
@@ -48,6 +51,7 @@ class Pixels:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         values: Values | None = None,
+        on_error: str = "raise",
     ) -> None:
         """
         Args:
@@ -60,6 +64,8 @@ class Pixels:
             mean, std: As `pixel_statistics` gives them.
             dtype, device: Of the result.
             values: What the numbers mean; by default as `Values` has it.
+            on_error: What becomes of tiles (or strips) that cannot be read, of an image that has any: "raise"; "fill",
+                they have what missing numbers have; or "skip", they are missing, see `valid`. `broken` has them.
 
         Raises:
             ValueError: Another shape, type or number of channels, or no pixels.
@@ -85,6 +91,10 @@ class Pixels:
         self.image, self.shape, self.channels, self.in_chans = image, shape, channels, in_chans
         self.step = _rows_of_chunks(image)
         self.shift = getattr(image, "chunk_shift", 0)
+        check_option("on_error", on_error, ON_ERROR)
+        self.on_error = on_error
+        self.broken: set[tuple[int, int, int, int]] = set()  # top, bottom, left and right of each tile
+        self.any_read = False
         self.last = shape[0]  # where the last row ends that is read
         self.wanted: np.ndarray | None = None
         self.patch_size = (1, 1)
@@ -117,8 +127,7 @@ class Pixels:
             rows = self._slice(start, stop)
             return rows.astype(rows.dtype.newbyteorder("="), copy=False)
         out, done = None, 0
-        for first in range((start + self.shift) // self.step * self.step - self.shift, stop, self.step):
-            first, end = max(first, 0), min(first + self.step, self.shape[0])
+        for first, end in _cells(start, stop, self.step, self.shift, self.shape[0]):
             if self.slab is None or self.slab[0] != first:
                 self.slab = None  # before the next one is read: there is to be one at a time
                 self.slab = first, self._slice(first, end)
@@ -176,6 +185,42 @@ class Pixels:
         return out
 
     def _read(self, start: int, stop: int, columns: slice | None) -> np.ndarray:
+        """Pixels of these rows and columns, what cannot be read of them as `on_error` has it."""
+        try:
+            rows = self._ask(start, stop, columns)
+        except OSError:
+            if self.on_error == "raise" or not self.step:
+                raise
+            return self._read_tiles(start, stop, columns)
+        self.any_read = True
+        return rows
+
+    def _read_tiles(self, start: int, stop: int, columns: slice | None) -> np.ndarray:
+        """Pixels tile by tile; those of broken tiles are a number that is not missing."""
+        windows = hasattr(self.image, "window")
+        left, right = (0, self.shape[1]) if columns is None else (columns.start, columns.stop)
+        across = _columns_of_chunks(self.image) if windows else self.shape[1]
+        shift = getattr(self.image, "column_shift", 0) if windows else 0
+        out = np.full((stop - start, right - left, *self.shape[2:]), self._number(), self.dtype)
+        for top, bottom in _cells(start, stop, self.step, self.shift, self.shape[0]):
+            for first, last in _cells(left, right, across, shift, self.shape[1]):
+                tile = top, bottom, first, last
+                a, b, c, d = max(top, start), min(bottom, stop), max(first, left), min(last, right)
+                try:
+                    if tile not in self.broken:
+                        part = self._ask(a, b, slice(c, d) if windows else None)
+                        out[a - start : b - start, c - left : d - left] = part
+                        self.any_read = True
+                except OSError:
+                    self.broken.add(tile)
+        return out
+
+    def check_broken(self) -> None:
+        """Raise an OSError if nothing at all could be read."""
+        if self.broken and not self.any_read:
+            raise OSError(f"cannot read {self.name}: all of its {len(self.broken)} tiles are broken")
+
+    def _ask(self, start: int, stop: int, columns: slice | None) -> np.ndarray:
         try:
             found = self.image[start:stop] if columns is None else self.image.window(slice(start, stop), columns)
             rows = np.asarray(found)
@@ -219,7 +264,27 @@ class Pixels:
         x = x.to(self.out["dtype"], memory_format=torch.contiguous_format, copy=True)
         if not deep:
             x.div_(255)
-        return x.sub_(self.mean).div_(self.std)[None]
+        return self._without_broken(x.sub_(self.mean).div_(self.std)[None], start, left)
+
+    def _without_broken(self, x: Tensor, start: int, left: int) -> Tensor:
+        """Normalised pixels (1, in_chans, n, m), those of broken tiles as `on_error` has it."""
+        height, width = x.shape[2:]
+        for top, bottom, first, last in self.broken:
+            rows = slice(max(top - start, 0), min(bottom - start, height))
+            columns = slice(max(first - left, 0), min(last - left, width))
+            if rows.start < rows.stop and columns.start < columns.stop:
+                x[:, :, rows, columns] = self._missing()
+        return x
+
+    def _missing(self) -> Tensor:
+        """What a broken tile has, normalised (in_chans, 1, 1)."""
+        fill = self.values.fill
+        if self.on_error == "skip" or fill == MASK:
+            return torch.full_like(self.mean, torch.nan)
+        if isinstance(fill, str):
+            return torch.zeros_like(self.mean)  # the mean
+        low, high = self.values.value_range or type_range(self.dtype, self.top)
+        return (min(max((fill - low) / (high - low), 0.0), 1.0) - self.mean) / self.std
 
     def _blanked(self, array: np.ndarray, start: int, left: int) -> np.ndarray:
         """Pixels (n, m, c) in which those of patches that are not wanted are a number that is not missing."""
@@ -228,11 +293,14 @@ class Pixels:
         side, across = self.patch_size
         rows, columns = (np.arange(first, first + n) for first, n in zip((start, left), array.shape, strict=False))
         unwanted = ~self.wanted[np.ix_(rows // side, columns // across)]
-        number = next(n for n in (0, 1, 2) if n not in (self.nodata, self.values.nodata))
-        return np.where(unwanted[:, :, None], array.dtype.type(number), array)
+        return np.where(unwanted[:, :, None], array.dtype.type(self._number()), array)
+
+    def _number(self) -> int:
+        """A number that is not missing."""
+        return next(n for n in (0, 1, 2) if n not in (self.nodata, self.values.nodata))
 
     def valid(self, patch_size: tuple[int, int], rows: int) -> np.ndarray | None:
-        """The patches (H', W') that have a pixel which is not missing; None if `values` leave none missing.
+        """The patches (H', W') that have a pixel which is not missing; None if none is left missing.
 
         It reads the whole image, or what it is restricted to, so many rows of patches at a time.
 
@@ -240,7 +308,7 @@ class Pixels:
             UserError: There are no others.
             OSError: They cannot be read.
         """
-        if self.values.fill != MASK:
+        if self.values.fill != MASK and self.on_error != "skip":
             return self.wanted
         side, height = patch_size[0], self.shape[0]
         found = []
@@ -275,6 +343,12 @@ def _columns_of_chunks(image: Any) -> int:
     if len(chunks) < 2:
         return 1
     return max(map(int, chunks[1])) if isinstance(chunks[1], Sequence) else int(chunks[1])
+
+
+def _cells(start: int, stop: int, step: int, shift: int, end: int) -> Iterator[tuple[int, int]]:
+    """The chunks [first, last) along an axis of length `end` that [start, stop) is in; the first lacks `shift`."""
+    for first in range((start + shift) // step * step - shift, stop, step):
+        yield max(first, 0), min(first + step, end)
 
 
 def _dtype(image: Any) -> np.dtype:

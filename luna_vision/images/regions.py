@@ -295,6 +295,7 @@ class Part:
         self.held_bytes = getattr(image, "held_bytes", 0)
         if chunks := getattr(image, "chunks", None):
             self.chunks, self.chunk_shift = chunks, rows.start % chunks[0]
+            self.column_shift = columns.start % chunks[1]
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         return self.window(rows, slice(None))

@@ -44,7 +44,7 @@ def open_slide(path: Path) -> Source:
     mpp = [_number(properties.get(f"openslide.mpp-{axis}")) for axis in "xy"]
     return Source(
         [(height, width) for width, height in slide.level_dimensions],
-        lambda level: SlideImage(slide, level),
+        lambda level: SlideImage(slide, level, path),
         str(path),
         None if None in mpp else sum(mpp) / 2,
         _number(properties.get("openslide.objective-power")),
@@ -62,12 +62,14 @@ def _number(text: str | None) -> float | None:
 class SlideImage:
     """A level of a slide as an image (H, W, 3) of 8 bits. What is transparent has the slide's background colour."""
 
-    def __init__(self, slide: Any, level: int) -> None:
+    def __init__(self, slide: Any, level: int, path: Path) -> None:
         """
         Args:
             slide: Of OpenSlide.
             level: Of its pyramid.
+            path: Its file.
         """
+        self.path = path
         self.slide, self.level, self.scale = slide, level, slide.level_downsamples[level]
         width, height = slide.level_dimensions[level]
         self.shape, self.dtype = (height, width, 3), np.dtype(np.uint8)
@@ -81,7 +83,13 @@ class SlideImage:
 
     def window(self, rows: slice, columns: slice) -> np.ndarray:
         """Pixels (n, m, 3); only the tiles that they are in are read."""
+        import openslide
+
         (top, bottom, _), (left, right, _) = rows.indices(self.shape[0]), columns.indices(self.shape[1])
         corner = round(left * self.scale), round(top * self.scale)  # of level 0
-        part = self.slide.read_region(corner, self.level, (right - left, bottom - top))
+        try:
+            part = self.slide.read_region(corner, self.level, (right - left, bottom - top))
+        except openslide.OpenSlideError:
+            self.slide = openslide.OpenSlide(self.path)  # OpenSlide reads nothing more of a slide after an error
+            raise
         return np.asarray(Image.alpha_composite(Image.new("RGBA", part.size, self.background), part).convert("RGB"))

@@ -104,7 +104,7 @@ def test_a_region_of_a_slide(slide):
     np.testing.assert_array_equal(all_of(part), low[25:125, 50:200])
 
 
-def test_transparency_is_background():
+def test_transparency_is_background(tmp_path):
     """As of a scanner that leaves out glass."""
 
     class Transparent:
@@ -117,11 +117,11 @@ def test_transparency_is_background():
             image.putpixel((2, 1), (0, 0, 0, 128))
             return image
 
-    pixels = SlideImage(Transparent(), 0)[0:8]
+    pixels = SlideImage(Transparent(), 0, tmp_path)[0:8]
     assert pixels[0, 0].tolist() == [0xF0, 0xE0, 0xD0] and pixels[1, 1].tolist() == [10, 20, 30]
     assert abs(pixels[1, 2].astype(int) - np.array([0xF0, 0xE0, 0xD0]) // 2).max() <= 1
     white = type("White", (Transparent,), {"properties": {}})
-    assert SlideImage(white(), 0)[0:8][0, 0].tolist() == [255] * 3
+    assert SlideImage(white(), 0, tmp_path)[0:8][0, 0].tolist() == [255] * 3
 
 
 # ---- stacks and channels
