@@ -32,7 +32,16 @@ def _parser() -> Parser:
     parser.add_argument("image", type=Path, metavar="IMAGE", help=IMAGE_HELP)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".npz or .safetensors")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="the patch features (H', W', C), .npy or .zarr")
-    parser.add_argument("--overwrite", action="store_true", help="replace files at --out and --grid")
+    parser.add_argument(
+        "--attention",
+        type=Path,
+        metavar="FILE",
+        help="where each slot of the memory looks, a channel each over the image, .tif or .zarr",
+    )
+    parser.add_argument(
+        "--attention-layer", type=int, metavar="N", help="of this block, from 0 (default: the last pack)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace files at --out, --grid and --attention")
     add_model_options(parser, default=MODEL)
     add_speed_options(parser, compiles=False)  # bands go through parts of a block
     add_streaming_options(parser)
@@ -46,6 +55,7 @@ def main(words: list[str]) -> int:
     from .. import __version__
     from ..execution import encode
     from ..execution.grid import check_grid
+    from ..images.maps import check_map
     from ..models.factory import random_weights
     from ..utils.files import check_output
 
@@ -54,6 +64,9 @@ def main(words: list[str]) -> int:
     if args.grid is not None:
         check_grid(args.grid)
         check_file(args.grid, "the patch grid", args.image, args.overwrite)
+    if args.attention is not None:
+        check_map(args.attention)
+        check_file(args.attention, "the attention map", args.image, args.overwrite)
     image = open_chosen(args)
     model = load(args, default=MODEL)
     about = {
@@ -71,6 +84,8 @@ def main(words: list[str]) -> int:
                 image,
                 **streaming_arguments(args),
                 grid=args.grid,
+                attention=args.attention,
+                attention_layer=args.attention_layer,
                 save=lambda result: _save(args.out, result, about | {"dtype": dtype}),
             )
     except KeyboardInterrupt:

@@ -25,6 +25,7 @@ from ..models.luna_vit import initial_memory
 from ..utils.device import product_dtype
 from ..utils.fingerprint import describe
 from ..utils.progress import progress_bar
+from .attention import AttentionMap
 from .check import check_model
 from .checkpoint import Checkpoint
 from .grid import Grid, Sink, check_apart
@@ -81,6 +82,8 @@ def encode(
     memory_budget: int | str | None = None,
     band_rows: int | None = None,
     grid: str | os.PathLike | Sink | None = None,
+    attention: str | os.PathLike | None = None,
+    attention_layer: int | None = None,
     progress: bool = True,
     save: Callable[[Encoded], None] | None = None,
 ) -> Encoded:
@@ -117,6 +120,11 @@ def encode(
             result by rounding only.
         grid: A .npy or .zarr file for the patches after the final norm, (H', W', C). An existing file or .zarr folder
             is replaced at the end. Or a `luna_vision.execution.grid.Sink`, which takes them as they come.
+        attention: A .tif or .zarr file for what each slot of the memory looks at: a channel a slot, a pixel a patch,
+            the weights of a pack in multiples of their mean, averaged over heads; 0 outside of a mask. It lies over the
+            image: TIFF has a georeference if the image has one. A file that is there is replaced at the end.
+        attention_layer: The block whose pack it is, from 0, or from the last if negative; by default the last pack,
+            from which the final memory comes.
         progress: Show a progress bar on stderr or, if that is no terminal, a line from time to time.
         save: Called with the result before the store is emptied. If it fails, the same call continues from there.
 
@@ -131,6 +139,7 @@ def encode(
     store_dtype = parameter.dtype if store_dtype is None else store_dtype
     _check_arguments(image, store_dtype, band_rows)
     sink = None if grid is None else grid if isinstance(grid, Sink) else _grid_file(Path(grid), image)
+    looks = None if attention is None else _attention(Path(attention), model, attention_layer, image)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
 
     statistics = pixel_statistics(model, mean, std)
@@ -150,15 +159,20 @@ def encode(
     checkpoint, band = None, band_rows
     if store is not None:
         about = _about(model, pixels, statistics, state.memory, store_dtype, band_rows, sink)
+        about["attention"] = None if looks is None else looks.described()
         about["mask"] = None if masked is None else hashlib.sha256(np.packbits(masked).tobytes()).hexdigest()
         checkpoint = Checkpoint(Path(store), about)
         band = checkpoint.band or band
-    out = None
+    out = drawn = None
     try:
         with ExitStack() as files:
             count = None if masked is None else int(masked.sum())
             others = 0 if sink is None else sink.planned_bytes(grid_size, model)
-            plan = make_plan(model, pixels, grid_size, store_dtype, store is not None, budget, band, count, others)
+            more = 0
+            if looks is not None:
+                others, more = others + looks.planned_bytes(grid_size), looks.numbers(model)
+            in_file = store is not None
+            plan = make_plan(model, pixels, grid_size, store_dtype, in_file, budget, band, count, others, more)
             if checkpoint is not None:  # the first row of pixels is read only after the plan has found room for it
                 first = pixels.raw(pixels.first, pixels.first + 1)
                 checkpoint.expect({"image": hashlib.sha256(first.tobytes()).hexdigest()})
@@ -185,20 +199,27 @@ def encode(
                     # the last sweep only reads the store, so that it can begin again anywhere
                     assert not state.pool, "the pool would read rows twice"
                     state.row = max((band.start for band in layout.bands if band.start <= first), default=0)
+            if looks is not None and not (resume and state.sweep >= looks.stage and looks.is_finished()):
+                like = {"device": parameter.device, "dtype": parameter.dtype}
+                looks.open(layout, image, (p, q), like, resume)
+                drawn = looks
+                files.callback(drawn.close)
             ring = Ring(rows, layout.count, layout.margin)
-            engine = Engine(model, pixels, layout, plan.band, ring, state, out)
+            engine = Engine(model, pixels, layout, plan.band, ring, state, out, drawn)
             embedding, memory = _run(engine, rows, checkpoint, progress)
             result = _finish(model, embedding, memory, grid_size, plan.bytes)
             result.patch_valid = None if valid is None else torch.from_numpy(valid)
             result.broken_tiles = len(pixels.broken)
             if save is not None:
                 save(result)
-            if out is not None:
-                out.finish()
+            for one in (out, drawn):
+                if one is not None:
+                    one.finish()
     except BaseException:
         if checkpoint is None or not checkpoint.is_begun:  # there is nothing to resume
-            if out is not None:
-                out.discard()
+            for one in (out, drawn):
+                if one is not None:
+                    one.discard()
             if checkpoint is not None:
                 checkpoint.remove()
         raise
@@ -219,6 +240,11 @@ def _grid_file(path: Path, image: Any) -> Grid:
     return Grid(path)
 
 
+def _attention(path: Path, model: LunaVit, layer: int | None, image: Any) -> AttentionMap:
+    check_apart(path, "the attention map", getattr(image, "file", None))
+    return AttentionMap(path, model, layer)
+
+
 def _run(
     engine: Engine, rows: RamRows | FileRows, checkpoint: Checkpoint | None, progress: bool
 ) -> tuple[Tensor | None, Tensor]:
@@ -232,8 +258,9 @@ def _run(
         def after_band(state: State, new: int) -> None:
             if checkpoint is not None:
                 rows.sync()
-                if engine.grid is not None:
-                    engine.grid.sync()
+                for one in (engine.grid, engine.attention):
+                    if one is not None:
+                        one.sync()
                 checkpoint.save(state, engine.rows)
             bar.update(new)
 

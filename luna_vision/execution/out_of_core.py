@@ -21,6 +21,7 @@ from ..images.pixels import Pixels
 from ..layers import LunaBlock
 from ..layers.pos_embed import grid_coords
 from ..models import LunaVit
+from .attention import AttentionMap
 from .grid import Sink
 from .layout import Band, Layout
 from .store import Ring
@@ -61,6 +62,7 @@ class Engine:
         ring: Ring,
         state: State,
         grid: Sink | None = None,
+        attention: AttentionMap | None = None,
     ) -> None:
         """
         Args:
@@ -71,9 +73,10 @@ class Engine:
             ring: The store of the patches, as it was at `state`.
             state: The state to start from.
             grid: Takes the patches after the final norm.
+            attention: Takes the scores of one pack.
         """
         self.model, self.pixels, self.layout, self.rows = model, pixels, layout, rows
-        self.ring, self.state, self.grid = ring, state, grid
+        self.ring, self.state, self.grid, self.attention = ring, state, grid, attention
         parameter = next(model.parameters())
         self.like = {"device": parameter.device, "dtype": parameter.dtype}
         valid = layout.mask(0, layout.height, 0, layout.columns)
@@ -193,7 +196,11 @@ class Engine:
             x = layout.on_islands(x, top, band.stop, block.mix_tile)
             x = x[:, layout.between(top, first) : layout.between(top, last)]
         if x.shape[1]:
-            tile = block.pack_tile(block.norm_tile(x), block.pack_query(state.memory))
+            h = block.norm_tile(x)
+            if self.attention is not None and self.attention.stage == state.sweep:
+                self.attention.write(first, last, block.pack_scores(h, state.memory))
+            tile = block.pack_tile(h, block.pack_query(state.memory))
+            del h
             state.pack = (PackState(**state.pack).merge(tile) if state.pack else tile)._asdict()
             self.ring.write(layout.offsets[first], x)
 

@@ -62,6 +62,7 @@ def make_plan(
     band: int | None = None,
     count: int | None = None,
     others: int = 0,
+    more: int = 0,
 ) -> Plan:
     """Choose the band, and estimate the memory.
 
@@ -74,6 +75,7 @@ def make_plan(
         band: Rows of a band, if the caller has chosen them.
         count: Patches that are kept, if that is not the whole grid.
         others: Bytes that are allocated besides.
+        more: Numbers of a patch in work besides those of its block.
 
     Raises:
         ValueError: The budget is too small.
@@ -83,7 +85,7 @@ def make_plan(
     model_dtype = next(model.parameters()).dtype
     settled = band is not None
     band = min(height, band if settled else max(BAND_PATCHES // columns, _least_rows(model, in_file)))
-    patch = max(block.tile_numbers(model.memory_len) for block in model.stages()) * _itemsize(model)
+    patch = (max(block.tile_numbers(model.memory_len) for block in model.stages()) + more) * _itemsize(model)
     small = 4 * model.blocks[0].small_numbers(model.memory_len)
 
     def total(band: int, in_file: bool = in_file) -> int:

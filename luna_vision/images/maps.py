@@ -63,6 +63,7 @@ class MapFile:
         self.path, self.partial = path, path.with_name(f"{path.name}.partial")
         self.channels, self.classes, self.palette, self.nodata = channels, classes or {}, palette, nodata
         self.array: Any = None
+        self.top = 0  # the largest number so far
 
     @property
     def is_zarr(self) -> bool:
@@ -73,7 +74,7 @@ class MapFile:
 
         Args:
             image: Under the map; `Frame.of` it says where it lies.
-            dtype: uint8 or uint16.
+            dtype: uint8, uint16 or float32.
             tile: Side of the tiles that will be written, pixels.
             resume: Continue with the tiles of an earlier run.
 
@@ -118,6 +119,7 @@ class MapFile:
         if self.array is None:  # it was finished before, by another run than the one that is resumed
             raise self._gone()
         height, width = numbers.shape[-2:]
+        self.top = max(self.top, numbers.max())
         try:
             self.array[..., top : top + height, left : left + width] = numbers
         except OSError as error:
@@ -197,7 +199,8 @@ class MapFile:
         scales = {"version": "0.4", "name": self.path.stem, "axes": axes, "datasets": datasets, "type": "nearest"}
         self.group.attrs["multiscales"] = [scales]
         if self.channels is not None:
-            window = {"start": 0, "end": 255, "min": 0, "max": 255}
+            top = 255 if self.dtype == np.uint8 else float(self.top)
+            window = {"start": 0, "end": top, "min": 0, "max": top}
             self.group.attrs["omero"] = {
                 "channels": [{"label": name, "color": "FFFFFF", "window": window} for name in self.channels]
             }
