@@ -46,7 +46,7 @@ def _parser() -> Parser:
         type=Path,
         required=True,
         metavar="FILE",
-        help="best.safetensors or best.ckpt of the training of a segmenter or a RetinaNet on a Luna ViT",
+        help="best.safetensors or best.ckpt of the training of a segmenter or a detector on a Luna ViT",
     )
     parser.add_argument(
         "--out",

@@ -31,7 +31,10 @@ class SquareSink(Sink):
     Attributes:
         patches, tile: Side of a square in patches and in pixels.
         row: The first row of the squares that come next.
+        everywhere: Whether squares without a valid patch are not left out.
     """
+
+    everywhere = False
 
     def __init__(self, side: int, halo: int, align: int = 1, pads: bool = False) -> None:
         """
@@ -50,7 +53,7 @@ class SquareSink(Sink):
 
         Args:
             valid: (bottom - top, right - left) bool, the patches that were looked at; None for all. Squares without
-                any are left out.
+                any are left out, unless `everywhere`.
         """
         raise NotImplementedError
 
@@ -68,10 +71,16 @@ class SquareSink(Sink):
         return min(self.patches + 2 * self.halo, height) * columns * model.embed_dim * itemsize(model)
 
     def open(self, layout: Layout, embed_dim: int, like: dict[str, Any], band: int, resume: bool) -> None:
-        self.layout, self.row = layout, 0
+        self.layout = layout
         self.height, self.columns = self._grid((layout.height, layout.columns))
-        rows = min(self.patches + 2 * self.halo, self.height)
-        self.window = torch.zeros(rows, self.columns, embed_dim, **like)
+        self.begin(self.halo, torch.empty(0, 0, embed_dim, **like))
+
+    def begin(self, halo: int, like: Tensor | None = None) -> None:
+        """Begin with the first row of squares, and so many patches around them."""
+        self.row, self.halo = 0, halo
+        rows = min(self.patches + 2 * halo, self.height)
+        window = self.window if like is None else like
+        self.window = window.new_zeros(rows, self.columns, window.shape[2])
 
     @property
     def top(self) -> int:
@@ -87,7 +96,7 @@ class SquareSink(Sink):
         """Whether the next squares can be done once all rows above this one are there."""
         return self.row < self.height and min(self.bottom, self.layout.bands[-1].stop) <= row
 
-    def rewind(self, row: int) -> int:
+    def rewind(self, row: int, turn: int) -> int:
         while self._ready(row):
             self.row += self.patches
         return min(self.top, row)
@@ -111,7 +120,7 @@ class SquareSink(Sink):
         for left in range(0, self.columns, self.patches):
             right = min(left + self.patches, self.columns)
             valid = self._valid(stop, left, right)
-            if valid is None or valid.any():
+            if self.everywhere or valid is None or valid.any():
                 self.square(self.row, stop, left, right, valid)
         self.end_row()
         self.row += self.patches
@@ -134,10 +143,12 @@ class SquareSink(Sink):
     def around(self, top: int, bottom: int, left: int, right: int, halo: int) -> tuple[Tensor, int, int]:
         """The patches of a square of the row in work and `halo` more to each side, (1, D, n, m), and the row and the
         column of the first one."""
-        first, left = max(top - halo, 0), max(left - halo, 0)
-        rows = slice(first - self.top, min(bottom + halo, self.height) - self.top)
-        patches = self.window[rows, left : min(right + halo, self.columns)]
-        return patches.permute(2, 0, 1)[None], first, left
+        top, left = max(top - halo, 0), max(left - halo, 0)
+        return self.crop(top, min(bottom + halo, self.height), left, min(right + halo, self.columns)), top, left
+
+    def crop(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        """The patches (1, D, n, m) of a rectangle, whose rows are in the window."""
+        return self.window[top - self.top : bottom - self.top, left:right].permute(2, 0, 1)[None]
 
 
 def pixel_arguments(

@@ -195,7 +195,7 @@ def encode(
                 sink.open(layout, model.embed_dim, like, plan.band, resume)
                 out = sink
                 files.callback(out.close)
-                if last_sweep and (first := out.rewind(state.row)) < state.row:
+                if last_sweep and (first := out.rewind(state.row, state.turn)) < state.row:
                     # the last sweep only reads the store, so that it can begin again anywhere
                     assert not state.pool, "the pool would read rows twice"
                     state.row = max((band.start for band in layout.bands if band.start <= first), default=0)
@@ -251,8 +251,8 @@ def _run(
     """Run the engine to its end, with a progress bar; keep its state after every band if there is a checkpoint."""
     bands, state = engine.layout.bands, engine.state
     each = sum(band.stop - band.start for band in bands)
-    done = state.sweep * each + sum(band.stop - band.start for band in bands if band.stop <= state.row)
-    total = engine.sweeps * each
+    done = (state.sweep + state.turn) * each + sum(band.stop - band.start for band in bands if band.stop <= state.row)
+    total = (engine.sweeps + (0 if engine.grid is None else engine.grid.passes - 1)) * each
     with progress_bar(show=progress, total=total, initial=done, desc="encoding", unit="row") as bar:
 
         def after_band(state: State, new: int) -> None:

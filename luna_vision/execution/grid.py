@@ -28,7 +28,12 @@ class Sink(ABC):
     """Takes the patches of an image after the final norm, from top to bottom, and makes something of them.
 
     A run that is stopped calls `open` of a new sink of the same kind with `resume`.
+
+    Attributes:
+        passes: How often it takes all rows.
     """
+
+    passes = 1
 
     @abstractmethod
     def described(self) -> Any:
@@ -53,9 +58,14 @@ class Sink(ABC):
             OSError: It cannot write, or nothing is left.
         """
 
-    def rewind(self, row: int) -> int:
-        """Take up what an earlier run left that had written all rows above this one: the first row to write again."""
+    def rewind(self, row: int, turn: int) -> int:
+        """Take up what an earlier run left that had written all rows above this one, in this pass from 0: the first row
+        to write again."""
         return row
+
+    def next_pass(self) -> None:
+        """All rows were written, and come once more."""
+        raise NotImplementedError
 
     @abstractmethod
     def write(self, start: int, x: Tensor) -> None:

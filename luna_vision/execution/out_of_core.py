@@ -10,7 +10,7 @@ Shapes: H', W' patch grid, n valid patches of a band, L memory slots, C width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -48,6 +48,8 @@ class State:
     """The parts of the pooling so far."""
     broken: list[tuple[int, int, int, int]] = field(default_factory=list)
     """The tiles of the image that could not be read so far, see `Pixels.broken`."""
+    turn: int = 0
+    """The pass of the last sweep, which only reads the ring, and comes again for a `Sink` with several passes."""
 
 
 class Engine:
@@ -126,7 +128,11 @@ class Engine:
         """Finish the pack and update the memory."""
         block = self._block(self.state.sweep)
         if block is None:
-            self.state.sweep += 1
+            if self.grid is not None and self.state.turn + 1 < self.grid.passes:
+                self.grid.next_pass()
+                self.state = replace(self.state, row=0, turn=self.state.turn + 1)
+            else:
+                self.state.sweep += 1
             return
         if self.state.sweep == 0:
             self.pixels.check_broken()
@@ -206,8 +212,9 @@ class Engine:
 
     def _pool(self, x: Tensor, band: Band) -> None:
         """Read a band, (1, n, C), after the final norm."""
-        self.pool.add(x)
-        self.state.pool = self.pool.parts
+        if self.state.turn == 0:
+            self.pool.add(x)
+            self.state.pool = self.pool.parts
         if self.grid is not None:
             for start in range(band.start, band.stop, self.rows):
                 stop, layout = min(start + self.rows, band.stop), self.layout

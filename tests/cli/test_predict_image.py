@@ -82,12 +82,18 @@ def test_the_map_is_the_mask_that_predict_writes(name, trained, tmp_path, monkey
     assert np.abs(tifffile.imread(shares) - want.numpy()).max() < 0.6 and len(names) == 3
 
 
-def test_boxes_are_those_of_the_model(trained, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["retinanet.ckpt", "faster_rcnn.ckpt"])
+def test_boxes_are_those_of_the_model(name, trained, tmp_path, monkeypatch, capsys):
     out, coco = tmp_path / "a.geojson", tmp_path / "a.json"
-    words = [trained / "new/a.png", "--checkpoint", trained / "retinanet.ckpt", "--device", "cpu"]
+    words = [trained / "new/a.png", "--checkpoint", trained / name, "--device", "cpu"]
     assert run(monkeypatch, *words, "--out", out, "--coco", coco) == 0
-    model, transform, names = luna_vision.load(trained / "retinanet.ckpt")
-    model.topk_candidates = model.detections_per_img = 10**9
+    model, transform, names = luna_vision.load(trained / name)
+    if name == "retinanet.ckpt":
+        model.topk_candidates = model.detections_per_img = 10**9
+    else:
+        limits = {"training": 10**9, "testing": 10**9}
+        model.rpn.score_thresh, model.rpn._pre_nms_top_n, model.rpn._post_nms_top_n = 0.05, limits, limits
+        model.roi_heads.detections_per_img = 10**9
     with torch.no_grad():
         want = model([transform(trained / "new/a.png")])[0]
     count = int((want["labels"] > 0).sum())
@@ -127,7 +133,6 @@ def test_a_stopped_run_goes_on(trained, tmp_path, monkeypatch, capsys):
         (["--coco", "{tmp}/a.json"], "--coco goes with boxes"),
         (["--checkpoint", "{trained}/retinanet.ckpt"], "is no segmenter"),
         (["--out", "{tmp}/a.geojson"], "is a segmenter: give --out .tif"),
-        (["--out", "{tmp}/a.geojson", "--checkpoint", "{trained}/faster_rcnn.ckpt"], "train with detector=retinanet"),
         (["--out", "{tmp}/a.geojson", "--polygons", "{tmp}/b.geojson"], "--polygons goes with a map"),
         (["--checkpoint", "{trained}/no.ckpt"], "there is no file or folder"),
         (["--region", "0", "0", "1000", "1000"], "is not within"),

@@ -10,7 +10,7 @@ import torch
 from pycocotools.coco import COCO
 from torchvision.ops import batched_nms
 
-from luna_vision.downstream.boxes import BoxSink, detect
+from luna_vision.downstream.boxes import box_sink, detect
 from luna_vision.downstream.detection import build_detector
 from luna_vision.downstream.pyramid import PyramidBackbone
 from luna_vision.execution import encode
@@ -26,7 +26,23 @@ def make(strides=(4, 8, 16, 32), detector: str = "retinanet", **options):
     torch.manual_seed(0)
     backbone = PyramidBackbone("test_luna_vit", list(strides), 8, **SMALL | options)
     model = build_detector(detector, backbone, 3, min_size=None).double().eval()
-    if detector == "retinanet":
+    if detector == "faster_rcnn":
+        limits = {"training": 10**9, "testing": 10**9}
+        model.rpn.score_thresh, model.rpn._pre_nms_top_n, model.rpn._post_nms_top_n = 0.05, limits, limits
+        model.roi_heads.detections_per_img = 10**9
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+        x = torch.from_numpy(picture(200, 200)).permute(2, 0, 1).double() / 255
+        features = list(model.backbone(model.transform([x])[0].tensors).values())
+        scores = torch.cat([one.flatten() for one in model.rpn.head(features)[0]])
+        last = model.rpn.head.cls_logits
+        last.weight *= 2 / scores.std()
+        scores = torch.cat([one.flatten() for one in model.rpn.head(features)[0]])
+        last.bias -= scores.quantile(0.97) + 2.94  # 3 of a hundred anchors propose
+        model.rpn.head.bbox_pred.weight *= 20
+        model.roi_heads.box_predictor.cls_score.weight *= 20
+        model.roi_heads.score_thresh = 0.3
+    else:
         model.topk_candidates = model.detections_per_img = 10**9
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -56,12 +72,8 @@ def whole(model, image: np.ndarray) -> dict[str, torch.Tensor]:
 
 
 def record(model, image: np.ndarray, folder, patches: int | None = None, **how) -> dict[str, torch.Tensor]:
-    class Recorder(BoxSink):
-        def finish(self) -> None:
-            found.update(self.result())
-
     found: dict[str, torch.Tensor] = {}
-    sink = Recorder(model, image.shape[:2], folder / "found.partial")
+    sink = box_sink(model, image.shape[:2], folder / "found.partial", found.update)
     sink.patches = patches or sink.patches
     statistics = {"mean": model.transform.image_mean, "std": model.transform.image_std}
     with torch.no_grad():
@@ -78,8 +90,26 @@ def same(found: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("patches", [16, 24, None])
 @pytest.mark.parametrize("strides, side", [((8,), 8), ((4, 8, 16, 32), 8), ((8, 16), 16), ((16, 32), 4), ((1, 2), 2)])
 def test_the_objects_are_those_of_the_whole_image(strides, side, patches, tmp_path):
-    model, image = make(strides, patch_size=side), picture(203, 157)
+    model, image = make(strides, patch_size=side), picture(203, 157) if side > 2 else picture(101, 77)
     same(record(model, image, tmp_path, patches, band_rows=3), whole(model, image))
+
+
+@pytest.mark.parametrize("patches", [16, 24, None])
+@pytest.mark.parametrize("strides, side", [((8,), 8), ((4, 8, 16, 32), 8), ((8, 16), 16), ((8, 16), 4)])
+def test_the_objects_of_a_faster_rcnn(strides, side, patches, tmp_path):
+    """The proposals have no limits but that of their score."""
+    model, image = make(strides, "faster_rcnn", patch_size=side), picture(203, 157)
+    want = whole(model, image)
+    assert len(want["labels"].unique()) > 1
+    same(record(model, image, tmp_path, patches, band_rows=3), want)
+
+
+def test_proposals_beside_the_mask_are_classified(tmp_path):
+    """Of a cell that was looked at, but with its centre elsewhere: as if all squares had something."""
+    model, image, valid = make((8, 16), "faster_rcnn"), picture(256, 192), np.zeros((32, 24), bool)
+    valid[4:15, 2:9] = True
+    want = record(model, image, tmp_path, 32, mask=valid)
+    same(record(model, image, tmp_path, 2, mask=valid), want)
 
 
 @pytest.mark.parametrize("size", [(40, 300), (300, 41), (64, 64), (129, 65), (256, 256)])
@@ -157,12 +187,13 @@ def test_files(place, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.geojson", "a.json", "a.tif"]
 
 
-def test_a_run_that_is_stopped_anywhere_is_resumed(tmp_path, monkeypatch):
-    model, image = make((8, 16), depth=1), picture(260, 157)
+@pytest.mark.parametrize("detector", ["retinanet", "faster_rcnn"])
+def test_a_run_that_is_stopped_anywhere_is_resumed(detector, tmp_path, monkeypatch):
+    model, image = make((8, 16), detector, depth=1), picture(260, 157)
     monkeypatch.setattr("luna_vision.downstream.squares.TILE", 32)
     detect(model, image, tmp_path / "want.geojson", progress=False)
     want, save = (tmp_path / "want.geojson").read_text(), Checkpoint.save
-    how = {"store": tmp_path / "store", "band_rows": 4, "progress": False}
+    how = {"store": tmp_path / "store", "band_rows": 4 if detector == "retinanet" else 9, "progress": False}
     for stop_at in range(100):
         count = iter(range(10**6))
 
@@ -179,7 +210,7 @@ def test_a_run_that_is_stopped_anywhere_is_resumed(tmp_path, monkeypatch):
         except KeyboardInterrupt:
             detect(model, image, tmp_path / "a.geojson", **how)
         found = (tmp_path / "a.geojson").read_text()
-        assert len(json.loads(found)["features"]) == len(json.loads(want)["features"])
+        assert len(json.loads(found)["features"]) == len(json.loads(want)["features"]) > 10
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a.geojson", "want.geojson"]
     assert stop_at > 10
 
@@ -193,7 +224,7 @@ def test_nothing_found(tmp_path):
 
 
 def test_mistakes(tmp_path):
-    with pytest.raises(ValueError, match="a FasterRCNN ranks proposals over the whole image"):
-        detect(make(detector="faster_rcnn"), picture(40, 50), tmp_path / "a.geojson")
+    with pytest.raises(ValueError, match="FCOS is no detector of an image of any size"):
+        detect(type("FCOS", (torch.nn.Module,), {})(), picture(40, 50), tmp_path / "a.geojson")
     with pytest.raises(ValueError, match="polygons must end in .geojson"):
         detect(make(), picture(40, 50), tmp_path / "a.tif")
