@@ -1,6 +1,7 @@
 """Detection in an image in pieces: the objects of the model as a whole, in files that viewers open."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from luna_vision.downstream.pyramid import PyramidBackbone
 from luna_vision.execution import encode
 from luna_vision.execution.checkpoint import Checkpoint
 from luna_vision.images import open_image
+from tests.execution.test_budget import Allocations
 
 SMALL = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 8, "memory_len": 3}
 
@@ -228,3 +230,16 @@ def test_mistakes(tmp_path):
         detect(type("FCOS", (torch.nn.Module,), {})(), picture(40, 50), tmp_path / "a.geojson")
     with pytest.raises(ValueError, match="polygons must end in .geojson"):
         detect(make(), picture(40, 50), tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("detector", ["retinanet", "faster_rcnn"])
+def test_what_is_allocated_stays_within_the_plan(detector, tmp_path):
+    model, image = make(detector=detector).float(), picture(400, 550)
+    tracemalloc.start()
+    try:
+        with Allocations() as count:
+            _, result = detect(model, image, tmp_path / "a.geojson", store=tmp_path / "store", progress=False)
+        peak = count.peak + tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 0.05 * result.peak_bytes < peak < result.peak_bytes, (peak, result.peak_bytes)
