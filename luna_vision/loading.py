@@ -13,6 +13,7 @@ from .downstream.segmentation import has_background, segmenter_of
 from .images.transforms import EvalTransform, per_channel
 from .images.values import model_values
 from .models import unwrap_state_dict
+from .models.checkpoints import PIXEL_CFG
 from .models.factory import LOCAL, load_model, training_checkpoint
 
 __all__ = ["Loaded", "load"]
@@ -74,6 +75,9 @@ def _load_dense(path: Path, run: dict[str, Any]) -> Loaded:
     model = (detector_of if "detector" in hp else segmenter_of)(hp | {"model_kwargs": kwargs})
     model.load_state_dict(unwrap_state_dict(load_state_dict(str(path))))
     cfg = run.get("data", {}).get("cfg", {})
+    backbone = model.backbone.pyramid_backbone if "detector" in hp else model.backbone
+    known = {name: cfg[name] for name in PIXEL_CFG if name in cfg}
+    backbone.body.pretrained_cfg = backbone.body.pretrained_cfg | known  # for images that are streamed
     names = cfg.get("label_names")
     if names and ("detector" in hp or has_background(hp)):
         names = ["background", *names]

@@ -1,21 +1,18 @@
 """``luna-vision encode``: an image that need not fit into memory."""
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import (
-    Parser,
-    add_model_options,
-    add_speed_options,
-    add_statistics_options,
-    add_value_options,
-    at_least,
-    at_speed,
-    load,
-    model_options,
-    value_options,
+from .common import Parser, add_model_options, add_speed_options, at_speed, load, model_options
+from .streaming import (
+    IMAGE_HELP,
+    add_streaming_options,
+    check_file,
+    open_chosen,
+    say_broken,
+    stopped,
+    streaming_arguments,
 )
 
 if TYPE_CHECKING:
@@ -23,7 +20,6 @@ if TYPE_CHECKING:
 
 MODEL = "luna_vit_tiny"  # the default
 SUFFIXES = (".npz", ".safetensors")
-STORE_TYPES = ("float32", "bfloat16")
 
 
 def _parser() -> Parser:
@@ -33,25 +29,22 @@ def _parser() -> Parser:
         description="Embedding, logits and memory of one image of any size, as the ordinary forward pass computes "
         "them. With --store, the same command resumes a run that was stopped.",
     )
-    parser.add_argument(
-        "image", type=Path, metavar="IMAGE", help="TIFF (tiled, pyramid), .zarr, .npy; PNG, JPEG, ... are decoded whole"
-    )
+    parser.add_argument("image", type=Path, metavar="IMAGE", help=IMAGE_HELP)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".npz or .safetensors")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="the patch features (H', W', C), .npy or .zarr")
-    parser.add_argument("--overwrite", action="store_true", help="replace files at --out and --grid")
+    parser.add_argument(
+        "--attention",
+        type=Path,
+        metavar="FILE",
+        help="where each slot of the memory looks, a channel each over the image, .tif or .zarr",
+    )
+    parser.add_argument(
+        "--attention-layer", type=int, metavar="N", help="of this block, from 0 (default: the last pack)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace files at --out, --grid and --attention")
     add_model_options(parser, default=MODEL)
     add_speed_options(parser, compiles=False)  # bands go through parts of a block
-    group = parser.add_argument_group("pixels")
-    group.add_argument("--level", type=at_least(0), metavar="N", help="of a pyramid; 0, the default, is the largest")
-    add_statistics_options(group, "one number or one a channel (default: the model's)")
-    add_value_options(group)
-    group = parser.add_argument_group("memory and disk")
-    group.add_argument(
-        "--memory-budget", default="4GB", metavar="SIZE", help="beyond model and libraries (default: %(default)s)"
-    )
-    group.add_argument("--store", type=Path, metavar="FOLDER", help="keep the patches there; without, in memory")
-    group.add_argument("--store-dtype", choices=STORE_TYPES, help="type in which they are kept (default: the model's)")
-    group.add_argument("--band-rows", type=at_least(1), metavar="N", help="rows of patches at a time (default: chosen)")
+    add_streaming_options(parser)
     return parser
 
 
@@ -59,27 +52,22 @@ def main(words: list[str]) -> int:
     """Run the command. Returns the exit code, 130 after Ctrl-C."""
     args = _parser().parse_args(words)
 
-    import torch
-
     from .. import __version__
     from ..execution import encode
-    from ..execution.grid import check_apart, check_grid
-    from ..execution.plan import parse_bytes
-    from ..images import open_image
+    from ..execution.grid import check_grid
+    from ..images.maps import check_map
     from ..models.factory import random_weights
     from ..utils.files import check_output
 
     check_output(args.out, SUFFIXES, args.overwrite)
-    check_apart(args.out, "the output", args.image)
-    parse_bytes(args.memory_budget)
+    check_file(args.out, "the output", args.image, args.overwrite)
     if args.grid is not None:
         check_grid(args.grid)
-        check_apart(args.grid, "the patch grid", args.image)
-        if args.grid.exists() and not args.overwrite:
-            raise FileExistsError(f"{args.grid} exists: give --overwrite to replace it")
-    if args.store is not None and args.store.exists() and not args.store.is_dir():
-        raise NotADirectoryError(f"--store {args.store} is a file: give a folder")
-    image = open_image(args.image, args.level)
+        check_file(args.grid, "the patch grid", args.image, args.overwrite)
+    if args.attention is not None:
+        check_map(args.attention)
+        check_file(args.attention, "the attention map", args.image, args.overwrite)
+    image = open_chosen(args)
     model = load(args, default=MODEL)
     about = {
         "luna_vision": __version__,
@@ -94,22 +82,17 @@ def main(words: list[str]) -> int:
             result = encode(
                 model,
                 image,
-                mean=args.mean,
-                std=args.std,
-                **value_options(args),
-                store=args.store,
-                store_dtype=getattr(torch, args.store_dtype) if args.store_dtype else None,
-                memory_budget=args.memory_budget,
-                band_rows=args.band_rows,
+                **streaming_arguments(args),
                 grid=args.grid,
+                attention=args.attention,
+                attention_layer=args.attention_layer,
                 save=lambda result: _save(args.out, result, about | {"dtype": dtype}),
             )
     except KeyboardInterrupt:
-        again = "the same command continues from here" if args.store else "with --store FOLDER it could be resumed"
-        print(f"stopped; {again}", file=sys.stderr)
-        return 130
+        return stopped(args)
     (height, width), (rows, columns) = image.shape[:2], result.grid_size
-    print(f"{args.out}: {height} x {width} pixels, {rows} x {columns} patches")
+    seen = "" if result.patch_valid is None else f", {int(result.patch_valid.sum())} of them looked at"
+    print(f"{args.out}: {height} x {width} pixels, {rows} x {columns} patches{seen}{say_broken(result.broken_tiles)}")
     return 0
 
 
@@ -121,7 +104,9 @@ def _save(path: Path, result: "Encoded", about: dict[str, Any]) -> None:
 
     named = {name: getattr(result, name) for name in ("embedding", "logits", "memory", "raw_memory")}
     arrays = {name: value.float().numpy() for name, value in named.items() if value is not None}
-    about = {**about, "grid_size": list(result.grid_size)}
+    if result.patch_valid is not None:
+        arrays["patch_valid"] = result.patch_valid.numpy()
+    about = {**about, "grid_size": list(result.grid_size), "broken_tiles": result.broken_tiles}
     with new_file(path) as file:
         if path.suffix == ".npz":
             np.savez(file, **arrays, about=np.array(json.dumps(about)))

@@ -8,6 +8,7 @@ from typing import NoReturn
 from .. import __version__
 from ..utils.errors import UserError
 from .common import run_command
+from .predict_image import is_of_image
 from .training_help import TRAINING, short_help
 
 __all__ = ["main"]
@@ -57,16 +58,20 @@ def _run(name: str, *words: str) -> int | None:
         close = difflib.get_close_matches(name, EXTRAS, n=1)
         hint = f"did you mean {close[0]}?" if close else "luna-vision --help lists them"
         raise UserError(f"there is no command {name!r}; {hint}")
-    if text := short_help([name, *words]):
+    of_image = name == "predict" and is_of_image(words)
+    if not of_image and (text := short_help([name, *words])):
         print(text)
         return 0
     try:
+        if of_image:
+            return import_module(f"{__package__}.predict_image").main([*words])
         if name in COMMANDS:
             return import_module(f"{__package__}.{name}").main([*words])
         sys.path.append("")  # a config may name the user's own classes
         return import_module(f"{__package__}.train").main()
     except ModuleNotFoundError as error:
-        raise UserError(f"{name} needs {error.name}: pip install 'luna-vision[{EXTRAS[name]}]'") from error
+        extras = "train,streaming" if of_image else EXTRAS[name]
+        raise UserError(f"{name} needs {error.name}: pip install 'luna-vision[{extras}]'") from error
 
 
 def _overview() -> str:

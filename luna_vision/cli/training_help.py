@@ -6,7 +6,7 @@ TRAINING = {
     "fit": "Train a model and test its best checkpoint. Without --config, a small one on the digits of scikit-learn.",
     "validate": "Evaluate a checkpoint on the validation images.",
     "test": "Evaluate a checkpoint on the test images.",
-    "predict": "Write predictions to files: classes as CSV, boxes as COCO JSON, masks as PNG.",
+    "predict": "Write predictions to files: classes as CSV, boxes as COCO JSON, masks as PNG, maps of large images.",
 }
 _OWN = {
     "fit": """\
@@ -18,6 +18,8 @@ _OWN = {
                               --config, --ckpt_path and --data.predict_path
   --data.predict_path PATH    an image file or a folder of them; by default the test images
   --out FILE                  .csv, .json of boxes, or a folder of masks; by default in the run's own folder
+  PATH --out FILE.tif|.zarr|.geojson  a map of the classes, or the objects, of one image of any size;
+                              --out x.tif --help lists the options
   --overlays FOLDER           also draw the boxes or masks that were found over the images
   --dtype TYPE                float32, bfloat16 or float16; by default bfloat16 on a GPU that has it, else float32""",
 }

@@ -16,7 +16,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from .pyramid import PyramidBackbone
 
-__all__ = ["DETECTORS", "build_detector", "detector_of"]
+__all__ = ["DETECTORS", "build_detector", "coco_content", "detector_of"]
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 # torchvision's class, the side of its anchors divided by the stride, and the sizes of anchors around that side
@@ -122,3 +122,27 @@ def detector_of(hyper_parameters: Mapping[str, Any]) -> FasterRCNN | RetinaNet:
     sizes = {"min_size": hp["min_size"], "max_size": hp["max_size"]}
     arguments = (hp["detector"], backbone, hp["num_classes"], hp["anchor_sizes"])
     return build_detector(*arguments, **sizes, **(hp["detector_kwargs"] or {}))
+
+
+def coco_content(
+    records: Sequence[Mapping[str, Any]], names: Sequence[str], category_ids: Sequence[int]
+) -> dict[str, Any]:
+    """What was found in images as the content of a COCO file, each object with a ``score``.
+
+    Args:
+        records: Of each image ``file_name``, ``size`` (height, width), ``boxes`` (left, top, right, bottom in pixels),
+            ``labels`` from 1 and ``scores`` as lists and, if it has a number, ``id``; else they count from 1.
+        names, category_ids: Of the classes.
+    """
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for record in records:
+        (height, width), id_ = record["size"], record.get("id", len(images) + 1)
+        images.append({"id": id_, "file_name": record["file_name"], "width": width, "height": height})
+        columns = (record[name] for name in ("boxes", "labels", "scores"))
+        for (left, top, right, bottom), label, score in zip(*columns, strict=True):
+            box = [round(x, 3) for x in (left, top, right - left, bottom - top)]
+            found = {"id": len(annotations) + 1, "image_id": id_, "category_id": category_ids[label - 1], "bbox": box}
+            annotations.append(found | {"area": round(box[2] * box[3], 3), "iscrowd": 0, "score": round(score, 6)})
+    categories = [{"id": id_, "name": name} for id_, name in zip(category_ids, names, strict=True)]
+    return {"images": images, "categories": categories, "annotations": annotations}

@@ -159,6 +159,18 @@ class PyramidBackbone(nn.Module):
         weights = full.state_dict()
         self.body.load_state_dict({name: weights[name] for name in self.body.state_dict()})
 
+    def patches(self, x: Tensor, image_sizes: Sequence[tuple[int, int]] | None = None) -> Tensor:
+        """The map (B, D, H', W') that the pyramid reads, zero where patches are padded; arguments as in `forward`."""
+        valid = None
+        if image_sizes is not None and any(tuple(size) != tuple(x.shape[2:]) for size in image_sizes):
+            patch = (self.stride, self.stride)
+            valid = patches_of_images(image_sizes, tuple(x.shape[2:]), patch, x.device)
+        mask = {"patch_valid": valid} if self.masks else {}
+        (y,) = self.body.forward_intermediates(
+            x, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True, **mask
+        )
+        return y if valid is None else y * valid.view(-1, 1, *y.shape[2:])
+
     def forward(self, x: Tensor, image_sizes: Sequence[tuple[int, int]] | None = None) -> OrderedDict[str, Tensor]:
         """
         Args:
@@ -169,14 +181,4 @@ class PyramidBackbone(nn.Module):
         Returns:
             "0", "1", ...: (B, C, height, width) for each stride. Padded patches are zero before the pyramid.
         """
-        valid = None
-        if image_sizes is not None and any(tuple(size) != tuple(x.shape[2:]) for size in image_sizes):
-            patch = (self.stride, self.stride)
-            valid = patches_of_images(image_sizes, tuple(x.shape[2:]), patch, x.device)
-        mask = {"patch_valid": valid} if self.masks else {}
-        (y,) = self.body.forward_intermediates(
-            x, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True, **mask
-        )
-        if valid is not None:
-            y = y * valid.view(-1, 1, *y.shape[2:])
-        return OrderedDict((str(i), level) for i, level in enumerate(self.pyramid(y)))
+        return OrderedDict((str(i), level) for i, level in enumerate(self.pyramid(self.patches(x, image_sizes))))

@@ -1,54 +1,131 @@
-"""The patch features of an image as a file: a .npy or a .zarr array (H', W', C), written row by row.
+"""What becomes of the patches after the final norm: a `Sink` takes them row by row.
 
-The file is called NAME.partial until it is complete.
+`Grid` writes them as a file, a .npy or a .zarr array (H', W', C), which is called NAME.partial until it is complete.
 """
 
 import importlib.util
 import io
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..utils.files import remove, remove_own
+from .layout import Layout
 from .store import FileRows, write_all
 
-__all__ = ["GRID_SUFFIXES", "Grid"]
+__all__ = ["GRID_SUFFIXES", "Grid", "Sink"]
 
 GRID_SUFFIXES = (".npy", ".zarr")
 ZARR_FILES = ("zarr.json", ".zarray", ".zgroup")
 
 
-class Grid:
+class Sink(ABC):
+    """Takes the patches of an image after the final norm, from top to bottom, and makes something of them.
+
+    A run that is stopped calls `open` of a new sink of the same kind with `resume`.
+
+    Attributes:
+        passes: How often it takes all rows.
+    """
+
+    passes = 1
+
+    @abstractmethod
+    def described(self) -> Any:
+        """What its result depends on, as plain data: a run with another one does not resume."""
+
+    def planned_bytes(self, grid_size: tuple[int, int], model: torch.nn.Module) -> int:
+        """Bytes that it allocates at most."""
+        return 0
+
+    @abstractmethod
+    def open(self, layout: Layout, embed_dim: int, like: dict[str, Any], band: int, resume: bool) -> None:
+        """Begin.
+
+        Args:
+            layout: The patches to come, those of the bands.
+            embed_dim: C.
+            like: Device and dtype of the model.
+            band: Rows that are written together.
+            resume: Continue what an earlier run has left.
+
+        Raises:
+            OSError: It cannot write, or nothing is left.
+        """
+
+    def rewind(self, row: int, turn: int) -> int:
+        """Take up what an earlier run left that had written all rows above this one, in this pass from 0: the first row
+        to write again."""
+        return row
+
+    def next_pass(self) -> None:
+        """All rows were written, and come once more."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def write(self, start: int, x: Tensor) -> None:
+        """Take rows (n, W', C) from `start` on, zero where a patch is not valid. Rows without valid patches may be
+        left out."""
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Return when what was written survives."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close files, also after an error."""
+
+    @abstractmethod
+    def is_finished(self) -> bool:
+        """Whether a run that has written all rows has also finished its result."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Leave nothing of a result that nobody resumes."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Complete the result, after the last row."""
+
+
+class Grid(Sink):
     """A file of patch features that is being written, in float32, or in float64 for a model of that type."""
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, band: int, resume: bool) -> None:
+    def __init__(self, path: Path) -> None:
         """
         Args:
             path: The file.
-            shape: H', W', C.
-            dtype: Type of the model.
-            band: Rows that are written together, and rows of a zarr array's chunks.
-            resume: Continue with the partial file.
 
         Raises:
-            ValueError: Another suffix, zarr is not installed, or the partial file has another size.
+            ValueError: Another suffix, or zarr is not installed.
+        """
+        check_grid(path)
+        self.path, self.partial = path, partial_path(path)
+        self.array, self.rows = None, None
+
+    def described(self) -> str:
+        return os.path.abspath(self.path)
+
+    def open(self, layout: Layout, embed_dim: int, like: dict[str, Any], band: int, resume: bool) -> None:
+        """
+        Raises:
+            ValueError: The partial file has another size.
             OSError: The file cannot be written, the disk has no room for it, the partial file does not exist, or the
                 path is a folder that is not a zarr array.
         """
-        check_grid(path)
-        self.path, self.partial = path, _partial(path)
-        self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        path, shape = self.path, (layout.height, layout.columns, embed_dim)
+        self.dtype = torch.float64 if like["dtype"] == torch.float64 else torch.float32
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir() and not (path.suffix == ".zarr" and any((path / name).is_file() for name in ZARR_FILES)):
-            raise OSError(f"{path} is a folder, and not one of zarr: it is not replaced")
+        check_replaceable(path)
         if not resume and path.suffix == ".zarr":
             remove_own(self.partial, r"zarr\.json|c(/\d+){3}")
-        elif resume and (not self.partial.exists() or self.partial.is_symlink()):
-            raise FileNotFoundError(f"{self.partial} is gone, with the rows that were done: remove the store, too")
-        self.array, self.rows = None, None
+        elif resume:
+            check_partial(self.partial)
         name = str(self.dtype).removeprefix("torch.")
         if path.suffix == ".zarr":
             import zarr
@@ -74,7 +151,6 @@ class Grid:
             raise OSError(f"cannot write {self.partial}: {error.strerror}") from error
 
     def write(self, start: int, x: Tensor) -> None:
-        """Write rows (n, W', C) at `start`."""
         x = x.to("cpu", self.dtype)
         if self.rows is not None:
             self.rows.write(start, x.flatten(1))
@@ -93,13 +169,10 @@ class Grid:
         if self.rows is not None:
             self.rows.close()
 
-    @staticmethod
-    def is_finished(path: Path) -> bool:
-        """Whether a run that has written all rows has also given the file its name."""
-        return path.exists() and not _partial(path).exists()
+    def is_finished(self) -> bool:
+        return self.path.exists() and not self.partial.exists()
 
     def discard(self) -> None:
-        """Leave nothing of a file that nobody goes on with."""
         self.close()
         remove(self.partial)
 
@@ -110,8 +183,21 @@ class Grid:
         os.replace(self.partial, self.path)
 
 
-def _partial(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
+    """The name of a file until it is complete."""
     return path.with_name(f"{path.name}.partial")
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise an OSError if the path is a folder that is not of zarr."""
+    if path.is_dir() and not (path.suffix == ".zarr" and any((path / name).is_file() for name in ZARR_FILES)):
+        raise OSError(f"{path} is a folder, and not one of zarr: it is not replaced")
+
+
+def check_partial(partial: Path) -> None:
+    """Raise a FileNotFoundError if there is nothing to resume at this path."""
+    if not partial.exists() or partial.is_symlink():
+        raise FileNotFoundError(f"{partial} is gone, with the rows that were done: remove the store, too")
 
 
 def check_grid(path: Path) -> None:

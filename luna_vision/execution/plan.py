@@ -25,9 +25,7 @@ class Plan(NamedTuple):
     """How an image goes through a model."""
 
     band: int
-    """Rows of patches that go through a layer together."""
-    margin: int
-    """Free rows of the ring."""
+    """Rows of patches that go through a layer together, where all patches are valid."""
     bytes: int
     """Bytes to be allocated at most, beyond the model, Python and the libraries."""
 
@@ -62,6 +60,9 @@ def make_plan(
     in_file: bool,
     budget: int | None = None,
     band: int | None = None,
+    count: int | None = None,
+    others: int = 0,
+    more: int = 0,
 ) -> Plan:
     """Choose the band, and estimate the memory.
 
@@ -72,25 +73,30 @@ def make_plan(
         in_file: The patches are kept in a file and not in memory.
         budget: Bytes that may be allocated.
         band: Rows of a band, if the caller has chosen them.
+        count: Patches that are kept, if that is not the whole grid.
+        others: Bytes that are allocated besides.
+        more: Numbers of a patch in work besides those of its block.
 
     Raises:
         ValueError: The budget is too small.
     """
     height, columns = grid_size
+    count = height * columns if count is None else count
     model_dtype = next(model.parameters()).dtype
     settled = band is not None
     band = min(height, band if settled else max(BAND_PATCHES // columns, _least_rows(model, in_file)))
-    patch = max(block.tile_numbers(model.memory_len) for block in model.stages()) * _itemsize(model)
+    patch = (max(block.tile_numbers(model.memory_len) for block in model.stages()) + more) * _itemsize(model)
     small = 4 * model.blocks[0].small_numbers(model.memory_len)
 
     def total(band: int, in_file: bool = in_file) -> int:
         rows = min(band + 2, height)  # a halo, and rows that wait for the next band
-        store = 0 if in_file else (height + band + 1) * columns * model.embed_dim * store_dtype.itemsize
+        kept = count + min((band + 1) * columns, count)
+        store = 0 if in_file else kept * model.embed_dim * store_dtype.itemsize
         work = max(_stem_bytes(model, pixels, rows, columns), patch * rows * columns)
         # patches that are read from a file or converted to another type are copies
         copies = (store_dtype.itemsize if in_file else 0) + (_itemsize(model) if store_dtype != model_dtype else 0)
         work += copies * rows * columns * model.embed_dim
-        return pixels.held_bytes + small + store + int(SLACK * work)
+        return pixels.held_bytes + small + store + others + int(SLACK * work)
 
     if budget is not None:
         while not settled and band > 1 and total(band) > budget:
@@ -102,7 +108,7 @@ def make_plan(
                 f"a memory budget of {say_bytes(budget)} is too small for {image}: it takes {say_bytes(total(band))} "
                 f"at least{hint}"
             )
-    return Plan(band, band + 1, total(band))
+    return Plan(band, total(band))
 
 
 def _least_rows(model: LunaVit, in_file: bool) -> int:

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..functional import PackState
 from ..layers import LunaBlock
 from ..layers.patches import pad_to_patches
+from ..layers.pos_embed import grid_coords
 from ..models.luna_vit import initial_memory, join_tokens
 from ..models.pooling import Pool
 from .check import check_model
@@ -280,7 +281,8 @@ class SequenceParallel(nn.Module):
                 pad_to_patches(strip, (side, columns)), 2, model.embed_halo * side, 0, self.group
             )
             above = pixels // side
-        return model.embed_tile(strip, start, (height, -(-strip.shape[3] // columns)), above)
+        rows, columns = grid_coords((height, -(-strip.shape[3] // columns)), strip.device, None)
+        return model.embed_tile(strip, rows[start : start + -(-strip.shape[2] // side) - above], columns, above)
 
     def _block(self, block: LunaBlock, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """`LunaBlock.forward` on patches (B, rows, W', C) and the memory (B, L, C)."""

@@ -1,10 +1,10 @@
-"""The store of an image's patches between two layers: a ring of rows of the patch grid, in memory or in a file.
+"""The store of an image's patches between two layers: a ring, in memory or in a file.
 
-The output of a layer goes into the same ring as its input, `margin` rows earlier. The margin is one row more than a
-band, so only the next band overwrites the rows that a band is computed from. A band can therefore always be computed
-again, and a process that is killed loses only the band in work.
+The output of a layer goes into the same ring as its input, `margin` patches earlier. The margin has as many patches as
+a band and the row above it, so only the next band overwrites the patches that a band is computed from. A band can
+therefore always be computed again, and a process that is killed loses only the band in work.
 
-Shapes: n rows, W' columns of the patch grid, C width.
+Shapes: n patches, C width.
 """
 
 import os
@@ -125,40 +125,37 @@ def reserve(descriptor: int, size: int) -> None:
 
 
 class Ring:
-    """The patch grid of one layer after the other, in the same rows.
+    """The patches of one layer after the other, in the same rows.
 
     Attributes:
         sweep: The number of the layer whose output is written; the output of the layer before is read.
     """
 
-    def __init__(self, rows: RamRows | FileRows, height: int, columns: int, margin: int) -> None:
+    def __init__(self, rows: RamRows | FileRows, count: int, margin: int) -> None:
         """
         Args:
-            rows: `height + margin` rows of `columns` patches.
-            height: Rows of the patch grid.
-            columns: W'.
+            rows: `count + margin` rows of C numbers.
+            count: Patches of a layer.
             margin: Free rows.
         """
-        self.rows, self.height, self.columns, self.margin = rows, height, columns, margin
+        self.rows, self.count, self.margin = rows, count, margin
         self.sweep = 0
 
     def _pieces(self, sweep: int, start: int, count: int) -> list[tuple[int, int]]:
-        """The places (position, count) of rows of a layer's output; two if they lie across the end of the ring."""
-        size = self.height + self.margin
-        first = (sweep * self.height + start) % size
+        """The places (position, count) of patches of a layer's output; two if they lie across the end of the ring."""
+        size = self.count + self.margin
+        first = (sweep * self.count + start) % size
         head = min(count, size - first)
         return [(first, head), (0, count - head)][: 1 if head == count else 2]
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Patches (1, n W', C): the rows [start, stop) of the layer before."""
+        """The patches [start, stop) of the layer before, (1, n, C)."""
         parts = [self.rows.read(*piece) for piece in self._pieces(self.sweep - 1, start, stop - start)]
-        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return rows.view(1, (stop - start) * self.columns, -1)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
     def write(self, start: int, x: Tensor) -> None:
-        """Keep patches (1, n W', C) as the rows of this layer that begin at `start`."""
-        rows = x.reshape(x.shape[1] // self.columns, -1)
+        """Keep patches (1, n, C) as those of this layer that begin at `start`."""
         done = 0
-        for position, count in self._pieces(self.sweep, start, len(rows)):
-            self.rows.write(position, rows[done : done + count])
+        for position, count in self._pieces(self.sweep, start, x.shape[1]):
+            self.rows.write(position, x[0, done : done + count])
             done += count

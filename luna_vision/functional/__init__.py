@@ -24,7 +24,7 @@ from .absorbed import (
     weighted_slots,
 )
 from .masks import check_valid, readable, zero_invalid
-from .naive import attention_weights, naive_attend
+from .naive import attention_scores, attention_weights, naive_attend
 from .pack_state import PackState, tile_absorbed, tile_projected
 from .precision import add_residual, autocast_input, autocasts, clamp_fp16, no_autocast, upcast
 from .projected import attend, split_heads
@@ -40,6 +40,7 @@ __all__ = [
     "absorbs",
     "add_residual",
     "attend",
+    "attention_scores",
     "attention_weights",
     "autocast_input",
     "autocasts",

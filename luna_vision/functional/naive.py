@@ -8,6 +8,11 @@ from torch import Tensor
 from .masks import readable
 
 
+def attention_scores(q: Tensor, k: Tensor) -> Tensor:
+    """What the softmax of `attention_weights` takes, (B, H, Q, K)."""
+    return (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+
+
 def attention_weights(q: Tensor, k: Tensor, valid: Tensor | None = None) -> Tensor:
     """The attention matrix, (B, H, Q, K), each row a distribution over the keys.
 
@@ -16,7 +21,7 @@ def attention_weights(q: Tensor, k: Tensor, valid: Tensor | None = None) -> Tens
         k: Keys (B, H, K, E).
         valid: Which keys may be attended to, (B, K) bool.
     """
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    scores = attention_scores(q, k)
     if valid is not None:
         scores = scores.masked_fill(~readable(valid)[:, None, None, :], float("-inf"))
     return scores.softmax(dim=-1)

@@ -10,6 +10,8 @@ Shapes: H, W pixels, c channels.
 import importlib.util
 import math
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,56 +24,101 @@ from .limits import pixel_limit
 from .npy import MAGIC as NPY
 from .npy import read_header
 from .pillow import deep_numbers, nodata_of, open_image_file, orientation_of
-from .tiff import Kind, NotReadHere, Turn, check_axes, is_tiff, open_tiff
+from .rasters import has_rasterio, open_raster
+from .regions import Choice, Source, opened
+from .slides import open_slide, vendor_of
+from .tiff import GEOREFERENCE, Kind, NotReadHere, Turn, check_axes, is_tiff, open_tiff
 
 __all__ = ["ChunkedImage", "NpyImage", "PillowImage", "open_image"]
 
+ZIP = b"PK\x03\x04"
 # Bytes that a decoder takes for each number of a pixel, beyond what it gives: measured, as none of them says so.
 _DECODING = {"JPEG": 2, "WEBP": 4, "JPEG2000": 5, "AVIF": 2}
 
 
-def open_image(path: str | os.PathLike, level: int | None = None) -> Any:
+def open_image(path: str | os.PathLike, level: int | None = None, **choice: Any) -> Any:
     """Open an image file for `encode`.
 
     Args:
-        path: TIFF (.svs, .ndpi, .scn and others are TIFF), a .zarr folder, .npy, or what Pillow knows.
-        level: Of a pyramid (TIFF, or a zarr group with multiscales), 0 is the largest.
+        path: TIFF (with GeoTIFF, OME-TIFF and COG), what OpenSlide reads, a .zarr folder or .zarr.zip (with OME-Zarr),
+            .npy, or what Pillow knows.
+        level: Of a pyramid, 0 is the largest.
+        **choice: Other fields of `luna_vision.images.regions.Choice`: mpp, magnification, region, region_in, bands,
+            channel, series, z, t.
 
     Returns:
         An image with a `shape`, (H, W) or (H, W, c), a `dtype`, and rows by `image[start:stop]`; `top` and `nodata`,
-        if it has them, are those of `luna_vision.images.values.Raster`.
+        if it has them, are those of `luna_vision.images.values.Raster`; `frame` is its place in the file.
 
     Raises:
-        ValueError: The file is not an image that can be read row by row, or has no such level.
+        ValueError: The file is not an image that can be read row by row, or has no such level, region or band.
         OSError: There is no such file, or it cannot be read.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no image {path}")
-    if level is not None and level < 0:
-        raise ValueError(f"level must be at least 0, got {level}")
+    chosen = Choice(level, **choice)
+    image = opened(_source(path, chosen), chosen)
+    image.file = path
+    # not its size and date: a damaged file may be replaced by a whole one, to go on with
+    image.identity = f"{os.path.abspath(path)} {chosen.described()}"
+    return image
+
+
+def _source(path: Path, choice: Choice) -> Source:
+    """The levels of an image file, of any kind."""
     head = b""
-    if not (zarr := path.is_dir()):
+    if not path.is_dir():
         if not path.is_file():  # a pipe would be waited for
             raise ValueError(f"{path} is neither a file nor a folder")
         with open(path, "rb") as file:
             head = file.read(16)
         if not head:
             raise ValueError(f"image file {path} is empty (0 bytes)")
-    if level is not None and not (zarr or is_tiff(head)):
+    stack = {axis: place for axis, place in (("Z", choice.z), ("T", choice.t)) if place is not None}
+    if path.is_dir() or (head.startswith(ZIP) and path.name.lower().endswith(".zip")):
+        return _zarr_source(path, choice.series or 0, stack)
+    plain = choice.series is None and not stack
+    if plain and (vendor := vendor_of(path)):
+        return (vendor == "aperio" and _complete(path)) or open_slide(path)
+    if is_tiff(head):
+        return (plain and _georeferenced(path)) or _tiff_source(path, choice.series or 0, stack)
+    if choice.level is not None:
         raise ValueError(f"only TIFF and zarr images have levels, and {path} is none")
-    if zarr:
-        image = _open_zarr(path, level or 0)
-    elif is_tiff(head):
-        image = _open_tiff(path, level or 0)
-    elif head.startswith(NPY):
-        image = NpyImage(path)
-    else:
-        image = PillowImage(path)
-    image.file = path
-    # not its size and date: a damaged file may be replaced by a whole one, to go on with
-    image.identity = f"{os.path.abspath(path)} {level or 0}"
-    return image
+    if not plain:
+        raise ValueError(f"only TIFF and zarr images have series and stacks, and {path} is none")
+    image = NpyImage(path) if head.startswith(NPY) else PillowImage(path)
+    return Source([image.shape[:2]], lambda level: image, str(path))
+
+
+def _complete(path: Path) -> Source | None:
+    """A slide that is a TIFF without missing tiles, and has all levels: OpenSlide interpolates where a level is not an
+    exact fraction of level 0, and TIFF is read as it is, here as elsewhere."""
+    try:
+        slide, tiff = open_slide(path), _tiff_source(path, 0, {})
+    except (ValueError, OSError):
+        return None
+    return tiff if tiff.sizes == slide.sizes and not tiff.sparse else None
+
+
+def _georeferenced(path: Path) -> Source | None:
+    """A TIFF with a georeference, where rasterio is there to read it."""
+    if not has_rasterio() or importlib.util.find_spec("tifffile") is None:
+        return None
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path, _multifile=False) as tiff:
+            if not any(tag in tiff.pages.first.tags for tag in GEOREFERENCE):
+                return None
+    except Exception:  # of a damaged file, nearly anything; the reader of TIFF says what
+        return None
+    source = open_raster(path)
+    if source is not None and source.lossy:
+        # decoders differ: level 0 is that of training and prediction, which read it as a whole
+        whole, levels = _tiff_source(path, 0, {}), source.open
+        source.open = lambda level: levels(level) if level else whole.open(0)
+    return source
 
 
 def _need(name: str, what: str) -> None:
@@ -89,6 +136,7 @@ class ChunkedImage:
         encoded: int | None = None,
         kind: Kind | None = None,
         turn: Turn | None = None,
+        at: Mapping[str, int] | None = None,
     ) -> None:
         """
         Args:
@@ -97,12 +145,14 @@ class ChunkedImage:
             encoded: Bytes of a chunk in the file at most, if it is known; otherwise as many as decoded.
             kind: What its numbers become; by default they stay.
             turn: How it becomes upright; by default it is.
+            at: Where the image is on other axes, if they are longer than 1: "Z", "T".
 
         Raises:
             ValueError: Other axes, or longer ones.
         """
         axes = axes.upper().replace("S", "C")
-        check_axes(axes, tuple(array.shape))
+        check_axes(axes, tuple(array.shape), at)
+        self.at = at or {}
         self.array, self.axes, self.kind, self.turn = array, axes, kind, turn or Turn()
         kept = [a for a in axes if a in "YXC"]
         self.order = [kept.index(a) for a in "YXC" if a in kept]
@@ -115,7 +165,7 @@ class ChunkedImage:
         self.rows = rows
         self.dtype = np.dtype(array.dtype) if kind is None else kind.dtype
         self.top, self.nodata = (None, None) if kind is None else (kind.top, kind.nodata)
-        self.chunks = (array.chunks[axes.index(rows)],)
+        self.chunks = (array.chunks[axes.index(rows)], array.chunks[axes.index(columns)])
         # what is read at a time: a chunk, or of a shard the chunks that are beside each other
         shards = array.shards or array.chunks
         others = columns + "C"
@@ -136,7 +186,7 @@ class ChunkedImage:
         turn = self.turn
         across = slice(self.shape[1] - right, self.shape[1] - left) if turn.columns else slice(left, right)
         stored = {self.rows: turn.stored(top, bottom, self.shape[0]), self.columns: across, "C": slice(None)}
-        array = np.asarray(self.array[tuple(stored.get(a, 0) for a in self.axes)]).transpose(self.order)
+        array = np.asarray(self.array[tuple(stored.get(a, self.at.get(a, 0)) for a in self.axes)]).transpose(self.order)
         if self.kind is not None:
             array = self.kind.convert(array if array.ndim == 3 else array[:, :, None])
         return turn(array).reshape(bottom - top, right - left, *self.shape[2:])
@@ -150,58 +200,104 @@ def _chunks_at_once() -> float:
     return math.inf if limit is None else limit
 
 
-def _open_tiff(path: Path, level: int) -> Any:
-    """Rows of a TIFF or, of a kind that only Pillow reads, the whole."""
+def _tiff_source(path: Path, series: int, stack: dict[str, int]) -> Source:
+    """The levels of a TIFF or, of a kind that only Pillow reads, the whole."""
     _need("tifffile", f"{path}")
     _need("zarr", f"{path}")
-    import zarr
+
+    def open_level(level: int) -> ChunkedImage:
+        import zarr
+
+        with _damaged(path):
+            tiff = open_tiff(path, str(path), path.stat().st_size, level, series, stack)
+            array = zarr.open(tiff.as_zarr(), mode="r")
+            return ChunkedImage(array, tiff.axes, tiff.encoded, tiff.kind, tiff.turn, stack)
 
     try:
-        tiff = open_tiff(path, str(path), path.stat().st_size, level)
-        array = zarr.open(tiff.as_zarr(), mode="r")
-        return ChunkedImage(array, tiff.axes, tiff.encoded, tiff.kind, tiff.turn)
+        with _damaged(path):
+            tiff = open_tiff(path, str(path), path.stat().st_size, 0, series, stack)
     except NotReadHere as error:
         try:
-            if not level:
-                return PillowImage(path)
+            if not series and not stack:
+                image = PillowImage(path)
+                return Source([image.shape[:2]], lambda level: image, str(path))
         except (ValueError, OSError):
             pass  # what Pillow says is that it does not know the file
         raise UserError(f"{path} has {error}: it is not read") from error
-    except MemoryError:
+    sizes = [size[::-1] for size in tiff.sizes] if tiff.turn.transposed else tiff.sizes
+    return Source(sizes, open_level, str(path), tiff.mpp, tiff.magnification, list(tiff.channels), sparse=tiff.sparse)
+
+
+@contextmanager
+def _damaged(path: Path, what: str = "") -> Iterator[None]:
+    """Errors of a file that is opened become one line, which names it."""
+    try:
+        yield
+    except (NotReadHere, MemoryError, UserError):
         raise
     except Exception as error:  # of a damaged file, nearly anything
-        if isinstance(error, UserError):
-            raise
-        raise ValueError(f"cannot read {path}: {one_line(error)}") from error
+        raise ValueError(f"cannot read {what.format(path) or path}: {one_line(error)}") from error
 
 
-def _open_zarr(path: Path, level: int) -> ChunkedImage:
+def _zarr_source(path: Path, series: int, stack: dict[str, int]) -> Source:
+    """The levels of a zarr array or of a group with multiscales, in a folder or a .zip."""
     for name in ("zarr", "imagecodecs"):
         _need(name, f"{path}")
     import zarr
 
-    from .zarr_arrays import bounded
+    from .zarr_arrays import bounded, zip_store
 
-    try:
-        node, axes = zarr.open(path, mode="r"), None
+    what = "{} as zarr" if path.is_file() else "the folder {} as zarr"
+    with _damaged(path, what):
+        store, inside = (path, "") if path.is_dir() else zip_store(path)
+        node = zarr.open(store, path=inside, mode="r")
         if isinstance(node, zarr.Group):
-            attributes = dict(node.attrs)
-            scales = (attributes.get("ome") or attributes).get("multiscales")
-            if not scales:
-                raise ValueError(f"it is a group without multiscales: give one of its arrays, as {path}/NAME")
-            datasets = scales[0]["datasets"]
-            if level >= len(datasets):
-                raise ValueError(f"it has levels 0 to {len(datasets) - 1}, got {level}")
-            axes = "".join(a["name"] if isinstance(a, dict) else a for a in scales[0].get("axes", ())) or None
-            node = node[datasets[level]["path"]]
-        elif level:
-            raise ValueError(f"it is one array, and has no level {level}")
-        if axes is None:
+            arrays, axes, about = _multiscales(node, path, series)
+        elif series:
+            raise ValueError(f"it is one array, and has no series {series}")
+        else:
             first = node.ndim == 3 and node.shape[0] in (1, 3, 4) and node.shape[2] > 4
             axes = {2: "YX", 3: "CYX" if first else "YXC", 5: "TCZYX"}.get(node.ndim, "?" * node.ndim)
-        return ChunkedImage(bounded(node), axes)
-    except Exception as error:  # zarr's errors are of many kinds, and so are those of other descriptions
-        raise ValueError(f"cannot read the folder {path} as zarr: {one_line(error)}") from error
+            arrays, about = [node], {}
+        check_axes(axes.upper(), tuple(arrays[0].shape), stack)
+    sizes = [tuple(array.shape[axes.upper().index(a)] for a in "YX") for array in arrays]
+
+    def open_level(level: int) -> ChunkedImage:
+        with _damaged(path, what):
+            return ChunkedImage(bounded(arrays[level]), axes, at=stack)
+
+    return Source(sizes, open_level, str(path), **about)
+
+
+def _multiscales(group: Any, path: Path, series: int) -> tuple[list[Any], str, dict[str, Any]]:
+    """The arrays of a group's levels, their axes, and what is known of them.
+
+    Source: OME-NGFF 0.4 and 0.5, and the layout of bioformats2raw: a group with a number for each series.
+    """
+    attributes = dict(group.attrs)
+    attributes = attributes.get("ome") or attributes
+    scales = attributes.get("multiscales")
+    if not scales and (attributes.get("bioformats2raw.layout") or "0" in group):
+        names = sorted((name for name in group.group_keys() if name.isdecimal()), key=int)
+        if series >= len(names):
+            raise ValueError(f"it has series 0 to {len(names) - 1}, got {series}")
+        return _multiscales(group[names[series]], path / names[series], 0)
+    if not scales:
+        raise ValueError(f"it is a group without multiscales: give one of its arrays, as {path}/NAME")
+    if series >= len(scales):
+        raise ValueError(f"it has series 0 to {len(scales) - 1}, got {series}")
+    scale = scales[series]
+    arrays = [group[one["path"]] for one in scale["datasets"]]
+    axes = "".join(a["name"] if isinstance(a, dict) else a for a in scale.get("axes", ()))
+    axes = axes or {2: "YX", 5: "TCZYX"}.get(arrays[0].ndim, "?" * arrays[0].ndim)
+    about: dict[str, Any] = {
+        "bands": [str(c.get("label", "")) for c in (attributes.get("omero") or {}).get("channels", ())]
+    }
+    units = [a.get("unit") if isinstance(a, dict) else None for a in scale.get("axes", ())]
+    steps = [t["scale"] for t in scale["datasets"][0].get("coordinateTransformations", ()) if t.get("type") == "scale"]
+    if steps and units and units[axes.lower().index("x")] == "micrometer":
+        about["mpp"] = float(steps[0][axes.lower().index("x")])
+    return arrays, axes, about
 
 
 class NpyImage:

@@ -3,7 +3,7 @@
 Shapes: H, W pixels, c channels, p side of a patch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,16 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
+from ..utils.checks import check_option
 from ..utils.device import to_device
 from ..utils.errors import UserError, one_line
 from .masks import valid_patches
 from .transforms import per_channel
 from .values import MASK, Levels, Values, check_bands, to_unit, type_range
 
-__all__ = ["Pixels", "pixel_statistics"]
+__all__ = ["ON_ERROR", "Pixels", "pixel_statistics"]
+
+ON_ERROR = ("raise", "fill", "skip")
 
 
 def pixel_statistics(
@@ -48,17 +51,21 @@ class Pixels:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         values: Values | None = None,
+        on_error: str = "raise",
     ) -> None:
         """
         Args:
             image: Anything with a `shape`, (H, W) or (H, W, c), and rows by `image[start:stop]`: integers or floating
                 point. Grey and colour are converted to each other. What is stored in chunks of many rows
-                (`image.chunks`, as zarr's or dask's) is read chunk by chunk. `image.top` and `image.nodata`, if there
+                (`image.chunks`, as zarr's or dask's) is read chunk by chunk; `image.chunk_shift` rows are missing of
+                the first row of chunks. `image.top` and `image.nodata`, if there
                 are any, are those of `luna_vision.images.values.Raster`.
             in_chans: Channels that the model wants.
             mean, std: As `pixel_statistics` gives them.
             dtype, device: Of the result.
             values: What the numbers mean; by default as `Values` has it.
+            on_error: What becomes of tiles (or strips) that cannot be read, of an image that has any: "raise"; "fill",
+                they have what missing numbers have; or "skip", they are missing, see `valid`. `broken` has them.
 
         Raises:
             ValueError: Another shape, type or number of channels, or no pixels.
@@ -83,6 +90,14 @@ class Pixels:
         self.levels = Levels(self.name, default=self.values.value_range is None)
         self.image, self.shape, self.channels, self.in_chans = image, shape, channels, in_chans
         self.step = _rows_of_chunks(image)
+        self.shift = getattr(image, "chunk_shift", 0)
+        check_option("on_error", on_error, ON_ERROR)
+        self.on_error = on_error
+        self.broken: set[tuple[int, int, int, int]] = set()  # top, bottom, left and right of each tile
+        self.any_read = False
+        self.last = shape[0]  # where the last row ends that is read
+        self.wanted: np.ndarray | None = None
+        self.patch_size = (1, 1)
         self.slab: tuple[int, np.ndarray] | None = None
         self.out = {"dtype": dtype, "device": device}
         self.mean = torch.tensor(mean, **self.out).view(-1, 1, 1)
@@ -112,10 +127,10 @@ class Pixels:
             rows = self._slice(start, stop)
             return rows.astype(rows.dtype.newbyteorder("="), copy=False)
         out, done = None, 0
-        for first in range(start // self.step * self.step, stop, self.step):
+        for first, end in _cells(start, stop, self.step, self.shift, self.shape[0]):
             if self.slab is None or self.slab[0] != first:
                 self.slab = None  # before the next one is read: there is to be one at a time
-                self.slab = first, self._slice(first, min(first + self.step, self.shape[0]))
+                self.slab = first, self._slice(first, end)
             part = self.slab[1][max(start - first, 0) : stop - first]
             if len(part) == stop - start:
                 return part.astype(part.dtype.newbyteorder("="), copy=False)
@@ -126,16 +141,97 @@ class Pixels:
             del part  # which would keep its slab
         return out
 
+    def restrict(self, wanted: np.ndarray, patch_size: tuple[int, int]) -> None:
+        """Read only these patches from now on, (H', W') bool. Pixels of others are some number or other.
+
+        An image with a method `window` (rows and columns, as slices) is read there alone, any other by rows.
+        """
+        self.wanted, self.patch_size, self.slab = wanted, patch_size, None
+        self.last = min((int(np.flatnonzero(wanted.any(axis=1)).max(initial=-1)) + 1) * patch_size[0], self.shape[0])
+
+    @property
+    def first(self) -> int:
+        """The first row of pixels that is read."""
+        return 0 if self.wanted is None else int(self.wanted.any(axis=1).argmax()) * self.patch_size[0]
+
+    def _wanted(self, start: int, stop: int) -> np.ndarray:
+        """(n', W') bool, the mask of the rows of patches in which the pixel rows [start, stop) are."""
+        side = self.patch_size[0]
+        return self.wanted[start // side : -(-stop // side)]
+
     def _slice(self, start: int, stop: int) -> np.ndarray:
+        """Pixels (stop - start, W[, c]) as the image gives them.
+
+        Raises:
+            OSError: It does not.
+        """
+        if self.wanted is None:
+            return self._read(start, stop, None)
+        occupied, across = self._wanted(start, stop).any(axis=0), self.patch_size[1]
+        if not hasattr(self.image, "window") and occupied.any():
+            return self._read(start, stop, None)
+        out = np.zeros((stop - start, *self.shape[1:]), self.dtype)
+        edges = np.flatnonzero(np.diff(occupied.astype(np.int8), prepend=0, append=0)).reshape(-1, 2) * across
+        chunk = _columns_of_chunks(self.image)
+        parts: list[list[int]] = []
+        for left, right in edges.tolist():
+            right = min(right, self.shape[1])
+            if parts and left // chunk <= (parts[-1][1] - 1) // chunk:  # they share a chunk, which is decoded once
+                parts[-1][1] = right
+            else:
+                parts.append([left, right])
+        for left, right in parts:
+            out[:, left:right] = self._read(start, stop, slice(left, right))
+        return out
+
+    def _read(self, start: int, stop: int, columns: slice | None) -> np.ndarray:
+        """Pixels of these rows and columns, what cannot be read of them as `on_error` has it."""
         try:
-            rows = np.asarray(self.image[start:stop])
+            rows = self._ask(start, stop, columns)
+        except OSError:
+            if self.on_error == "raise" or not self.step:
+                raise
+            return self._read_tiles(start, stop, columns)
+        self.any_read = True
+        return rows
+
+    def _read_tiles(self, start: int, stop: int, columns: slice | None) -> np.ndarray:
+        """Pixels tile by tile; those of broken tiles are a number that is not missing."""
+        windows = hasattr(self.image, "window")
+        left, right = (0, self.shape[1]) if columns is None else (columns.start, columns.stop)
+        across = _columns_of_chunks(self.image) if windows else self.shape[1]
+        shift = getattr(self.image, "column_shift", 0) if windows else 0
+        out = np.full((stop - start, right - left, *self.shape[2:]), self._number(), self.dtype)
+        for top, bottom in _cells(start, stop, self.step, self.shift, self.shape[0]):
+            for first, last in _cells(left, right, across, shift, self.shape[1]):
+                tile = top, bottom, first, last
+                a, b, c, d = max(top, start), min(bottom, stop), max(first, left), min(last, right)
+                try:
+                    if tile not in self.broken:
+                        part = self._ask(a, b, slice(c, d) if windows else None)
+                        out[a - start : b - start, c - left : d - left] = part
+                        self.any_read = True
+                except OSError:
+                    self.broken.add(tile)
+        return out
+
+    def check_broken(self) -> None:
+        """Raise an OSError if nothing at all could be read."""
+        if self.broken and not self.any_read:
+            raise OSError(f"cannot read {self.name}: all of its {len(self.broken)} tiles are broken")
+
+    def _ask(self, start: int, stop: int, columns: slice | None) -> np.ndarray:
+        try:
+            found = self.image[start:stop] if columns is None else self.image.window(slice(start, stop), columns)
+            rows = np.asarray(found)
         except (MemoryError, KeyboardInterrupt):
             raise
         except Exception as error:  # decoders raise nearly anything
             raise OSError(
                 f"cannot read the pixel rows {start} to {stop - 1} of {self.name}: {one_line(error)}"
             ) from error
-        if rows.shape != (stop - start, *self.shape[1:]):
+        width = self.shape[1] if columns is None else columns.stop - columns.start
+        if rows.shape != (stop - start, width, *self.shape[2:]):
             raise OSError(f"the pixel rows {start} to {stop - 1} of {self.name} have shape {rows.shape}")
         return rows
 
@@ -148,10 +244,19 @@ class Pixels:
             UserError: Numbers are missing that `values` refuse to fill.
             OSError: They cannot be read.
         """
-        array = self.raw(start, stop)
+        return self.normalised(self.raw(start, stop), start)
+
+    def normalised(self, array: np.ndarray, start: int, left: int = 0) -> Tensor:
+        """Pixels (n, m[, c]) from `raw`, of the rows from `start` and the columns from `left` on: (1, in_chans, n, m).
+
+        Raises:
+            UserError: As `rows`.
+        """
+        stop = start + len(array)
         deep = array.dtype != np.uint8 or not self.values.keeps_8_bits or self.nodata is not None
         if deep:
-            array = self._to_unit(array if array.ndim == 3 else array[:, :, None], stop)
+            array = array if array.ndim == 3 else array[:, :, None]
+            array = self._to_unit(self._blanked(array, start, left), stop)
         else:
             array = convert(array, self.in_chans)
         array = np.require(array, requirements=["C", "W"])  # a copy of what is read-only, which PyTorch does not like
@@ -159,23 +264,59 @@ class Pixels:
         x = x.to(self.out["dtype"], memory_format=torch.contiguous_format, copy=True)
         if not deep:
             x.div_(255)
-        return x.sub_(self.mean).div_(self.std)[None]
+        return self._without_broken(x.sub_(self.mean).div_(self.std)[None], start, left)
 
-    def valid(self, patch_size: tuple[int, int], rows: int) -> Tensor | None:
-        """The patches (1, N) that have a pixel which is not missing; None if `values` leave none missing.
+    def _without_broken(self, x: Tensor, start: int, left: int) -> Tensor:
+        """Normalised pixels (1, in_chans, n, m), those of broken tiles as `on_error` has it."""
+        height, width = x.shape[2:]
+        for top, bottom, first, last in self.broken:
+            rows = slice(max(top - start, 0), min(bottom - start, height))
+            columns = slice(max(first - left, 0), min(last - left, width))
+            if rows.start < rows.stop and columns.start < columns.stop:
+                x[:, :, rows, columns] = self._missing()
+        return x
 
-        It reads the whole image, so many rows of patches at a time.
+    def _missing(self) -> Tensor:
+        """What a broken tile has, normalised (in_chans, 1, 1)."""
+        fill = self.values.fill
+        if self.on_error == "skip" or fill == MASK:
+            return torch.full_like(self.mean, torch.nan)
+        if isinstance(fill, str):
+            return torch.zeros_like(self.mean)  # the mean
+        low, high = self.values.value_range or type_range(self.dtype, self.top)
+        return (min(max((fill - low) / (high - low), 0.0), 1.0) - self.mean) / self.std
+
+    def _blanked(self, array: np.ndarray, start: int, left: int) -> np.ndarray:
+        """Pixels (n, m, c) in which those of patches that are not wanted are a number that is not missing."""
+        if self.wanted is None:
+            return array
+        side, across = self.patch_size
+        rows, columns = (np.arange(first, first + n) for first, n in zip((start, left), array.shape, strict=False))
+        unwanted = ~self.wanted[np.ix_(rows // side, columns // across)]
+        return np.where(unwanted[:, :, None], array.dtype.type(self._number()), array)
+
+    def _number(self) -> int:
+        """A number that is not missing."""
+        return next(n for n in (0, 1, 2) if n not in (self.nodata, self.values.nodata))
+
+    def valid(self, patch_size: tuple[int, int], rows: int) -> np.ndarray | None:
+        """The patches (H', W') that have a pixel which is not missing; None if none is left missing.
+
+        It reads the whole image, or what it is restricted to, so many rows of patches at a time.
 
         Raises:
             UserError: There are no others.
             OSError: They cannot be read.
         """
-        if self.values.fill != MASK:
-            return None
+        if self.values.fill != MASK and self.on_error != "skip":
+            return self.wanted
         side, height = patch_size[0], self.shape[0]
-        bands = range(0, height, rows * side)
-        found = [valid_patches(self.rows(start, min(start + rows * side, height)), patch_size) for start in bands]
-        valid = torch.cat(found, dim=1).flatten(1)
+        found = []
+        for start in range(0, height, rows * side):
+            found.append(valid_patches(self.rows(start, min(start + rows * side, height)), patch_size)[0])
+        valid = torch.cat(found).cpu().numpy()
+        if self.wanted is not None:
+            valid &= self.wanted
         if not valid.any():
             raise UserError(f"{self.name} has no pixel that is not missing")
         return valid
@@ -183,7 +324,7 @@ class Pixels:
     def _to_unit(self, array: np.ndarray, stop: int) -> np.ndarray:
         dtype = np.float64 if self.out["dtype"] == torch.float64 else np.float32
         unit = to_unit(array, self.in_chans, self.values, self.top, self.nodata, self.levels, dtype)
-        if stop == self.shape[0]:
+        if stop >= self.last:
             self.levels.warn()
         return unit
 
@@ -194,6 +335,20 @@ def _rows_of_chunks(image: Any) -> int:
     if not chunks:
         return 0
     return max(map(int, chunks[0])) if isinstance(chunks[0], Sequence) else int(chunks[0])
+
+
+def _columns_of_chunks(image: Any) -> int:
+    """How many columns are stored together, 1 if nothing is said."""
+    chunks = getattr(image, "chunks", None) or ()
+    if len(chunks) < 2:
+        return 1
+    return max(map(int, chunks[1])) if isinstance(chunks[1], Sequence) else int(chunks[1])
+
+
+def _cells(start: int, stop: int, step: int, shift: int, end: int) -> Iterator[tuple[int, int]]:
+    """The chunks [first, last) along an axis of length `end` that [start, stop) is in; the first lacks `shift`."""
+    for first in range((start + shift) // step * step - shift, stop, step):
+        yield max(first, 0), min(first + step, end)
 
 
 def _dtype(image: Any) -> np.dtype:

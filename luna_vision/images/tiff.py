@@ -14,9 +14,10 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
+from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -38,7 +39,9 @@ SAMPLES = {WHITE_IS_0: 1, BLACK_IS_0: 1, RGB: 3, PALETTE: 1, CMYK: 4, YCBCR: 3}
 ALPHA = (1, 2, 999)  # multiplied into the colours, not multiplied, and what Corel Draw calls the latter
 # kinds of series that only say that there are several pages, and not that these are one image
 PAGES = ("generic", "uniform")
-INK_SET, NODATA, ORIENTATION = 332, 42113, 274
+INK_SET, NODATA, ORIENTATION, X_RESOLUTION, RESOLUTION_UNIT = 332, 42113, 274, 282, 296
+CENTIMETRE = 3
+GEOREFERENCE = (33550, 34264)  # tags of GeoTIFF: the scale of a pixel, or a matrix
 
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what it says of damaged tags is no news to users
 
@@ -98,6 +101,11 @@ class OpenTiff:
         axes: Of its array, Y, X and perhaps C; others have length 1.
         kind, turn: What becomes of it.
         encoded: Bytes of a chunk in the file at most.
+        sizes: (height, width) of each level, as stored.
+        mpp: Micrometres of a pixel of level 0, if the file says so.
+        magnification: Of the objective, likewise.
+        channels: Names of the channels, likewise.
+        sparse: Whether tiles are missing in the file, which are read as 0.
     """
 
     source: Any
@@ -105,6 +113,11 @@ class OpenTiff:
     kind: Kind
     turn: Turn
     encoded: int
+    sizes: list[tuple[int, int]]
+    mpp: float | None = None
+    magnification: float | None = None
+    channels: tuple[str, ...] = ()
+    sparse: bool = False
 
     def as_zarr(self) -> Any:
         """A store of zarr with the array, as stored."""
@@ -121,7 +134,9 @@ def missing_library() -> str:
     return next((name for name in LIBRARIES if importlib.util.find_spec(name) is None), "")
 
 
-def open_tiff(file: Any, name: str, size: int, level: int = 0) -> OpenTiff:
+def open_tiff(
+    file: Any, name: str, size: int, level: int = 0, number: int = 0, at: Mapping[str, int] | None = None
+) -> OpenTiff:
     """Open a TIFF and find out what it holds.
 
     Args:
@@ -129,6 +144,8 @@ def open_tiff(file: Any, name: str, size: int, level: int = 0) -> OpenTiff:
         name: What errors call it.
         size: Bytes of the file.
         level: Of a pyramid.
+        number: Of the series, as tifffile divides a file into images.
+        at: Where an image of a stack is, by axis: "Z", "T".
 
     Raises:
         NotReadHere: A compression or kind of colours that Pillow may know.
@@ -140,29 +157,36 @@ def open_tiff(file: Any, name: str, size: int, level: int = 0) -> OpenTiff:
     tiff = tifffile.TiffFile(file, is_mmstack=False, is_ndtiff=False, _multifile=False)
     if others := _other_files(tiff.ome_metadata or "", os.path.basename(name)):
         raise ValueError(f"it is a part of an image: there are pixels in other files, such as {others[0]!r}")
-    series = tiff.series[0]
+    if number >= len(tiff.series):
+        raise ValueError(f"it has series 0 to {len(tiff.series) - 1}, got {number}")
+    series, at = tiff.series[number], at or {}
     levels = series.levels
     source = levels[level] if level < len(levels) else None
     stacked = any(n != 1 for a, n in zip(series.axes, series.shape, strict=True) if a not in "YXSC")
-    if stacked and series.kind in PAGES:
-        levels, source = [series], tiff.pages.first if level == 0 else None
+    if stacked and series.kind in PAGES and not at:
+        levels, source = [series], series.keyframe if level == 0 else None
     if source is None:
         raise ValueError(f"it has levels 0 to {len(levels) - 1}, got {level}")
     page = source.keyframe
     if page.compression not in COMPRESSIONS:
         raise NotReadHere(f"the compression {getattr(page.compression, 'name', page.compression)}")
-    encoded = max(max(one.databytecounts, default=0) for one in getattr(source, "pages", [source]) if one is not None)
+    pages = [one for one in getattr(source, "pages", [source]) if one is not None]
+    encoded = max(max(one.databytecounts, default=0) for one in pages)
     if encoded > size:
         raise ValueError(f"it ends before a tile of {encoded} bytes")
     axes = source.axes.upper().replace("S", "C").replace("Q", "Z").replace("I", "Z")
-    check_axes(axes, source.shape)
+    check_axes(axes, source.shape, at)
     samples = source.shape[axes.index("C")] if "C" in axes else 1
     first = tiff.pages.first
     kind = _kind(page, samples, _nodata(page.tags) if NODATA in page.tags else _nodata(first.tags))
     if page.compression in tifffile.TIFF.IMAGE_COMPRESSIONS:
         page.decode = _checked(page.decode, math.prod(page.chunks))
     orientation = (page if ORIENTATION in page.tags else first).tags.valueof(ORIENTATION, 1)
-    return OpenTiff(source, axes, kind, Turn.of(orientation), encoded)
+    sizes = [tuple(one.shape[one.axes.upper().index(a)] for a in "YX") for one in levels]
+    sparse = any(0 in one.keyframe.databytecounts for one in levels)
+    about = (series.keyframe, tiff.ome_metadata or "", number)
+    resolution = _resolution(*about)
+    return OpenTiff(source, axes, kind, Turn.of(orientation), encoded, sizes, *resolution, _channels(*about), sparse)
 
 
 def read_tiff(file: BinaryIO, name: str, max_pixels: int) -> Raster:
@@ -200,15 +224,66 @@ def read_tiff(file: BinaryIO, name: str, max_pixels: int) -> Raster:
     return Raster(np.ascontiguousarray(tiff.turn(array)), tiff.kind.top, tiff.kind.nodata, name)
 
 
-def check_axes(axes: str, shape: tuple[int, ...]) -> None:
+def check_axes(axes: str, shape: tuple[int, ...], at: Mapping[str, int] | None = None) -> None:
     """
     Raises:
-        ValueError: There are other axes than Y, X and C, of another length than 1.
+        ValueError: There are other axes than Y, X and C, of another length than 1, of which `at` does not say where.
     """
-    extra = [a for a, n in zip(axes, shape, strict=False) if a not in "YXC" and n != 1]
+    at = at or {}
+    long = [(a, n) for a, n in zip(axes, shape, strict=False) if a not in "YXC" and n != 1]
     counts = axes.count("Y"), axes.count("X"), axes.count("C")
-    if len(axes) != len(shape) or counts not in ((1, 1, 0), (1, 1, 1)) or extra:
-        raise ValueError(f"it has axes {axes} of shape {tuple(shape)}: an image has Y, X and channels")
+    if len(axes) != len(shape) or counts not in ((1, 1, 0), (1, 1, 1)) or any(a not in at for a, _ in long):
+        hint = "; of a stack, z and t choose one" if {a for a, _ in long} & {"Z", "T"} else ""
+        raise ValueError(f"it has axes {axes} of shape {tuple(shape)}: an image has Y, X and channels{hint}")
+    for axis, index in at.items():
+        length = shape[axes.index(axis)] if axis in axes else 1
+        if index >= length:
+            raise ValueError(f"it has {axis.lower()} 0 to {length - 1}, got {index}")
+
+
+MICROMETRES = {"\u00b5m": 1.0, "\u03bcm": 1.0, "um": 1.0, "micrometer": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
+
+
+def _ome_pixels(ome: str, number: int) -> ElementTree.Element | None:
+    """The `Pixels` of an image in OME-XML."""
+    try:
+        images = [one for one in ElementTree.fromstring(ome) if one.tag.endswith("}Image")] if ome else []
+    except ElementTree.ParseError:
+        return None
+    parts = list(images[number]) if number < len(images) else []
+    return next((part for part in parts if part.tag.endswith("}Pixels")), None)
+
+
+def _resolution(page: Any, ome: str, number: int) -> tuple[float | None, float | None]:
+    """Micrometres of a pixel and magnification: of OME-XML, Aperio's description, or tags in centimetres.
+
+    Tags in inches are those of printing, 72 or 300 of nearly any image program.
+    """
+    if (pixels := _ome_pixels(ome, number)) is not None:
+        unit = MICROMETRES.get(pixels.get("PhysicalSizeXUnit", "\u00b5m"))
+        return _positive(pixels.get("PhysicalSizeX"), unit), None
+    found = dict(re.findall(r"(MPP|AppMag)\s*=\s*([\d.]+)", page.description or ""))
+    if "MPP" in found:
+        return _positive(found["MPP"]), _positive(found.get("AppMag"))
+    if page.tags.valueof(RESOLUTION_UNIT, 2) == CENTIMETRE:
+        across = page.tags.valueof(X_RESOLUTION, (0, 1))
+        return (1e4 * across[1] / across[0] if across[0] and across[1] else None), None
+    return None, None
+
+
+def _positive(text: str | None, unit: float | None = 1.0) -> float | None:
+    try:
+        number = float(text) * unit
+    except (TypeError, ValueError):
+        return None
+    return number if 0 < number < math.inf else None
+
+
+def _channels(page: Any, ome: str, number: int) -> tuple[str, ...]:
+    """Names of the channels, of OME-XML."""
+    pixels = _ome_pixels(ome, number)
+    parts = [] if pixels is None else [part for part in pixels if part.tag.endswith("}Channel")]
+    return tuple(part.get("Name", "") for part in parts)
 
 
 def _nodata(tags: Any) -> float | None:

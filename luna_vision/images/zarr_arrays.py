@@ -6,9 +6,11 @@ the room that a chunk takes by what the array says, and no more. What is read of
 
 import asyncio
 import math
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import imagecodecs
 import numpy as np
@@ -20,9 +22,9 @@ from zarr.abc.store import RangeByteRequest
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, TransposeCodec, ZstdCodec
 from zarr.core.array_spec import ArraySpec
 from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import StorePath, WrapperStore
+from zarr.storage import StorePath, WrapperStore, ZipStore
 
-__all__ = ["bounded"]
+__all__ = ["bounded", "zip_store"]
 
 # by the names of format 2; `out` is the number of bytes at most
 DECODERS = {
@@ -36,6 +38,8 @@ FILTERS = ("delta", "shuffle")
 COMPRESSORS = {BloscCodec: "blosc", GzipCodec: "gzip", ZstdCodec: "zstd"}  # of format 3
 PLAIN = (BytesCodec, Crc32cCodec, TransposeCodec)
 CHECKSUM = 4  # bytes
+ABOUT = ("zarr.json", ".zgroup", ".zarray", ".zattrs", ".zmetadata")  # files that describe
+ABOUT_BYTES = 2**26  # of one, at most
 
 
 def bounded(array: zarr.Array) -> zarr.Array:
@@ -58,6 +62,34 @@ def bounded(array: zarr.Array) -> zarr.Array:
     most = chunk + chunk // 64 + 1024  # what cannot be compressed becomes larger
     shard = most * math.prod(array.shards or array.chunks) // math.prod(array.chunks)
     return zarr.Array(zarr.AsyncArray(metadata, StorePath(_Store(store.store, most, shard), store.path)))
+
+
+def zip_store(path: Path) -> tuple[ZipStore, str]:
+    """A store of zarr in a .zip, and the folder in it that is the image.
+
+    Raises:
+        ValueError: There is no zarr in it, or a description of unreasonable size.
+    """
+    with zipfile.ZipFile(path) as file:
+        sizes = {entry.filename: entry.file_size for entry in file.infolist()}
+    found = [name for name in sizes if name.rpartition("/")[2] in ABOUT]
+    if not found:
+        raise ValueError("there is no zarr in it")
+    if large := [name for name in found if sizes[name] > ABOUT_BYTES]:
+        raise ValueError(f"{large[0]} has {sizes[large[0]]} bytes, and {ABOUT_BYTES} are the most that are read")
+    root = min(found, key=lambda name: name.count("/")).rpartition("/")[0]
+    return _ZipStore(path, sizes), root
+
+
+class _ZipStore(ZipStore):
+    """Knows sizes without decoding."""
+
+    def __init__(self, path: Path, sizes: dict[str, int]) -> None:
+        super().__init__(path, mode="r")
+        self.sizes = sizes
+
+    async def getsize(self, key: str) -> int:
+        return self.sizes[key]
 
 
 def _bounded(codecs: Iterable, shards: bool = False) -> tuple:

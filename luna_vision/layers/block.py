@@ -396,6 +396,11 @@ class LunaBlock(Shell):
         return self.attn.pack_tile(h, query, patch_valid)
 
     @torch.jit.ignore
+    def pack_scores(self, h: Tensor, memory: Tensor) -> Tensor:
+        """The scores (B, pack heads, L, n) of a tile (B, n, C), as `norm_tile` gives it, for a memory (B, L, C)."""
+        return self.attn.pack_scores(h, self._norm_memory(memory))
+
+    @torch.jit.ignore
     def close_pack(self, memory: Tensor, packed: PackState) -> tuple[Tensor, Tensor]:
         """The memory's part of a block, once all patches were read.
 

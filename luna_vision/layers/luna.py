@@ -25,6 +25,7 @@ from ..functional import (
     Projections,
     absorbs,
     attend,
+    attention_scores,
     attention_weights,
     autocast_input,
     check_valid,
@@ -294,6 +295,12 @@ class LunaAttention(nn.Module):
         """The weights (B, pack heads, L, N) of `pack`, without dropout."""
         k, _ = self._pack_kv(x)
         return attention_weights(self._heads(self.pack_q(memory), self.pack_heads), k, patch_valid)
+
+    @torch.jit.ignore
+    def pack_scores(self, x: Tensor, memory: Tensor) -> Tensor:
+        """What the softmax of `pack_map` over the patches takes, (B, pack heads, L, n), of a part (B, n, C) of them."""
+        k, _ = self._pack_kv(x)
+        return attention_scores(self._heads(self.pack_q(memory), self.pack_heads), k)
 
     @torch.jit.ignore
     def unpack_map(self, x: Tensor, packed: Tensor, memory_valid: Tensor | None = None) -> Tensor:

@@ -41,7 +41,6 @@ from torch import Tensor, nn
 from ..functional import clamp_fp16
 from ..layers import POS_EMBEDS, ConvPatchEmbed, LunaBlock, MixerBlock
 from ..layers.patches import PatchEmbed, PatchMaskDrop, blank_invalid, check_image, pad_to_patches, residual_stream
-from ..layers.pos_embed import grid_coords
 from ..mixers import create_mixer
 from ..utils.checks import check_option
 from .checkpoints import checkpoint_filter_fn
@@ -427,33 +426,22 @@ class LunaVit(nn.Module):
 
     @torch.jit.ignore
     def embed_tile(
-        self,
-        x: Tensor,
-        start: int,
-        grid_size: tuple[int, int],
-        above: int = 0,
-        patch_valid: Tensor | None = None,
+        self, x: Tensor, rows: Tensor, columns: Tensor, above: int = 0, patch_valid: Tensor | None = None
     ) -> Tensor:
-        """Patches (B, rows, W', C) of a tile of an image.
+        """Patches (B, n, m, C) of a rectangle of n x m patches of an image, beside which nothing is valid.
 
         Args:
             x: Its pixels (B, in_chans, height, width), with those of `above` rows of patches more.
-            start: Its first row in the patch grid of the image.
-            grid_size: H', W' of the image.
+            rows, columns: Coordinates of the n rows and the m columns, from `grid_coords` of the image's grid.
             above: Rows of patches to leave out of the result: `embed_halo`, or fewer where the image begins.
-            patch_valid: (B, N) bool, of the whole image.
+            patch_valid: (B, (above + n) m) bool, of the rectangle and the rows above it.
         """
         x = pad_to_patches(x, self.patch_embed.patch_size)
-        first, stop = start - above, start - above + x.shape[2] // self.patch_embed.patch_size[0]
-        valid = None
-        if patch_valid is not None:
-            valid = patch_valid[:, first * grid_size[1] : stop * grid_size[1]]
-            x = blank_invalid(x, valid, self.patch_embed.patch_size, values=False)
-        x = self.patch_embed(x, valid) if self.mask_stem else self.patch_embed(x)
+        x = blank_invalid(x, patch_valid, self.patch_embed.patch_size, values=False)
+        x = self.patch_embed(x, patch_valid) if self.mask_stem else self.patch_embed(x)
         x = clamp_fp16(x)[:, above:]
         if self.pos_embed is not None:
-            rows, columns = grid_coords(grid_size, x.device, patch_valid)
-            x = self.pos_embed.add_at(x, rows[..., start:stop], columns)
+            x = self.pos_embed.add_at(x, rows, columns)
         return residual_stream(x)
 
     @torch.jit.ignore

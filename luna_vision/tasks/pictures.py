@@ -15,11 +15,11 @@ from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
 from luna_vision.data.dense import IGNORE
+from luna_vision.downstream.segmentation import voc_palette
 from luna_vision.utils.checks import check_at_least
 from luna_vision.utils.text import printable
 
 from .base import TimmTask
-from .prediction_files import voc_palette
 
 COLUMNS, SIDE = 4, 320  # of a sheet: pictures in a row, and the longer side of each, pixels
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 import numpy as np
 from PIL import Image
 
+from luna_vision.downstream.detection import coco_content
+from luna_vision.downstream.segmentation import mask_numbers
 from luna_vision.images.pillow import georeference
 from luna_vision.utils.errors import UserError
 from luna_vision.utils.files import check_folder, check_output, new_file, open_own, write_text
@@ -226,25 +228,15 @@ class CocoPredictions(PredictionFile):
 
     def finish(self, records: list[dict[str, Any]]) -> None:
         known = getattr(self.task.trainer.datamodule, "image_ids", {})
-        categories = self.task.data_cfg.get("category_ids")
-        images: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        for record in records:
-            image, (height, width) = record["image"], record["size"]
-            id_ = known.get(image, len(images) + 1)
-            images.append({"id": id_, "file_name": utf8(image), "width": width, "height": height})
-            columns = (record[name] for name in ("boxes", "labels", "scores"))
-            for (left, top, right, bottom), label, score in zip(*columns, strict=True):
-                category = categories[label - 1] if categories else label
-                box = [round(x, 3) for x in (left, top, right - left, bottom - top)]
-                found = {"id": len(annotations) + 1, "image_id": id_, "category_id": category, "bbox": box}
-                annotations.append(found | {"area": round(box[2] * box[3], 3), "iscrowd": 0, "score": round(score, 6)})
         count = len(self.names or []) or self.task.hparams.num_classes
         names = self.names or list(map(str, range(1, count + 1)))
-        ids = categories or range(1, count + 1)
-        named = [{"id": id_, "name": name} for id_, name in zip(ids, names, strict=True)]
+        ids = self.task.data_cfg.get("category_ids") or range(1, count + 1)
+        files = [
+            record | {"file_name": utf8(record["image"]), "id": known.get(record["image"], i)}
+            for i, record in enumerate(records, 1)
+        ]
         with new_file(self.path) as file:
-            file.write(json.dumps({"images": images, "categories": named, "annotations": annotations}).encode())
+            file.write(json.dumps(coco_content(files, names, ids)).encode())
 
 
 class MaskPredictions(PredictionFile):
@@ -258,12 +250,8 @@ class MaskPredictions(PredictionFile):
 
     def __init__(self, path: Path, names: list[str] | None, task: TimmTask, files: list[str]) -> None:
         super().__init__(path, names, task, files)
-        hp, values = task.hparams, task.data_cfg.get("mask_values")
-        count = hp.num_classes + hp.background
-        values = list(range(count)) if values is None else values
-        colors = not isinstance(values[0], int)
-        palette = np.array(values, np.uint8) if colors else voc_palette()
-        self._values = np.arange(count) if colors else np.array(values)
+        hp = task.hparams
+        self._values, palette = mask_numbers(hp.num_classes + hp.background, task.data_cfg.get("mask_values"))
         self._palette = palette.tobytes()
 
     def records(self, prediction: dict[str, Any]) -> list[dict[str, Any]]:
@@ -281,13 +269,3 @@ class MaskPredictions(PredictionFile):
 
     def targets(self, prediction: dict[str, Any]) -> list[Any]:
         return prediction["masks"]
-
-
-def voc_palette() -> np.ndarray:
-    """uint8 (256, 3), the colours of Pascal VOC's masks: the bits of a number, spread over the three channels."""
-    numbers = np.arange(256)
-    palette = np.zeros((256, 3), np.int64)
-    for bit in range(8):
-        palette |= (numbers[:, None] >> np.arange(3) & 1) << (7 - bit)
-        numbers = numbers >> 3
-    return palette.astype(np.uint8)

@@ -18,6 +18,7 @@ from lightning.pytorch import Trainer
 from matplotlib.figure import Figure
 from PIL import Image
 
+from luna_vision.downstream.segmentation import voc_palette
 from luna_vision.utils.files import new_file, save_figure, write_text
 from luna_vision.utils.record import machine
 from luna_vision.utils.text import printable, utf8
@@ -25,7 +26,6 @@ from luna_vision.utils.text import printable, utf8
 from .base import TimmTask
 from .outcomes import NOTHING, Calibration, LabelsOutcome, Outcome
 from .pictures import sheet
-from .prediction_files import voc_palette
 
 if TYPE_CHECKING:
     from .report import Example

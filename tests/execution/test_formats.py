@@ -1,6 +1,5 @@
 """Every kind of file gives the pixels that it holds, converted as everywhere in the package."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -178,27 +177,6 @@ def test_chunks_as_dask_lists_them(picture, make):
     want = encode(make(), picture, band_rows=3, progress=False).logits
     assert torch.equal(encode(make(), Lists(), band_rows=3, progress=False).logits, want)
     assert Lists.read == [0, 50, 100]
-
-
-@pytest.mark.parametrize("level", [0, 1])
-def test_the_reader_of_slides_in_the_documentation(level, picture, make):
-    """`Slide` in docs/gigapixel.md, on what OpenSlide's readers have."""
-    text = (Path(__file__).parents[2] / "docs/gigapixel.md").read_text()
-    names = {"np": np}
-    exec(re.search(r"^class Slide:\n.*?(?=```)", text, re.DOTALL | re.MULTILINE)[0], names)
-
-    class Reader:
-        level_downsamples = (1.0, 2.01)
-        levels = [Image.fromarray(picture[::step, ::step]) for step in (1, 2)]
-        level_dimensions = [image.size for image in levels]
-
-        def read_region(self, corner, level, size):
-            left, top = (round(n / self.level_downsamples[level]) for n in corner)
-            return self.levels[level].crop((left, top, left + size[0], top + size[1])).convert("RGBA")
-
-    slide, step = names["Slide"](Reader(), level, tile_rows=32), (1, 2)[level]
-    want, got = (encode(make(), i, progress=False).logits for i in (picture[::step, ::step], slide))
-    assert torch.equal(got, want)
 
 
 def test_levels(picture, tmp_path):

@@ -62,5 +62,5 @@ def test_a_disk_that_is_full_in_the_end_is_named(photo, tmp_path, monkeypatch, c
 def test_a_tiled_tiff_of_any_name_is_read_in_rows(name, photo, tmp_path):
     tifffile.imwrite(tmp_path / name, photo, photometric="rgb", tile=(64, 64))
     image = open_image(tmp_path / name)
-    assert image.chunks == (64,) and image.held_bytes < photo.nbytes
+    assert image.chunks == (64, 64) and image.held_bytes < photo.nbytes
     np.testing.assert_array_equal(image[10:90], photo[10:90])

@@ -1,0 +1,104 @@
+"""Shared by the commands that stream one image of any size: the part of the image, its mask, memory and disk."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from .common import Parser, add_statistics_options, add_value_options, at_least, value_options
+
+__all__ = ["add_streaming_options", "check_file", "open_chosen", "say_broken", "stopped", "streaming_arguments"]
+
+CHOICE = ("level", "mpp", "magnification", "region", "region_in", "bands", "channel", "series", "z", "t")
+STORE_TYPES = ("float32", "bfloat16")
+IMAGE_HELP = "TIFF (tiled, pyramid, OME, GeoTIFF), slides of OpenSlide, .zarr, .npy; PNG, JPEG, ... are decoded whole"
+
+
+def add_streaming_options(parser: Parser, statistics: bool = True) -> None:
+    """Add the options that `open_chosen` and `streaming_arguments` read, with mean and std if `statistics`."""
+    group = parser.add_argument_group("part of the image")
+    group.add_argument("--level", type=at_least(0), metavar="N", help="of a pyramid; 0, the default, is the largest")
+    group.add_argument("--mpp", type=float, metavar="X", help="micrometres of a pixel, in place of a level")
+    group.add_argument("--magnification", type=float, metavar="X", help="of the objective, such as 20, likewise")
+    group.add_argument(
+        "--region", type=float, nargs=4, metavar=("X", "Y", "W", "H"), help="a rectangle, from its upper left corner"
+    )
+    group.add_argument(
+        "--region-in",
+        choices=("pixels", "map"),
+        default="pixels",
+        help="unit of --region: pixels of level 0, or that of the map of a georeferenced image (default: pixels)",
+    )
+    group.add_argument("--bands", type=at_least(1), nargs="+", metavar="N", help="to read, in this order, from 1")
+    group.add_argument("--channel", nargs="+", metavar="NAME", help="names or, from 0, numbers, in place of bands")
+    group.add_argument("--series", type=at_least(0), metavar="N", help="of a file with several images, from 0")
+    group.add_argument("--z", type=at_least(0), metavar="N", help="of a stack, from 0")
+    group.add_argument("--t", type=at_least(0), metavar="N", help="likewise")
+    group.add_argument(
+        "--mask",
+        metavar="otsu|FILE",
+        help="leave out the rest: tissue by Otsu's threshold on a low level, an image that is 0 there, or polygons in "
+        "GeoJSON",
+    )
+    group = parser.add_argument_group("pixels")
+    if statistics:
+        add_statistics_options(group, "one number or one a channel (default: the model's)")
+    add_value_options(group)
+    group.add_argument(
+        "--on-error",
+        choices=("raise", "fill", "skip"),
+        default="raise",
+        help="what becomes of tiles that cannot be read: raise stops (with --store, a good file continues the run), "
+        "fill gives them what missing numbers get, skip leaves out their patches (default: raise)",
+    )
+    group = parser.add_argument_group("memory and disk")
+    group.add_argument(
+        "--memory-budget", default="4GB", metavar="SIZE", help="beyond model and libraries (default: %(default)s)"
+    )
+    group.add_argument("--store", type=Path, metavar="FOLDER", help="keep the patches there; without, in memory")
+    group.add_argument("--store-dtype", choices=STORE_TYPES, help="type in which they are kept (default: the model's)")
+    group.add_argument("--band-rows", type=at_least(1), metavar="N", help="rows of patches at a time (default: chosen)")
+
+
+def check_file(path: Path | None, what: str, image: Path, overwrite: bool) -> None:
+    """Raise an OSError if a file exists that is not to be replaced, a ValueError if it is the image."""
+    from ..execution.grid import check_apart
+
+    if path is not None:
+        check_apart(path, what, image)
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists: give --overwrite to replace it")
+
+
+def open_chosen(args: Any) -> Any:
+    """The part of the image that the options choose."""
+    from ..execution.plan import parse_bytes
+    from ..images import open_image
+
+    parse_bytes(args.memory_budget)
+    if args.store is not None and args.store.exists() and not args.store.is_dir():
+        raise NotADirectoryError(f"--store {args.store} is a file: give a folder")
+    return open_image(args.image, **{name: getattr(args, name) for name in CHOICE})
+
+
+def streaming_arguments(args: Any) -> dict[str, Any]:
+    """The options as arguments of `luna_vision.execution.encode`."""
+    import torch
+
+    return {
+        **{name: getattr(args, name) for name in ("mean", "std") if hasattr(args, name)},
+        **value_options(args),
+        **{name: getattr(args, name) for name in ("on_error", "mask", "store", "memory_budget", "band_rows")},
+        "store_dtype": getattr(torch, args.store_dtype) if args.store_dtype else None,
+    }
+
+
+def say_broken(count: int) -> str:
+    """The end of a line about a result: how many tiles could not be read, if any."""
+    return f"; {count} broken {'tile' if count == 1 else 'tiles'}" if count else ""
+
+
+def stopped(args: Any) -> int:
+    """Say after Ctrl-C what can be done; the exit code."""
+    again = "the same command continues from here" if args.store else "with --store FOLDER it could be resumed"
+    print(f"stopped; {again}", file=sys.stderr)
+    return 130

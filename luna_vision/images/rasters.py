@@ -1,0 +1,97 @@
+"""Georeferenced TIFF (GeoTIFF, COG) through rasterio, in windows.
+
+Shapes: n x m pixels of a part, c bands.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..utils.errors import UserError, one_line
+from .regions import Georeference, Source
+
+__all__ = ["has_rasterio", "open_raster"]
+
+# only the file itself is opened, and nothing beside it
+ENVIRONMENT = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_PAM_ENABLED": "NO", "GDAL_CACHEMAX": 64}
+
+
+def has_rasterio() -> bool:
+    """Whether rasterio is installed."""
+    return importlib.util.find_spec("rasterio") is not None
+
+
+def open_raster(path: Path) -> Source | None:
+    """Open a TIFF that has a georeference; None if it has none, or holds what is no plain raster.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    import rasterio
+    from rasterio.enums import ColorInterp
+    from rasterio.errors import RasterioError
+
+    try:
+        with rasterio.Env(**ENVIRONMENT):
+            data = rasterio.open(path, driver="GTiff")
+            sizes = [(data.height, data.width)]
+            factors = [data.overviews(i) for i in data.indexes]
+            if all(factor == factors[0] for factor in factors):
+                levels = [rasterio.open(path, driver="GTiff", overview_level=i) for i in range(len(factors[0]))]
+                sizes += [(level.height, level.width) for level in levels]
+    except RasterioError as error:
+        raise ValueError(f"cannot read {path}: {one_line(error)}") from error
+    kept = [i for i, kind in zip(data.indexes, data.colorinterp, strict=True) if kind != ColorInterp.alpha]
+    odd = {ColorInterp.palette, ColorInterp.cyan, ColorInterp.hue, ColorInterp.Y} & set(data.colorinterp)
+    plain = len(set(data.dtypes)) == 1 and np.dtype(data.dtypes[0]).kind in "iuf" and not odd
+    if data.crs is None or data.transform.is_identity or not plain or not kept:
+        return None
+    bits, structure = data.tags(1, ns="IMAGE_STRUCTURE").get("NBITS"), data.tags(ns="IMAGE_STRUCTURE")
+    alpha = [data.tags(i, ns="IMAGE_STRUCTURE").get("ALPHA") for i in data.indexes]
+    if (bits and int(bits) < 8) or structure.get("MINISWHITE") == "YES" or "PREMULTIPLIED" in alpha:
+        return None
+    if len(set(data.nodatavals)) > 1 and not np.isnan(np.array(data.nodatavals, float)).all():
+        raise UserError(f"{path} has other numbers for no data in each band: {data.nodatavals}")
+    names = [data.descriptions[i - 1] or "" for i in kept]
+
+    def open_level(level: int) -> RasterImage:
+        return RasterImage(data if level == 0 else levels[level - 1], kept, bits, data.nodata)
+
+    where = Georeference(data.crs.to_wkt(), tuple(data.transform)[:6])
+    lossy = "JPEG" in structure.get("COMPRESSION", "")
+    return Source(sizes, open_level, str(path), bands=names, georeference=where, lossy=lossy)
+
+
+class RasterImage:
+    """A level of a raster as an image (H, W) or (H, W, c)."""
+
+    def __init__(self, data: Any, bands: list[int], bits: str | None, nodata: float | None) -> None:
+        """
+        Args:
+            data: Of rasterio.
+            bands: That are read, from 1.
+            bits: Of a number, where they are fewer than those of its type.
+            nodata: The number that stands for no data.
+        """
+        self.data, self.bands, self.nodata = data, bands, nodata
+        self.dtype = np.dtype(data.dtypes[0])
+        self.shape = (data.height, data.width, len(bands)) if len(bands) > 1 else (data.height, data.width)
+        self.top = float(2 ** int(bits) - 1) if bits and self.dtype.kind == "u" else None
+        height, width = data.block_shapes[0]
+        self.chunks = (height, width)
+        self.held_bytes = 2**26 + height * data.width * len(bands) * self.dtype.itemsize  # GDAL's cache, and a copy
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self.window(rows, slice(None))
+
+    def window(self, rows: slice, columns: slice) -> np.ndarray:
+        """Pixels (n, m[, c]); only the tiles that they are in are read."""
+        import rasterio
+        from rasterio.windows import Window
+
+        (top, bottom, _), (left, right, _) = rows.indices(self.shape[0]), columns.indices(self.shape[1])
+        with rasterio.Env(**ENVIRONMENT):
+            found = self.data.read(self.bands, window=Window(left, top, right - left, bottom - top))
+        return found.transpose(1, 2, 0).reshape(bottom - top, right - left, *self.shape[2:])
