@@ -452,7 +452,7 @@ class LunaVit(nn.Module):
         x = self.patch_embed(x, valid) if self.mask_stem else self.patch_embed(x)
         x = clamp_fp16(x)[:, above:]
         if self.pos_embed is not None:
-            rows, columns = grid_coords(grid_size, x.device, patch_valid)
+            rows, columns = grid_coords(grid_size, x, patch_valid)
             x = self.pos_embed.add_at(x, rows[..., start:stop], columns)
         return residual_stream(x)
 
