@@ -70,6 +70,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"tie_kv": False},
     {"pack_heads": 1},
     {"memory_len": 32},
+    {"memory_len": 32, "pack_form": "absorbed", "unpack_form": "absorbed"},
+    {"memory_len": 32, "pack_form": "projected", "unpack_form": "projected"},
     {"patch_size": 8},
     {"use_kernels": True},
     {"use_kernels": True, "tie_kv": False, "init_values": 0.1, "local_mixing": "mlp"},
@@ -272,8 +274,10 @@ def models(check: Check) -> None:
                 if arguments.get("mixer") == "routing" and precision != "float64":
                     limit *= 20  # near the border of a cluster rounding decides
 
-                def errors(here=here, want=want) -> dict[str, float]:
-                    return distances(_logits_and_gradients(*here), want)
+                def errors(here=here, want=want, limit=limit) -> dict[str, float]:
+                    found = _logits_and_gradients(*here)
+                    wrong = _wrong_parameters(here[0], found["gradients"], want["gradients"], limit)
+                    return distances(found, want) | wrong
 
                 check.judge("models", f"{name}, {precision}", errors, limit)
                 done += 1
@@ -297,6 +301,15 @@ def _logits_and_gradients(
     gradients = torch.autograd.grad(y.double().square().sum(), parameters, allow_unused=True)
     flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
     return {"logits": y, "gradients": torch.cat([g.flatten() for g in flat])}
+
+
+def _wrong_parameters(model: nn.Module, found: Tensor, expected: Tensor, limit: float) -> dict[str, float]:
+    """Parameters whose gradients are the larger part of an error above a limit, and its part, of all gradients."""
+    sizes = [p.numel() for p in model.parameters()]
+    apart = zip(found.detach().cpu().double().split(sizes), expected.double().split(sizes), strict=True)
+    errors = [float((a - b).norm() / expected.double().norm()) for a, b in apart]
+    names = [f"d_{name}" for name, _ in model.named_parameters()]
+    return {name: error for name, error in zip(names, errors, strict=True) if not error <= 0.5 * limit}
 
 
 def execution(check: Check) -> None:

@@ -40,7 +40,7 @@ check() { # seconds, sections
 rm -f "$out/check.log"
 # what is right or wrong does not depend on what runs beside it, and times do
 timeout 200 python3 -m pytest -q --maxfail=60 -n "${JOBS:-8}" --timeout 60 -p experiments.gpu.cuda_default \
-  -p no:cacheprovider -m "not slow" "$@" tests/functional tests/layers tests/mixers tests/models/test_luna_vit.py \
+  -p no:cacheprovider -rs -m "not slow" "$@" tests/functional tests/layers tests/mixers tests/models/test_luna_vit.py \
   tests/models/test_memory_len.py >"$out/pytest.log" 2>&1 &
 tests=$!
 check 150 machine layer models execution waits kernels

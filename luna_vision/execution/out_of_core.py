@@ -82,7 +82,8 @@ class Engine:
         parameter = next(model.parameters())
         self.like = {"device": parameter.device, "dtype": parameter.dtype}
         valid = layout.mask(0, layout.height, 0, layout.columns)
-        self.coords = grid_coords((layout.height, layout.columns), torch.device("cpu"), valid)
+        on_cpu = torch.empty(0, dtype=parameter.dtype)  # as the mask is
+        self.coords = grid_coords((layout.height, layout.columns), on_cpu, valid)
         self.coords = tuple(axis.to(parameter.device) for axis in self.coords)
         self.pool = model.new_pool(state.pool)
         # no last sweep if nothing reads the patches after the last block: its pack has all that is needed

@@ -281,7 +281,7 @@ class SequenceParallel(nn.Module):
                 pad_to_patches(strip, (side, columns)), 2, model.embed_halo * side, 0, self.group
             )
             above = pixels // side
-        rows, columns = grid_coords((height, -(-strip.shape[3] // columns)), strip.device, None)
+        rows, columns = grid_coords((height, -(-strip.shape[3] // columns)), strip, None)
         return model.embed_tile(strip, rows[start : start + -(-strip.shape[2] // side) - above], columns, above)
 
     def _block(self, block: LunaBlock, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,24 +17,24 @@ from torch import Tensor, nn
 from ..functional import check_valid
 
 
-def _axis_coords(used: Tensor) -> Tensor:
+def _axis_coords(used: Tensor, dtype: torch.dtype) -> Tensor:
     """Centres, -1 to 1 over the used cells of an axis, for a mask (B, length) of the cells in use."""
-    index = (used.cumsum(dim=1) - 1).clamp(min=0)
+    index = (used.cumsum(dim=1) - 1).clamp(min=0).to(dtype)
     count = used.sum(dim=1, keepdim=True).clamp(min=1)
     return (index + 0.5) / count * 2.0 - 1.0
 
 
-def axis_centres(length: int, device: torch.device) -> Tensor:
+def axis_centres(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Centres of all cells of an axis (length), -1 to 1 from edge to edge."""
-    return (torch.arange(length, device=device) + 0.5) / length * 2.0 - 1.0
+    return (torch.arange(length, device=device, dtype=dtype) + 0.5) / length * 2.0 - 1.0
 
 
-def grid_coords(grid_size: tuple[int, int], device: torch.device, patch_valid: Tensor | None) -> tuple[Tensor, Tensor]:
+def grid_coords(grid_size: tuple[int, int], x: Tensor, patch_valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Row and column coordinates of the patches.
 
     Args:
         grid_size: H', W'.
-        device: Of the result.
+        x: What they are for: they are on its device, and in float32, or float64 as it is.
         patch_valid: (B, N) bool, or None if every patch is valid.
 
     Returns:
@@ -42,12 +42,13 @@ def grid_coords(grid_size: tuple[int, int], device: torch.device, patch_valid: T
         valid grid.
     """
     H, W = grid_size
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if patch_valid is None:
-        return axis_centres(H, device), axis_centres(W, device)
+        return axis_centres(H, x.device, dtype), axis_centres(W, x.device, dtype)
     B = patch_valid.shape[0]
     check_valid(patch_valid, B, H * W, "patch_valid", values=False)
     grid = patch_valid.reshape(B, H, W)
-    return _axis_coords(grid.any(dim=2)), _axis_coords(grid.any(dim=1))
+    return _axis_coords(grid.any(dim=2), dtype), _axis_coords(grid.any(dim=1), dtype)
 
 
 @register_notrace_module  # sizes and masks are branches that fx cannot trace
@@ -85,7 +86,7 @@ class FourierPosEmbed(nn.Module):
 
     def forward(self, x: Tensor, patch_valid: Tensor | None = None) -> Tensor:
         """Add the positions to patches (B, H', W', C)."""
-        rows, columns = grid_coords((x.shape[1], x.shape[2]), x.device, patch_valid)
+        rows, columns = grid_coords((x.shape[1], x.shape[2]), x, patch_valid)
         return self.add_at(x, rows, columns)
 
     def add_at(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ class LearnedPosEmbed(nn.Module):
 
     def forward(self, x: Tensor, patch_valid: Tensor | None = None) -> Tensor:
         """Add the positions to patches (B, H', W', C)."""
-        rows, columns = grid_coords((x.shape[1], x.shape[2]), x.device, patch_valid)
+        rows, columns = grid_coords((x.shape[1], x.shape[2]), x, patch_valid)
         return self.add_at(x, rows, columns)
 
     def add_at(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -110,6 +110,23 @@ def test_padding_may_hold_anything(form):
             close(a, b)
 
 
+@torch.no_grad()
+def test_positions_of_a_float64_model_have_its_precision():
+    """Devices round float32 coordinates differently."""
+    embed = tiny().double().pos_embed
+    k = torch.arange(embed.num_frequencies, dtype=torch.float64)
+    frequencies = torch.pi * 2 ** (4 * k / (len(k) - 1) - 1)
+
+    def axis(length, linear):
+        angles = ((torch.arange(length, dtype=torch.float64) + 0.5) / length * 2 - 1)[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1) @ linear.weight.T
+
+    want = axis(7, embed.rows)[:, None] + axis(3, embed.columns)
+    for valid in (None, torch.ones(1, 21, dtype=torch.bool)):
+        found = embed(torch.zeros(1, 7, 3, want.shape[2], dtype=torch.float64), valid)[0]
+        torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+
+
 def test_positions_are_relative_to_the_image():
     """The corners of any two grids have nearly the same position, and the order of rows and columns counts."""
     model = tiny()
