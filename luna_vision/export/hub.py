@@ -132,6 +132,8 @@ def training_details(checkpoint: Path) -> dict[str, Any]:
     details: dict[str, Any] = {"Weights": _code(checkpoint.name)}
     data = run.get("data")
     details["Training data"] = _code(f"luna_vision.data.{data['name']}") if data else "not recorded in the checkpoint"
+    if notes := (data or {}).get("cfg", {}).get("notes"):
+        details["Notes"] = "; ".join(map(_code, notes))
     if "epoch" in run:
         details["Training length"] = f"{int(run['epoch']) + 1} epochs, {int(run['global_step'])} steps"
     if "optimizer" in hp:

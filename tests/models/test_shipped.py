@@ -11,6 +11,7 @@ from PIL import Image
 
 import luna_vision
 from luna_vision.cli.main import main
+from luna_vision.export.hub import training_details
 from luna_vision.models.weights import SHIPPED, weights_file
 
 NAME = "luna_vit_nano_patch8"
@@ -89,3 +90,8 @@ def test_the_command_predicts_without_a_checkpoint(tmp_path, monkeypatch):
 def test_variants_without_weights_say_which_have_some():
     with pytest.raises(RuntimeError, match=SHIPPED[0]):
         timm.create_model("luna_vit_small", pretrained=True)
+
+
+def test_the_model_card_says_what_they_were_trained_on():
+    details = training_details(weights_file(SHIPPED[0]))
+    assert "Tiny-ImageNet" in details["Notes"] and "top-1" in details["Notes"]
