@@ -544,7 +544,7 @@ def _graph(step: Callable[[], Any]) -> Callable[[], Any]:
 
 
 MODELS = (
-    "luna_vit_small",
+    "luna_vit_small,use_kernels=False",
     "luna_vit_small,use_kernels=True",
     "vit_small_patch16_224",
     "luna_vit_small,mixer=identity",
@@ -562,7 +562,7 @@ def speed(check: Check) -> None:
     eager, compiled and (one image) as a CUDA graph; training under autocast."""
     batches, names = BATCHES, MODELS
     if check.small:
-        batches, names = {160: 2}, ("test_luna_vit", "test_luna_vit,use_kernels=True", "test_vit")
+        batches, names = {160: 2}, ("test_luna_vit,use_kernels=False", "test_luna_vit,use_kernels=True", "test_vit")
     ways = [("inference", "eager"), ("inference", "compiled"), ("training", "eager"), ("inference", "graph")]
     ways.append(("training", "compiled"))
     rare = (384, 4096)
