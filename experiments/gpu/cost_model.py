@@ -4,7 +4,8 @@ these alone. Nothing here is measured.
 A kernel takes as long as its bytes at the rate of memory, or its operations at the rate of matrix products, whichever
 is longer. "eager" is every operation as it is dispatched. "compiled" fuses, as a compiler would, what is neither a
 product, a convolution nor a fused attention: neighbours between the same products are one kernel, which reads and
-writes what the others need of it. "kernels" is the same with `use_kernels=True`. `python -m experiments.gpu.cost_model --help`.
+writes what the others need of it. "kernels" is the same with `use_kernels=True`.
+`python -m experiments.gpu.cost_model --help`.
 """
 
 import argparse

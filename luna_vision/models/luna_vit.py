@@ -185,7 +185,8 @@ class LunaVit(nn.Module):
             pack_form: How the pack is computed; the result is the same, see `luna_vision.functional`.
             unpack_form: The same for the unpack.
             query_gain: What the initial query projections are multiplied by, see `LunaAttention.init_weights`.
-            use_kernels: Run parts of the blocks by fused kernels on a GPU; where they are faster if None. See `LunaBlock`.
+            use_kernels: Run parts of the blocks by fused kernels on a GPU; if None, where they were measured to be no
+                slower. See `LunaBlock`.
             **of_vit: Arguments of timm's `VisionTransformer` that say what holds here anyway.
 
         Raises:

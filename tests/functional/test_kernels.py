@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from luna_vision import functional as LF
 from luna_vision.functional.kernels import (
     Norm,
-    kernels_pay,
     mix_residual,
     ops,
     pack_normed,

@@ -27,7 +27,7 @@ MAX_BLOCK = 2**16  # bytes of the slots of a head, of which a kernel holds sever
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself reads it once
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
-MANY = 1024  # patches, from which on the kernels were the faster ones
+MANY = 1024  # patches, from which on the kernels were no slower
 
 
 class Norm(NamedTuple):
@@ -49,7 +49,7 @@ def supports_kernels(x: Tensor, heads: int, slots: int) -> bool:
 
 
 def kernels_pay(x: Tensor) -> bool:
-    """Whether the pack and the unpack of patches (B, N, C) were measured to be faster by kernels: on a GPU, without
+    """Whether the pack and the unpack of patches (B, N, C) were measured to be no slower by kernels: on a GPU, without
     gradients, in half precision, for 1,024 patches or more (docs/gpu.md: an H200, width 384)."""
     if not x.is_cuda or torch.is_grad_enabled():
         return False
