@@ -4,8 +4,8 @@ these alone. Nothing here is measured.
 A kernel takes as long as its bytes at the rate of memory, or its operations at the rate of matrix products, whichever
 is longer. "eager" is every operation as it is dispatched. "compiled" fuses, as a compiler would, what is neither a
 product, a convolution nor a fused attention: neighbours between the same products are one kernel, which reads and
-writes what the others need of it. "kernels" is what the fused kernels of docs/gpu.md would make of it, counted by hand:
-not all of them exist. `python -m experiments.gpu.cost_model --help`.
+writes what the others need of it. "kernels" is the same with `use_kernels=True`.
+`python -m experiments.gpu.cost_model --help`.
 """
 
 import argparse
@@ -43,11 +43,12 @@ def flash(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, drop
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p)[0]
 
 
-def run(spec: Spec, side: int, batch: int) -> Kernels:
-    """The kernels of a forward pass in bfloat16."""
+def run(spec: Spec, side: int, batch: int, compiled: bool = False) -> Kernels:
+    """The kernels of a forward pass in bfloat16, as the package runs eager or as it is when it is compiled."""
     model = build(spec, side, side, device="meta", dtype=torch.bfloat16).eval()
     fused = mock.patch.object(F, "scaled_dot_product_attention", flash)
-    with fused, fake_cuda(), torch.no_grad(), Kernels() as kernels:
+    compiling = mock.patch("torch.compiler.is_compiling", return_value=compiled)
+    with fused, compiling, fake_cuda(), torch.no_grad(), Kernels() as kernels:
         x = torch.empty(batch, 3, side, side, device="cuda", dtype=torch.bfloat16)
         model = on_fake_cuda(model)
         kernels.ran.clear()
@@ -67,7 +68,7 @@ def fuse(kernels: list[Kernel]) -> list[Kernel]:
     groups: dict[int, list[Kernel]] = {}
     for i, kernel in enumerate(kernels):
         level = max((depth[piece] for piece, _ in kernel.reads), default=0)
-        library = kernel.name.removeprefix("aten::") in LIBRARY
+        library = not _fusible([kernel])
         mine = i
         if not library:  # it joins those that wrote what it reads, since the same product
             near = {
@@ -96,40 +97,26 @@ def fuse(kernels: list[Kernel]) -> list[Kernel]:
 
 
 def _fusible(members: list[Kernel]) -> bool:
-    return members[0].name.removeprefix("aten::") not in LIBRARY
-
-
-def with_kernels(tokens: int, mixing: bool) -> float:
-    """Seconds of the twelve blocks of `luna_vit_small` for the tokens of an image, with fused kernels.
-
-    Passes over N x C: the convolution with its residual reads and writes once; the pack with its norm reads once; the
-    unpack with residual and both norms reads once, and writes the sum and its norm; the residual of the MLP is read
-    in its second product. The hidden layer is written and read once, as GELU is part of the first product. Without
-    mixing, the convolution also writes the norm.
-    """
-    C, hidden, depth = 384, 1536, 12
-    one = 2 * C / BANDWIDTH
-    mlp = 2 * max(2 * (C + hidden) / BANDWIDTH, 2 * C * hidden / RATE)
-    return depth * tokens * ((7 if mixing else 4) * one + mlp)
+    return members[0].name.removeprefix("aten::") not in LIBRARY and not members[0].name.startswith("luna_vision::")
 
 
 def predict(spec: Spec, side: int, batch: int) -> dict[str, Any]:
     """Counts and predicted microseconds an image."""
-    eager = run(spec, side, batch).ran
+    ours = "luna" in spec.name
+    plain = replace(spec, args=spec.args | {"use_kernels": False}) if ours else spec
+    eager = run(plain, side, batch).ran
     row: dict[str, Any] = {"model": spec.text, "side": side, "batch": batch}
     row["GFLOP_an_image"] = sum(k.flops for k in eager) / batch / 1e9
-    for name, ran in (("eager", eager), ("compiled", fuse(eager))):
+    ways = {"eager": eager, "compiled": fuse(run(plain, side, batch, compiled=True).ran)}
+    if ours and spec.args.get("mixer", "luna") == "luna":
+        fused = replace(spec, args=spec.args | {"use_kernels": True})
+        ways["kernels"] = fuse(run(fused, side, batch, compiled=True).ran)
+    for name, ran in ways.items():
         row[name] = {
             "kernels": len(ran),
             "GB_an_image": sum(k.bytes for k in ran) / batch / 1e9,
             "us_an_image": 1e6 * max(sum(map(seconds, ran)), len(ran) * LAUNCH * (name == "eager")) / batch,
         }
-    if spec.name == "luna_vit_small":
-        shallow = sum(map(seconds, fuse(run(replace(spec, args=spec.args | {"depth": 1}), side, batch).ran))) / batch
-        deep = row["compiled"]["us_an_image"] / 1e6
-        around = deep - 12 / 11 * (deep - shallow)  # what is not in the blocks
-        blocks = with_kernels((side // 16) ** 2, spec.args.get("mixer", "luna") == "luna")
-        row["kernels"] = {"us_an_image": 1e6 * (around + blocks)}
     return row
 
 
@@ -142,18 +129,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args: argparse.Namespace = parser.parse_args(argv)
     rows = []
-    print("eager / compiled / with fused kernels, counted by hand")
+    print("eager / compiled / compiled with fused kernels")
     print("| model | px | batch | GFLOP an image | kernels | MB an image | us an image |")
     print("|---|---|---|---|---|---|---|")
     for side in args.sizes:
         for name in args.models:
             row = predict(Spec.parse(name), side, args.batch or BATCHES.get(side, 1))
             rows.append(row)
-            eager, compiled = row["eager"], row["compiled"]
+            ways = [row[way] for way in ("eager", "compiled", "kernels") if way in row]
             pairs = [
-                f"{eager['kernels']} / {compiled['kernels']}",
-                f"{1e3 * eager['GB_an_image']:.0f} / {1e3 * compiled['GB_an_image']:.0f}",
-                " / ".join(f"{row[w]['us_an_image']:.3g}" for w in ("eager", "compiled", "kernels") if w in row),
+                " / ".join(format(way[key] * factor, form) for way in ways)
+                for key, factor, form in (("kernels", 1, "d"), ("GB_an_image", 1e3, ".0f"), ("us_an_image", 1, ".3g"))
             ]
             print(
                 f"| {name} | {side} | {row['batch']} | {row['GFLOP_an_image']:.1f} | {' | '.join(pairs)} |", flush=True
@@ -162,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         luna, vit, plain = (r for r in rows if r["side"] == side)
         for way in ("compiled", "kernels"):
             faster = vit["compiled"]["us_an_image"] / luna[way]["us_an_image"]
-            slower = luna[way]["us_an_image"] / plain[way]["us_an_image"]
+            slower = luna[way]["us_an_image"] / plain["compiled"]["us_an_image"]
             wanted = "wanted: {}, and at most {}".format(*BOUNDS[side])
             print(f"{side} px, {way}: {faster:.2f} times as fast as the ViT, {slower:.2f} of no mixing ({wanted})")
     if args.out:

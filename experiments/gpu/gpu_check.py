@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from experiments.benchmarks.cell import Spec, build
 from experiments.command import Parser, quiet_lightning
-from experiments.gpu.kernels import LAUNCHES, fused_pack, fused_unpack, launches, make, pack, unpack
+from experiments.gpu.kernels import LAUNCHES, fused_mix, fused_pack, fused_unpack, launches, make, mix, pack, unpack
 from luna_vision import functional as LF
 from luna_vision.data import GpuDataModule
 from luna_vision.execution import encode, set_band_checkpointing
@@ -476,7 +476,7 @@ def kernel_speed(check: Check) -> None:
         return
     began = time.perf_counter()
     shapes = ((256, 196, 8, 384), (12, 4096, 8, 384), (1, 16384, 8, 384), (4, 16384, 16, 384), (512, 64, 8, 128))
-    ways = {"eager": (pack, unpack), "kernel": (fused_pack, fused_unpack)}
+    ways = {"eager": (pack, unpack, mix), "kernel": (fused_pack, fused_unpack, fused_mix)}
     broken = {(row["width"], row["launches"]) for row in check.found.get("kernels", []) if "error" in row}
     for B, N, slots, C in shapes:
         for way, functions in ways.items():
@@ -496,20 +496,28 @@ def kernel_speed(check: Check) -> None:
             return
 
 
-def _kernel_speed(check: Check, shape: tuple[int, int, int, int], way: str, pack: Callable, unpack: Callable) -> None:
-    """A row of milliseconds: of pack and unpack, forward, and with the backward pass."""
+def _kernel_speed(
+    check: Check, shape: tuple[int, int, int, int], way: str, pack: Callable, unpack: Callable, mix: Callable
+) -> None:
+    """A row of milliseconds: of pack, unpack and local mixing, forward, and with the backward pass."""
     B, N, slots, C = shape
     given = make(B, N, C, slots, "cuda", torch.bfloat16)
     numbers = given["x"].numel()
     copies = [given["x"].detach().clone().requires_grad_() for _ in range(max(2, CACHE // (2 * numbers)))]
     to_unpack = [given[name] for name in ("k", "shift", "v", "w", "b")]
-    # read x; read x, write two; read x and dz, write dx; read x, dy and dh, write dx: at 3 TB/s
-    passes = {"pack": 1, "unpack": 3, "pack_both": 3, "unpack_both": 7}
+    of = {
+        "pack": (pack, [given["m"]]),
+        "unpack": (functools.partial(unpack, slots=slots), to_unpack),
+        "mix": (mix, [given["conv"], given["b"]]),
+    }
+    # read x; read x, write two; read x, write y; read x and dz, write dx; read x, dy and dh, write dx; read dy, write
+    # dx, and read x and dy for the weights: at 3 TB/s
+    passes = {"pack": 1, "unpack": 3, "mix": 2, "pack_both": 3, "unpack_both": 7, "mix_both": 6}
     row: dict[str, Any] = {"B": B, "N": N, "slots": slots, "width": C, "way": way}
     for name, count in passes.items():
-        packs, both = name.startswith("pack"), name.endswith("both")
-        tensors, function = ([given["m"]], pack) if packs else (to_unpack, functools.partial(unpack, slots=slots))
-        dy = torch.randn_like(given["m"] if packs else given["x"])
+        kind, _, both = name.partition("_")
+        function, tensors = of[kind]
+        dy = torch.randn_like(given["m"] if kind == "pack" else given["x"])
 
         def step(both=both, tensors=tensors, function=function, dy=dy) -> None:
             for x in copies:
@@ -544,7 +552,7 @@ def _graph(step: Callable[[], Any]) -> Callable[[], Any]:
 
 
 MODELS = (
-    "luna_vit_small",
+    "luna_vit_small,use_kernels=False",
     "luna_vit_small,use_kernels=True",
     "vit_small_patch16_224",
     "luna_vit_small,mixer=identity",
@@ -562,7 +570,7 @@ def speed(check: Check) -> None:
     eager, compiled and (one image) as a CUDA graph; training under autocast."""
     batches, names = BATCHES, MODELS
     if check.small:
-        batches, names = {160: 2}, ("test_luna_vit", "test_luna_vit,use_kernels=True", "test_vit")
+        batches, names = {160: 2}, ("test_luna_vit,use_kernels=False", "test_luna_vit,use_kernels=True", "test_vit")
     ways = [("inference", "eager"), ("inference", "compiled"), ("training", "eager"), ("inference", "graph")]
     ways.append(("training", "compiled"))
     rare = (384, 4096)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from experiments.command import Parser
 
-__all__ = ["LAUNCHES", "errors", "fused_pack", "fused_unpack", "launches", "make", "pack", "unpack"]
+__all__ = ["LAUNCHES", "errors", "fused_mix", "fused_pack", "fused_unpack", "launches", "make", "mix", "pack", "unpack"]
 
 EPS = 1e-6
 # other launches of the pack, the unpack and their backward passes: patches, slots, warps, stages, registers
@@ -55,7 +55,8 @@ def launches(width: int, index: int) -> Iterator[None]:
 
 
 def make(B: int, N: int, C: int, slots: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Random patches, folded queries, keys and values, shifts of the scores, and the second norm; to differentiate."""
+    """Random patches, folded queries, keys and values, shifts of the scores, the second norm, and the weights of the
+    convolution, whose bias is that of the norm; to differentiate."""
     generator, S = torch.Generator().manual_seed(0), C // 64 * slots
 
     def draw(*shape: int) -> Tensor:
@@ -63,6 +64,7 @@ def make(B: int, N: int, C: int, slots: int, device: str, dtype: torch.dtype) ->
 
     m, k, v = 2 * draw(B, S, C) / C**0.5, 2 * draw(B, S, C) / C**0.5, draw(B, S, C)
     found = {"x": draw(B, N, C), "m": m, "k": k, "v": v, "w": 1 + 0.1 * draw(C), "b": 0.1 * draw(C)}
+    found["conv"] = draw(C, 1, 3, 3) / 3
     found = {name: t.to(device, dtype).requires_grad_() for name, t in found.items()}
     return {**found, "shift": draw(B, S).to(device).requires_grad_()}
 
@@ -100,6 +102,26 @@ def fused_unpack(
     return ops.normed_unpack(x, k, shift, v, slots, EPS, w, b, EPS)[:2]
 
 
+def grid(N: int) -> tuple[int, int]:
+    """The patch grid of N patches that is most like a square."""
+    rows = next(n for n in range(int(N**0.5), 0, -1) if N % n == 0)
+    return rows, N // rows
+
+
+def mix(x: Tensor, conv: Tensor, b: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The formula: patches (B, N, C) and their depthwise convolution over the patch grid."""
+    h = x if valid is None else x.masked_fill(~valid[:, :, None], 0.0)
+    h = h.unflatten(1, grid(x.shape[1])).permute(0, 3, 1, 2).contiguous()  # as the layer does on a GPU
+    return x + F.conv2d(h, conv, b, padding=1, groups=x.shape[2]).flatten(2).transpose(1, 2)
+
+
+def fused_mix(x: Tensor, conv: Tensor, b: Tensor, valid: Tensor | None = None) -> Tensor:
+    """`mix` by the kernel."""
+    from luna_vision.functional.kernels import ops
+
+    return ops.mix_residual(x, conv, b, valid, *grid(x.shape[1]))
+
+
 def errors(B: int, N: int, C: int, slots: int, masked: bool, device: str, dtype: torch.dtype) -> dict[str, float]:
     """Norms of the differences to the formulas in float64 over those of what they give."""
     inputs, valid = make(B, N, C, slots, device, dtype), None
@@ -108,17 +130,16 @@ def errors(B: int, N: int, C: int, slots: int, masked: bool, device: str, dtype:
         valid[:, 0] = True
     results = []
     for of, mask, functions in (
-        (inputs, None if valid is None else valid.to(device), (fused_pack, fused_unpack)),
-        ({n: t.detach().cpu().double().requires_grad_() for n, t in inputs.items()}, valid, (pack, unpack)),
+        (inputs, None if valid is None else valid.to(device), (fused_pack, fused_unpack, fused_mix)),
+        ({n: t.detach().cpu().double().requires_grad_() for n, t in inputs.items()}, valid, (pack, unpack, mix)),
     ):
         z = functions[0](of["x"], of["m"], mask)
         y, h = functions[1](*(of[name] for name in ("x", "k", "shift", "v", "w", "b")), slots)
+        values = {"packed": z, "unpacked": y, "normed": h, "mixed": functions[2](of["x"], of["conv"], of["b"], mask)}
         generator = torch.Generator().manual_seed(2)
-        given = [torch.randn(t.shape, generator=generator).to(t.device, t.dtype) for t in (z, y, h)]
-        gradients = torch.autograd.grad((z, y, h), list(of.values()), given)
-        results.append(
-            {"packed": z, "unpacked": y, "normed": h, **{f"d_{n}": g for n, g in zip(of, gradients, strict=True)}}
-        )
+        given = [torch.randn(t.shape, generator=generator).to(t.device, t.dtype) for t in values.values()]
+        gradients = torch.autograd.grad(list(values.values()), list(of.values()), given)
+        results.append(values | {f"d_{n}": g for n, g in zip(of, gradients, strict=True)})
     found, expected = results
     return {
         n: float((found[n].detach().cpu().double() - e.detach()).norm() / e.detach().norm())

@@ -10,6 +10,7 @@ from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
 from ..functional import autocasts, check_valid
+from .plain import is_plain
 
 
 @register_notrace_function
@@ -35,6 +36,15 @@ def pad_to_patches(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
     return F.pad(x, (0, pad_w, 0, pad_h))
 
 
+def project_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution of images (B, channels, height, width) of whole patches, whose kernel (C, channels, rows, columns)
+    is a patch and whose stride is its size, as a matrix product: (B, H', W', C), contiguous."""
+    B, channels, height, width = x.shape
+    C, _, rows, columns = weight.shape
+    x = x.reshape(B, channels, height // rows, rows, width // columns, columns).permute(0, 2, 4, 1, 3, 5)
+    return F.linear(x.reshape(B, height // rows, width // columns, channels * rows * columns), weight.flatten(1), bias)
+
+
 class PatchEmbed(timm.layers.PatchEmbed):
     """timm's, on images of whole patches, whatever their size.
 
@@ -43,7 +53,18 @@ class PatchEmbed(timm.layers.PatchEmbed):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, channels, height, width) to (B, H', W', C)."""
+        if not torch.jit.is_scripting():
+            if self._is_product(x):
+                return self.norm(project_patches(x, self.proj.weight, self.proj.bias))
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+    @torch.jit.ignore
+    def _is_product(self, x: Tensor) -> bool:
+        """Whether to run as a matrix product: a GPU's convolution takes over 30 times as long, and leaves the patches
+        channel by channel, which all norms after it would copy."""
+        if isinstance(x, torch.fx.Proxy) or torch.compiler.is_exporting():
+            return False
+        return x.is_cuda and is_plain(self.proj, nn.Conv2d)
 
 
 @register_notrace_function

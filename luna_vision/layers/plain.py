@@ -9,14 +9,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 __all__ = ["has_hooks", "is_hooked", "is_plain", "is_plain_norm"]
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether calling this layer does what its weight and bias say, and nothing else.
+def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether calling this layer of a kind does what its weight and bias say, and nothing else.
 
     Not so after LoRA, quantisation, pruning, offload and the like, which replace a layer, its `forward` or its weight,
     or hook it. A parametrized layer is plain: its `weight` is the one that acts. Hooks of all modules at once
     (`torch.nn.modules.module.register_module_forward_hook`) do not count: profilers use them.
     """
-    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
+    if not isinstance(layer, kind) or type(layer).forward is not kind.forward or "forward" in vars(layer):
         return False
     if is_hooked(layer):
         return False

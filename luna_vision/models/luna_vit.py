@@ -133,7 +133,7 @@ class LunaVit(nn.Module):
         pack_form: Literal["auto", "projected", "absorbed"] = "auto",
         unpack_form: Literal["auto", "projected", "absorbed"] = "auto",
         query_gain: float = 8.0,
-        use_kernels: bool = False,
+        use_kernels: bool | None = None,
         device=None,
         dtype=None,
         **of_vit: Any,
@@ -184,7 +184,8 @@ class LunaVit(nn.Module):
             pack_form: How the pack is computed; the result is the same, see `luna_vision.functional`.
             unpack_form: The same for the unpack.
             query_gain: What the initial query projections are multiplied by, see `LunaAttention.init_weights`.
-            use_kernels: Run parts of the blocks by fused kernels on a GPU, see `LunaBlock`.
+            use_kernels: Run parts of the blocks by fused kernels on a GPU; if None, where they were measured to be no
+                slower. See `LunaBlock`.
             **of_vit: Arguments of timm's `VisionTransformer` that say what holds here anyway.
 
         Raises:

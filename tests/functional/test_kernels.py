@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from luna_vision import functional as LF
-from luna_vision.functional.kernels import Norm, ops, pack_normed, supports_kernels, unpack_normed
+from luna_vision.functional.kernels import (
+    Norm,
+    mix_residual,
+    ops,
+    pack_normed,
+    supports_kernels,
+    unpack_normed,
+)
 
 TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -159,6 +166,51 @@ def test_autocast_keeps_the_residual_stream_wide():
     assert_near(found, expected, LIMITS[torch.float16])
 
 
+def mixed(x, weight, bias, valid, H, W):
+    """The formula of local mixing with its residual."""
+    h = x if valid is None else x.masked_fill(~valid[:, :, None], 0.0)
+    h = h.unflatten(1, (H, W)).permute(0, 3, 1, 2)
+    return x + F.conv2d(h, weight, bias, padding=1, groups=len(bias)).flatten(2).transpose(1, 2)
+
+
+@needs_kernels
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 64), (2, 5, 18, 64), (1, 3, 16, 128)], ids=str)
+@pytest.mark.parametrize("dtype", [*LIMITS, "mixed"], ids=str)
+def test_local_mixing_equals_the_convolution(shape, masked, dtype):
+    B, H, W, C = shape
+    if dtype != torch.float32 and DEVICE == "cpu" and shape[0] == 1:
+        pytest.skip("float32 says as much")
+    x_type, dtype = (torch.float32, torch.float16) if dtype == "mixed" else (dtype, dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    on_cpu = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+    leaves = [torch.randn(*size, **on_cpu) for size in ((B, H * W, C), (C, 1, 3, 3), (C,))]
+    given, valid = torch.randn(B, H * W, C, **on_cpu), None
+    if masked:
+        valid = torch.rand(B, H * W, **on_cpu) < 0.6
+        leaves[0] = leaves[0].masked_fill(~valid[:, :, None], 1e4)  # which nobody may read
+    results = []
+    for function, device, types in (
+        (mixed, "cpu", [torch.float64] * 3),
+        (mix_residual, DEVICE, [x_type, dtype, dtype]),
+    ):
+        here = [t.to(device, to).requires_grad_() for t, to in zip(leaves, types, strict=True)]
+        y = function(*here, None if valid is None else valid.to(device), H, W)
+        results.append([y, *torch.autograd.grad(y, here, given.to(device, types[0]))])
+    assert [t.dtype for t in results[1]] == [x_type, x_type, dtype, dtype]
+    if masked:  # the patches that do not count pass through, and would hide the others in the norm
+        for found in results:
+            found[0] = found[0].masked_fill(~valid.to(found[0].device)[:, :, None], 0.0)
+    assert_near(results[1], results[0], LIMITS[dtype])
+
+
+@needs_kernels
+def test_local_mixing_stays_finite_in_float16():
+    x = torch.full((1, 12, 64), 6e4, device=DEVICE, dtype=torch.float16)
+    weight, bias = (torch.ones(size, device=DEVICE, dtype=torch.float16) for size in ((64, 1, 3, 3), 64))
+    assert mix_residual(x, weight, bias, None, 3, 4).isfinite().all()
+
+
 @needs_kernels
 @pytest.mark.parametrize("masked", [True, False])
 def test_operators_keep_the_rules_of_pytorch(masked):
@@ -170,6 +222,8 @@ def test_operators_keep_the_rules_of_pytorch(masked):
     norm = tuple(torch.randn(64, device=DEVICE, requires_grad=True) for _ in range(2)) if masked else (None, None)
     torch.library.opcheck(ops.normed_pack, (x, m, valid, 1e-6))
     torch.library.opcheck(ops.normed_unpack, (x, k, shift, v, 5, 1e-6, *norm, 1e-6))
+    weight, bias = (torch.randn(size, device=DEVICE, requires_grad=True) for size in ((64, 1, 3, 3), 64))
+    torch.library.opcheck(ops.mix_residual, (x[:, :8], weight, bias, None if valid is None else valid[:, :8], 2, 4))
 
 
 @needs_kernels

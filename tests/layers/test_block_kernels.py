@@ -89,7 +89,8 @@ def test_the_block_is_the_same(kwargs, masked):
     for mask in masks:
         mask[:, 0] = True
     ran = assert_equal(pair(**kwargs), masks)
-    assert sorted(ran) == ["normed_pack", "normed_pack_backward", "normed_unpack", "normed_unpack_backward"]
+    mix = [] if "local_mixing" in kwargs else ["mix_residual", "mix_residual_backward"]
+    assert sorted(ran) == [*mix, "normed_pack", "normed_pack_backward", "normed_unpack", "normed_unpack_backward"]
 
 
 def test_a_block_that_only_packs_is_the_same():
@@ -134,7 +135,13 @@ def test_what_others_put_into_a_block_is_called():
         fused.train()(*(t.to(DEVICE) for t in tokens()), GRID)
         assert kernels.ran == []
         fused.eval()(*(t.to(DEVICE) for t in tokens()), GRID)
-    assert kernels.ran == ["normed_pack", "normed_unpack"]
+    assert kernels.ran == ["mix_residual", "normed_pack", "normed_unpack"]
+    for name in ("local", "local.conv"):
+        _, fused = pair()
+        fused.get_submodule(name).register_forward_hook(lambda module, args, y, name=name: seen.append(name))
+        with Kernels() as kernels:
+            fused(*(t.to(DEVICE) for t in tokens()), GRID)
+        assert name in seen and kernels.ran == ["normed_pack", "normed_unpack"]
 
 
 def test_a_model_takes_them():
@@ -145,7 +152,7 @@ def test_a_model_takes_them():
     x = torch.randn(1, 3, 64, 48, device=DEVICE)
     with torch.no_grad(), Kernels() as kernels:
         y = fused(x)
-    assert len(kernels.ran) == 4 * 2 + 1
+    assert len(kernels.ran) == 4 * 3 + 1
     torch.testing.assert_close(y, plain(x), rtol=1e-4, atol=1e-4)
 
 
@@ -158,4 +165,4 @@ def test_a_compiled_block_has_one_graph():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     with torch.inference_mode(), Kernels() as kernels:
         fused.forward(*(t.to(DEVICE) for t in tokens()), GRID)
-    assert kernels.ran == ["normed_pack", "normed_unpack"]
+    assert kernels.ran == ["mix_residual", "normed_pack", "normed_unpack"]

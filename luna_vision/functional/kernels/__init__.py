@@ -1,5 +1,6 @@
-"""Fused kernels in Triton for a GPU. `pack_absorbed`, `unpack_absorbed` and `F.layer_norm` are their reference."""
+"""Fused kernels in Triton for a GPU. `pack_absorbed`, `unpack_absorbed`, `F.layer_norm` and `F.conv2d` are their
+reference."""
 
-from .ops import Norm, pack_normed, supports_kernels, unpack_normed
+from .ops import Norm, kernels_pay, mix_residual, pack_normed, supports_kernels, unpack_normed
 
-__all__ = ["Norm", "pack_normed", "supports_kernels", "unpack_normed"]
+__all__ = ["Norm", "kernels_pay", "mix_residual", "pack_normed", "supports_kernels", "unpack_normed"]

@@ -27,6 +27,7 @@ MAX_BLOCK = 2**16  # bytes of the slots of a head, of which a kernel holds sever
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself reads it once
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
+MANY = 1024  # patches, from which on the kernels were no slower
 
 
 class Norm(NamedTuple):
@@ -45,6 +46,14 @@ def supports_kernels(x: Tensor, heads: int, slots: int) -> bool:
     fits = x.shape[-1] % 64 == 0 and slots <= MAX_SLOTS and heads <= MAX_HEADS and x.dtype in TYPES
     block = 2 ** (slots - 1).bit_length() * x.shape[-1] * _product_type(x).itemsize
     return here and fits and block <= MAX_BLOCK
+
+
+def kernels_pay(x: Tensor) -> bool:
+    """Whether the pack and the unpack of patches (B, N, C) were measured to be no slower by kernels: on a GPU, without
+    gradients, in half precision, for 1,024 patches or more (docs/gpu.md: an H200, width 384)."""
+    if not x.is_cuda or torch.is_grad_enabled():
+        return False
+    return x.shape[1] >= MANY and _product_type(x) != torch.float32
 
 
 def fold_norm(norm: Norm, w: Projections, pack: bool) -> Projections:
@@ -281,3 +290,53 @@ def _differentiate_unpack(ctx, dy: Tensor | None, dh: Tensor | None, *_):
 
 
 normed_unpack.register_autograd(_differentiate_unpack, setup_context=_keep_unpack)
+
+
+@torch.library.custom_op("luna_vision::mix_residual", mutates_args=())
+def mix_residual(x: Tensor, weight: Tensor, bias: Tensor, valid: Tensor | None, H: int, W: int) -> Tensor:
+    """x plus its depthwise 3x3 convolution over the patch grid, for which patches that do not count are zeros: (B, N,
+    C), in the type of x, and finite in float16.
+
+    Args:
+        x: (B, N, C), N = H W.
+        weight: (C, 1, 3, 3).
+        bias: (C).
+        valid: Which patches count, (B, N) bool.
+        H, W: The patch grid.
+    """
+    from .depthwise import mix_forward
+
+    return mix_forward(x, weight, bias, valid, H, W)
+
+
+@mix_residual.register_fake
+def _(x, weight, bias, valid, H, W):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("luna_vision::mix_residual_backward", mutates_args=())
+def mix_residual_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, valid: Tensor | None, H: int, W: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias."""
+    from .depthwise import mix_backward
+
+    return mix_backward(dy, x, weight, valid, H, W)
+
+
+@mix_residual_backward.register_fake
+def _(dy, x, weight, valid, H, W):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
+
+
+def _keep_mix(ctx, inputs, output) -> None:
+    x, weight, _, valid, ctx.H, ctx.W = inputs
+    ctx.save_for_backward(x, weight, valid)
+
+
+def _differentiate_mix(ctx, dy: Tensor):
+    x, weight, valid = ctx.saved_tensors
+    return *mix_residual_backward(dy, x, weight, valid, ctx.H, ctx.W), None, None, None
+
+
+mix_residual.register_autograd(_differentiate_mix, setup_context=_keep_mix)
