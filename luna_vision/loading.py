@@ -13,7 +13,7 @@ from .downstream.segmentation import has_background, segmenter_of
 from .images.transforms import EvalTransform, per_channel
 from .images.values import model_values
 from .models import unwrap_state_dict
-from .models.checkpoints import PIXEL_CFG
+from .models.checkpoints import PIXEL_CFG, differences
 from .models.factory import LOCAL, load_model, training_checkpoint
 
 __all__ = ["Loaded", "load"]
@@ -46,7 +46,7 @@ def load(path: str | os.PathLike) -> Loaded:
 
     Raises:
         FileNotFoundError: There is no such file or folder.
-        ValueError: The file does not record its model.
+        ValueError: The file does not record its model, or has weights of another one.
     """
     path = Path(path)
     if not path.exists():
@@ -73,7 +73,10 @@ def _load_dense(path: Path, run: dict[str, Any]) -> Loaded:
     started = ("pretrained", "checkpoint_path")  # the weights before training
     kwargs = {name: value for name, value in (hp["model_kwargs"] or {}).items() if name not in started}
     model = (detector_of if "detector" in hp else segmenter_of)(hp | {"model_kwargs": kwargs})
-    model.load_state_dict(unwrap_state_dict(load_state_dict(str(path))))
+    weights = unwrap_state_dict(load_state_dict(str(path)))
+    if differing := differences(model.state_dict(), weights):  # the defaults of a model may have changed since
+        raise ValueError(f"{str(path)!r} does not fit {hp['model_name']} as it is built now: {differing}")
+    model.load_state_dict(weights)
     cfg = run.get("data", {}).get("cfg", {})
     backbone = model.backbone.pyramid_backbone if "detector" in hp else model.backbone
     known = {name: cfg[name] for name in PIXEL_CFG if name in cfg}

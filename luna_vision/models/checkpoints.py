@@ -109,7 +109,7 @@ def load_weights(
             in_chans=get_model_input_config(model)["input_size"][0],
         )
     except Exception as error:  # timm's filters raise nearly anything for a file that is not timm's
-        differing = _differences(model.state_dict(), cfg["state_dict"]) or " ".join(str(error).split())
+        differing = differences(model.state_dict(), cfg["state_dict"]) or " ".join(str(error).split())
         raise ValueError(f"{str(path)!r} does not fit {type(model).__name__}: {differing}") from error
     say(f"weights loaded from {path}")
 
@@ -131,7 +131,7 @@ def _body(state_dict: dict) -> dict:
     return {}
 
 
-def _differences(own: dict, given: dict) -> str:
+def differences(own: dict, given: dict) -> str:
     """The differences of two state dicts in names and shapes, in one line with up to three names of each kind."""
     kinds = {
         "missing": [name for name in own if name not in given],

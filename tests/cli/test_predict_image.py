@@ -34,6 +34,9 @@ def trained(tmp_path_factory) -> Path:
     trainer.fit(task, data)
     trainer.save_checkpoint(folder / "best.ckpt")
     export_weights(folder / "best.ckpt", folder / "best.safetensors")
+    content = torch.load(folder / "best.ckpt", weights_only=True)
+    content["hyper_parameters"]["model_kwargs"]["mlp_ratio"] = 1.0
+    torch.save(content, folder / "other.ckpt")
     pixels = np.random.default_rng(0).integers(0, 256, (150, 131, 3), dtype=np.uint8)
     pixels[30:90, 40:110] = (200, 30, 30)
     (folder / "new").mkdir()
@@ -130,6 +133,7 @@ def test_a_stopped_run_goes_on(trained, tmp_path, monkeypatch, capsys):
         (["--probabilities", "{tmp}/p.png"], "a map must end in .tif, .tiff, .zarr, got"),
         (["--polygons", "{tmp}/p.json"], "polygons must end in .geojson, got"),
         (["--probabilities", "{tmp}/a.tif"], "give another name"),
+        (["--checkpoint", "{trained}/other.ckpt"], "does not fit test_luna_vit as it is built now: "),
         (["--coco", "{tmp}/a.json"], "--coco goes with boxes"),
         (["--checkpoint", "{trained}/retinanet.ckpt"], "is no segmenter"),
         (["--out", "{tmp}/a.geojson"], "is a segmenter: give --out .tif"),
