@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,8 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_script_runs_everything_in_small(tmp_path):
-    environment = {**os.environ, "DEVICE": "cpu", "OUT": str(tmp_path), "JOBS": "0"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # also where the environment is not activated
+    environment = {**os.environ, "PATH": path, "DEVICE": "cpu", "OUT": str(tmp_path), "JOBS": "0"}
     words = ["bash", "experiments/gpu/gpu_check.sh", "-k", "test_auto_takes_the_form"]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
