@@ -120,6 +120,7 @@ class GpuDataModule(ImageFolderDataModule):
             raise ValueError("GpuDataModule keeps no missing pixels: give another fill, or take ImageFolderDataModule")
         self._threads, self.num_workers, self.persistent_workers = self.num_workers, 0, False
         self._augmented = augmentation != "none"
+        self._sent: tuple[Any, Tensor, Tensor] | None = None
 
     def find_class_names(self) -> list[str]:
         if not self._is_file:
@@ -179,11 +180,18 @@ class GpuDataModule(ImageFolderDataModule):
         augment = batch.split == "train" and self._augmented
         if augment:
             images = augment_batch(images, draws, self._augment)
-        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        mean, std = self._statistics(images.device)
         images = images.sub_(mean).div_(std)
         if augment and self._erasing:
             images = erase_batch(images, draws, self._erasing)
         return images, labels
+
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation on a device, which are sent there once: sending would wait for it."""
+        key = device, self.mean, self.std
+        if self._sent is None or self._sent[0] != key:
+            self._sent = key, *(torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.mean, self.std))
+        return self._sent[1:]
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -287,4 +295,5 @@ def _grey(images: Tensor) -> Tensor:
     """Luma (B, 1, H, W), ITU-R 601-2, as Pillow has it."""
     if images.shape[1] != 3:
         return images
-    return (images * images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    red, green, blue = images.split(1, 1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue

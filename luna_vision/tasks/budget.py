@@ -31,6 +31,7 @@ class TimeBudget(Callback):
         if not max_seconds > 0:
             raise ValueError(f"max_seconds must be above 0, got {max_seconds}")
         self.max_seconds, self.used = max_seconds, 0.0
+        self._planned: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: TimmTask, stage: str) -> None:
         if stage == "fit":
@@ -40,6 +41,14 @@ class TimeBudget(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: TimmTask) -> None:
         self._since, self._batches = time.perf_counter(), 0
+        if self._planned is not None:  # by the run that this one resumes
+            self._plan(trainer, pl_module, self._planned)
+
+    def _plan(self, trainer: Trainer, pl_module: TimmTask, epochs: int) -> None:
+        self._planned = min(epochs, self._most)
+        if self._planned != trainer.max_epochs:
+            trainer.fit_loop.max_epochs = self._planned
+            pl_module.reschedule()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: TimmTask, *args: Any) -> None:
         self._batches += 1
@@ -55,13 +64,11 @@ class TimeBudget(Callback):
             return
         done = trainer.current_epoch + 1
         more = int((self.max_seconds - self.used) / (now - self._measured_since) * measured)
-        planned = trainer.strategy.broadcast(min(done + max(more, 0), self._most))
-        if planned != trainer.max_epochs:
-            trainer.fit_loop.max_epochs = planned
-            pl_module.reschedule()
+        self._plan(trainer, pl_module, trainer.strategy.broadcast(done + max(more, 0)))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"used": self.used}
+        return {"used": self.used, "planned": self._planned, "max_seconds": self.max_seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.used = state_dict["used"]
+        self._planned = state_dict["planned"] if state_dict["max_seconds"] == self.max_seconds else None

@@ -62,6 +62,15 @@ def test_a_resumed_run_has_the_time_that_is_left(tmp_path, monkeypatch):
     assert second.now == pytest.approx(100 - first.now, abs=2 * trainer.num_training_batches)
 
 
+def test_a_resumed_run_keeps_its_plan(tmp_path, monkeypatch):
+    kept = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    first, second = Clock(lambda step: 1.0), Clock(lambda step: 1.0)
+    run(tmp_path, monkeypatch, first, TimeBudget(60.0), callbacks=[kept], enable_checkpointing=True)
+    at = tmp_path / "epoch=4.ckpt"
+    trainer = run(tmp_path, monkeypatch, second, TimeBudget(60.0), ckpt_path=at)
+    assert second.rates == pytest.approx(first.rates[5 * trainer.num_training_batches :], rel=0.02)
+
+
 def test_wrong_arguments(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="0"):
         TimeBudget(0)

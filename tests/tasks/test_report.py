@@ -200,7 +200,7 @@ def test_loggers_get_pictures(make, tmp_path):
     assert found[0].height > 2 * 16 and found[0].width > 16
 
 
-def tested() -> None:
+def report_digits() -> None:
     """Test the digits with random weights; leave the sums of the report."""
     seed_everything(0, verbose=False)
     report = Report("run")
@@ -218,7 +218,7 @@ def test_several_processes_report_all_images(tmp_path):
     found = []
     for world_size in (1, 2):
         folder = tmp_path / str(world_size)
-        run(folder, world_size, tested)
+        run(folder, world_size, report_digits)
         assert (folder / "run/report/report.html").is_file()
         found.append(torch.load(folder / "sums.pt"))
     (one, sums, numbers), (other, other_sums, other_numbers) = found
