@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -52,6 +53,11 @@ class _MaskedBackbone(nn.Module):
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         return self.pyramid_backbone(x, getattr(x, "image_sizes", None))
+
+
+def _objects_alone(head: nn.Module, inputs: tuple, logits: Tensor) -> Tensor:
+    """Labels begin at 1: class 0, the background of a Faster R-CNN, is of no object of a RetinaNet either."""
+    return logits if head.training else logits.index_fill(-1, torch.tensor(0, device=logits.device), float("-inf"))
 
 
 def build_detector(
@@ -105,6 +111,8 @@ def build_detector(
     else:
         kwargs = {"anchor_generator": anchors} | kwargs
     model = cls(_MaskedBackbone(backbone), num_classes + 1, **kwargs)
+    if cls is RetinaNet:
+        model.head.classification_head.register_forward_hook(_objects_alone)
     # whole patches of the coarsest map, so that all maps cover the same pixels
     divisor = max(*backbone.strides, backbone.stride)
     statistics = list(backbone.mean), list(backbone.std)

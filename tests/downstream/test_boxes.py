@@ -51,10 +51,10 @@ def make(strides=(4, 8, 16, 32), detector: str = "retinanet", **options):
         last = model.head.classification_head.cls_logits
         x = torch.from_numpy(picture(200, 200)).permute(2, 0, 1).double() / 255
         features = list(model.backbone(model.transform([x])[0].tensors).values())
-        last.weight *= 2 / model.head.classification_head(features).std()
+        last.weight *= 2 / model.head.classification_head(features)[..., 1:].std()  # without the background
         # of each class, one score of a hundred is above the threshold
-        scores = model.head.classification_head(features)[0]
-        last.bias -= (scores.quantile(0.99, dim=0) + 2.94).repeat(len(last.bias) // 4)
+        scores = model.head.classification_head(features)[0, :, 1:]
+        last.bias.view(-1, 4)[:, 1:] -= scores.quantile(0.99, dim=0) + 2.94
     return model
 
 
