@@ -189,7 +189,7 @@ class LunaCLI(LightningCLI):
         name = self._get(self.config, "name")
         if config["default_root_dir"] is None:
             config["default_root_dir"] = f"runs/{name}"
-        if self.subcommand == "predict" and config["logger"] is None and self._get(self.config, "out"):
+        if self.subcommand == "predict" and self._get(self.config, "out"):
             # the file is all that there is to keep
             config["logger"], self.save_config_callback = False, None
         if config["logger"] is None:

@@ -90,6 +90,7 @@ def test_from_files_to_files(form, run, tmp_path):
     weights = ["--ckpt_path", str(folder / "checkpoints/best.ckpt"), "--data.predict_path", str(new)]
     code, out, err = run("predict", "--config", str(folder / "config.yaml"), *weights, "--out", str(found))
     assert code == 0, err
+    assert [one.name for one in folder.parent.glob("version_*")] == [folder.name]  # nothing but --out is written
     images = [file for file in new.rglob("*.png")]
     if task == "detect":
         assert len(json.loads(found.read_text())["images"]) == len(images)
