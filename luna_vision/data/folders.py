@@ -1,5 +1,6 @@
 """Photos in folders, in the layout of ImageNet."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,7 +87,10 @@ class SplitFolders:
 
 
 class PhotoDataModule(ImageDataModule):
-    """Base of the data modules of photos: ImageNet's statistics and sizes, and names of classes from the disk."""
+    """Base of the data modules of photos: ImageNet's statistics and sizes, and names of classes from the disk.
+
+    ``num_workers`` is by default the number of CPUs, at most 8.
+    """
 
     MEAN, STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 
@@ -94,10 +98,12 @@ class PhotoDataModule(ImageDataModule):
         self,
         root: str = "data/imagenet",
         img_size: int | list[int] = 224,
-        num_workers: int = 8,
+        num_workers: int | None = None,
         crop_pct: float | None = 0.875,
         **kwargs,
     ) -> None:
+        if num_workers is None:
+            num_workers = min(8, os.cpu_count() or 1)
         super().__init__(root=root, img_size=img_size, num_workers=num_workers, crop_pct=crop_pct, **kwargs)
         self._class_names: list[str] | None = None
 
