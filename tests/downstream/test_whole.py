@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import zarr
 from torch import Tensor
 
+import luna_vision.downstream.whole
 from luna_vision.downstream.pyramid import PyramidBackbone
 from luna_vision.downstream.segmentation import FCN
 from luna_vision.downstream.whole import PixelSink, segment
@@ -21,8 +22,8 @@ from luna_vision.execution import encode
 from luna_vision.execution.checkpoint import Checkpoint
 from luna_vision.images import open_image
 from luna_vision.images.maps import MapFile
-from luna_vision.images.polygons import write_geojson
 from tests.execution.test_budget import Allocations
+from tests.stopping import stopped_anywhere
 
 SMALL = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 8, "memory_len": 3}
 
@@ -300,25 +301,9 @@ def test_a_run_that_is_stopped_anywhere_is_resumed(suffix, masked, tmp_path, mon
         "mask": valid,
         "progress": False,
     }
-    save, finish, polygons = Checkpoint.save, MapFile.finish, write_geojson
-    for stop_at in range(100):
-        count = iter(range(10**6))
-
-        def stop(self, *args, ours, count=count, stop_at=stop_at):
-            if next(count) == stop_at:
-                raise KeyboardInterrupt
-            ours(self, *args)
-
-        try:
-            with monkeypatch.context() as patch:
-                patch.setattr(Checkpoint, "save", lambda *args, stop=stop: stop(*args, ours=save))
-                patch.setattr(MapFile, "finish", lambda *args, stop=stop: stop(*args, ours=finish))
-                name = "luna_vision.downstream.whole.write_geojson"
-                patch.setattr(name, lambda *args, stop=stop: stop(*args, ours=polygons))
-                segment(model, image, *paths, **how)
-            break
-        except KeyboardInterrupt:
-            segment(model, image, *paths, **how)
+    places = (Checkpoint, "save"), (MapFile, "finish"), (luna_vision.downstream.whole, "write_geojson")
+    for _ in stopped_anywhere(lambda: segment(model, image, *paths, **how), monkeypatch, *places, at_least=5):
+        segment(model, image, *paths, **how)
         read = tifffile.imread if suffix == ".tif" else lambda path: zarr.open_group(path, mode="r")["0"][:]
         found = [read(path) for path in paths[:2]]
         np.testing.assert_array_equal(found[0], classes)
@@ -328,7 +313,6 @@ def test_a_run_that_is_stopped_anywhere_is_resumed(suffix, masked, tmp_path, mon
             want = np.where(classes == 255, 0, classes)
             np.testing.assert_array_equal(drawn(features, (203, 157)), want)
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
-    assert stop_at > 5
 
 
 def test_what_is_allocated_stays_within_the_plan(tmp_path):

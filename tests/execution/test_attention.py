@@ -11,6 +11,7 @@ from luna_vision.cli.encode import main
 from luna_vision.execution import encode
 from luna_vision.execution.checkpoint import Checkpoint
 from luna_vision.images import open_image
+from tests.stopping import stopped_anywhere
 
 from .conftest import close, normalised
 from .test_budget import allocated
@@ -79,27 +80,13 @@ def test_it_lies_over_the_image(make, photo, tmp_path):
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_run_that_is_stopped_anywhere_is_resumed(masked, make, photo, tmp_path, monkeypatch):
     model, image, valid = make(depth=2), photo[:79, :95], blobs(20, 24) if masked else None
-    want, save = whole(model, image, 1, valid), Checkpoint.save
+    want = whole(model, image, 1, valid)
     how = {"store": tmp_path / "store", "attention": tmp_path / "a.zarr", "attention_layer": 1, "band_rows": 4}
     how |= {"mask": valid, "progress": False}
-    for stop_at in range(100):
-        count = iter(range(10**6))
-
-        def stop(*args, count=count, stop_at=stop_at):
-            if next(count) == stop_at:
-                raise KeyboardInterrupt
-            save(*args)
-
-        try:
-            with monkeypatch.context() as patch:
-                patch.setattr(Checkpoint, "save", stop)
-                encode(model, image, **how)
-            break
-        except KeyboardInterrupt:
-            encode(model, image, **how)
+    for _ in stopped_anywhere(lambda: encode(model, image, **how), monkeypatch, (Checkpoint, "save"), at_least=5):
+        encode(model, image, **how)
         close(torch.from_numpy(zarr.open_group(tmp_path / "a.zarr", mode="r")["0"][:]).double(), want, 1e-6)
         assert [path.name for path in tmp_path.iterdir()] == ["a.zarr"]
-    assert stop_at >= 6
 
 
 def test_what_is_allocated_stays_within_the_plan(make, photo, tmp_path):

@@ -8,11 +8,12 @@ import tifffile
 import torch
 from PIL import Image
 
-from luna_vision.execution import encode
+from luna_vision.execution import Encoded, encode
 from luna_vision.execution.checkpoint import Checkpoint
 from luna_vision.execution.layout import Layout
 from luna_vision.images import open_image
 from luna_vision.images.foreground import patch_mask
+from tests.stopping import stopped_anywhere
 
 from .conftest import OPTIONS, close, normalised
 from .test_budget import allocated
@@ -78,26 +79,14 @@ def test_a_run_that_is_stopped_after_any_band_goes_on(mixing, saved, make, photo
     model, valid, image = make(local_mixing=mixing), np.zeros((20, 24), bool), photo[:79, :95]
     valid[3:17, 5:15] = valid[18:, 20:] = True
     how = {"mask": valid, "band_rows": 2, "progress": False}
-    want, save = encode(model, image, **how), Checkpoint.save
-    for stop_at in range(100):
-        count = iter(range(10**6))
+    want = encode(model, image, **how)
 
-        def stop(*args, count=count, stop_at=stop_at):
-            stops = next(count) == stop_at
-            if saved or not stops:
-                save(*args)
-            if stops:
-                raise KeyboardInterrupt
+    def run() -> Encoded:
+        return encode(model, image, store=tmp_path / "store", **how)
 
-        try:
-            with monkeypatch.context() as patch:
-                patch.setattr(Checkpoint, "save", stop)
-                encode(model, image, store=tmp_path / "store", **how)
-            break
-        except KeyboardInterrupt:
-            got = encode(model, image, store=tmp_path / "store", **how)
+    for _ in stopped_anywhere(run, monkeypatch, (Checkpoint, "save"), after=saved, at_least=9):
+        got = run()
         assert torch.equal(got.logits, want.logits) and torch.equal(got.raw_memory, want.raw_memory)
-    assert stop_at >= 10
 
 
 def test_another_mask_does_not_continue_a_run(make, photo, tmp_path, monkeypatch):
