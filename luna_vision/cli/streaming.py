@@ -35,9 +35,9 @@ def add_streaming_options(parser: Parser, statistics: bool = True) -> None:
     group.add_argument("--t", type=at_least(0), metavar="N", help="likewise")
     group.add_argument(
         "--mask",
-        metavar="otsu|FILE",
-        help="leave out the rest: tissue by Otsu's threshold on a low level, an image that is 0 there, or polygons in "
-        "GeoJSON",
+        metavar="otsu|valid|FILE",
+        help="leave out the rest: tissue by Otsu's threshold on a low level; what holds data by alpha, a mask or a "
+        "number for no data of a GeoTIFF; an image that is 0 there; or polygons in GeoJSON",
     )
     group = parser.add_argument_group("pixels")
     if statistics:

@@ -109,8 +109,9 @@ def encode(
         on_error: What becomes of tiles, strips or chunks of the file that cannot be read: "raise"; "fill", they have
             what missing numbers have; or "skip", patches without other pixels are left out, for which the image is read
             once more. What is decoded as a whole, such as PNG, raises.
-        mask: The patches to look at, as `patch_valid` of the model: "otsu" for tissue, a mask file, polygons in GeoJSON
-            or an array, see `luna_vision.images.foreground.patch_mask`. Others are neither read nor computed.
+        mask: The patches to look at, as `patch_valid` of the model: "otsu" for tissue, "valid" for what holds data, a
+            mask file, polygons in GeoJSON or an array, see `luna_vision.images.foreground.patch_mask`. Others are
+            neither read nor computed.
         memory: (L, C), replaces the learned initial memory (`Encoded.raw_memory` of an earlier image).
         store: A folder for the patches; None keeps them in memory. It is emptied at the end.
         store_dtype: Type in which patches are kept between two layers, the model's if None. `torch.bfloat16` halves

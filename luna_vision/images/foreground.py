@@ -18,9 +18,9 @@ from .formats import open_image
 from .regions import Frame, Georeference
 from .values import missing
 
-__all__ = ["OTSU", "foreground", "otsu_threshold", "patch_mask"]
+__all__ = ["OTSU", "VALID", "foreground", "otsu_threshold", "patch_mask"]
 
-OTSU = "otsu"
+OTSU, VALID = "otsu", "valid"
 POLYGONS = (".geojson", ".json")
 CELLS = 2  # a side of a patch, in which polygons are drawn
 BINS = 256
@@ -32,10 +32,10 @@ def patch_mask(
     """The patches (H', W') bool that a mask covers, if only in part.
 
     Args:
-        mask: "otsu", see `foreground`; an image file that lies over level 0 of the image's file, or GeoJSON with
-            polygons in pixels of level 0 or, of an image with a georeference, in the coordinates that the GeoJSON
-            names; else in longitude and latitude; or an array (h, w) that lies over the image, or (H', W'). What is not
-            0 counts.
+        mask: "otsu", see `foreground`; "valid", what holds data by alpha, a mask or a number for no data in a raster;
+            an image file that lies over level 0 of the image's file, or GeoJSON with polygons in pixels of level 0 or,
+            of an image with a georeference, in the coordinates that the GeoJSON names, else in longitude and latitude;
+            or an array (h, w) that lies over the image, or (H', W'). What is not 0 counts.
         image: From `open_image`, or an array.
         grid_size: H', W'.
         patch_size: Its height and width in pixels.
@@ -54,6 +54,8 @@ def patch_mask(
         if cells.ndim != 2 or not _same_shape(cells.shape, (height, width)):
             raise UserError(f"the mask of shape {cells.shape} does not lie over the image of {height} x {width} pixels")
         cells = cells != 0
+    elif mask == VALID:
+        return _checked(_with_data(image, grid_size, patch_size), "what holds data")
     elif mask == OTSU:
         cells, place, name = *_found(image, patch_size), "what Otsu's threshold finds"
     elif (path := Path(mask)).suffix.lower() in POLYGONS:
@@ -165,6 +167,24 @@ def _found(image: Any, patch_size: tuple[int, int]) -> tuple[np.ndarray, tuple[f
     if np.dtype(image.dtype) == np.uint8:
         array = np.round(array).astype(np.uint8)
     return foreground(array, nodata), (0.0, 0.0, width / (columns * side), height / (rows * side))
+
+
+def _with_data(image: Any, grid_size: tuple[int, int], patch_size: tuple[int, int]) -> np.ndarray:
+    """The patches (H', W') that have a pixel with data."""
+    pixels = getattr(image, "valid", None)
+    if pixels is None:
+        raise UserError(
+            "the image does not say which pixels hold data: it has no georeference, or neither alpha, mask nor a "
+            "number for no data"
+        )
+    step = -(-pixels.chunks[0] // patch_size[0])  # rows of patches that are read at once
+    patches = np.zeros(grid_size, bool)
+    for row in range(0, grid_size[0], step):
+        part = pixels[row * patch_size[0] : (row + step) * patch_size[0]]
+        for axis, side in enumerate(patch_size):
+            part = np.logical_or.reduceat(part, np.arange(0, part.shape[axis], side), axis=axis)
+        patches[row : row + step] = part
+    return patches
 
 
 def _drawn(

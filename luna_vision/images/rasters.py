@@ -4,6 +4,7 @@ Shapes: n x m pixels of a part, c bands.
 """
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def open_raster(path: Path) -> Source | None:
         ValueError: It cannot be read.
     """
     import rasterio
-    from rasterio.enums import ColorInterp
+    from rasterio.enums import ColorInterp, MaskFlags
     from rasterio.errors import RasterioError
 
     try:
@@ -59,9 +60,21 @@ def open_raster(path: Path) -> Source | None:
     def open_level(level: int) -> RasterImage:
         return RasterImage(data if level == 0 else levels[level - 1], kept, bits, data.nodata)
 
+    def open_valid(level: int) -> ValidPixels:
+        return ValidPixels(data if level == 0 else levels[level - 1])
+
+    says = any(flags != [MaskFlags.all_valid] for flags in data.mask_flag_enums)
     where = Georeference(data.crs.to_wkt(), tuple(data.transform)[:6])
     lossy = "JPEG" in structure.get("COMPRESSION", "")
-    return Source(sizes, open_level, str(path), bands=names, georeference=where, lossy=lossy)
+    return Source(
+        sizes,
+        open_level,
+        str(path),
+        bands=names,
+        georeference=where,
+        lossy=lossy,
+        valid=open_valid if says else None,
+    )
 
 
 class RasterImage:
@@ -88,10 +101,26 @@ class RasterImage:
 
     def window(self, rows: slice, columns: slice) -> np.ndarray:
         """Pixels (n, m[, c]); only the tiles that they are in are read."""
-        import rasterio
-        from rasterio.windows import Window
+        found = _read(self.data, rows, columns, lambda window: self.data.read(self.bands, window=window))
+        return found.transpose(1, 2, 0).reshape(*found.shape[1:], *self.shape[2:])
 
-        (top, bottom, _), (left, right, _) = rows.indices(self.shape[0]), columns.indices(self.shape[1])
-        with rasterio.Env(**ENVIRONMENT):
-            found = self.data.read(self.bands, window=Window(left, top, right - left, bottom - top))
-        return found.transpose(1, 2, 0).reshape(bottom - top, right - left, *self.shape[2:])
+
+class ValidPixels:
+    """Whether pixels of a level hold data (H, W): by alpha, a mask in the file, or a number for no data."""
+
+    dtype = np.dtype(bool)
+
+    def __init__(self, data: Any) -> None:
+        self.data, self.shape, self.chunks = data, (data.height, data.width), data.block_shapes[0]
+
+    def window(self, rows: slice, columns: slice) -> np.ndarray:
+        return _read(self.data, rows, columns, lambda window: self.data.dataset_mask(window=window)) != 0
+
+
+def _read(data: Any, rows: slice, columns: slice, read: Callable[[Any], np.ndarray]) -> np.ndarray:
+    import rasterio
+    from rasterio.windows import Window
+
+    (top, bottom, _), (left, right, _) = rows.indices(data.height), columns.indices(data.width)
+    with rasterio.Env(**ENVIRONMENT):
+        return read(Window(left, top, right - left, bottom - top))

@@ -79,6 +79,7 @@ class Source:
         georeference: Where it lies on a map.
         sparse: Whether tiles are missing in the file.
         lossy: Whether it is JPEG, whose decoders differ by a little.
+        valid: Makes of a level an image of bool: whether a pixel holds data; None if the file does not say so.
     """
 
     sizes: list[tuple[int, int]]
@@ -90,6 +91,7 @@ class Source:
     georeference: Georeference | None = None
     sparse: bool = False
     lossy: bool = False
+    valid: Callable[[int], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class Choice:
 
 
 def opened(source: Source, choice: Choice) -> Any:
-    """The image that is wanted of a file, with `frame`, its `Frame`.
+    """The image that is wanted of a file, with `frame`, its `Frame`, and `valid`, see `Source`.
 
     Raises:
         UserError: There is no such level, resolution, region or band.
@@ -173,6 +175,7 @@ def opened(source: Source, choice: Choice) -> Any:
     if choice.region is not None or bands is not None:
         image = Part(image, rows, columns, bands)
     image.frame = Frame(full, box, source.georeference, source.mpp)
+    image.valid = None if source.valid is None else Part(source.valid(level), rows, columns)
     image.overview = partial(_overview, source, image, level, bands)
     return image
 

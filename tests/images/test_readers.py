@@ -15,6 +15,7 @@ from luna_vision.cli.common import run_command
 from luna_vision.cli.encode import main
 from luna_vision.images import open_image
 from luna_vision.images.decode import read_image
+from luna_vision.images.foreground import patch_mask
 from luna_vision.images.pixels import Pixels
 from luna_vision.images.slides import SlideImage
 
@@ -272,6 +273,40 @@ def test_alpha_of_a_raster_is_no_band(tmp_path):
     with rasterio.open(tmp_path / "a.tif", "w", photometric="RGB", alpha="YES", **how, **where) as file:
         file.write(array)
     np.testing.assert_array_equal(all_of(open_image(tmp_path / "a.tif")), array[:3].transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("kind", ["alpha", "mask", "nodata"])
+def test_what_holds_data_in_a_raster(kind, tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    where = {"crs": "EPSG:32633", "transform": rasterio.transform.Affine(10, 0, 0, 0, -10, 0)}
+    valid, array = np.zeros((150, 200), bool), np.random.default_rng(0).integers(1, 255, (3, 150, 200), np.uint8)
+    valid[37:101, 64:130] = valid[149, 199] = True
+    how = {"width": 200, "height": 150, "dtype": "uint8", "tiled": True, "blockxsize": 64, "blockysize": 64, **where}
+    how |= {"count": 4, "photometric": "RGB", "alpha": "YES"} if kind == "alpha" else {"count": 3}
+    how |= {"nodata": 0} if kind == "nodata" else {}
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(tmp_path / "a.tif", "w", "GTiff", **how) as file:
+        file.write(array * valid if kind == "nodata" else array, [1, 2, 3])
+        if kind == "alpha":
+            file.write((valid * 255).astype(np.uint8), 4)
+        if kind == "mask":
+            file.write_mask(valid)
+        file.build_overviews([2])
+    image = open_image(tmp_path / "a.tif")
+    np.testing.assert_array_equal(all_of(image.valid), valid)
+    part = open_image(tmp_path / "a.tif", region=(50, 30, 100, 80))
+    np.testing.assert_array_equal(all_of(part.valid), valid[30:110, 50:150])
+    assert open_image(tmp_path / "a.tif", 1).valid.shape == (75, 100)
+    padded = np.pad(valid, ((0, 10), (0, 8)))  # 10 x 13 patches of 16
+    want = padded.reshape(10, 16, 13, 16).any((1, 3))
+    np.testing.assert_array_equal(patch_mask("valid", image, (10, 13), (16, 16)), want)
+    want = np.pad(valid[30:110, 50:150], ((0, 0), (0, 12))).reshape(5, 16, 7, 16).any((1, 3))
+    np.testing.assert_array_equal(patch_mask("valid", part, (5, 7), (16, 16)), want)
+
+
+def test_files_that_do_not_say_what_holds_data(photo, tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", photo, photometric="rgb")
+    with pytest.raises(ValueError, match="does not say which pixels hold data"):
+        patch_mask("valid", open_image(tmp_path / "a.tif"), (27, 40), (16, 16))
 
 
 # ---- mistakes: one line, and exit code 2
