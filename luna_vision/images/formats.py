@@ -31,7 +31,7 @@ from .tiff import GEOREFERENCE, Kind, NotReadHere, Turn, check_axes, is_tiff, op
 
 __all__ = ["ChunkedImage", "NpyImage", "PillowImage", "open_image"]
 
-ZIP = b"PK\x03\x04"
+ZIP, JP2 = b"PK\x03\x04", b"\0\0\0\x0cjP  \r\n\x87\n"
 # Bytes that a decoder takes for each number of a pixel, beyond what it gives: measured, as none of them says so.
 _DECODING = {"JPEG": 2, "WEBP": 4, "JPEG2000": 5, "AVIF": 2}
 
@@ -41,7 +41,7 @@ def open_image(path: str | os.PathLike, level: int | None = None, **choice: Any)
 
     Args:
         path: TIFF (with GeoTIFF, OME-TIFF and COG), what OpenSlide reads, a .zarr folder or .zarr.zip (with OME-Zarr),
-            .npy, or what Pillow knows.
+            JPEG 2000 with a georeference, .npy, or what Pillow knows.
         level: Of a pyramid, 0 is the largest.
         **choice: Other fields of `luna_vision.images.regions.Choice`: mpp, magnification, region, region_in, bands,
             channel, series, z, t.
@@ -83,6 +83,8 @@ def _source(path: Path, choice: Choice) -> Source:
         return (vendor == "aperio" and _complete(path)) or open_slide(path)
     if is_tiff(head):
         return (plain and _georeferenced(path)) or _tiff_source(path, choice.series or 0, stack)
+    if plain and head.startswith(JP2) and has_rasterio() and (source := open_raster(path, "JP2OpenJPEG")):
+        return source
     if choice.level is not None:
         raise ValueError(f"only TIFF and zarr images have levels, and {path} is none")
     if not plain:

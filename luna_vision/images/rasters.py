@@ -1,4 +1,4 @@
-"""Georeferenced TIFF (GeoTIFF, COG) through rasterio, in windows.
+"""Georeferenced TIFF (GeoTIFF, COG) and JPEG 2000 through rasterio, in windows.
 
 Shapes: n x m pixels of a part, c bands.
 """
@@ -24,8 +24,12 @@ def has_rasterio() -> bool:
     return importlib.util.find_spec("rasterio") is not None
 
 
-def open_raster(path: Path) -> Source | None:
-    """Open a TIFF that has a georeference; None if it has none, or holds what is no plain raster.
+def open_raster(path: Path, driver: str = "GTiff") -> Source | None:
+    """Open a file that has a georeference; None if it has none, or holds what is no plain raster.
+
+    Args:
+        path: The file.
+        driver: Of GDAL: "GTiff" or "JP2OpenJPEG".
 
     Raises:
         ValueError: It cannot be read.
@@ -36,11 +40,11 @@ def open_raster(path: Path) -> Source | None:
 
     try:
         with rasterio.Env(**ENVIRONMENT):
-            data = rasterio.open(path, driver="GTiff")
+            data = rasterio.open(path, driver=driver)
             sizes = [(data.height, data.width)]
             factors = [data.overviews(i) for i in data.indexes]
             if all(factor == factors[0] for factor in factors):
-                levels = [rasterio.open(path, driver="GTiff", overview_level=i) for i in range(len(factors[0]))]
+                levels = [rasterio.open(path, driver=driver, overview_level=i) for i in range(len(factors[0]))]
                 sizes += [(level.height, level.width) for level in levels]
     except RasterioError as error:
         raise ValueError(f"cannot read {path}: {one_line(error)}") from error

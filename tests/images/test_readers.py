@@ -275,6 +275,30 @@ def test_alpha_of_a_raster_is_no_band(tmp_path):
     np.testing.assert_array_equal(all_of(open_image(tmp_path / "a.tif")), array[:3].transpose(1, 2, 0))
 
 
+@pytest.mark.parametrize("bits, count, quality", [(8, 3, 20), (15, 1, 100), (16, 4, 30)])
+def test_jpeg_2000_with_a_georeference_is_read_in_windows(bits, count, quality, photo, tmp_path):
+    """As satellites have it: the numbers are those of the file as a whole, which training reads."""
+    rasterio = pytest.importorskip("rasterio")
+    where = {"crs": "EPSG:32633", "transform": rasterio.transform.Affine(10, 0, 500000, 0, -10, 5200000)}
+    how = {"driver": "JP2OpenJPEG", "width": 640, "height": 426, "count": count, "NBITS": bits, "QUALITY": quality}
+    array = np.concatenate([photo, photo[:, ::-1]], axis=2).transpose(2, 0, 1)[:count].astype(float) / 255
+    kind = "uint8" if bits == 8 else "uint16"
+    tiles = {"BLOCKXSIZE": 128, "BLOCKYSIZE": 128, "YCC": "NO"}
+    with rasterio.open(tmp_path / "a.jp2", "w", dtype=kind, **tiles, **how, **where) as file:
+        file.write((array * (2**bits - 1)).astype(kind))
+        if count == 3:
+            file.colorinterp = [getattr(rasterio.enums.ColorInterp, name) for name in ("red", "green", "blue")]
+    image, whole = open_image(tmp_path / "a.jp2"), read_image(tmp_path / "a.jp2")
+    assert image.frame.georeference is not None and image.chunks[0] == 128
+    assert image.top == getattr(whole, "top", None)
+    np.testing.assert_array_equal(all_of(image), np.asarray(getattr(whole, "array", whole)).reshape(image.shape))
+    part = open_image(tmp_path / "a.jp2", region=(500500, 5198000, 1000, 600), region_in="map")
+    np.testing.assert_array_equal(all_of(part), all_of(image)[200:260, 50:150])
+    assert open_image(tmp_path / "a.jp2", 1).shape[:2] == (213, 320)
+    with pytest.raises(ValueError, match="has levels 0 to"):
+        open_image(tmp_path / "a.jp2", 9)
+
+
 @pytest.mark.parametrize("kind", ["alpha", "mask", "nodata"])
 def test_what_holds_data_in_a_raster(kind, tmp_path):
     rasterio = pytest.importorskip("rasterio")
