@@ -1,9 +1,11 @@
 """A very large image through a Luna ViT, out of core: `python -m experiments.benchmarks.gigapixel --help`."""
 
 import datetime
+import math
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,10 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
 from experiments.command import Parser, at_least
-from luna_vision.execution import encode
+from luna_vision.downstream.pyramid import PyramidBackbone
+from luna_vision.downstream.segmentation import FCN
+from luna_vision.downstream.whole import segment
+from luna_vision.execution import Encoded, encode
 from luna_vision.execution.checkpoint import Checkpoint
 from luna_vision.images import open_image
 from luna_vision.images.pixels import Pixels, pixel_statistics
@@ -27,6 +32,7 @@ from .cell import Spec
 
 __all__ = ["Mosaic", "main", "write_tiff"]
 
+MAP = "classes.tif"
 STORE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -104,8 +110,22 @@ def peak_resident() -> int:
 
 def _pixels(model: nn.Module, side: int) -> Tensor:
     parameter = next(model.parameters())
-    image = Pixels(Mosaic(side), model.in_chans, *pixel_statistics(model), device=parameter.device)
+    statistics = (
+        ([0.0] * 3, [1.0] * 3) if isinstance(model, FCN) else pixel_statistics(model)
+    )  # a segmenter normalises by itself
+    image = Pixels(Mosaic(side), 3, *statistics, device=parameter.device)
     return image.rows(0, side).to(parameter.dtype)
+
+
+def segmenter(spec: Spec, classes: int) -> FCN:
+    """A segmenter of the shape that `luna-vision finetune` trains."""
+    return FCN(PyramidBackbone(spec.name, [4], 128, **spec.args), classes)
+
+
+def disc(share: float) -> np.ndarray:
+    """(512, 512) bool, a disc that covers this share of a square."""
+    y, x = np.mgrid[:512, :512] - 255.5
+    return np.hypot(y, x) <= 512 * math.sqrt(share / math.pi)
 
 
 @torch.inference_mode()
@@ -120,9 +140,25 @@ def ordinary(model: nn.Module, side: int, repeats: int) -> dict[str, Any]:
     return {"side": side, "seconds": seconds, "all_seconds": times[1:], "pixels_per_second": side * side / seconds}
 
 
+def streamed(model: nn.Module, image: Any, arguments: dict[str, Any], folder: Path) -> Encoded:
+    """An image in pieces; a segmenter writes the class of each pixel into the folder, as `luna-vision predict` does."""
+    if isinstance(model, FCN):
+        return segment(model, image, folder / MAP, **arguments)
+    return encode(model, image, **arguments)
+
+
 @torch.inference_mode()
 def equality(model: nn.Module, side: int, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Largest differences between the two ways on an image of this side, over the largest number."""
+    """Largest differences between the two ways on an image of this side, over the largest number; of a segmenter, the
+    share of pixels whose class differs."""
+    if isinstance(model, FCN):
+        import tifffile
+
+        want = model(_pixels(model, side))[0].argmax(0).cpu().numpy()
+        with tempfile.TemporaryDirectory() as folder:
+            streamed(model, Mosaic(side), arguments, Path(folder))
+            found = tifffile.imread(Path(folder, MAP))
+        return {"side": side, "classes": float((found != want).mean())}
     tokens = model.forward_features(_pixels(model, side))
     embedding = model.forward_head(tokens, pre_logits=True)[0]
     want = {"embedding": embedding.cpu(), "logits": model.head(embedding).cpu()}
@@ -152,6 +188,10 @@ def _parser() -> Parser:
     parser.add_argument("--threads", type=at_least(1), help="CPU threads; torch's choice if left out")
     parser.add_argument("--out", type=Path, metavar="FILE", help=".json")
     parser.add_argument("--model", type=Spec.parse, default="luna_vit_tiny", metavar="NAME[,ARG=VALUE...]")
+    parser.add_argument(
+        "--classes", type=at_least(2), metavar="K", help="with a segmentation head, whose map is written"
+    )
+    parser.add_argument("--tissue", type=float, metavar="SHARE", help="with a mask, a disc of this share of the image")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
@@ -166,7 +206,8 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     if args.store is not None and (args.store / Checkpoint.STATE).exists():
         parser.error(f"--store {args.store} holds a run that was stopped, of which only the rest would be timed")
-    model = args.model.create().eval().to(args.device)  # with random weights, which cost what others do
+    model = segmenter(args.model, args.classes) if args.classes else args.model.create()
+    model = model.eval().to(args.device)  # with random weights, which cost what others do
     image: Any = Mosaic(args.side)
     if args.tiff is not None:
         if not args.tiff.exists():
@@ -179,15 +220,18 @@ def main(argv: list[str] | None = None) -> int:
 
     before = peak_resident()
     started = time.perf_counter()
-    result = encode(model, image, **arguments)
+    masked = arguments if args.tissue is None else arguments | {"mask": disc(args.tissue)}
+    with tempfile.TemporaryDirectory() as folder:
+        result = streamed(model, image, masked, Path(folder))
     seconds = time.perf_counter() - started
     # of the process up to here: what follows holds images and patches as a whole
     peak = peak_resident()
-    streamed = {
+    found = {
         "side": args.side,
         "seconds": seconds,
         "pixels_per_second": args.side**2 / seconds,
         "patches": result.grid_size[0] * result.grid_size[1],
+        **({} if args.tissue is None else {"valid_patches": int(result.patch_valid.sum())}),
         "planned_bytes": result.peak_bytes,
         "peak_resident_bytes": peak,
         "resident_bytes_before": before,
@@ -198,14 +242,15 @@ def main(argv: list[str] | None = None) -> int:
         "machine": machine(args.device),
         "threads": torch.get_num_threads(),
         "model": args.model.text,
+        **({"classes": args.classes} if args.classes else {}),
         "random_weights": True,
         "source": "tiff" if args.tiff else "made when read",
         **{name: str(value) for name, value in arguments.items() if value is not None},
-        "streamed": streamed,
+        "streamed": found,
         "ordinary": ordinary(model, args.ordinary_side, args.repeats),
         "equality": equality(model, args.check_side, arguments),
     }
-    ratio = streamed["pixels_per_second"] / report["ordinary"]["pixels_per_second"]
+    ratio = found["pixels_per_second"] / report["ordinary"]["pixels_per_second"]
     report["throughput_ratio"] = ratio
     print(f"{args.side} x {args.side} pixels, streamed: {seconds:.1f} s, {args.side**2 / seconds / 1e6:.2f} Mpixel/s")
     print(f"peak resident memory: {peak / 1e9:.2f} GB ({before / 1e9:.2f} GB before)")

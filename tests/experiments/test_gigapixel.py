@@ -29,6 +29,9 @@ def test_the_report(tmp_path, capsys):
     assert report["streamed"]["peak_resident_bytes"] > report["streamed"]["planned_bytes"]
     assert all(report["equality"][name] < 1e-4 for name in ("embedding", "logits", "memory"))
     assert "throughput, streamed over ordinary" in capsys.readouterr().out
+    assert main([*words, "--classes", "3", "--tissue", "0.2"]) == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["equality"]["classes"] < 1e-3 and 0.15 < report["streamed"]["valid_patches"] / 38**2 < 0.3
     (tmp_path / "state.pt").write_bytes(b"")
     for wrong, message in ((["--side", "500"], "not that of --side 500"), (["--store", str(tmp_path)], "was stopped")):
         with pytest.raises(SystemExit) as exit_:
