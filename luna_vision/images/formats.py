@@ -7,6 +7,7 @@ take beside what they give.
 Shapes: H, W pixels, c channels.
 """
 
+import copy
 import importlib.util
 import math
 import os
@@ -157,7 +158,7 @@ class ChunkedImage:
         self.at = at or {}
         self.array, self.axes, self.kind, self.turn = array, axes, kind, turn or Turn()
         kept = [a for a in axes if a in "YXC"]
-        self.order = [kept.index(a) for a in "YXC" if a in kept]
+        self.order, self.bands = [kept.index(a) for a in "YXC" if a in kept], None
         height, width, *bands = (array.shape[axes.index(a)] for a in "YXC" if a in kept)
         if kind is not None:
             bands = [kind.bands] if kind.bands > 1 else []
@@ -168,16 +169,31 @@ class ChunkedImage:
         self.dtype = np.dtype(array.dtype) if kind is None else kind.dtype
         self.top, self.nodata = (None, None) if kind is None else (kind.top, kind.nodata)
         self.chunks = (array.chunks[axes.index(rows)], array.chunks[axes.index(columns)])
+        self.encoded, self.identity = encoded, ""
+        self.held_bytes = self._held_bytes()
+
+    def _held_bytes(self) -> int:
+        array, others = self.array, self.columns + "C"
         # what is read at a time: a chunk, or of a shard the chunks that are beside each other
         shards = array.shards or array.chunks
-        others = columns + "C"
-        parts = [s if a in others else c for a, s, c in zip(axes, shards, array.chunks, strict=True)]
-        across = math.prod(-(-n // p) for a, n, p in zip(axes, array.shape, parts, strict=True) if a in others)
+        parts = [s if a in others else c for a, s, c in zip(self.axes, shards, array.chunks, strict=True)]
+        counts = {a: -(-n // p) for a, n, p in zip(self.axes, array.shape, parts, strict=True) if a in others}
+        if self.bands is not None:
+            counts["C"] = min(counts["C"], len(self.bands))
         size = math.prod(parts) * array.dtype.itemsize
         # encoded and decoded, and in a shard put together
-        copies = size * (2 if array.shards else 1) + (size if encoded is None else encoded)
-        self.held_bytes = int(min(across, _chunks_at_once())) * copies
-        self.identity = ""
+        copies = size * (2 if array.shards else 1) + (size if self.encoded is None else self.encoded)
+        return int(min(math.prod(counts.values()), _chunks_at_once())) * copies
+
+    def of_bands(self, bands: list[int]) -> "ChunkedImage | None":
+        """The image with these bands, the chunks of others are not read; None if colours are made of several bands."""
+        if "C" not in self.axes or not (self.kind is None or self.kind.by_band):
+            return None
+        chosen = copy.copy(self)
+        chosen.bands = bands
+        chosen.shape = (*self.shape[:2], *([len(bands)] if len(bands) > 1 else []))
+        chosen.held_bytes = chosen._held_bytes()
+        return chosen
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         return self.window(rows, slice(None))
@@ -187,8 +203,10 @@ class ChunkedImage:
         (top, bottom, _), (left, right, _) = rows.indices(self.shape[0]), columns.indices(self.shape[1])
         turn = self.turn
         across = slice(self.shape[1] - right, self.shape[1] - left) if turn.columns else slice(left, right)
-        stored = {self.rows: turn.stored(top, bottom, self.shape[0]), self.columns: across, "C": slice(None)}
-        array = np.asarray(self.array[tuple(stored.get(a, self.at.get(a, 0)) for a in self.axes)]).transpose(self.order)
+        bands = slice(None) if self.bands is None else self.bands
+        stored = {self.rows: turn.stored(top, bottom, self.shape[0]), self.columns: across, "C": bands}
+        place = tuple(stored.get(a, self.at.get(a, 0)) for a in self.axes)
+        array = np.asarray(self.array[place] if self.bands is None else self.array.oindex[place]).transpose(self.order)
         if self.kind is not None:
             array = self.kind.convert(array if array.ndim == 3 else array[:, :, None])
         return turn(array).reshape(bottom - top, right - left, *self.shape[2:])

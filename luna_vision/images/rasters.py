@@ -92,13 +92,17 @@ class RasterImage:
             bits: Of a number, where they are fewer than those of its type.
             nodata: The number that stands for no data.
         """
-        self.data, self.bands, self.nodata = data, bands, nodata
+        self.data, self.bands, self.bits, self.nodata = data, bands, bits, nodata
         self.dtype = np.dtype(data.dtypes[0])
         self.shape = (data.height, data.width, len(bands)) if len(bands) > 1 else (data.height, data.width)
         self.top = float(2 ** int(bits) - 1) if bits and self.dtype.kind == "u" else None
         height, width = data.block_shapes[0]
         self.chunks = (height, width)
         self.held_bytes = 2**26 + height * data.width * len(bands) * self.dtype.itemsize  # GDAL's cache, and a copy
+
+    def of_bands(self, bands: list[int]) -> "RasterImage":
+        """The image with these bands; others are not read."""
+        return RasterImage(self.data, [self.bands[band] for band in bands], self.bits, self.nodata)
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         return self.window(rows, slice(None))

@@ -160,10 +160,13 @@ def opened(source: Source, choice: Choice) -> Any:
     image = source.open(level)
     (height, width), full = image.shape[:2], source.sizes[0]
     box = (0.0, 0.0, float(full[1]), float(full[0]))
+    bands = _bands(source, choice, image.shape[2] if len(image.shape) == 3 else 1)
+    read = bands  # which are to be chosen of what is read
+    if bands is not None and (chosen := getattr(image, "of_bands", lambda bands: None)(bands)) is not None:
+        image, read = chosen, None
     if factor != 1.0:
         image = Resampled(image, factor)
         height, width = image.shape[:2]
-    bands = _bands(source, choice, image.shape[2] if len(image.shape) == 3 else 1)
     rows, columns = slice(0, height), slice(0, width)
     if choice.region is not None:
         left, top, right, bottom = _rectangle(source, choice)
@@ -172,8 +175,8 @@ def opened(source: Source, choice: Choice) -> Any:
         rows = slice(math.floor(top / down + 1e-6), min(math.ceil(bottom / down - 1e-6), height))
         sides = (columns.stop - columns.start) * across, (rows.stop - rows.start) * down
         box = (columns.start * across, rows.start * down, *sides)
-    if choice.region is not None or bands is not None:
-        image = Part(image, rows, columns, bands)
+    if choice.region is not None or read is not None:
+        image = Part(image, rows, columns, read)
     image.frame = Frame(full, box, source.georeference, source.mpp)
     image.valid = None if source.valid is None else Part(source.valid(level), rows, columns)
     image.overview = partial(_overview, source, image, level, bands)

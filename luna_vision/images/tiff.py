@@ -83,6 +83,7 @@ class Kind:
         bands: c.
         dtype: Of the result.
         top, nodata: As in `Raster`.
+        by_band: Whether c is s, and each of them is converted by itself.
     """
 
     convert: Callable[[np.ndarray], np.ndarray]
@@ -90,6 +91,7 @@ class Kind:
     dtype: np.dtype
     top: float | None
     nodata: float | None
+    by_band: bool = False
 
 
 @dataclass
@@ -355,7 +357,8 @@ def _kind(page: Any, samples: int, nodata: float | None) -> Kind:
         if nodata is not None:
             return Kind(lambda x: _all(steps, x), bands, np.dtype(np.float32), float(2**bits - 1), math.nan)
     full = not unsigned or bits in (8, dtype.itemsize * 8)
-    return Kind(lambda x: _all(steps, x), bands, dtype.newbyteorder("="), None if full else top, nodata)
+    by_band = alpha is None and photometric not in (PALETTE, CMYK)
+    return Kind(lambda x: _all(steps, x), bands, dtype.newbyteorder("="), None if full else top, nodata, by_band)
 
 
 def _all(steps: list[Callable[[np.ndarray], np.ndarray]], x: np.ndarray) -> np.ndarray:

@@ -181,6 +181,20 @@ def test_stacks_channels_and_bands(tmp_path):
         np.testing.assert_array_equal(all_of(one), STACK[0, 0, 4])
 
 
+def test_channels_that_are_not_asked_for_are_not_read(tmp_path):
+    ome_zarr(tmp_path / "a.zarr", number=1)
+    for chunk in (tmp_path / "a.zarr/0/0/c/0/0/1").rglob("*"):  # of CD3
+        if chunk.is_file():
+            chunk.write_bytes(b"damaged")
+    whole, two = (open_image(tmp_path / "a.zarr", z=0, t=0, **choice) for choice in ({}, {"channel": ["CD8", "DAPI"]}))
+    np.testing.assert_array_equal(all_of(two), STACK[0, 0, [2, 0]].transpose(1, 2, 0))
+    with pytest.raises(OSError, match="cannot read the pixel rows"):
+        all_of(whole)
+    ome_tiff(tmp_path / "a.ome.tif")
+    whole, one = (open_image(tmp_path / "a.ome.tif", z=0, t=0, **choice) for choice in ({}, {"channel": ["AF"]}))
+    assert one.held_bytes < whole.held_bytes
+
+
 def test_levels_and_series_of_ome_zarr(tmp_path):
     ome_zarr(tmp_path / "a.zarr")
     for choice in ({"level": 1}, {"mpp": 1.0}):
