@@ -165,7 +165,8 @@ def _recorded_arguments(recorded: dict[str, Any]) -> dict[str, Any]:
     arguments |= recorded.get("model_kwargs") or {}
     for start in ("pretrained", "checkpoint_path"):  # weights before the training
         arguments.pop(start, None)
-    return arguments | {key: recorded[key] for key in ("num_classes", "in_chans") if key in recorded}
+    arguments |= {key: recorded[key] for key in ("num_classes", "in_chans") if key in recorded}
+    return arguments | ({"num_classes": 0} if "pyramid_channels" in recorded else {})  # whose head is no classifier
 
 
 def random_weights(

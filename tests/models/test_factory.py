@@ -209,8 +209,9 @@ def test_the_backbone_of_a_detector_or_segmenter(task, model_name, name, tmp_pat
     body = task.model.get_submodule(task.pyramid).body
     torch.testing.assert_close(model.state_dict(), body.state_dict(), rtol=0, atol=0)
     assert model(torch.zeros(1, 1, 64, 64)).shape == (1, body.num_features) and knows_its_images(words)
+    assert load_model(words).num_classes == 0
     with pytest.raises(ValueError, match=f"{name}' has a backbone and no head .*, the model one for 6"):
-        load_model(words)
+        load_model(parse("--checkpoint", str(tmp_path / name), "--model-args", "num_classes=6"))
 
 
 @pytest.mark.parametrize("name", ["last.ckpt", "best.safetensors"])
