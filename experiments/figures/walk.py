@@ -62,7 +62,7 @@ def draw(kind: str, path: Path, classes: Path, attention: Path, out: Path) -> No
     opened = open_image(path)
     image, found, maps = opened[0 : opened.shape[0]], tifffile.imread(classes), tifffile.imread(attention)
     step = max(1, len(image) // 700)
-    figure, axes = plt.subplots(1, 4, figsize=(13, 4.4), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.25 * len(image) / image.shape[1] + 0.4), layout="constrained")
     axes[0].imshow(image[::step, ::step])
     number = len(CLASSES[kind])
     shown = np.ma.masked_greater(found[::step, ::step], number - 1)
