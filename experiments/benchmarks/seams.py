@@ -16,7 +16,6 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -247,6 +246,11 @@ def draw(folder: Path, out: Path) -> None:
     save_figure(figure, out, dpi=100)
 
 
+def _cost(row: dict[str, Any]) -> tuple[str, str]:
+    """Seconds of a scene, and the most memory in GB."""
+    return f"{row['seconds'] / row['scenes']:.2g}", f"{row['peak_resident_bytes'] / 1e9:.1f}"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The results, as Markdown."""
     heads = ["scene, px", "way", "mIoU, %", "near lines, %", "items found, %", "cut items, %", "wrong finds"]
@@ -256,21 +260,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     for side in sorted({side for _, side, _ in by}):
         for way in WAYS:
             masks, boxes = (by.get((task, side, way)) for task in SHAPES)
-            cells: Iterator[str] | list[str] = ["-"] * 9
+            cells = ["-"] * 9
             if masks:
                 cells[0], cells[1] = (f"{100 * masks[name]:.1f}" for name in ("miou", "miou_near"))
-                cells[5], cells[7] = (
-                    f"{masks['seconds'] / masks['scenes']:.0f}",
-                    f"{masks['peak_resident_bytes'] / 1e9:.1f}",
-                )
+                cells[5], cells[7] = _cost(masks)
             if boxes:
                 cells[2] = f"{100 * boxes['found'] / boxes['items']:.1f}"
                 cells[3] = f"{100 * boxes['cut_found'] / boxes['cut_items']:.1f}"
                 cells[4] = f"{boxes['wrong']}"
-                cells[6], cells[8] = (
-                    f"{boxes['seconds'] / boxes['scenes']:.0f}",
-                    f"{boxes['peak_resident_bytes'] / 1e9:.1f}",
-                )
+                cells[6], cells[8] = _cost(boxes)
             if masks or boxes:
                 lines.append(f"| {side} | {way} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
