@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from copy import copy
+from inspect import signature
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -110,6 +111,10 @@ class TimmTask(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()  # plain data, so that checkpoints load with weights_only=True
+        # the command line hands img_size and background of the data to every task, and Lightning records them also of
+        # one that has no such argument: `load_from_checkpoint` would give it to the task
+        for name in {"img_size", "background"} - _arguments_of(type(self)):
+            self.hparams.pop(name, None)
         if checkpoint and init_from_vit:
             raise ValueError("checkpoint and init_from_vit both name the starting weights: give one of them")
         self.means = nn.ModuleDict()  # Lightning's own sums over an epoch are not in its checkpoints
@@ -410,6 +415,11 @@ class _Mean(MeanMetric):
     def update(self, value: Tensor, weight: Tensor | int) -> None:
         self.mean_value += value.to(self.mean_value.dtype) * weight
         self.weight += weight
+
+
+def _arguments_of(task: type) -> set[str]:
+    """Names of all arguments of a class, also those that it hands on to its bases."""
+    return {name for cls in task.__mro__ if "__init__" in vars(cls) for name in signature(cls.__init__).parameters}
 
 
 def _sums(metric: MeanMetric) -> dict[str, float]:

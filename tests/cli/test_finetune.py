@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-import luna_vision
+import luna_vision.tasks
 from luna_vision.cli.finetune import TASKS
 from luna_vision.cli.finetune_config import TASKS as MADE
 from luna_vision.cli.finetune_config import configuration
@@ -84,6 +84,8 @@ def test_from_files_to_files(form, run, tmp_path):
     first = out
     folder = tmp_path / "runs/x/version_0"
     model, transform, names = luna_vision.load(folder / "checkpoints/best.safetensors")
+    kind = getattr(luna_vision.tasks, yaml.safe_load((folder / "config.yaml").read_text())["model"]["class_path"][18:])
+    assert kind.load_from_checkpoint(folder / "checkpoints/best.ckpt", weights_only=True).hparams.num_classes == 2
     assert names == ["background"] * (task in ("detect", "segment")) + NAMES
     new = tmp_path / "data" / {"folders": "val", "voc": "JPEGImages", "colors": "val/images", "table": "val"}[form]
     found = tmp_path / {"detect": "found.json", "segment": "found"}.get(task, "found.csv")

@@ -79,6 +79,12 @@ def test_checkpoint_holds_plain_data(run_dir):
     assert checkpoint["hyper_parameters"]["model_name"] == "test_luna_vit"
 
 
+def test_lightning_loads_a_checkpoint(run_dir):
+    path = run_dir[0] / "runs/debug/version_0/checkpoints/best.ckpt"
+    task = ClassificationTask.load_from_checkpoint(path, weights_only=True)
+    torch.testing.assert_close(task.state_dict(), torch.load(path, weights_only=True)["state_dict"])
+
+
 @pytest.mark.parametrize("subcommand", ["validate", "test"])
 def test_evaluation_of_a_checkpoint(run_dir, monkeypatch, tmp_path, capsys, recwarn, subcommand):
     monkeypatch.chdir(tmp_path)
