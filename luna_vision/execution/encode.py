@@ -179,7 +179,7 @@ def encode(
             resume = checkpoint is not None and checkpoint.band is not None
             if resume:
                 state = checkpoint.load(parameter.device)
-                pixels.broken = set(map(tuple, state.broken))
+                pixels.broken = frozenset(map(tuple, state.broken))
                 pixels.any_read = state.row > 0 or state.sweep > 0
             if (valid := pixels.valid((p, q), plan.band)) is not None:
                 pixels.restrict(valid, (p, q))

@@ -96,6 +96,7 @@ def make_plan(
         # patches that are read from a file or converted to another type are copies
         copies = (store_dtype.itemsize if in_file else 0) + (_itemsize(model) if store_dtype != model_dtype else 0)
         work += copies * rows * columns * model.embed_dim
+        work += pixels.ahead_bytes(rows * model.patch_embed.patch_size[0])  # the next band, while this one is computed
         return pixels.held_bytes + small + store + others + int(SLACK * work)
 
     if budget is not None:
