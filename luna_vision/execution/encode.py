@@ -172,7 +172,9 @@ def encode(
             if looks is not None:
                 others, more = others + looks.planned_bytes(grid_size), looks.numbers(model)
             in_file = store is not None
-            plan = make_plan(model, pixels, grid_size, store_dtype, in_file, budget, band, count, others, more)
+            on_gpu = parameter.device.type == "cuda"
+            free = torch.cuda.mem_get_info(parameter.device)[0] if on_gpu else None
+            plan = make_plan(model, pixels, grid_size, store_dtype, in_file, budget, band, count, others, more, free)
             if checkpoint is not None:  # the first row of pixels is read only after the plan has found room for it
                 first = pixels.raw(pixels.first, pixels.first + 1)
                 checkpoint.expect({"image": hashlib.sha256(first.tobytes()).hexdigest()})
@@ -185,7 +187,12 @@ def encode(
                 pixels.restrict(valid, (p, q))
             layout = Layout(grid_size, plan.band, valid)
             shape = layout.count + layout.margin, model.embed_dim, store_dtype
-            rows = RamRows(*shape) if checkpoint is None else FileRows(checkpoint.patches, *shape, resume=resume)
+            if checkpoint is not None:
+                rows = FileRows(checkpoint.patches, *shape, resume=resume)
+            elif on_gpu and plan.bytes <= free:
+                rows = RamRows(*shape, parameter.device)
+            else:
+                rows = RamRows(*shape, locked=on_gpu)
             files.callback(rows.close)
             last_sweep = state.sweep == len(model.stages())
             # a run that was killed at its very end may have a complete result already

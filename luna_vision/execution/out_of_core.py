@@ -22,6 +22,7 @@ from ..images.pixels import Pixels
 from ..layers import LunaBlock
 from ..layers.pos_embed import grid_coords
 from ..models import LunaVit
+from ..utils.device import to_device
 from .attention import AttentionMap
 from .grid import Sink
 from .layout import Band, Layout
@@ -189,7 +190,7 @@ class Engine:
         """A band, (1, n, C), after a block."""
         layout, read = self.layout, self.state.read
         top, bottom = max(band.start - block.unpack_halo, 0), min(band.stop + block.unpack_halo, layout.height)
-        x = self.ring.read(layout.offsets[top], layout.offsets[bottom]).to(**self.like)
+        x = to_device(self.ring.read(layout.offsets[top], layout.offsets[bottom]), **self.like)
         if not block.unpack_halo:  # each patch for itself
             return block.unpack_tile(x, block.norm_tile(x), read)
         x = layout.on_islands(x, top, bottom, lambda x, *grid: block.unpack_tile(x, block.norm_tile(x), read, *grid))

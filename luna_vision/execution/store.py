@@ -19,22 +19,38 @@ __all__ = ["FileRows", "RamRows", "Ring", "write_all"]
 
 
 class RamRows:
-    """Rows of numbers in memory; methods as in `FileRows`."""
+    """Rows of numbers in memory, on a GPU or for one; methods as in `FileRows`.
 
-    def __init__(self, count: int, numbers: int, dtype: torch.dtype) -> None:
-        self.rows = torch.empty(count, numbers, dtype=dtype)
+    Nobody waits for a copy between a GPU and these rows: its stream has all of them in their order.
+    """
+
+    def __init__(
+        self, count: int, numbers: int, dtype: torch.dtype, device: torch.device | str = "cpu", locked: bool = False
+    ) -> None:
+        """
+        Args:
+            count, numbers, dtype: As in `FileRows`.
+            device: Where they are.
+            locked: Lock their pages, as asynchronous copies to and from a GPU take it.
+        """
+        self.rows = torch.empty(count, numbers, dtype=dtype, device=device)
+        # not `pin_memory`, which takes up to twice the bytes; where the system allows no more, copies wait
+        register = torch.cuda.cudart().cudaHostRegister if locked else None
+        self.locked = locked and int(register(self.rows.data_ptr(), self.rows.nbytes, 0)) == 0
 
     def read(self, start: int, count: int) -> Tensor:
         return self.rows[start : start + count]
 
     def write(self, start: int, rows: Tensor) -> None:
-        self.rows[start : start + len(rows)].copy_(rows)
+        self.rows[start : start + len(rows)].copy_(rows, non_blocking=True)
 
     def sync(self) -> None:
         pass
 
     def close(self) -> None:
-        pass
+        if self.locked:
+            torch.cuda.synchronize()
+            torch.cuda.cudart().cudaHostUnregister(self.rows.data_ptr())
 
 
 class FileRows:
