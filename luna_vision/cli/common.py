@@ -34,6 +34,7 @@ __all__ = [
     "named",
     "pairs",
     "run_command",
+    "say_used",
     "value_options",
 ]
 
@@ -259,6 +260,17 @@ def named(path: str, reason: str) -> str:
     """The reason why an image cannot be used, with its path."""
     name = printable(path)
     return reason if name in reason else f"{name}: {reason}"
+
+
+def say_used(out: Path, total: int, failures: list[tuple[str, str]]) -> int:
+    """Say how many images are in a file, and why the others are not; the exit code."""
+    used = total - len(failures)
+    print(f"{out}: {used} of {total} images" if used else f"{out} is not written: it would be empty")
+    if failures:
+        print(f"{len(failures)} of {total} images could not be used:", file=sys.stderr)
+    for path, reason in failures:
+        print(f"  {named(path, reason)}", file=sys.stderr)
+    return int(bool(failures))
 
 
 def run_command(command: Callable[[], int | None]) -> NoReturn:

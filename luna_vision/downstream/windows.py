@@ -143,6 +143,7 @@ def read_windows(
     start: int = 0,
     advance: Callable[[int], object] = lambda count: None,
     values: Values | None = None,
+    stop: int | None = None,
 ) -> Iterator[Window]:
     """The features of image files, one window after the other.
 
@@ -153,16 +154,16 @@ def read_windows(
         extractor: The model.
         paths: Image files.
         settings: How they are read.
-        start: The first position in `paths` to read.
+        start, stop: The positions in `paths` to read; to the end by default.
         advance: Called with the number of images that are finished since the last call.
         values: Meaning of their numbers, from `pixel_values`; by default of these paths.
 
     Raises:
-        ValueError: The model fails on all images of the first window that has any.
+        ValueError: The model fails on all images of the first window of all that has any.
     """
     values = values or pixel_values(extractor, settings, paths)
     dataset = ImageFiles(paths, _transform(extractor, settings, values), extractor.in_chans, settings.max_pixels)
-    order = range(start, len(paths))
+    order = range(start, len(paths) if stop is None else stop)
     loader = DataLoader(dataset, batch_size=None, sampler=order, num_workers=settings.workers)
     window, images, pixels, worked = Window(start, start), {}, 0, start > 0
     for index, image in zip(order, loader, strict=True):
@@ -174,7 +175,7 @@ def read_windows(
             images[index] = image.clone() if settings.workers else image
             pixels += image.shape[1] * image.shape[2]
         window.stop = index + 1
-        if pixels >= WINDOW_PIXELS or window.stop - window.start >= WINDOW_IMAGES or window.stop == len(paths):
+        if pixels >= WINDOW_PIXELS or window.stop - window.start >= WINDOW_IMAGES or window.stop == order.stop:
             _extract(extractor, images, settings.batch_size, window, advance)
             worked = worked or bool(window.features)
             if images and not worked:

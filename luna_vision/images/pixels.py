@@ -147,7 +147,7 @@ class Pixels:
         return out
 
     def ahead(self, spans: Iterable[tuple[int, int]]) -> Iterator[tuple[np.ndarray, frozenset]]:
-        """`raw` of these rows, span by span, and the `broken` tiles up to there. A thread reads the next span meanwhile.
+        """`raw` of these rows, span by span, and the `broken` tiles until then. A thread reads the next span meanwhile.
 
         Close it, or take all of it: closing waits until the thread reads no more.
 
