@@ -33,7 +33,7 @@ from luna_vision.utils.ranks import joined_ranks
 
 from .parts import PartFolder
 
-__all__ = ["encode_files", "encode_row"]
+__all__ = ["concerns_image", "encode_files", "encode_row", "row_of"]
 
 NOT_OF_THE_RESULT = ("memory_budget", "band_rows")  # but by rounding
 
@@ -55,22 +55,34 @@ def encode_row(
         **how: Arguments of `encode`.
     """
     row: dict[str, np.ndarray] = {}
-    image = open_image(item.path, **choice | {"region": item.region})
+    image = open_image(item.path, **choice | ({} if item.region is None else {"region": item.region}))
 
     def save(result: Encoded) -> None:
-        tensors = {name: getattr(result, name) for name in ("embedding", "logits", "memory")}
-        valid, grid_size = result.patch_valid, result.grid_size
-        row["mask"] = np.array([item.mask or ""], np.str_)
-        row["region"] = np.array([" ".join(f"{x:g}" for x in item.region or ())], np.str_)
-        row.update({name: value.float().numpy()[None] for name, value in tensors.items() if value is not None})
-        row["size"] = np.array([image.shape[:2]], np.int32)
-        row["grid_size"] = np.array([grid_size], np.int32)
-        row["patches"] = np.array([math.prod(grid_size) if valid is None else int(valid.sum())], np.int64)
-        row["broken_tiles"] = np.array([result.broken_tiles], np.int32)
+        row.update(row_of(item, image.shape[:2], result))
         keep(row)
 
-    encode(model, image, mask=item.mask, **how, save=save, progress=False)
+    encode(model, image, **how | {"mask": item.mask}, save=save, progress=False)
     return row
+
+
+def row_of(item: Listed, size: tuple[int, int], result: Encoded) -> dict[str, np.ndarray]:
+    """The columns of the row of an image of a size (H, W), but for the path, (1, ...) each."""
+    tensors = {name: getattr(result, name) for name in ("embedding", "logits", "memory")}
+    valid, grid_size = result.patch_valid, result.grid_size
+    return {
+        "mask": np.array([item.mask or ""], np.str_),
+        "region": np.array([" ".join(f"{x:g}" for x in item.region or ())], np.str_),
+        **{name: value.float().numpy()[None] for name, value in tensors.items() if value is not None},
+        "size": np.array([size], np.int32),
+        "grid_size": np.array([grid_size], np.int32),
+        "patches": np.array([math.prod(grid_size) if valid is None else int(valid.sum())], np.int64),
+        "broken_tiles": np.array([result.broken_tiles], np.int32),
+    }
+
+
+def concerns_image(error: Exception) -> bool:
+    """Whether an error of `encode_row` says that an image cannot be used, and is no bug."""
+    return not isinstance(error, ValueError) or is_check(error)
 
 
 def encode_files(
@@ -131,7 +143,7 @@ def encode_files(
                 try:
                     encode_row(model, items[i], choice, lambda row, i=i: parts.add([i], row, {}), **how | files[i])
                 except (OSError, ValueError, MemoryError) as error:
-                    if isinstance(error, ValueError) and not is_check(error):
+                    if not concerns_image(error):
                         raise
                     failures[i] = one_line(error)
         every = {i: reason for part in ranks.gather(failures) for i, reason in part.items()}

@@ -290,7 +290,7 @@ def read_list(path: str | os.PathLike) -> list[Listed]:
                 mask = cells["mask"] or None
                 if mask not in (None, "otsu"):
                     mask = str(path.parent / mask)
-                region = _region(cells["region"], where) if cells["region"] else None
+                region = region_of(cells["region"], where) if cells["region"] else None
                 found.append(Listed(str(path.parent / cells["path"]), mask, region))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is no CSV file: {one_line(error)}") from error
@@ -299,7 +299,8 @@ def read_list(path: str | os.PathLike) -> list[Listed]:
     return found
 
 
-def _region(text: str, where: str) -> tuple[float, ...]:
+def region_of(text: str, where: str) -> tuple[float, ...]:
+    """The four numbers of "X Y WIDTH HEIGHT"; a UserError about `where` if they are none."""
     try:
         numbers = tuple(map(float, re.split(r"[\s,;]+", text)))
     except ValueError:
