@@ -152,7 +152,7 @@ def _many(args: "Namespace") -> int:
     pixel_statistics(model, how["mean"], how["std"])  # which raises here and not for each image
     try:
         with at_speed(args, model):
-            failures = missing + encode_files(
+            failures = encode_files(
                 model,
                 items,
                 out,
@@ -170,7 +170,7 @@ def _many(args: "Namespace") -> int:
         return 0
     if failures and out.exists():
         print("the same command with --overwrite tries those again that could not be used", file=sys.stderr)
-    return say_used(out, len(items) + len(missing), failures)
+    return say_used(out, len(items) + len(missing), missing + failures)
 
 
 def _save(path: Path, result: "Encoded", about: dict[str, Any]) -> None:

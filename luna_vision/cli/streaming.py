@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..utils.errors import UserError
 from .common import Parser, add_statistics_options, add_value_options, at_least, value_options
 
 __all__ = [
@@ -93,7 +94,10 @@ def check_streaming(args: Any) -> dict[str, Any]:
 def open_chosen(args: Any) -> Any:
     """The part of the image that the options choose."""
     from ..images import open_image
+    from ..utils.ranks import world_size
 
+    if world_size() > 1:
+        raise UserError("one image takes one process: start the command without torchrun")
     return open_image(args.image, **check_streaming(args))
 
 

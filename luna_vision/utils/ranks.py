@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-__all__ = ["ALONE", "Ranks", "is_first", "joined_ranks"]
+__all__ = ["ALONE", "Ranks", "is_first", "joined_ranks", "world_size"]
 
 FOREVER = timedelta(days=365)  # torchrun ends those who wait for a process that failed
 
@@ -40,15 +40,20 @@ class Ranks(NamedTuple):
 ALONE = Ranks()
 
 
+def world_size() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+
+
 def is_first() -> bool:
     """Whether this is the first process of torchrun, or the only one."""
-    return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
+    return world_size() == 1 or os.environ["RANK"] == "0"
 
 
 @contextmanager
 def joined_ranks() -> Iterator[Ranks]:
     """The processes of torchrun, joined for the block; `ALONE` without torchrun."""
-    if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
+    if world_size() == 1:
         yield ALONE
         return
     dist.init_process_group("gloo", timeout=FOREVER)

@@ -93,14 +93,27 @@ class Mortal(Encoder):
         return table
 
 
+# a busy machine takes longer than Ray waits for its own processes; nothing is written to the home, nor sent anywhere
+RAY = {
+    "raylet_start_wait_time_s": "300",
+    "agent_register_timeout_ms": "300000",
+    "worker_register_timeout_seconds": "300",
+}
+RAY |= {"AUTH_MODE": "disabled", "USAGE_STATS_ENABLED": "0"}
+
+
 @pytest.fixture(scope="module")
 def ray():
-    ray = pytest.importorskip("ray", reason="takes ray (pip install 'luna-vision[ray]')")
     root = str(Path(__file__).parents[2])
-    here = {"env_vars": {"PYTHONPATH": os.pathsep.join([root, str(Path(__file__).parent)]), "OMP_NUM_THREADS": "1"}}
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env=here, log_to_driver=False)
-    yield ray
-    ray.shutdown()
+    paths = os.pathsep.join([root, str(Path(__file__).parent)])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in RAY.items():
+            patch.setenv(f"RAY_{name}", value)
+        ray = pytest.importorskip("ray", reason="takes ray (pip install 'luna-vision[ray]')")
+        variables = {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}}
+        ray.init(num_cpus=2, include_dashboard=False, runtime_env=variables, log_to_driver=False)
+        yield ray
+        ray.shutdown()
 
 
 @pytest.mark.slow
