@@ -172,8 +172,8 @@ def encode(
             if looks is not None:
                 others, more = others + looks.planned_bytes(grid_size), looks.numbers(model)
             in_file = store is not None
-            on_gpu = parameter.device.type == "cuda"
-            free = torch.cuda.mem_get_info(parameter.device)[0] if on_gpu else None
+            gpu = parameter.device if parameter.device.type == "cuda" else None
+            free = None if gpu is None else torch.cuda.mem_get_info(gpu)[0]
             plan = make_plan(model, pixels, grid_size, store_dtype, in_file, budget, band, count, others, more, free)
             if checkpoint is not None:  # the first row of pixels is read only after the plan has found room for it
                 first = pixels.raw(pixels.first, pixels.first + 1)
@@ -187,12 +187,10 @@ def encode(
                 pixels.restrict(valid, (p, q))
             layout = Layout(grid_size, plan.band, valid)
             shape = layout.count + layout.margin, model.embed_dim, store_dtype
-            if checkpoint is not None:
-                rows = FileRows(checkpoint.patches, *shape, resume=resume)
-            elif on_gpu and plan.bytes <= free:
-                rows = RamRows(*shape, parameter.device)
+            if checkpoint is None:
+                rows = RamRows(*shape, gpu, on_gpu=gpu is not None and plan.bytes <= free)
             else:
-                rows = RamRows(*shape, locked=on_gpu)
+                rows = FileRows(checkpoint.patches, *shape, resume=resume)
             files.callback(rows.close)
             last_sweep = state.sweep == len(model.stages())
             # a run that was killed at its very end may have a complete result already

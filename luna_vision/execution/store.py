@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..utils.errors import UserError
 from ..utils.files import open_own
 
 __all__ = ["FileRows", "RamRows", "Ring", "write_all"]
@@ -25,18 +26,23 @@ class RamRows:
     """
 
     def __init__(
-        self, count: int, numbers: int, dtype: torch.dtype, device: torch.device | str = "cpu", locked: bool = False
+        self, count: int, numbers: int, dtype: torch.dtype, gpu: torch.device | None = None, on_gpu: bool = False
     ) -> None:
         """
         Args:
             count, numbers, dtype: As in `FileRows`.
-            device: Where they are.
-            locked: Lock their pages, as asynchronous copies to and from a GPU take it.
+            gpu: The GPU of the model, if it is on one.
+            on_gpu: Keep the rows there; else their pages are locked, as copies that nobody waits for take it.
+
+        Raises:
+            UserError: So many bytes cannot be locked.
         """
-        self.rows = torch.empty(count, numbers, dtype=dtype, device=device)
-        # not `pin_memory`, which takes up to twice the bytes; where the system allows no more, copies wait
-        register = torch.cuda.cudart().cudaHostRegister if locked else None
-        self.locked = locked and int(register(self.rows.data_ptr(), self.rows.nbytes, 0)) == 0
+        self.rows = torch.empty(count, numbers, dtype=dtype, device=gpu if on_gpu else "cpu")
+        self.locked_for = None if on_gpu else gpu
+        if self.locked_for is not None:  # not by `pin_memory`, which takes up to twice the bytes
+            size = self.rows.nbytes
+            if int(torch.cuda.cudart().cudaHostRegister(self.rows.data_ptr(), size, 0)):
+                raise UserError(f"the system locks no {size:,} bytes of memory for copies to the GPU: give a store")
 
     def read(self, start: int, count: int) -> Tensor:
         return self.rows[start : start + count]
@@ -48,8 +54,8 @@ class RamRows:
         pass
 
     def close(self) -> None:
-        if self.locked:
-            torch.cuda.synchronize()
+        if self.locked_for is not None:
+            torch.cuda.synchronize(self.locked_for)
             torch.cuda.cudart().cudaHostUnregister(self.rows.data_ptr())
 
 

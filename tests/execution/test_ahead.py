@@ -138,7 +138,7 @@ def test_on_a_gpu_the_patches_stay_there_if_they_fit_and_nobody_waits(fits, phot
     fakes = {
         "torch.cuda.mem_get_info": lambda device: (free, 2**40),
         "torch.cuda.cudart": lambda: cudart,
-        "torch.cuda.synchronize": lambda: None,
+        "torch.cuda.synchronize": lambda device: None,
         "torch.Tensor.pin_memory": lambda self: self,
     }
     with fake_cuda(torch.bfloat16):
