@@ -108,8 +108,8 @@ def ray():
         ray = pytest.importorskip("ray", reason="takes ray (pip install 'luna-vision[ray]')")
         variables = {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}}
         for last in (False, False, True):
-            try:
-                ray.init(num_cpus=2, include_dashboard=False, runtime_env=variables, log_to_driver=False)
+            try:  # with more places than actors, as others read and write
+                ray.init(num_cpus=4, include_dashboard=False, runtime_env=variables, log_to_driver=False)
                 break
             except Exception as error:
                 ray.shutdown()
