@@ -34,6 +34,7 @@ __all__ = [
     "named",
     "pairs",
     "run_command",
+    "say_used",
     "value_options",
 ]
 
@@ -175,26 +176,22 @@ def add_speed_options(parser: Parser, compiles: bool = True) -> None:
 def at_speed(args: Namespace, model: "nn.Module") -> Iterator[str]:
     """A context in which a model runs as the options of `add_speed_options` say: the name of the type.
 
-    The weights of half precision are cast once, and float32 means float32 (see `allow_tf32`). A line on stderr says
-    what runs where, unless that is float32 on the CPU.
+    A line on stderr says what runs where, unless that is float32 on the CPU.
     """
     import torch
 
-    from ..utils.device import allow_tf32, cast_products, compile_blocks, pick_dtype
+    from ..utils.device import compile_blocks, products_in, settle_dtype
+    from ..utils.ranks import is_first
 
-    device = next(model.parameters()).device
-    dtype = pick_dtype(args.dtype, device)
-    half, name = dtype != torch.float32, str(dtype).removeprefix("torch.")
-    allow_tf32(half)
-    if half:
-        cast_products(model, dtype)
+    device, dtype = next(model.parameters()).device, settle_dtype(model, args.dtype)
+    name = str(dtype).removeprefix("torch.")
     compiled = getattr(args, "compile", False)
     if compiled:
         compile_blocks(model)
-    if half or compiled or device.type != "cpu":
+    if is_first() and (dtype != torch.float32 or compiled or device.type != "cpu"):
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         print(f"on {where}, in {name}{', compiled' if compiled else ''}", file=sys.stderr)
-    with torch.autocast(device.type, dtype, enabled=half):
+    with products_in(model, dtype):
         yield name
 
 
@@ -248,9 +245,11 @@ def model_options(args: Namespace) -> dict[str, Any]:
 def load(args: Namespace, **overrides: Any) -> "nn.Module":
     """Load the model of the options of `add_model_options`, as `luna_vision.models.factory.load_model` does."""
     from ..models.factory import load_model
+    from ..utils.ranks import is_first
 
     def say(text: str) -> None:
-        print(text, file=sys.stderr)
+        if is_first():
+            print(text, file=sys.stderr)
 
     return load_model(**model_options(args), device=args.device, say=say, **overrides)
 
@@ -259,6 +258,17 @@ def named(path: str, reason: str) -> str:
     """The reason why an image cannot be used, with its path."""
     name = printable(path)
     return reason if name in reason else f"{name}: {reason}"
+
+
+def say_used(out: Path, total: int, failures: list[tuple[str, str]]) -> int:
+    """Say how many images are in a file, and why the others are not; the exit code."""
+    used = total - len(failures)
+    print(f"{out}: {used} of {total} images" if used else f"{out} is not written: it would be empty")
+    if failures:
+        print(f"{len(failures)} of {total} images could not be used:", file=sys.stderr)
+    for path, reason in failures:
+        print(f"  {named(path, reason)}", file=sys.stderr)
+    return int(bool(failures))
 
 
 def run_command(command: Callable[[], int | None]) -> NoReturn:

@@ -14,7 +14,7 @@ from .common import (
     at_speed,
     load,
     model_options,
-    named,
+    say_used,
     value_options,
 )
 
@@ -67,13 +67,14 @@ def main(words: list[str]) -> int:
     from ..downstream.embed import Settings, check_target, write_embeddings
     from ..images import find_files
     from ..models.factory import random_weights
+    from ..utils.ranks import is_first
 
     names = ("max_size", "img_size", "mean", "std", "memory", "grid", "batch_size", "max_pixels", "workers")
     settings = Settings(
         **{name: getattr(args, name) for name in names if getattr(args, name) is not None}, **value_options(args)
     )
     check_target(args.out, args.overwrite)
-    files, missing = find_files(args.images, partial(print, file=sys.stderr))
+    files, missing = find_files(args.images, partial(print, file=sys.stderr) if is_first() else lambda line: None)
     model = load(args, num_classes=0)
     try:
         with at_speed(args, model):
@@ -83,11 +84,4 @@ def main(words: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command continues from here", file=sys.stderr)
         return 130
-    total = len(files) + len(missing)
-    used = total - len(failures)
-    print(f"{args.out}: {used} of {total} images" if used else f"{args.out} is not written: it would be empty")
-    if failures:
-        print(f"{len(failures)} of {total} images could not be used:", file=sys.stderr)
-    for path, reason in failures:
-        print(f"  {named(path, reason)}", file=sys.stderr)
-    return int(bool(failures))
+    return say_used(args.out, len(files) + len(missing), failures) if is_first() else 0

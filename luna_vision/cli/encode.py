@@ -1,14 +1,18 @@
-"""``luna-vision encode``: an image that need not fit into memory."""
+"""``luna-vision encode``: images that need not fit into memory."""
 
 import json
+import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import Parser, add_model_options, add_speed_options, at_speed, load, model_options
+from ..utils.errors import UserError
+from .common import Parser, add_model_options, add_speed_options, at_speed, load, model_options, say_used
 from .streaming import (
     IMAGE_HELP,
     add_streaming_options,
     check_file,
+    check_streaming,
     open_chosen,
     say_broken,
     stopped,
@@ -16,27 +20,45 @@ from .streaming import (
 )
 
 if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
     from ..execution import Encoded
 
 MODEL = "luna_vit_tiny"  # the default
 SUFFIXES = (".npz", ".safetensors")
+TABLE = "encodings.parquet"
 
 
 def _parser() -> Parser:
     parser = Parser(
         "encode",
-        usage="%(prog)s IMAGE --out FILE [options]",
-        description="Embedding, logits and memory of one image of any size, as the ordinary forward pass computes "
-        "them. With --store, the same command resumes a run that was stopped.",
+        usage="%(prog)s IMAGE|FOLDER|CSV --out FILE [options]",
+        description="Embedding, logits and memory of images of any size, as the ordinary forward pass computes them: "
+        "of one, or a row for each of many. The same command resumes a run that was stopped: of one image with "
+        "--store; of many at the image in work, with --store in the middle of it.",
     )
-    parser.add_argument("image", type=Path, metavar="IMAGE", help=IMAGE_HELP)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".npz or .safetensors")
-    parser.add_argument("--grid", type=Path, metavar="FILE", help="the patch features (H', W', C), .npy or .zarr")
+    parser.add_argument(
+        "image",
+        type=Path,
+        metavar="IMAGE",
+        help=f"{IMAGE_HELP}. Or many: a folder that is searched, or a .csv with the columns path and, if wanted, mask "
+        "and region (X Y W H), which replace --mask and --region",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=f".npz or .safetensors of one image; .parquet, or a folder for {TABLE}, of many",
+    )
+    parser.add_argument(
+        "--grid", type=Path, metavar="FILE", help="the patch features (H', W', C), .npy or .zarr; of many, a folder"
+    )
     parser.add_argument(
         "--attention",
         type=Path,
         metavar="FILE",
-        help="where each slot of the memory looks, a channel each over the image, .tif or .zarr",
+        help="where each slot of the memory looks, a channel each over the image, .tif or .zarr; of many, a folder",
     )
     parser.add_argument(
         "--attention-layer", type=int, metavar="N", help="of this block, from 0 (default: the last pack)"
@@ -49,8 +71,12 @@ def _parser() -> Parser:
 
 
 def main(words: list[str]) -> int:
-    """Run the command. Returns the exit code, 130 after Ctrl-C."""
+    """Run the command. Returns the exit code: 1 if one of many images could not be used, 130 after Ctrl-C."""
     args = _parser().parse_args(words)
+    if args.out.suffix in ("", ".parquet"):
+        return _many(args)
+    if args.image.suffix.lower() == ".csv":
+        raise UserError(f"{args.image} lists many images: give --out FILE.parquet")
 
     from .. import __version__
     from ..execution import encode
@@ -94,6 +120,57 @@ def main(words: list[str]) -> int:
     seen = "" if result.patch_valid is None else f", {int(result.patch_valid.sum())} of them looked at"
     print(f"{args.out}: {height} x {width} pixels, {rows} x {columns} patches{seen}{say_broken(result.broken_tiles)}")
     return 0
+
+
+def _many(args: "Namespace") -> int:
+    """A table of many images."""
+    from ..downstream.embed import check_target
+    from ..downstream.encode_files import encode_files
+    from ..images.find import Listed, find_files, read_list
+    from ..images.pixels import pixel_statistics
+    from ..models.factory import random_weights
+    from ..utils.ranks import is_first
+
+    out = args.out if args.out.suffix else args.out / TABLE
+    check_target(out, args.overwrite)
+    for option in ("grid", "attention"):
+        path = getattr(args, option)
+        if path is not None and (path.suffix or path.is_file()):
+            raise UserError(f"--{option} of many images is a folder, got {path}")
+    choice, missing = check_streaming(args), []
+    own = {"mask": args.mask, "region": choice.pop("region")}
+    if args.image.suffix.lower() == ".csv":
+        found = read_list(args.image)
+    else:
+        say = partial(print, file=sys.stderr) if is_first() else lambda line: None
+        files, missing = find_files(args.image, say, large=True)
+        found = [Listed(file) for file in files]
+    items = [Listed(one.path, one.mask or own["mask"], one.region or own["region"]) for one in found]
+    model = load(args, default=MODEL)
+    how = streaming_arguments(args) | {"attention_layer": args.attention_layer}
+    how.pop("mask")
+    pixel_statistics(model, how["mean"], how["std"])  # which raises here and not for each image
+    try:
+        with at_speed(args, model):
+            failures = encode_files(
+                model,
+                items,
+                out,
+                choice,
+                grid=args.grid,
+                attention=args.attention,
+                overwrite=args.overwrite,
+                random_weights=random_weights(**model_options(args)),
+                **how,
+            )
+    except KeyboardInterrupt:
+        print("stopped; the same command continues from here", file=sys.stderr)
+        return 130
+    if not is_first():
+        return 0
+    if failures and out.exists():
+        print("the same command with --overwrite tries those again that could not be used", file=sys.stderr)
+    return say_used(out, len(items) + len(missing), missing + failures)
 
 
 def _save(path: Path, result: "Encoded", about: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ COMMANDS = {
     "embed": "Write embeddings of images, as parquet or npz.",
     "probe": "Measure frozen features by nearest neighbours and a linear classifier.",
     "visualize": "Draw where the memory looks, and patch features.",
-    "encode": "Encode one image of any size, out of core.",
+    "encode": "Encode images of any size, out of core.",
     "export": "Export to ONNX, torch.export, or a folder for the Hugging Face hub.",
     "convert": "Write an image folder as shards, or with --vit make a Luna ViT of a softmax ViT.",
 }

@@ -4,9 +4,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..utils.errors import UserError
 from .common import Parser, add_statistics_options, add_value_options, at_least, value_options
 
-__all__ = ["add_streaming_options", "check_file", "open_chosen", "say_broken", "stopped", "streaming_arguments"]
+__all__ = [
+    "add_streaming_options",
+    "check_file",
+    "check_streaming",
+    "open_chosen",
+    "say_broken",
+    "stopped",
+    "streaming_arguments",
+]
 
 CHOICE = ("level", "mpp", "magnification", "region", "region_in", "bands", "channel", "series", "z", "t")
 STORE_TYPES = ("float32", "bfloat16")
@@ -69,15 +78,27 @@ def check_file(path: Path | None, what: str, image: Path, overwrite: bool) -> No
             raise FileExistsError(f"{path} exists: give --overwrite to replace it")
 
 
-def open_chosen(args: Any) -> Any:
-    """The part of the image that the options choose."""
+def check_streaming(args: Any) -> dict[str, Any]:
+    """Check the options as far as they concern no image; those that choose a part of it, as `open_image` takes them."""
     from ..execution.plan import parse_bytes
-    from ..images import open_image
+    from ..images.regions import Choice
 
     parse_bytes(args.memory_budget)
     if args.store is not None and args.store.exists() and not args.store.is_dir():
         raise NotADirectoryError(f"--store {args.store} is a file: give a folder")
-    return open_image(args.image, **{name: getattr(args, name) for name in CHOICE})
+    choice = {name: getattr(args, name) for name in CHOICE}
+    Choice(**choice)
+    return choice
+
+
+def open_chosen(args: Any) -> Any:
+    """The part of the image that the options choose."""
+    from ..images import open_image
+    from ..utils.ranks import world_size
+
+    if world_size() > 1:
+        raise UserError("one image takes one process: start the command without torchrun")
+    return open_image(args.image, **check_streaming(args))
 
 
 def streaming_arguments(args: Any) -> dict[str, Any]:

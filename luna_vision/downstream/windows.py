@@ -27,7 +27,16 @@ from luna_vision.utils.errors import one_line
 
 from .features import Extractor, Features
 
-__all__ = ["Settings", "Window", "data_config", "group", "pixel_values", "read_windows"]
+__all__ = [
+    "Settings",
+    "Window",
+    "data_config",
+    "extract",
+    "group",
+    "image_transform",
+    "pixel_values",
+    "read_windows",
+]
 
 # a window is a run of consecutive images that are then grouped by size; it is full when it has this many of either
 WINDOW_IMAGES, WINDOW_PIXELS = 1024, 2**24
@@ -143,6 +152,7 @@ def read_windows(
     start: int = 0,
     advance: Callable[[int], object] = lambda count: None,
     values: Values | None = None,
+    stop: int | None = None,
 ) -> Iterator[Window]:
     """The features of image files, one window after the other.
 
@@ -153,16 +163,16 @@ def read_windows(
         extractor: The model.
         paths: Image files.
         settings: How they are read.
-        start: The first position in `paths` to read.
+        start, stop: The positions in `paths` to read; to the end by default.
         advance: Called with the number of images that are finished since the last call.
         values: Meaning of their numbers, from `pixel_values`; by default of these paths.
 
     Raises:
-        ValueError: The model fails on all images of the first window that has any.
+        ValueError: The model fails on all images of the first window of all that has any.
     """
     values = values or pixel_values(extractor, settings, paths)
-    dataset = ImageFiles(paths, _transform(extractor, settings, values), extractor.in_chans, settings.max_pixels)
-    order = range(start, len(paths))
+    dataset = ImageFiles(paths, image_transform(extractor, settings, values), extractor.in_chans, settings.max_pixels)
+    order = range(start, len(paths) if stop is None else stop)
     loader = DataLoader(dataset, batch_size=None, sampler=order, num_workers=settings.workers)
     window, images, pixels, worked = Window(start, start), {}, 0, start > 0
     for index, image in zip(order, loader, strict=True):
@@ -174,8 +184,8 @@ def read_windows(
             images[index] = image.clone() if settings.workers else image
             pixels += image.shape[1] * image.shape[2]
         window.stop = index + 1
-        if pixels >= WINDOW_PIXELS or window.stop - window.start >= WINDOW_IMAGES or window.stop == len(paths):
-            _extract(extractor, images, settings.batch_size, window, advance)
+        if pixels >= WINDOW_PIXELS or window.stop - window.start >= WINDOW_IMAGES or window.stop == order.stop:
+            extract(extractor, images, settings.batch_size, window, advance)
             worked = worked or bool(window.features)
             if images and not worked:
                 reason = window.failures[next(iter(images))].rstrip(".")
@@ -214,12 +224,12 @@ def group(
     return batches
 
 
-def _extract(
+def extract(
     extractor: Extractor,
     images: dict[int, Tensor],
     batch_size: int,
     window: Window,
-    advance: Callable[[int], object],
+    advance: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Add the features of images to their window, and to its failures the images of a size that the model refuses."""
     indices, patch = list(images), extractor.patch_size
@@ -265,7 +275,8 @@ class ImageFiles(Dataset):
             return one_line(error)
 
 
-def _transform(extractor: Extractor, settings: Settings, values: Values) -> SeededTransform:
+def image_transform(extractor: Extractor, settings: Settings, values: Values) -> SeededTransform:
+    """What makes an image of `to_channels` the tensor that the model reads."""
     config = data_config(extractor, settings)
     mean, std = config["mean"], config["std"]
     if settings.img_size:

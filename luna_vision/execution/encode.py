@@ -173,20 +173,25 @@ def encode(
             if looks is not None:
                 others, more = others + looks.planned_bytes(grid_size), looks.numbers(model)
             in_file = store is not None
-            plan = make_plan(model, pixels, grid_size, store_dtype, in_file, budget, band, count, others, more)
+            gpu = parameter.device if parameter.device.type == "cuda" else None
+            free = None if gpu is None else torch.cuda.mem_get_info(gpu)[0]
+            plan = make_plan(model, pixels, grid_size, store_dtype, in_file, budget, band, count, others, more, free)
             if checkpoint is not None:  # the first row of pixels is read only after the plan has found room for it
                 first = pixels.raw(pixels.first, pixels.first + 1)
                 checkpoint.expect({"image": hashlib.sha256(first.tobytes()).hexdigest()})
             resume = checkpoint is not None and checkpoint.band is not None
             if resume:
                 state = checkpoint.load(parameter.device)
-                pixels.broken = set(map(tuple, state.broken))
+                pixels.broken = frozenset(map(tuple, state.broken))
                 pixels.any_read = state.row > 0 or state.sweep > 0
             if (valid := pixels.valid((p, q), plan.band)) is not None:
                 pixels.restrict(valid, (p, q))
             layout = Layout(grid_size, plan.band, valid)
             shape = layout.count + layout.margin, model.embed_dim, store_dtype
-            rows = RamRows(*shape) if checkpoint is None else FileRows(checkpoint.patches, *shape, resume=resume)
+            if checkpoint is None:
+                rows = RamRows(*shape, gpu, on_gpu=gpu is not None and plan.bytes <= free)
+            else:
+                rows = FileRows(checkpoint.patches, *shape, resume=resume)
             files.callback(rows.close)
             last_sweep = state.sweep == len(model.stages())
             # a run that was killed at its very end may have a complete result already

@@ -9,7 +9,8 @@ except where a convolution needs a rectangle (see `luna_vision.execution.layout`
 Shapes: H', W' patch grid, n valid patches of a band, L memory slots, C width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from ..images.pixels import Pixels
 from ..layers import LunaBlock
 from ..layers.pos_embed import grid_coords
 from ..models import LunaVit
+from ..utils.device import to_device
 from .attention import AttentionMap
 from .grid import Sink
 from .layout import Band, Layout
@@ -112,18 +114,18 @@ class Engine:
         state = self.state
         self.ring.sweep = state.sweep
         behind, ahead = self._block(state.sweep - 1), self._block(state.sweep)
-        for i, band in enumerate(self.layout.bands):
-            if band.start < state.row:
-                continue
-            x = self._embed(band) if behind is None else self._unpack(behind, band)
-            if ahead is not None:
-                self._pack(ahead, x, band, self.layout.is_last(i))
-            else:
-                self._pool(self.model.norm(x), band)
-            del x  # free it before the next band
-            state.broken = sorted(self.pixels.broken)
-            state.row = band.stop
-            after_band(state, band.stop - band.start)
+        with closing(self.pixels.ahead(self._spans() if behind is None else ())) as self.raws:
+            for i, band in enumerate(self.layout.bands):
+                if band.start < state.row:
+                    continue
+                x = self._embed(band) if behind is None else self._unpack(behind, band)
+                if ahead is not None:
+                    self._pack(ahead, x, band, self.layout.is_last(i))
+                else:
+                    self._pool(self.model.norm(x), band)
+                del x  # free it before the next band
+                state.row = band.stop
+                after_band(state, band.stop - band.start)
 
     def _next_sweep(self) -> None:
         """Finish the pack and update the memory."""
@@ -140,24 +142,33 @@ class Engine:
         memory, read = block.close_pack(self.state.memory, PackState(**self.state.pack))
         self.state = State(self.state.sweep + 1, 0, memory, read, broken=self.state.broken)
 
-    def _embed(self, band: Band) -> Tensor:
-        """Embed the pixels of a band: (1, n, C). Few rows of pixels are held at a time, however many it has."""
+    def _parts(self, band: Band) -> list[tuple[int, int]]:
+        """Rows [start, stop) of a band whose pixels are read together: few, however many it has."""
         starts = range(band.start, band.stop, self.rows)
-        parts = [self._embed_rows(start, min(start + self.rows, band.stop)) for start in starts]
-        parts = [part for part in parts if part is not None]
+        parts = [(start, min(start + self.rows, band.stop)) for start in starts]
+        return [part for part in parts if self.layout.between(*part)]
+
+    def _spans(self) -> Iterator[tuple[int, int]]:
+        """The rows of pixels that are left to read, in the order of `_embed`."""
+        side, height, row = self.model.patch_embed.patch_size[0], self.pixels.shape[0], self.state.row
+        for band in self.layout.bands:
+            if band.start >= row:
+                for start, stop in self._parts(band):
+                    yield (start - min(self.model.embed_halo, start)) * side, min(stop * side, height)
+
+    def _embed(self, band: Band) -> Tensor:
+        """Embed the pixels of a band: (1, n, C)."""
+        parts = [self._embed_rows(*part) for part in self._parts(band)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _embed_rows(self, start: int, stop: int) -> Tensor | None:
+    def _embed_rows(self, start: int, stop: int) -> Tensor:
         layout, model = self.layout, self.model
-        count = layout.between(start, stop)
-        if not count:
-            return None
-        above = min(model.embed_halo, start)
-        side, across = model.patch_embed.patch_size
-        raw = self.pixels.raw((start - above) * side, min(stop * side, self.pixels.shape[0]))
+        above, across = min(model.embed_halo, start), model.patch_embed.patch_size[1]
+        raw, broken = next(self.raws)
+        self.state.broken = sorted(broken)
         if layout.valid is None:
             return self._embed_tile(raw, start, stop, above, 0, layout.columns)
-        out = torch.empty(1, count, model.embed_dim, **self.like)
+        out = torch.empty(1, layout.between(start, stop), model.embed_dim, **self.like)
         for left, right in layout.islands(start - above, stop):
             x = self._embed_tile(raw[:, left * across : right * across], start, stop, above, left, right)
             inside, order = (index.to(x.device) for index in layout.places(start, stop, left, right))
@@ -179,7 +190,7 @@ class Engine:
         """A band, (1, n, C), after a block."""
         layout, read = self.layout, self.state.read
         top, bottom = max(band.start - block.unpack_halo, 0), min(band.stop + block.unpack_halo, layout.height)
-        x = self.ring.read(layout.offsets[top], layout.offsets[bottom]).to(**self.like)
+        x = to_device(self.ring.read(layout.offsets[top], layout.offsets[bottom]), **self.like)
         if not block.unpack_halo:  # each patch for itself
             return block.unpack_tile(x, block.norm_tile(x), read)
         x = layout.on_islands(x, top, bottom, lambda x, *grid: block.unpack_tile(x, block.norm_tile(x), read, *grid))

@@ -17,6 +17,7 @@ __all__ = ["BAND_PATCHES", "Plan", "make_plan", "parse_bytes"]
 # Patches in a band, if a row is not longer. Larger bands were slower on two models and two lengths of rows: their
 # activations do not fit into the caches, and the allocator returns their memory to the system after each layer.
 BAND_PATCHES = 2**12
+GPU_PATCHES = 2**16  # on a GPU, which has work for all of it then; not measured
 SLACK = 1.2  # for memory that allocators leave unused, and for copies inside of a library's product or convolution
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -63,6 +64,7 @@ def make_plan(
     count: int | None = None,
     others: int = 0,
     more: int = 0,
+    free: int | None = None,
 ) -> Plan:
     """Choose the band, and estimate the memory.
 
@@ -76,6 +78,7 @@ def make_plan(
         count: Patches that are kept, if that is not the whole grid.
         others: Bytes that are allocated besides.
         more: Numbers of a patch in work besides those of its block.
+        free: Bytes that are free on the GPU, if the model is on one: a band in work takes half of them at most.
 
     Raises:
         ValueError: The budget is too small.
@@ -84,20 +87,27 @@ def make_plan(
     count = height * columns if count is None else count
     model_dtype = next(model.parameters()).dtype
     settled = band is not None
-    band = min(height, band if settled else max(BAND_PATCHES // columns, _least_rows(model, in_file)))
+    usual = BAND_PATCHES if free is None else GPU_PATCHES
+    band = min(height, band if settled else max(usual // columns, _least_rows(model, in_file)))
     patch = (max(block.tile_numbers(model.memory_len) for block in model.stages()) + more) * _itemsize(model)
     small = 4 * model.blocks[0].small_numbers(model.memory_len)
 
-    def total(band: int, in_file: bool = in_file) -> int:
+    def in_work(band: int, in_file: bool) -> int:
         rows = min(band + 2, height)  # a halo, and rows that wait for the next band
-        kept = count + min((band + 1) * columns, count)
-        store = 0 if in_file else kept * model.embed_dim * store_dtype.itemsize
         work = max(_stem_bytes(model, pixels, rows, columns), patch * rows * columns)
         # patches that are read from a file or converted to another type are copies
         copies = (store_dtype.itemsize if in_file else 0) + (_itemsize(model) if store_dtype != model_dtype else 0)
         work += copies * rows * columns * model.embed_dim
-        return pixels.held_bytes + small + store + others + int(SLACK * work)
+        return int(SLACK * work)
 
+    def total(band: int, in_file: bool = in_file) -> int:
+        kept = count + min((band + 1) * columns, count)
+        store = 0 if in_file else kept * model.embed_dim * store_dtype.itemsize
+        held = pixels.held_bytes + pixels.ahead_bytes(min(band + 2, height) * model.patch_embed.patch_size[0])
+        return held + small + store + others + in_work(band, in_file)
+
+    while not settled and free is not None and band > 1 and in_work(band, in_file) > free // 2:
+        band -= max(1, band // 50)
     if budget is not None:
         while not settled and band > 1 and total(band) > budget:
             band -= max(1, band // 50)

@@ -13,28 +13,50 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..utils.errors import UserError
 from ..utils.files import open_own
 
 __all__ = ["FileRows", "RamRows", "Ring", "write_all"]
 
 
 class RamRows:
-    """Rows of numbers in memory; methods as in `FileRows`."""
+    """Rows of numbers in memory, on a GPU or for one; methods as in `FileRows`.
 
-    def __init__(self, count: int, numbers: int, dtype: torch.dtype) -> None:
-        self.rows = torch.empty(count, numbers, dtype=dtype)
+    Nobody waits for a copy between a GPU and these rows: its stream has all of them in their order.
+    """
+
+    def __init__(
+        self, count: int, numbers: int, dtype: torch.dtype, gpu: torch.device | None = None, on_gpu: bool = False
+    ) -> None:
+        """
+        Args:
+            count, numbers, dtype: As in `FileRows`.
+            gpu: The GPU of the model, if it is on one.
+            on_gpu: Keep the rows there; else their pages are locked, as copies that nobody waits for take it.
+
+        Raises:
+            UserError: So many bytes cannot be locked.
+        """
+        self.rows = torch.empty(count, numbers, dtype=dtype, device=gpu if on_gpu else "cpu")
+        self.locked_for = None if on_gpu else gpu
+        if self.locked_for is not None:  # not by `pin_memory`, which takes up to twice the bytes
+            size = self.rows.nbytes
+            if int(torch.cuda.cudart().cudaHostRegister(self.rows.data_ptr(), size, 0)):
+                raise UserError(f"the system locks no {size:,} bytes of memory for copies to the GPU: give a store")
 
     def read(self, start: int, count: int) -> Tensor:
         return self.rows[start : start + count]
 
     def write(self, start: int, rows: Tensor) -> None:
-        self.rows[start : start + len(rows)].copy_(rows)
+        self.rows[start : start + len(rows)].copy_(rows, non_blocking=True)
 
     def sync(self) -> None:
         pass
 
     def close(self) -> None:
-        pass
+        if self.locked_for is not None:
+            torch.cuda.synchronize(self.locked_for)
+            torch.cuda.cudart().cudaHostUnregister(self.rows.data_ptr())
 
 
 class FileRows:

@@ -1,5 +1,7 @@
 """Which image files there are in a folder: the one walk of all commands."""
 
+import csv
+import math
 import os
 import re
 from collections import Counter
@@ -7,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..utils.errors import one_line
+from ..utils.errors import UserError, one_line
 from ..utils.text import printable
 from .pillow import has_heif
 
@@ -21,6 +23,9 @@ IMG_EXTENSIONS = (
     *(".qoi", ".qptiff", ".ras", ".rgb", ".rgba", ".scn", ".sgi", ".svs", ".tga", ".vda", ".vst", ".xbm", ".xpm"),
 )
 HEIF_EXTENSIONS = (".heic", ".heif", ".hif")  # where pillow-heif is installed
+# slides that are more than one file, and arrays
+LARGE_EXTENSIONS = (".mrxs", ".svslide", ".vms", ".vmu", ".zarr.zip")
+ZARR = ".zarr"  # a folder
 HIDDEN = ("__MACOSX", "@eaDir")  # what macOS adds to archives, and a NAS to folders, beside names that begin with a dot
 VAL_NAMES = ("val", "validation", "valid")
 # what a line of text cannot hold: control characters, line ends, and bytes that are no UTF-8
@@ -48,17 +53,21 @@ class Folder(NamedTuple):
     dangling: list[str]
 
 
-def walk(root: str | os.PathLike, on_error: Callable[[OSError], object] | None = None) -> Iterator[Folder]:
+def walk(
+    root: str | os.PathLike, on_error: Callable[[OSError], object] | None = None, large: bool = False
+) -> Iterator[Folder]:
     """A folder, and then all folders in it, in any order. Links are followed, and each folder is visited once.
 
     Args:
         root: The folder.
         on_error: Is told of each folder that cannot be read; without it, the first one is raised.
+        large: Images are also what only `luna_vision.images.open_image` reads, such as a folder of zarr.
 
     Raises:
         OSError: A folder cannot be read.
     """
     folders, links, seen, suffixes = [os.fspath(root)], [], set(), image_suffixes()
+    suffixes += LARGE_EXTENSIONS * large
     while folders or links:
         path = (folders or links).pop()  # by way of a link only what is not found otherwise
         place = os.path.realpath(path)
@@ -78,7 +87,9 @@ def walk(root: str | os.PathLike, on_error: Callable[[OSError], object] | None =
         for entry in found:
             kind = "hidden" if entry.name.startswith(".") or entry.name in HIDDEN else _kind(entry)
             hidden += kind == "hidden"
-            if kind == "folder" and not (entry.is_symlink() and _is_above(entry.path, place)):
+            if large and kind == "folder" and entry.name.lower().endswith(ZARR):
+                here.images.append(entry.path)
+            elif kind == "folder" and not (entry.is_symlink() and _is_above(entry.path, place)):
                 here.folders.append(entry.name)
                 (links if entry.is_symlink() else folders).append(entry.path)
             elif kind in ("file", "nothing") and entry.name.lower().endswith(suffixes):
@@ -135,6 +146,7 @@ def find_images(
     path: str | Sequence[str],
     on_error: Callable[[OSError], object] | None = None,
     say: Callable[[str], object] = lambda line: None,
+    large: bool = False,
 ) -> list[str]:
     """Image files named by a file, a folder (searched with all folders in it, sorted) or a list of these.
 
@@ -144,6 +156,7 @@ def find_images(
         path: The file, folder or list.
         on_error: Is told of each folder inside of these that cannot be read; without it, the first one is raised.
         say: Is told, in a line for each folder, what was skipped.
+        large: As in `walk`.
 
     Raises:
         FileNotFoundError: A path does not exist, or is neither a file nor a folder.
@@ -154,13 +167,13 @@ def find_images(
     files: list[str] = []
     left_out: list[str] = []
     for root in map(Path, roots):
-        if root.is_dir():
-            found = list(walk(root, on_error))
+        if root.is_dir() and not (large and root.name.lower().endswith(ZARR)):
+            found = list(walk(root, on_error, large))
             files += sorted(image for folder in found for image in folder.images)
             if words := skipped(found):
                 say(f"{root}{words}")
                 left_out.append(words)
-        elif root.is_file():
+        elif root.is_file() or root.is_dir():
             files.append(str(root))
         else:
             raise FileNotFoundError(f"there is no image file or folder {root}")
@@ -214,11 +227,13 @@ def unused_folders(root: str | os.PathLike, used: Iterable[Path | None]) -> list
 
 
 def find_files(
-    paths: str | os.PathLike | Sequence[str | os.PathLike], say: Callable[[str], object] = lambda line: None
+    paths: str | os.PathLike | Sequence[str | os.PathLike],
+    say: Callable[[str], object] = lambda line: None,
+    large: bool = False,
 ) -> tuple[list[str], list[tuple[str, str]]]:
     """All image files, each once, and (path, reason) of what is not there, has no images or cannot be searched.
 
-    `say` is told, in a line for each folder, what was skipped.
+    `say` is told, in a line for each folder, what was skipped; `large` is that of `walk`.
 
     Raises:
         ValueError, OSError: There is not a single image.
@@ -227,10 +242,69 @@ def find_files(
     errors: list[tuple[str, Exception]] = []
     for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
         try:
-            for file in find_images(path, lambda error: errors.append((error.filename, error)), say):
+            for file in find_images(path, lambda error: errors.append((error.filename, error)), say, large):
                 files.setdefault(os.path.abspath(file), file)
         except (ValueError, OSError) as error:
             errors.append((os.fspath(path), error))
     if not files:
         raise errors[0][1] if errors else ValueError("there are no images: the list of paths is empty")
     return list(files.values()), [(path, printable(one_line(error))) for path, error in errors]
+
+
+class Listed(NamedTuple):
+    """A line of a list of large images.
+
+    Attributes:
+        path: The image.
+        mask: Its own mask, if it has one, see `luna_vision.images.foreground.patch_mask`.
+        region: Its own rectangle, if it has one: x, y, width and height.
+    """
+
+    path: str
+    mask: str | None = None
+    region: tuple[float, ...] | None = None
+
+
+def read_list(path: str | os.PathLike) -> list[Listed]:
+    """The lines of a CSV file with a column "path" and, if wanted, "mask" and "region" ("X Y WIDTH HEIGHT").
+
+    Paths are relative to the folder of the file; "otsu" is a mask, too. Empty cells are none, and other columns are for
+    others.
+
+    Raises:
+        UserError: It is no such file.
+        OSError: It cannot be read.
+    """
+    path = Path(path)
+    found = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, restval="", strict=True)
+            if "path" not in (rows.fieldnames or ()):
+                raise UserError(f"{path} must have a column path, got {', '.join(rows.fieldnames or ()) or 'nothing'}")
+            for row in rows:
+                cells = {name: (row.get(name) or "").strip() for name in Listed._fields}
+                where = f"{path} line {rows.line_num}"
+                if not cells["path"]:
+                    raise UserError(f"{where} has no path")
+                mask = cells["mask"] or None
+                if mask not in (None, "otsu"):
+                    mask = str(path.parent / mask)
+                region = region_of(cells["region"], where) if cells["region"] else None
+                found.append(Listed(str(path.parent / cells["path"]), mask, region))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is no CSV file: {one_line(error)}") from error
+    if not found:
+        raise UserError(f"{path} lists no images")
+    return found
+
+
+def region_of(text: str, where: str) -> tuple[float, ...]:
+    """The four numbers of "X Y WIDTH HEIGHT"; a UserError about `where` if they are none."""
+    try:
+        numbers = tuple(map(float, re.split(r"[\s,;]+", text)))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != 4 or not all(map(math.isfinite, numbers)):
+        raise UserError(f"{where}: region must be X Y WIDTH HEIGHT, got {text!r}")
+    return numbers

@@ -3,7 +3,9 @@
 Shapes: H, W pixels, c channels, p side of a patch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -93,7 +95,8 @@ class Pixels:
         self.shift = getattr(image, "chunk_shift", 0)
         check_option("on_error", on_error, ON_ERROR)
         self.on_error = on_error
-        self.broken: set[tuple[int, int, int, int]] = set()  # top, bottom, left and right of each tile
+        # top, bottom, left and right of each tile; a new set for each, as a thread may read ahead
+        self.broken: frozenset[tuple[int, int, int, int]] = frozenset()
         self.any_read = False
         self.last = shape[0]  # where the last row ends that is read
         self.wanted: np.ndarray | None = None
@@ -117,6 +120,10 @@ class Pixels:
             raw += self.channels * (4 if self.dtype.itemsize <= 2 or self.dtype == np.float32 else 8)
         return rows * columns * (2 * raw + 3 * unit)
 
+    def ahead_bytes(self, rows: int) -> int:
+        """What the thread of `ahead` holds at most besides, for so many rows: what it reads, and a copy."""
+        return 2 * rows * self.shape[1] * self.channels * self.dtype.itemsize
+
     def raw(self, start: int, stop: int) -> np.ndarray:
         """Pixels (stop - start, W[, c]) as the image has them, but in the byte order of this machine.
 
@@ -132,14 +139,34 @@ class Pixels:
                 self.slab = None  # before the next one is read: there is to be one at a time
                 self.slab = first, self._slice(first, end)
             part = self.slab[1][max(start - first, 0) : stop - first]
-            if len(part) == stop - start:
-                return part.astype(part.dtype.newbyteorder("="), copy=False)
             if out is None:
                 out = np.empty((stop - start, *part.shape[1:]), part.dtype.newbyteorder("="))
-            out[done : done + len(part)] = part
+            out[done : done + len(part)] = part  # a copy: a view would keep its slab while the next one is read
             done += len(part)
-            del part  # which would keep its slab
+            del part
         return out
+
+    def ahead(self, spans: Iterable[tuple[int, int]]) -> Iterator[tuple[np.ndarray, frozenset]]:
+        """`raw` of these rows, span by span, and the `broken` tiles until then. A thread reads the next span meanwhile.
+
+        Close it, or take all of it: closing waits until the thread reads no more.
+
+        Raises:
+            OSError: In place of the rows that cannot be read; nothing beyond them is read then.
+        """
+
+        def read(span: tuple[int, int]) -> tuple[np.ndarray, frozenset]:
+            return self.raw(*span), self.broken
+
+        with ThreadPoolExecutor(1) as thread:
+            coming = None
+            for span in spans:
+                found = None if coming is None else coming.result()
+                coming = thread.submit(read, span)
+                if found is not None:
+                    yield found
+            if coming is not None:
+                yield coming.result()
 
     def restrict(self, wanted: np.ndarray, patch_size: tuple[int, int]) -> None:
         """Read only these patches from now on, (H', W') bool. Pixels of others are some number or other.
@@ -212,7 +239,7 @@ class Pixels:
                         out[a - start : b - start, c - left : d - left] = part
                         self.any_read = True
                 except OSError:
-                    self.broken.add(tile)
+                    self.broken |= {tile}
         return out
 
     def check_broken(self) -> None:
@@ -311,9 +338,11 @@ class Pixels:
         if self.values.fill != MASK and self.on_error != "skip":
             return self.wanted
         side, height = patch_size[0], self.shape[0]
+        spans = [(start, min(start + rows * side, height)) for start in range(0, height, rows * side)]
         found = []
-        for start in range(0, height, rows * side):
-            found.append(valid_patches(self.rows(start, min(start + rows * side, height)), patch_size)[0])
+        with closing(self.ahead(spans)) as ahead:
+            for (start, _), (raw, _) in zip(spans, ahead, strict=True):
+                found.append(valid_patches(self.normalised(raw, start), patch_size)[0])
         valid = torch.cat(found).cpu().numpy()
         if self.wanted is not None:
             valid &= self.wanted

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import shorten
@@ -89,14 +90,17 @@ def sized(name: str, model_kwargs: dict[str, Any] | None, img_size: int | list[i
 
 
 def pick_device(name: str) -> torch.device:
-    """The device for "cpu", "cuda" or "auto", which takes a GPU if there is one.
+    """The device for "cpu", "cuda" or "auto", which takes a GPU if there is one; a process of torchrun takes its own.
 
     Raises:
         UserError: "cuda" where there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: torch finds no CUDA device")
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if name == "cuda" and torch.distributed.is_torchelastic_launched():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    return torch.device(name)
 
 
 def load_model(

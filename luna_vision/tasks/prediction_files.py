@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
@@ -30,12 +31,14 @@ class Journal:
     """What is predicted so far, a line of JSON for each image, in ``OUT.partial`` beside the output.
 
     A line is on its way to the disk before the next image is predicted, so a killed run loses no image that is
-    finished. The first line says what the predictions depend on.
+    finished. The first line says what the predictions depend on. Of several processes each writes its own list, from
+    the second on ``OUT.1.partial`` and so on, and reads those of all.
 
     Args:
         output: The file or folder of predictions.
         about: Plain data that the predictions depend on.
         keep: Whether to take what an earlier run has left; else it is replaced.
+        rank: The number of this process.
 
     Attributes:
         records: By image, what was written of it.
@@ -45,28 +48,44 @@ class Journal:
         OSError: It cannot be read or written.
     """
 
-    def __init__(self, output: Path, about: dict[str, Any], keep: bool = True) -> None:
-        self.output, self.path = output, output.with_name(f"{output.name}.partial")
+    def __init__(self, output: Path, about: dict[str, Any], keep: bool = True, rank: int = 0) -> None:
+        self.output = output
+        self.path = output.with_name(f"{output.name}.{rank}.partial" if rank else f"{output.name}.partial")
         self.about: dict[str, Any] = json.loads(json.dumps(about))
         self.records: dict[str, dict[str, Any]] = {}
         self._file: BinaryIO | None = None
         self._length = 0  # of what an earlier run has left, bytes
-        if os.path.lexists(self.path) and keep:
-            self._read()
+        if keep:
+            self.read()
+        elif not rank:
+            self.remove()
 
-    def _read(self) -> None:
-        with open_own(self.path, keep=True) as file:
+    def _paths(self) -> list[Path]:
+        """The lists of all processes."""
+        name = re.escape(self.output.name)
+        found = self.output.parent.glob("*.partial")
+        return sorted(path for path in found if re.fullmatch(rf"{name}(\.\d+)?\.partial", path.name))
+
+    def read(self) -> None:
+        """Read the lists of all processes."""
+        for path in self._paths():
+            self._read(path)
+
+    def _read(self, path: Path) -> None:
+        with open_own(path, keep=True) as file:
             content = file.read()
-        self._length = content.rfind(b"\n") + 1  # a line that a kill cut off was not finished
+        length = content.rfind(b"\n") + 1  # a line that a kill cut off was not finished
+        if path == self.path and self._file is None:
+            self._length = length
         try:
-            about, *records = [json.loads(line) for line in content[: self._length].split(b"\n")[:-1]]
-            self.records = {record["image"]: record for record in records}
+            about, *records = [json.loads(line) for line in content[:length].split(b"\n")[:-1]]
+            self.records |= {record["image"]: record for record in records}
             known = set(about)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.path} is no list of predictions: remove it, or give another output") from error
+            raise UserError(f"{path} is no list of predictions: remove it, or give another output") from error
         if other := sorted(name for name in known | set(self.about) if about.get(name) != self.about.get(name)):
             raise UserError(
-                f"{self.path} was left by a run with other {', '.join(other)}: remove it, or give another output"
+                f"{path} was left by a run with other {', '.join(other)}: remove it, or give another output"
             )
 
     def add(self, records: list[dict[str, Any]]) -> None:
@@ -88,9 +107,10 @@ class Journal:
             self._file.close()
 
     def remove(self) -> None:
-        """Remove the file, once the output is complete."""
+        """Remove the lists of all processes, once the output is complete."""
         self.close()
-        self.path.unlink(missing_ok=True)
+        for path in self._paths():
+            path.unlink(missing_ok=True)
 
 
 class FileNames:

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors.torch import save_file
 
 from luna_vision.models import unwrap_state_dict
-from luna_vision.utils.errors import one_line
+from luna_vision.utils.errors import UserError, one_line
 from luna_vision.utils.files import new_file
 from luna_vision.utils.fingerprint import describe
 from luna_vision.utils.progress import progress_bar
@@ -34,8 +34,8 @@ class PredictionWriter(BasePredictionWriter):
     """Write predictions to files, in the form that the task's ``predictions`` names: `prediction_files` has them.
 
     A file appears when the last image is predicted; masks appear one by one. Until then ``OUT.partial`` beside it has
-    what is finished. In one process, the same prediction to the same `output` continues from there after a stop. Each
-    of several processes writes its own file, with its rank in the name, and begins anew.
+    what is finished: the same prediction to the same `output` continues from there after a stop, with any number of
+    processes. Several processes share the images, and the first one writes the file.
 
     Args:
         output: The file or folder; None is one in the run's log directory, such as ``predictions.csv``.
@@ -58,17 +58,19 @@ class PredictionWriter(BasePredictionWriter):
         if self.overlays is not None and not form.drawn:
             raise ValueError(f"overlays are of boxes and masks, which {type(pl_module).__name__} does not find")
         path = Path(self.output or Path(trainer.log_dir or trainer.default_root_dir) / form.default)
-        if trainer.world_size > 1:
-            path = path.with_stem(f"{path.stem}.rank{trainer.global_rank}")
         self._files = (data.files_to_predict() if hasattr(data, "files_to_predict") else None) or []
+        if 0 < len(self._files) < trainer.world_size:
+            raise UserError(f"{trainer.world_size} processes cannot share {len(self._files)} images: start fewer")
         # the folder of a run is a new one each time
-        self._file, self._resumes = None, self.output is not None and bool(self._files) and trainer.world_size == 1
-        self._journal = Journal(path, self._about(trainer, pl_module), self._resumes)
+        self._file, self._resumes = None, self.output is not None and bool(self._files)
+        self._journal = Journal(path, self._about(trainer, pl_module), self._resumes, trainer.global_rank)
+        trainer.strategy.barrier("journal")  # all have read before one writes
         done = [file for file in self._files if file in self._journal.records]
         if done:
-            print(f"{path}: {len(done)} of {len(self._files)} images are finished already", file=sys.stderr)
-            # a loader must have an image: if only the file of all of them is missing, one is predicted again
-            data.finished = set(done[: len(self._files) - 1])
+            if trainer.is_global_zero:
+                print(f"{path}: {len(done)} of {len(self._files)} images are finished already", file=sys.stderr)
+            # each loader must have an image: if only the file of all of them is missing, some are predicted again
+            data.finished = set(done[: len(self._files) - trainer.world_size])
 
     def _about(self, trainer: Trainer, task: TimmTask) -> dict[str, Any]:
         """What the predictions depend on, but for the images."""
@@ -135,11 +137,17 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._bar.close()
-        if self._file is None:
+        trainer.strategy.barrier("predicted")
+        if self._file is None or not trainer.is_global_zero:
+            self._journal.close()
             return
+        if trainer.world_size > 1:
+            self._journal.read()
         records = self._journal.records
+        found = [records[f] for f in self._files if f in records]
         with self._kept():
-            self._file.finish([records[f] for f in self._files if f in records] or list(records.values()))
+            # positions in a test set, which processes take in turn
+            self._file.finish(found or sorted(records.values(), key=lambda r: (len(r["image"]), r["image"])))
             self._journal.remove()
         print(f"predictions: {self._journal.output}")
 
@@ -148,8 +156,8 @@ class PredictionWriter(BasePredictionWriter):
             return
         self._journal.close()
         if not self._resumes:
-            self._journal.remove()
-        elif isinstance(exception, (KeyboardInterrupt, SIGTERMException)):
+            self._journal.path.unlink(missing_ok=True)
+        elif isinstance(exception, (KeyboardInterrupt, SIGTERMException)) and trainer.is_global_zero:
             print("stopped; the same command continues from here", file=sys.stderr)
 
 

@@ -16,6 +16,8 @@ __all__ = [
     "fetch",
     "pick_dtype",
     "product_dtype",
+    "products_in",
+    "settle_dtype",
     "to_device",
 ]
 
@@ -58,6 +60,23 @@ def cast_products(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.to(dtype)
+
+
+def settle_dtype(model: nn.Module, name: str) -> torch.dtype:
+    """Prepare a model, in place, for products in a type of `DTYPES` on its device: the type, for `products_in`.
+
+    The weights of half precision are cast once, and float32 means float32 (see `allow_tf32`).
+    """
+    dtype = pick_dtype(name, next(model.parameters()).device)
+    allow_tf32(dtype != torch.float32)
+    if dtype != torch.float32:
+        cast_products(model, dtype)
+    return dtype
+
+
+def products_in(model: nn.Module, dtype: torch.dtype) -> torch.autocast:
+    """A context in which a model computes products in a type: autocast, unless it is float32."""
+    return torch.autocast(next(model.parameters()).device.type, dtype, enabled=dtype != torch.float32)
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> None:

@@ -219,10 +219,10 @@ def stop_after(monkeypatch, windows: int):
     """Ctrl-C at the moment when the next window would be kept."""
     add = parts.PartFolder.add
 
-    def stop(self, window):
+    def stop(self, *arguments):
         if len(list(self.folder.glob("part-*"))) == windows:
             raise KeyboardInterrupt
-        add(self, window)
+        add(self, *arguments)
 
     monkeypatch.setattr(parts.PartFolder, "add", stop)
 
@@ -362,8 +362,8 @@ def test_files_of_a_user_between_the_parts_are_kept(photos, tiny, tmp_path, monk
     """Put there while it ran."""
     out, model, add = tmp_path / "out.npz", tiny(), parts.PartFolder.add
 
-    def add_and_more(self, window):
-        add(self, window)
+    def add_and_more(self, *arguments):
+        add(self, *arguments)
         (self.folder / "notes.txt").write_text("mine")
 
     monkeypatch.setattr(parts.PartFolder, "add", add_and_more)

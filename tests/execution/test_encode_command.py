@@ -15,6 +15,7 @@ from luna_vision.cli.common import run_command
 from luna_vision.cli.encode import main
 from luna_vision.execution import encode
 from luna_vision.execution.checkpoint import Checkpoint
+from luna_vision.utils.errors import UserError
 
 SMALL = {"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 4, "memory_len": 3, "num_classes": 5}
 
@@ -145,3 +146,10 @@ def test_no_image(tmp_path, capsys):
         run_command(lambda: main([str(tmp_path / "no.tif"), "--out", str(tmp_path / "o.npz")]))
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"error: there is no image {tmp_path / 'no.tif'}\n"
+
+
+def test_one_image_takes_one_process(words, tmp_path, monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="start the command without torchrun"):
+        main([*words, "--out", str(tmp_path / "o.npz")])

@@ -18,6 +18,7 @@ from luna_vision.utils.errors import UserError
 from tests.labelled import NAMES, save_images, scenes, write_coco, write_labels, write_masks
 
 from .conftest import tiny_trainer
+from .ranks import finish, run, start, until
 
 MODEL = {"model_name": "test_luna_vit", "model_kwargs": {"embed_dim": 32, "depth": 2}}
 DENSE = MODEL | {"pyramid_channels": 8, "num_classes": 2}
@@ -186,3 +187,32 @@ def test_masks_of_a_geotiff_lie_where_it_lies(big, tmp_path):
         assert {tag: tuple(mask.tag_v2[tag]) for tag in GEO_TAGS if tag in mask.tag_v2} == tags
     assert georeference(tmp_path / "out/turned.png") is None
     assert json.dumps(sorted(georeference(new / "a.tif"))) == json.dumps(sorted(tags))
+
+
+def predict_together(root: str, new: str, out: str, *last: int) -> None:
+    """One of two processes; the second one ends before its image with number `last`, if there is one."""
+    seed_everything(0, verbose=False)
+    task, data = classification(Path(root) / os.environ["RANK"], Path(new))
+    stop = [Seen(*last)] if last and os.environ["RANK"] == "1" else []
+    trainer = tiny_trainer(Path(out).parent, callbacks=[PredictionWriter(out), *stop], devices=2, strategy="ddp")
+    trainer.predict(task, data, return_predictions=False)
+
+
+@pytest.mark.slow
+def test_several_processes_write_one_file_and_any_number_continues(tmp_path, new):
+    seed_everything(0, verbose=False)
+    task, data = classification(tmp_path / "data", new)
+    one, two, killed = (tmp_path / name / "a.csv" for name in ("one", "two", "killed"))
+    predict(task, data, one)
+    run(tmp_path / "ranks", 2, predict_together, str(tmp_path / "own"), str(new), str(two))
+    assert content(two) == content(one) and os.listdir(two.parent) == ["a.csv"]
+    processes = start(tmp_path / "stopped", 2, predict_together, str(tmp_path / "other"), str(new), str(killed), 1)
+    until(lambda: (killed.parent / "a.csv.1.partial").exists(), processes)
+    processes[1].join(60)
+    processes[0].kill()
+    finish(tmp_path / "stopped", processes)
+    assert not killed.exists()
+    seen = Seen()
+    predict(task, data, killed, seen)  # by one process
+    assert len(seen.names) < len(scenes("train"))
+    assert content(killed) == content(one) and os.listdir(killed.parent) == ["a.csv"]
