@@ -55,6 +55,11 @@ class SlideTask(ClassificationTask):
                 raise ValueError(f"slides are read by rows, which {name} does not know: leave it out")
         check_streamed(self.model)
 
+    def configure_model(self) -> None:
+        if self._is_sharded():  # it gathers weights for whole blocks
+            raise ValueError("slides do not work with fsdp2: use ddp")
+        super().configure_model()
+
     def check_start(self, optimizer: bool = True) -> None:
         super().check_start(optimizer)
         if self.hparams.store is not None and not Path(self.hparams.store).is_dir():
