@@ -182,3 +182,15 @@ def write_labels(root: Path, form: str = "lists") -> Path:
 
 
 WRITERS = {"coco": write_coco, "voc": write_voc, "yolo": write_yolo}
+
+
+def write_slides(table: Path) -> Path:
+    """A table of whole images with one label each, and beside it their files."""
+    rows = [("path", "label", "split")]
+    for split in SPLITS:
+        found = scenes(split)
+        save_images(table.parent / "slides", found)
+        rows += [(f"slides/{name}", NAMES[i % 2], split) for i, name in enumerate(found)]
+    with open(table, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return table

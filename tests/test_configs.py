@@ -15,7 +15,7 @@ from luna_vision.cli.train import build
 from luna_vision.data.convert import convert
 from luna_vision.data.dense import DenseDataModule
 from luna_vision.tasks import NonFiniteGuard
-from tests.labelled import write_labels, write_masks, write_voc
+from tests.labelled import write_labels, write_masks, write_slides, write_voc
 
 DIGITS = Path(luna_vision.__file__).parent / "cli" / "digits.yaml"
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -25,6 +25,7 @@ LABELLED = {
     "DetectionDataModule": write_voc,
     "SegmentationDataModule": write_masks,
     "MultiLabelDataModule": write_labels,
+    "SlideDataModule": write_slides,
 }
 SIDE = 256  # of canvases that are larger
 
@@ -38,7 +39,7 @@ def test_config_builds(path, tmp_path, monkeypatch):
     hparams, data = cli.model.hparams, cli.datamodule
     assert hparams.in_chans == data.in_chans
     assert hparams.get("compile", False) in (False, "auto")  # by device: a CPU takes minutes
-    if not path.stem.startswith(("image", "tiny_imagenet")):  # whose classes are the folders'
+    if not path.stem.startswith(("image", "slides", "tiny_imagenet")):  # whose classes are the user's
         assert hparams.num_classes == data.num_classes == len(data.class_names)
     if not isinstance(data, DenseDataModule):  # of any size
         assert data.img_size == (hparams.model_kwargs.get("img_size", hparams.get("min_size")),) * 2
@@ -130,6 +131,7 @@ def small(config: dict, photos: Path, weights: Path) -> dict:
     elif source in LABELLED:
         changed["data.init_args.root"] = photos / source
         changed |= {"data.init_args.class_names": "[brick, leaf]"} if "class_names" in data else {}
+        changed |= {f"{prefix}.model_kwargs.pretrained": False} if "pretrained" in model["model_kwargs"] else {}
     elif source != "DigitsDataModule":
         form = {"WebDatasetDataModule": "webdataset", "LitDataDataModule": "litdata"}.get(source, "folder")
         # torchvision's files as an image folder, as a user would who has them so
@@ -149,7 +151,8 @@ def small(config: dict, photos: Path, weights: Path) -> dict:
     batches = {f"limit_{stage}_batches": 2 for stage in ("train", "val", "test")}
     machine = {"accelerator": "cpu", "devices": 1, "strategy": "auto"}
     changed |= {f"trainer.{name}": value for name, value in (batches | machine).items()}
-    return changed | {"trainer.max_epochs": 1, "data.init_args.num_workers": 0, "data.init_args.batch_size": 4}
+    changed |= {} if source == "SlideDataModule" else {"data.init_args.num_workers": 0}
+    return changed | {"trainer.max_epochs": 1, "data.init_args.batch_size": 4}
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from luna_vision.data.litdata_module import LitDataDataModule
 from luna_vision.data.multilabel import MultiLabelDataModule
 from luna_vision.data.sampling import EpochSampler, sample_seed
 from luna_vision.data.segmentation import SegmentationDataModule
+from luna_vision.data.slides import SlideDataModule
 from luna_vision.data.timm_module import TimmDataModule
 from luna_vision.data.transforms import AUGMENTATIONS, train_transform
 from luna_vision.data.unlabelled import UnlabelledDataModule
@@ -49,6 +50,7 @@ __all__ = [
     "MultiLabelDataModule",
     "SampleError",
     "SegmentationDataModule",
+    "SlideDataModule",
     "TimmDataModule",
     "UnlabelledDataModule",
     "WebDatasetDataModule",

@@ -5,6 +5,7 @@ A reader leaves out what is faulty and tells a `LabelFaults`. A file that cannot
 """
 
 import contextlib
+import csv
 import json
 import math
 import os
@@ -25,12 +26,13 @@ from luna_vision.images.pillow import open_image_file, orientation_of
 from luna_vision.utils.errors import UserError, one_line
 
 SLACK = 0.01  # of the side: how far a box may stick out before it counts as a fault; programs round differently
-NO_AREA, OUTSIDE, UNKNOWN, MISSING, TWICE = (
+NO_AREA, OUTSIDE, UNKNOWN, MISSING, TWICE, COLUMNS = (
     "box without area",
     "box outside its image",
     "class unknown to training",
     "missing image file",
     "image listed twice",
+    "row of another number of columns",
 )
 Size = tuple[int, int]
 
@@ -140,6 +142,23 @@ def image_size(path: str | os.PathLike) -> Size:
 def split_names(split: str) -> Sequence[str]:
     """The names that a split may have on the disk."""
     return VAL_NAMES if split == "val" else (split,)
+
+
+def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows of a CSV file, without white space around cells and without empty rows.
+
+    Raises:
+        UserError: It is no such file, or has no rows, or fewer than two columns, or two of the same name.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path} is no CSV table: {one_line(error)}") from error
+    header, *rows = [row for row in rows if any(row)] or [[]]
+    if len(header) < 2 or len(set(header)) < len(header) or not rows:
+        raise UserError(f"{path} must have a header with two or more different columns, and rows below it")
+    return header, rows
 
 
 def _number(value: Any) -> float:

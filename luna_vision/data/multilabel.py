@@ -1,6 +1,5 @@
 """Photos with any number of labels each, from a table."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ from luna_vision.data.dense import PredictsFiles
 from luna_vision.data.faults import LabelFaults
 from luna_vision.data.folders import PhotoDataModule
 from luna_vision.data.images import Source, TransformedDataset
-from luna_vision.data.label_files import MISSING, TWICE, UNKNOWN, split_names
+from luna_vision.data.label_files import COLUMNS, MISSING, TWICE, UNKNOWN, read_csv, split_names
 from luna_vision.data.sampling import check_share, repeated, sample_seed
 from luna_vision.images.decode import read_image
 from luna_vision.images.find import listed
-from luna_vision.utils.errors import UserError, one_line
+from luna_vision.utils.errors import UserError
 
 SEPARATORS = ("|", ";", ",")
 YES, NO = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no", "")
@@ -69,29 +68,22 @@ def read_table(
     Raises:
         UserError: It is no such table.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            header, *rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)] or [[]]
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{path} is no CSV table: {one_line(error)}") from error
-    header = [cell.strip() for cell in header]
-    if len(header) < 2 or len(set(header)) < len(header) or not rows:
-        raise UserError(f"{path} must have a header with two or more different columns, and rows below it")
+    header, rows = read_csv(path)
     folders = [path.parent, path.parent / path.stem, path.parent / "images", path.parent / path.stem / "images"]
-    folder = next((folder for folder in folders if (folder / rows[0][0].strip()).is_file()), path.parent)
+    folder = next((folder for folder in folders if (folder / rows[0][0]).is_file()), path.parent)
     kept: list[tuple[str, list[str]]] = []
     seen: set[str] = set()
     for number, row in enumerate(rows, 2):
-        where, name = f"{path.name} row {number}", row[0].strip()
+        where, name = f"{path.name} row {number}", row[0]
         if len(row) != len(header):
-            faults.add("row of another number of columns", where)
+            faults.add(COLUMNS, where)
         elif name in seen:
             faults.add(TWICE, f"{where}: {name}")
         elif not name or not (folder / name).is_file():
             faults.add(MISSING, f"{where}: {name}")
         else:
             seen.add(name)
-            kept.append((where, [str(folder / name), *(cell.strip() for cell in row[1:])]))
+            kept.append((where, [str(folder / name), *row[1:]]))
     lists = len(header) == 2 and any(cells[1].lower() not in YES + NO for _, cells in kept)
     if lists:
         separator = separator or next((s for s in SEPARATORS if any(s in cells[1] for _, cells in kept)), SEPARATORS[0])

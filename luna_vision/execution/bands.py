@@ -15,8 +15,9 @@ The backward pass of one block, in the order of the chain rule:
 Shapes: B batch, H', W' patch grid, N = H' * W' patches, n patches of a band, L memory slots, C width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +28,16 @@ from ..functional import PackState, autocasts
 from ..layers import LunaBlock
 from ..models import LunaVit
 from .check import check_model
+from .store import disk_tensor
 
-__all__ = ["block_by_bands", "set_band_checkpointing"]
+__all__ = ["block_by_bands", "check_bands", "set_band_checkpointing"]
+
+
+def check_bands(model: LunaVit, execution: str = "band checkpointing") -> None:
+    """Raise a ValueError unless a model can be trained in bands."""
+    check_model(model, execution)
+    if any(block.drops_values for block in model.stages()):
+        raise ValueError("bands need attn_drop_rate=0 and proj_drop_rate=0 (drop_path_rate may be above)")
 
 
 def set_band_checkpointing(model: LunaVit, rows: int, store_dtype: torch.dtype | None = None) -> None:
@@ -52,9 +61,7 @@ def set_band_checkpointing(model: LunaVit, rows: int, store_dtype: torch.dtype |
     if store_dtype is not None and not store_dtype.is_floating_point:
         raise ValueError(f"store_dtype must be a floating-point type, got {store_dtype}")
     if rows:
-        check_model(model, "band checkpointing")
-    if rows and any(block.drops_values for block in model.stages()):
-        raise ValueError("bands need attn_drop_rate=0 and proj_drop_rate=0 (drop_path_rate may be above)")
+        check_bands(model)
     model.block_runner = partial(block_by_bands, rows=rows, store_dtype=store_dtype) if rows else None
 
 
@@ -66,6 +73,7 @@ def block_by_bands(
     patch_valid: Tensor | None,
     rows: int,
     store_dtype: torch.dtype | None = None,
+    store: Path | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`block(x, memory, grid_size, patch_valid)`, a few rows of patches at a time, in both passes.
 
@@ -73,12 +81,27 @@ def block_by_bands(
         block, x, memory, grid_size, patch_valid: As in `LunaBlock.forward`.
         rows: Rows of the patch grid in a band.
         store_dtype: Type in which x is kept for the backward pass; None keeps it as it is.
+        store: A folder on a disk for x and, on a CPU, for all tensors of the size of x; x itself lies there already.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return block(x, memory, grid_size, patch_valid)
     params = [p for p in block.parameters() if p.requires_grad]
-    bands = _Bands(block, grid_size, rows, patch_valid, store_dtype if torch.is_grad_enabled() else None, x, params)
+    bands = _Bands(block, grid_size, rows, patch_valid, store_dtype, store, x, params)
     return _ByBands.apply(bands, x, memory, *params)
+
+
+def kept_autocast(x: Tensor) -> Callable[[], torch.autocast]:
+    """Makes autocast as it is now, without its cache, whose copies of the weights have no gradients."""
+    on, kind = autocasts(x), x.device.type
+    dtype = torch.get_autocast_dtype(kind) if on else None
+    return lambda: torch.autocast(kind, dtype, on, cache_enabled=False)
+
+
+def zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device, store: Path | None) -> Tensor:
+    """Zeros on a device or, where that is the CPU and a folder is given, on the disk."""
+    if store is not None and device.type == "cpu":
+        return disk_tensor(store, shape, dtype)
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 class _Bands:
@@ -91,14 +114,16 @@ class _Bands:
         rows: int,
         patch_valid: Tensor | None,
         store_dtype: torch.dtype | None,
+        store: Path | None,
         x: Tensor,
         params: list[Tensor],
     ) -> None:
-        self.block, self.rows, self.valid, self.store_dtype, self.params = block, rows, patch_valid, store_dtype, params
+        self.block, self.rows, self.valid, self.params = block, rows, patch_valid, params
+        self.store_dtype, self.store = store_dtype or x.dtype, store
         self.height, self.columns = grid_size
         self.x_dtype, self.device = x.dtype, x.device
-        self.autocast = autocasts(x)
-        self.autocast_dtype = torch.get_autocast_dtype(x.device.type) if self.autocast else None
+        self.keeps = torch.is_grad_enabled()
+        self.context = kept_autocast(x)
         # drop path: an image drops its path in all bands or in none
         self.draws = block.training and not isinstance(block.drop_path1, torch.nn.Identity)
         self.rng: list[Tensor] = []
@@ -107,9 +132,15 @@ class _Bands:
         for start in range(0, self.height, self.rows):
             yield start, min(start + self.rows, self.height)
 
-    def context(self) -> torch.autocast:
-        """Autocast as in the forward pass, without its cache, whose copies of the weights have no gradients."""
-        return torch.autocast(self.device.type, self.autocast_dtype, self.autocast, cache_enabled=False)
+    def zeros(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A tensor of the size of x."""
+        return zeros(shape, dtype, self.device, self.store)
+
+    def kept(self, x: Tensor) -> Tensor:
+        """x, as it is stored for the backward pass."""
+        if self.store is None or (x.is_cpu and x.dtype == self.store_dtype):
+            return x.to(self.store_dtype)
+        return disk_tensor(self.store, x.shape, self.store_dtype).copy_(x)
 
     def part(self, x: Tensor | None, start: int, stop: int) -> Tensor | None:
         """Rows [start, stop) of the patches (B, N, C), or of a mask (B, N)."""
@@ -126,7 +157,7 @@ class _Bands:
     def mixed(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Rows [start, stop) after local mixing, from the whole input, which may be stored in another type."""
         top, bottom = self.around(start, stop, self.block.mix_halo)
-        return self.mix(self.part(x, top, bottom).to(self.x_dtype), top, bottom, start, stop)
+        return self.mix(self.part(x, top, bottom).to(self.device, self.x_dtype), top, bottom, start, stop)
 
     def pack(self, query: Tensor, mixed: Tensor, start: int, stop: int) -> PackState:
         """Pack rows [start, stop)."""
@@ -177,11 +208,11 @@ class _ByBands(torch.autograd.Function):
                 top, bottom = bands.around(start, stop, block.unpack_halo)
                 rows = bands.unpack(bands.mixed(x, top, bottom), read, top, bottom)
                 if out is None:  # its type depends on autocast
-                    out = rows.new_empty(x.shape)
+                    out = bands.zeros(x.shape, rows.dtype)
                 bands.part(out, start, stop).copy_(bands.part(rows, start - top, stop - top))
-        stored = x if bands.store_dtype is None else x.to(bands.store_dtype)
         ctx.bands = bands
-        ctx.save_for_backward(stored, memory, *state)
+        if bands.keeps:
+            ctx.save_for_backward(bands.kept(x), memory, *state)
         ctx.set_materialize_grads(False)
         return out, new_memory
 
@@ -197,14 +228,14 @@ class _ByBands(torch.autograd.Function):
         return None, *grads
 
 
-def _add(totals: list[Tensor | None], grads: tuple[Tensor | None, ...]) -> None:
+def add_grads(totals: list[Tensor | None], grads: tuple[Tensor | None, ...]) -> None:
     """Add gradients to their totals; not in place, as autograd may use the first ones elsewhere."""
     for i, grad in enumerate(grads):
         if grad is not None:
             totals[i] = grad if totals[i] is None else totals[i] + grad
 
 
-def _grad(outputs: list[tuple[Tensor, Tensor | None]], inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
+def grads_of(outputs: list[tuple[Tensor, Tensor | None]], inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
     """Gradients of the inputs from pairs of an output and its gradient, which is None if there is none."""
     given = [(y, d_y) for y, d_y in outputs if d_y is not None]
     if not given:
@@ -212,7 +243,7 @@ def _grad(outputs: list[tuple[Tensor, Tensor | None]], inputs: list[Tensor]) -> 
     return torch.autograd.grad([y for y, _ in given], inputs, [d_y for _, d_y in given], allow_unused=True)
 
 
-def _leaf(x: Tensor) -> Tensor:
+def leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
 
@@ -230,24 +261,24 @@ def _backward(
     block, params = bands.block, bands.params
     d_params: list[Tensor | None] = [None] * len(params)
     d_memory: list[Tensor | None] = [None]
-    memory, total, weighted = _leaf(memory), _leaf(total), _leaf(weighted)
+    memory, total, weighted = leaf(memory), leaf(total), leaf(weighted)
     bands.rewind(0)
     with torch.enable_grad():
         first = block.pack_query(memory)
-        query = _leaf(first)
+        query = leaf(first)
         new_memory, read = block.close_pack(memory, PackState(maximum, total, weighted))
 
     d_mixed, d_read = _unpack_backward(bands, x, read, d_out, d_params)
 
-    found = _grad([(read, d_read), (new_memory, d_new_memory)], [memory, total, weighted, *params])
-    _add(d_memory, found[:1])
-    _add(d_params, found[3:])
+    found = grads_of([(read, d_read), (new_memory, d_new_memory)], [memory, total, weighted, *params])
+    add_grads(d_memory, found[:1])
+    add_grads(d_params, found[3:])
     d_total, d_weighted = found[1:3]
 
     d_x, d_query = _pack_backward(bands, x, query, maximum, d_mixed, d_total, d_weighted, d_params)
-    found = _grad([(first, d_query)], [memory, *params])
-    _add(d_memory, found[:1])
-    _add(d_params, found[1:])
+    found = grads_of([(first, d_query)], [memory, *params])
+    add_grads(d_memory, found[:1])
+    add_grads(d_params, found[1:])
     return d_x, *d_memory, *d_params
 
 
@@ -257,19 +288,19 @@ def _unpack_backward(
     """Gradients of the mixed patches (B, N, C), as a new tensor, and of the packed memory that they read."""
     if d_out is None:
         return None, None
-    read = _leaf(read)
+    read = leaf(read)
     d_read: list[Tensor | None] = [None]
-    d_mixed = torch.zeros(x.shape, dtype=bands.x_dtype, device=x.device)
+    d_mixed = bands.zeros(x.shape, bands.x_dtype)
     for start, stop in bands:
         bands.rewind(1)
         top, bottom = bands.around(start, stop, bands.block.unpack_halo)
-        mixed = _leaf(bands.mixed(x, top, bottom))
+        mixed = leaf(bands.mixed(x, top, bottom))
         with torch.enable_grad():
             out = bands.part(bands.unpack(mixed, read, top, bottom), start - top, stop - top)
-        found = _grad([(out, bands.part(d_out, start, stop))], [mixed, read, *bands.params])
+        found = grads_of([(out, bands.part(d_out, start, stop))], [mixed, read, *bands.params])
         bands.part(d_mixed, top, bottom).add_(found[0])
-        _add(d_read, found[1:2])
-        _add(d_params, found[2:])
+        add_grads(d_read, found[1:2])
+        add_grads(d_params, found[2:])
     return d_mixed, d_read[0]
 
 
@@ -295,22 +326,22 @@ def _pack_backward(
     if d_mixed is None and d_total is None:
         return None, None
     d_query: list[Tensor | None] = [None]
-    d_x = torch.zeros(x.shape, dtype=bands.x_dtype, device=x.device) if d_mixed is None else d_mixed
+    d_x = bands.zeros(x.shape, bands.x_dtype) if d_mixed is None else d_mixed
     below: Tensor | None = None  # the gradient that the band above has for the first row of this band
     for start, stop in bands:
         top, bottom = bands.around(start, stop, bands.block.mix_halo)
-        rows = _leaf(bands.part(x, top, bottom).to(bands.x_dtype))
+        rows = leaf(bands.part(x, top, bottom).to(bands.device, bands.x_dtype))
         with torch.enable_grad():
             mixed = bands.mix(rows, top, bottom, start, stop)
             _, total, weighted = bands.pack(query, mixed, start, stop).rebased(maximum)
         outputs = [(total, d_total), (weighted, d_weighted), (mixed, bands.part(d_mixed, start, stop))]
-        found = _grad(outputs, [rows, query, *bands.params])
+        found = grads_of(outputs, [rows, query, *bands.params])
         bands.part(d_x, start, stop).copy_(bands.part(found[0], start - top, stop - top))
         if below is not None:
             bands.part(d_x, start, start + 1).add_(below)
         if top < start:
             bands.part(d_x, top, start).add_(bands.part(found[0], 0, start - top))
         below = bands.part(found[0], stop - top, bottom - top) if bottom > stop else None
-        _add(d_query, found[1:2])
-        _add(d_params, found[2:])
+        add_grads(d_query, found[1:2])
+        add_grads(d_params, found[2:])
     return d_x, d_query[0]

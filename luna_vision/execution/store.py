@@ -7,7 +7,11 @@ therefore always be computed again, and a process that is killed loses only the 
 Shapes: n patches, C width.
 """
 
+import math
+import mmap
 import os
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +20,7 @@ from torch import Tensor
 from ..utils.errors import UserError
 from ..utils.files import open_own
 
-__all__ = ["FileRows", "RamRows", "Ring", "write_all"]
+__all__ = ["FileRows", "RamRows", "Ring", "disk_tensor", "write_all"]
 
 
 class RamRows:
@@ -144,6 +148,24 @@ def reserve(descriptor: int, size: int) -> None:
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
     os.truncate(descriptor, size)
+
+
+def disk_tensor(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros whose memory is a file, which the system reads and writes page by page. It vanishes with the tensor.
+
+    The pages count as memory of the process as long as the system needs it for nothing else.
+
+    Raises:
+        OSError: There is no such folder, or the disk has no room.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            reserve(file.fileno(), size)
+            pages = mmap.mmap(file.fileno(), size)
+    except OSError as error:
+        raise OSError(f"there is no room for {size:,} bytes in {folder}: {error.strerror}") from error
+    return torch.frombuffer(pages, dtype=dtype).view(*shape)
 
 
 class Ring:

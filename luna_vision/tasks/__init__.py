@@ -20,6 +20,7 @@ from .reporting import EpochLines, ExportBest, PredictionWriter, export_weights
 from .sequence import SequenceTask
 from .sequence_parallel import SequenceParallelStrategy
 from .sharding import FSDP2Strategy
+from .slides import SlideTask
 
 __all__ = [
     "EMA",
@@ -46,6 +47,7 @@ __all__ = [
     "SegmentationTask",
     "SequenceTask",
     "SequenceParallelStrategy",
+    "SlideTask",
     "StepMixup",
     "TimeBudget",
     "export_weights",

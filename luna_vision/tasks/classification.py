@@ -196,6 +196,8 @@ class ClassificationTask(TimmTask):
         return images.contiguous(memory_format=torch.channels_last) if self.hparams.channels_last else images
 
     def check_batch(self, images: Tensor, targets: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise ValueError(f"{type(self).__name__} takes images of one size, and the data gives a list of them")
         if images.ndim != 4 or images.shape[1] != self.hparams.in_chans:
             raise ValueError(f"images must be (B, {self.hparams.in_chans}, H, W), got {tuple(images.shape)}")
         low, high = targets.aminmax()

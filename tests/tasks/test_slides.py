@@ -1,0 +1,110 @@
+"""Training on whole slides: from the table to predictions, the ordinary task's numbers, and mistakes in a line."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from luna_vision.cli.train import build
+from luna_vision.data import SlideDataModule
+from luna_vision.images.transforms import eval_transform
+from luna_vision.tasks import ClassificationTask, SlideTask
+from tests.labelled import write_slides
+
+from .conftest import SyntheticData, tiny_trainer
+
+CONFIG = Path(__file__).parents[2] / "configs" / "slides.yaml"
+SMALL = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 8}
+
+
+def task(**arguments) -> SlideTask:
+    torch.manual_seed(0)
+    small = {"model_name": "test_luna_vit", "num_classes": 2, "in_chans": 3, "model_kwargs": SMALL}
+    return SlideTask(**small | arguments)
+
+
+def slides(path: Path, **arguments) -> SlideDataModule:
+    return SlideDataModule(str(write_slides(path / "slides.csv")), **arguments)
+
+
+def test_a_run_trains_tests_and_predicts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py"])  # pytest's own arguments make LightningCLI warn
+    write_slides(tmp_path / "slides.csv")
+    (tmp_path / "disk").mkdir()
+    small = SMALL | {"pretrained": False}
+    kwargs = [f"--model.init_args.model_kwargs.{name}={value}" for name, value in small.items()]
+    machine = ["--trainer.accelerator=cpu", "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false"]
+    words = ["--config", str(CONFIG), *kwargs, *machine]
+    cli = build(["fit", *words, "--model.init_args.store=disk", "--trainer.accumulate_grad_batches=3"])
+    assert cli.trainer.global_step == 2 * 3  # of 8 slides
+    assert set(cli.trainer.callback_metrics) == {"test_loss", "test_acc1"}
+    assert all(value.isfinite() for value in cli.trainer.callback_metrics.values())
+    checkpoints = tmp_path / "runs" / "slides" / "version_0" / "checkpoints"
+    build(["predict", *words, "--ckpt_path", str(checkpoints / "best.ckpt"), "--out", "found.csv"])
+    with open("found.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert [Path(row[0]).name for row in rows[1:]] == ["test_0.png", "test_1.png"]
+
+
+def test_logits_and_gradients_are_those_of_the_ordinary_task(tmp_path):
+    data, ours = slides(tmp_path, hflip=0, vflip=0), task(store_dtype="float32", band_rows=1)
+    theirs = ClassificationTask("test_luna_vit", 2, 3, SMALL)
+    theirs.load_state_dict(ours.state_dict())
+    slide, label = data.dataset("train")[0]
+    image = eval_transform((48, 64), data.mean, data.std)(Image.open(slide.row.path))
+    found = []
+    for one, images in ((ours, [slide]), (theirs, image[None])):
+        loss, logits = one.training_loss(images, torch.tensor([label]))
+        loss.backward()
+        found.append([logits.detach(), *(p.grad for p in one.parameters())])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+
+
+def test_it_learns(tmp_path):
+    """Which of two colours a square has, somewhere in an image."""
+    rng, rows = np.random.default_rng(0), ["path,label,split"]
+    for i in range(24):
+        array = rng.integers(100, 140, (64, 72, 3)).astype(np.uint8)
+        y, x = rng.integers(0, 48, 2)
+        array[y : y + 16, x : x + 16, i % 2] = 255
+        Image.fromarray(array).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{'rg'[i % 2]},{'train' if i < 16 else 'val'}")
+    (tmp_path / "slides.csv").write_text("\n".join(rows))
+    data = SlideDataModule(str(tmp_path / "slides.csv"))
+    trainer = tiny_trainer(tmp_path, max_epochs=10, accumulate_grad_batches=4)
+    trainer.fit(task(lr=3e-3), datamodule=data)
+    assert trainer.callback_metrics["val_acc1"] == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"mixup": 0.2}, "mixup"),
+        ({"compile": True}, "compile"),
+        ({"grad_checkpointing": True}, "grad_checkpointing"),
+        ({"band_rows": -1}, "band_rows must be at least 0"),
+        ({"model_name": "vit_tiny_patch16_224", "model_kwargs": {}}, "needs a Luna ViT"),
+        ({"model_kwargs": SMALL | {"pos_drop_rate": 0.1}}, "pos_drop_rate=0"),
+    ],
+)
+def test_what_does_not_go_is_said(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        task(**arguments)
+
+
+def test_a_store_that_is_no_folder_is_said_before_the_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        task(store=str(tmp_path / "gone")).check_start()
+
+
+def test_data_and_task_that_do_not_belong_together(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    with pytest.raises(ValueError, match="SlideDataModule"):
+        trainer.fit(task(num_classes=6, in_chans=1), datamodule=SyntheticData())
+    with pytest.raises(ValueError, match="gives a list"):
+        trainer.fit(ClassificationTask("test_luna_vit", 2, 3, SMALL), datamodule=slides(tmp_path))
