@@ -16,15 +16,15 @@ from luna_vision.images.pixels import Pixels
 
 
 class Read:
-    """An image that keeps a list of what is read of it, and calls `before` with its length before it reads."""
+    """An image that keeps a list of what is read of it, and calls `before` with the number of a read before it."""
 
     def __init__(self, array: np.ndarray, before=lambda count: None, **others) -> None:
         self.array, self.before, self.reads, self.shape, self.dtype = array, before, [], array.shape, array.dtype
         vars(self).update(others)
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        self.before(len(self.reads))
         self.reads.append((rows.start, rows.stop))
+        self.before(len(self.reads) - 1)
         return self.array[rows]
 
 
@@ -87,7 +87,7 @@ def test_a_band_that_cannot_be_read_stops_the_run_where_it_did(make, photo, tmp_
     torn = Read(image, fail)
     with pytest.raises(OSError, match="cannot read the pixel rows 32 to 47 of the image: the tile is damaged"):
         encode(model, torn, band_rows=4, store=tmp_path / "store", progress=False)
-    assert torn.reads == [(0, 1), (0, 16), (16, 32)]  # and nothing beyond
+    assert torn.reads == [(0, 1), (0, 16), (16, 32), (32, 48)]  # and nothing beyond
     whole = Read(image)
     got = encode(model, whole, band_rows=4, store=tmp_path / "store", progress=False)
     assert whole.reads == [(0, 1), (32, 48), (48, 61)]
