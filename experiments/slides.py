@@ -221,7 +221,7 @@ def _parser() -> Parser:
     parser.add_argument("--patch-size", type=at_least(1), default=32, help="of the model, pixels; its own is 8")
     for split, count in (("train", 128), ("val", 32), ("test", 64)):
         parser.add_argument(f"--{split}", type=at_least(2), default=count, help="images")
-    parser.add_argument("--epochs", type=at_least(1), default=20, help="of one stage")
+    parser.add_argument("--epochs", type=at_least(1), default=12, help="of one stage")
     parser.add_argument("--accumulate", type=at_least(1), default=4, help="images of an optimizer step")
     parser.add_argument("--lr", type=float, default=5e-4, help="of one stage")
     parser.add_argument("--head-epochs", type=at_least(1), default=100, help="of the attention pooling")

@@ -8,11 +8,14 @@ from PIL import Image
 from torch import Tensor
 
 from ..tasks.pictures import draw, to_pixels
+from ..utils.errors import UserError
 
 
 def samples(data: Any) -> Iterator[tuple[Tensor, Any]]:
     """(image, target) of the training batches of a data module, one by one."""
     for images, targets in data.train_dataloader():
+        if not isinstance(images[0], Tensor):
+            raise UserError(f"preview draws images that are held as a whole, and {type(data).__name__} has none")
         yield from zip(images, targets, strict=True)
 
 

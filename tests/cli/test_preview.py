@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from luna_vision.cli.main import main
-from tests.labelled import write_labels, write_masks, write_yolo
+from tests.labelled import write_labels, write_masks, write_slides, write_yolo
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DATA = {"bccd": write_yolo, "camvid": write_masks, "image_labels": write_labels}
@@ -41,6 +41,12 @@ def test_a_sheet_of_training_images(name, run, tmp_path):
     side = 36 if name == "camvid" else 0
     assert not side or sheet.size == (4 * side, 2 * side)
     assert len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 20
+
+
+def test_slides_are_no_pictures(run, tmp_path):
+    write_slides(tmp_path / "slides.csv")
+    code, _, err = run("--config", str(CONFIGS / "slides.yaml"), "--trainer.accelerator=cpu")
+    assert code == 2 and "whole" in err and len([line for line in err.splitlines() if "error" in line]) == 1
 
 
 def test_mistakes(run):

@@ -59,7 +59,7 @@ def test_every_option(options, make, photo):
 @pytest.mark.parametrize("flip", FLIPS)
 def test_odd_sizes(size, flip, make, photo):
     model, image = make(stem="conv", drop_path_rate=0.5).train(), photo[: size[0], : size[1]]
-    same(streamed(model, image, flip=flip), ordinary(model, image, flip=flip))
+    same(streamed(model, image, flip=flip, rows=1), ordinary(model, image, flip=flip))
 
 
 @pytest.mark.parametrize("kind", ["blobs", "diagonal", "rows", "point", "all"])
