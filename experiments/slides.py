@@ -80,8 +80,12 @@ def draw(rng: np.random.Generator, files: dict[str, list[str]], label: int, job:
         names[0] = wanted[0] if label else names[0]
     else:
         names[:2] = wanted if label else [wanted[rng.integers(2)]] * 2
-    image = Image.open(files[rng.choice(others)][rng.integers(100)]).convert("RGB")
-    field = image.resize((side, side), Image.Resampling.BICUBIC)
+
+    def enlarged(name: str, side: int) -> Image.Image:
+        image = Image.open(files[name][rng.integers(len(files[name]))]).convert("RGB")
+        return image.resize((side, side), Image.Resampling.BICUBIC)
+
+    field = enlarged(rng.choice(others), side)
     pairs = np.triu_indices(len(names), 1)
     while True:
         places = rng.integers(0, side - photo + 1, (len(names), 2))
@@ -89,8 +93,7 @@ def draw(rng: np.random.Generator, files: dict[str, list[str]], label: int, job:
         if gaps[pairs].min() >= photo and (job["task"] != "pair" or gaps[0, 1] > side / 2):
             break
     for name, place in zip(names, places, strict=True):
-        one = Image.open(files[name][rng.integers(len(files[name]))]).convert("RGB")
-        field.paste(one.resize((photo, photo), Image.Resampling.BICUBIC), tuple(place.tolist()))
+        field.paste(enlarged(name, photo), tuple(place.tolist()))
     return np.asarray(field)
 
 
