@@ -24,24 +24,6 @@ OPTIONS = [
     {"tie_kv": False},
     {"tie_kv": False, "qkv_bias": False, "proj_bias": False},
     {"pack_heads": 1},
-    {"init_values": 0.5, "final_norm": False},
-    {"patch_size": (4, 6)},
-    {"patch_size": 5},
-    {"in_chans": 1},
-    {"num_classes": 0},
-    {"depth": 1},
-]
-
-# what every execution is tried on
-OPTIONS = [
-    *({"local_mixing": m, "norm_first": n} for m in ("none", "before", "attn", "mlp") for n in (True, False)),
-    *({"memory_mlp": m, "norm_first": n} for m in ("own", "shared") for n in (True, False)),
-    *({"global_pool": g} for g in ("avg", "max", "avgmax", "map", "token", "both")),
-    *({"pos_embed": p, "stem": s} for p in ("none", "learn", "fourier") for s in ("patch", "conv")),
-    *({"pack_form": f, "unpack_form": f} for f in ("projected", "absorbed")),
-    {"tie_kv": False},
-    {"tie_kv": False, "qkv_bias": False, "proj_bias": False},
-    {"pack_heads": 1},
     {"mlp": "swiglu", "local_mixing": "mlp", "memory_mlp": "shared", "global_pool": "both"},
     {"init_values": 0.5, "final_norm": False},
     {"patch_size": (4, 6)},
