@@ -248,7 +248,8 @@ def draw(folder: Path, out: Path) -> None:
 
 def _cost(row: dict[str, Any]) -> tuple[str, str]:
     """Seconds of a scene, and the most memory in GB."""
-    return f"{row['seconds'] / row['scenes']:.2g}", f"{row['peak_resident_bytes'] / 1e9:.1f}"
+    seconds = row["seconds"] / row["scenes"]
+    return f"{seconds:.{0 if seconds >= 10 else 1}f}", f"{row['peak_resident_bytes'] / 1e9:.1f}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
