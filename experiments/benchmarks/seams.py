@@ -217,20 +217,25 @@ def measure(job: dict[str, Any]) -> None:
     print(json.dumps(found))
 
 
-def _crop(side: int) -> tuple[slice, slice]:
-    """Around the middle of the scene, where four tiles meet."""
-    middle = lines(side)[len(lines(side)) // 2]
-    return (slice(middle - 128, middle + 128),) * 2
+def _crop(scene: Scene) -> tuple[slice, slice]:
+    """256 px around the first item that a line cuts from top to bottom, with the line in the middle."""
+    side = len(scene.image)
+    for left, top, right, bottom in scene.boxes.astype(int):
+        for line in lines(side):
+            if left + 8 < line < right - 8:
+                y = min(max((top + bottom) // 2 - 128, 0), side - 256)
+                return slice(y, y + 256), slice(line - 128, line + 128)
+    return slice(0, 256), slice(WINDOW - 128, WINDOW + 128)
 
 
 def _save_crop(folder: Path, scene: Scene, answer: np.ndarray, way: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, pixels in (("scene", scene.image), ("truth", scene.mask), (way, answer)):
-        Image.fromarray(pixels[_crop(len(answer))]).save(folder / f"{name}.png")
+        Image.fromarray(pixels[_crop(scene)]).save(folder / f"{name}.png")
 
 
 def draw(folder: Path, out: Path) -> None:
-    """A place where four tiles meet: the scene, what is there, and the answers."""
+    """A place where two tiles meet: the scene, what is there, and the answers."""
     names = {"scene": "scene", "truth": "what is there", "whole": "whole", "tiles": "tiles", "windows": "windows"}
     figure, axes = plt.subplots(1, len(names), figsize=(14, 3.3), layout="constrained")
     colours = ListedColormap([(0, 0, 0), *plt.get_cmap("tab10").colors])
@@ -240,7 +245,6 @@ def draw(folder: Path, out: Path) -> None:
             ax.imshow(pixels, cmap="gray")
         else:
             ax.imshow(pixels, cmap=colours, vmin=0, vmax=CLASSES, interpolation="nearest")
-        ax.axhline(len(pixels) / 2 - 0.5, color="w", lw=0.6, ls=":")
         ax.axvline(len(pixels) / 2 - 0.5, color="w", lw=0.6, ls=":")
         ax.set(xticks=[], yticks=[], title=title)
     save_figure(figure, out, dpi=100)

@@ -22,8 +22,8 @@ from luna_vision.data.label_files import COLUMNS, MISSING, TWICE, UNKNOWN, read_
 from luna_vision.data.sampling import sample_seed
 from luna_vision.execution.streamed import PatchRows
 from luna_vision.images import open_image
-from luna_vision.images.find import listed
-from luna_vision.images.foreground import OTSU, patch_mask
+from luna_vision.images.find import MASK_WORDS, listed
+from luna_vision.images.foreground import patch_mask
 from luna_vision.images.pixels import Pixels
 from luna_vision.images.regions import Choice
 from luna_vision.images.values import DATA, PERCENTILE, Values
@@ -40,7 +40,7 @@ class Row(NamedTuple):
     Attributes:
         path: Of the image file.
         label: Name of its class.
-        mask: "otsu" or a file, see `luna_vision.images.foreground.patch_mask`; None where the table has none.
+        mask: "otsu", "valid" or a file, see `luna_vision.images.foreground.patch_mask`; None where the table has none.
         region: (x, y, width, height) in pixels of level 0; None for the whole image.
     """
 
@@ -153,7 +153,8 @@ def read_slides(path: Path, faults: LabelFaults) -> dict[str, list[Row]]:
         given = dict(zip(header, cells, strict=True))
         region = _region(given.get("region", ""))
         mask = given.get("mask") or None
-        mask = mask if mask in (None, OTSU) else str(path.parent / mask)
+        if mask is not None and mask not in MASK_WORDS:
+            mask = str(path.parent / mask)
         row = Row(str(path.parent / given["path"]), given["label"], mask, region or None)
         if not given["path"] or not Path(row.path).exists():
             faults.add(MISSING, f"{where}: {given['path']}")
@@ -163,7 +164,7 @@ def read_slides(path: Path, faults: LabelFaults) -> dict[str, list[Row]]:
             faults.add("row without a label", where)
         elif region is None:
             faults.add("region that is not X Y WIDTH HEIGHT in pixels", f"{where}: {given['region']}")
-        elif mask not in (None, OTSU) and not Path(mask).is_file():
+        elif mask is not None and mask not in MASK_WORDS and not Path(mask).is_file():
             faults.add("missing mask file", f"{where}: {given['mask']}")
         elif (split := given.get("split") or "train") not in SPLITS:
             faults.add("split that is not train, val or test", f"{where}: {split}")
@@ -214,8 +215,8 @@ class SlidesToPredict(Dataset):
 class SlideDataModule(PredictsFiles, PhotoDataModule):
     """Whole slides, or other images of any size, with one label each, for :class:`~luna_vision.tasks.SlideTask`.
 
-    ``root`` is a CSV table with a header. Its columns are ``path`` and ``label``, and perhaps ``mask`` ("otsu", an
-    image or GeoJSON, as of ``luna-vision encode``), ``region`` (X Y WIDTH HEIGHT in pixels of level 0) and ``split``
+    ``root`` is a CSV table with a header. Its columns are ``path`` and ``label``, perhaps also ``mask`` ("otsu", "valid",
+    an image or GeoJSON, as of ``luna-vision encode``), ``region`` (X Y WIDTH HEIGHT in pixels of level 0) and ``split``
     (train, val or test). Relative paths begin at its folder. Without rows for val, ``val_fraction`` of those for
     training is held out; without rows for test, those for val are tested.
 

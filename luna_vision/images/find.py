@@ -251,6 +251,9 @@ def find_files(
     return list(files.values()), [(path, printable(one_line(error))) for path, error in errors]
 
 
+MASK_WORDS = ("otsu", "valid")  # masks that are no files
+
+
 class Listed(NamedTuple):
     """A line of a list of large images.
 
@@ -268,8 +271,8 @@ class Listed(NamedTuple):
 def read_list(path: str | os.PathLike) -> list[Listed]:
     """The lines of a CSV file with a column "path" and, if wanted, "mask" and "region" ("X Y WIDTH HEIGHT").
 
-    Paths are relative to the folder of the file; "otsu" is a mask, too. Empty cells are none, and other columns are for
-    others.
+    Paths are relative to the folder of the file; "otsu" and "valid" are masks, too. Empty cells are none, and other
+    columns are for others.
 
     Raises:
         UserError: It is no such file.
@@ -288,7 +291,7 @@ def read_list(path: str | os.PathLike) -> list[Listed]:
                 if not cells["path"]:
                     raise UserError(f"{where} has no path")
                 mask = cells["mask"] or None
-                if mask not in (None, "otsu"):
+                if mask is not None and mask not in MASK_WORDS:
                     mask = str(path.parent / mask)
                 region = region_of(cells["region"], where) if cells["region"] else None
                 found.append(Listed(str(path.parent / cells["path"]), mask, region))

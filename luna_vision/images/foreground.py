@@ -14,13 +14,14 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..utils.errors import UserError, one_line
+from .find import MASK_WORDS
 from .formats import open_image
 from .regions import Frame, Georeference
 from .values import missing
 
 __all__ = ["OTSU", "VALID", "foreground", "otsu_threshold", "patch_mask"]
 
-OTSU, VALID = "otsu", "valid"
+OTSU, VALID = MASK_WORDS
 POLYGONS = (".geojson", ".json")
 CELLS = 2  # a side of a patch, in which polygons are drawn
 BINS = 256

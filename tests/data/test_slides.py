@@ -13,6 +13,7 @@ from PIL import Image
 
 from luna_vision.data import SlideDataModule
 from luna_vision.images.decode import SampleError
+from luna_vision.images.find import read_list
 from luna_vision.utils.errors import UserError
 
 
@@ -66,6 +67,13 @@ def test_splits_masks_and_regions(folder):
     assert grids["0"] == grids["4"] == ((9, 12), 1, None)
     assert grids["1"][:2] == ((3, 4), 0) and grids["2"] == ((2, 3), 0, 6)
     assert grids["3"] == ((1, 2), 1, 2)
+
+
+def test_masks_that_are_no_files(folder):
+    path = write(folder, "path,label,mask\n0.tif,a,valid\n1.tif,b,otsu\n2.tif,b,corner.png\n")
+    masks = ["valid", "otsu", str(folder / "corner.png")]
+    assert [row.mask for row in SlideDataModule(path).table()["train"]] == masks
+    assert [row.mask for row in read_list(path)] == masks
 
 
 def test_resolution_and_pixels_are_those_of_the_file(folder):
