@@ -215,10 +215,10 @@ class SlidesToPredict(Dataset):
 class SlideDataModule(PredictsFiles, PhotoDataModule):
     """Whole slides, or other images of any size, with one label each, for :class:`~luna_vision.tasks.SlideTask`.
 
-    ``root`` is a CSV table with a header. Its columns are ``path`` and ``label``, perhaps also ``mask`` ("otsu", "valid",
-    an image or GeoJSON, as of ``luna-vision encode``), ``region`` (X Y WIDTH HEIGHT in pixels of level 0) and ``split``
-    (train, val or test). Relative paths begin at its folder. Without rows for val, ``val_fraction`` of those for
-    training is held out; without rows for test, those for val are tested.
+    ``root`` is a CSV table with a header. Its columns are ``path`` and ``label``, and perhaps ``mask`` ("otsu",
+    "valid", an image or GeoJSON, as of ``luna-vision encode``), ``region`` (X Y WIDTH HEIGHT in pixels of level 0) and
+    ``split`` (train, val or test). Relative paths begin at its folder. Without rows for val, ``val_fraction`` of those
+    for training is held out; without rows for test, those for val are tested.
 
     Batches are ``(slides, labels)``: a list of :class:`Slide`, whose pixels the task reads by rows, and int64 (B,).
     Files are those of :func:`luna_vision.images.open_image`; PNG and JPEG are decoded as a whole.
