@@ -98,12 +98,10 @@ class PhotoDataModule(ImageDataModule):
         self,
         root: str = "data/imagenet",
         img_size: int | list[int] = 224,
-        num_workers: int | None = None,
+        num_workers: int = min(8, os.cpu_count() or 1),
         crop_pct: float | None = 0.875,
         **kwargs,
     ) -> None:
-        if num_workers is None:
-            num_workers = min(8, os.cpu_count() or 1)
         super().__init__(root=root, img_size=img_size, num_workers=num_workers, crop_pct=crop_pct, **kwargs)
         self._class_names: list[str] | None = None
 

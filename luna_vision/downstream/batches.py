@@ -25,7 +25,7 @@ from luna_vision.images.decode import SampleError, to_channels
 from luna_vision.images.find import Listed, region_of
 from luna_vision.models.factory import load_model
 from luna_vision.utils.device import products_in, settle_dtype
-from luna_vision.utils.errors import one_line
+from luna_vision.utils.errors import UserError, one_line
 
 from .encode_files import concerns_image, encode_row, row_of
 from .features import Extractor
@@ -67,7 +67,8 @@ class Embedder:
         self.transform = image_transform(self.extractor, self.settings, self.values)
         side = self.settings.img_size
         size = (side, side) if side else resolve_data_config(pretrained_cfg=loaded.pretrained_cfg)["input_size"][1:]
-        self.none = self._window([np.zeros(size, np.uint8)])[1].slice(0, 0)
+        image = _image(size, loaded.pretrained_cfg, self.extractor.in_chans, self.settings.nodata)
+        self.none = self._window([image])[1].slice(0, 0)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> "pa.Table":
         """The columns of the batch but "image", with "embedding" and, where wanted, "memory", "grid", "grid_shape"."""
@@ -105,16 +106,19 @@ class Encoder:
         Args:
             checkpoint, model, arguments, device, dtype: As of `Embedder`.
             choice: Arguments of `luna_vision.images.open_image`, such as {"mpp": 0.5}.
-            **how: Arguments of `luna_vision.execution.encode`, such as memory_budget="16GB".
+            **how: Arguments of `luna_vision.execution.encode`, such as memory_budget="16GB", but no files: rows that
+                are computed at the same time would share them.
 
         Raises:
             ValueError, OSError: As `load_model`, or a model that cannot stream.
         """
+        if files := [name for name in ("store", "grid", "attention", "save") if name in how]:
+            raise UserError(f"{' and '.join(files)} would be shared by all rows: leave out")
         self.model, self.choice, self.how = load_model(model, arguments, checkpoint, device), choice or {}, how
         check_model(self.model, "streaming")
         self.dtype, size = settle_dtype(self.model, dtype), self.model.patch_embed.patch_size
         with products_in(self.model, self.dtype):
-            one = encode(self.model, np.zeros((*size, self.model.in_chans), np.uint8), progress=False)
+            one = encode(self.model, _image(size, self.model.pretrained_cfg, self.model.in_chans), progress=False)
         self.none = as_table(row_of(Listed(""), size, one)).slice(0, 0)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> "pa.Table":
@@ -132,8 +136,15 @@ class Encoder:
                 if not concerns_image(error):
                     raise
                 failures[i] = one_line(error)
-        others = {name: values for name, values in batch.items() if name not in self.none.column_names}
+        own = {name: [_text(value) for value in batch[name]] for name in ("mask", "region") if name in batch}
+        others = {name: values for name, values in batch.items() if name not in self.none.column_names} | own
         return _rows(others, list(rows), pa.concat_tables([self.none, *rows.values()]), failures)
+
+
+def _image(size: tuple[int, int], cfg: Mapping[str, Any], in_chans: int, nodata: float | None = None) -> np.ndarray:
+    """An image (H, W, C) of which no pixel is missing."""
+    number = next(n for n in (0, 1, 2) if n not in (cfg.get("nodata"), nodata))
+    return np.full((*size, in_chans), number, np.uint8)
 
 
 def _text(value: Any) -> str:
@@ -147,15 +158,18 @@ def _rows(
     """All rows of a batch in their order, those of failures with nulls.
 
     Args:
-        others: Columns of the batch.
+        others: Columns of the batch; where `found` has one of the same name, for the failures.
         index: Which rows were found.
         found: Their columns.
         failures: By row, why it could not be used.
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     place, count = {i: n for n, i in enumerate(index)}, len(index) + len(failures)
     found = found.take(pa.array([place.get(i) for i in range(count)], pa.int64()))
     columns = {name: pa.array(list(values)) for name, values in others.items()}
-    columns |= dict(zip(found.column_names, found.columns, strict=True))
+    own = {name: columns.pop(name) for name in found.column_names if name in columns}
+    for name, column in zip(found.column_names, found.columns, strict=True):
+        columns[name] = pc.coalesce(column, own[name]) if name in own else column
     return pa.table(columns | {"error": pa.array([failures.get(i, "") for i in range(count)], pa.string())})

@@ -49,7 +49,9 @@ class RamRows:
                 raise UserError(f"the system locks no {size:,} bytes of memory for copies to the GPU: give a store")
 
     def read(self, start: int, count: int) -> Tensor:
-        return self.rows[start : start + count]
+        rows = self.rows[start : start + count]
+        # only the stream of the GPU knows when copies into locked memory are done: nothing on the CPU reads it
+        return rows if self.locked_for is None else rows.to(self.locked_for, non_blocking=True)
 
     def write(self, start: int, rows: Tensor) -> None:
         self.rows[start : start + len(rows)].copy_(rows, non_blocking=True)

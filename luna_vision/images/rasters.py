@@ -4,6 +4,7 @@ Shapes: n x m pixels of a part, c bands.
 """
 
 import importlib.util
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,15 @@ def open_raster(path: Path, driver: str = "GTiff") -> Source | None:
         driver: Of GDAL: "GTiff" or "JP2OpenJPEG".
 
     Raises:
-        ValueError: It cannot be read.
+        ValueError: A TIFF cannot be read; of JPEG 2000, for which GDAL may have no driver, None is returned.
     """
     import rasterio
     from rasterio.enums import ColorInterp, MaskFlags
-    from rasterio.errors import RasterioError
+    from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
     try:
-        with rasterio.Env(**ENVIRONMENT):
+        with rasterio.Env(**ENVIRONMENT), warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
             data = rasterio.open(path, driver=driver)
             sizes = [(data.height, data.width)]
             factors = [data.overviews(i) for i in data.indexes]
@@ -47,6 +49,8 @@ def open_raster(path: Path, driver: str = "GTiff") -> Source | None:
                 levels = [rasterio.open(path, driver=driver, overview_level=i) for i in range(len(factors[0]))]
                 sizes += [(level.height, level.width) for level in levels]
     except RasterioError as error:
+        if driver != "GTiff":
+            return None
         raise ValueError(f"cannot read {path}: {one_line(error)}") from error
     kept = [i for i, kind in zip(data.indexes, data.colorinterp, strict=True) if kind != ColorInterp.alpha]
     odd = {ColorInterp.palette, ColorInterp.cyan, ColorInterp.hue, ColorInterp.Y} & set(data.colorinterp)

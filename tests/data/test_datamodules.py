@@ -224,7 +224,7 @@ def test_every_argument_can_stand_in_a_yaml(name: str, capsys: pytest.CaptureFix
     init_args |= {"predict_path": ["a.png"], "random_erasing": 0.1, "augmentation": "timm", "val_fraction": 0.05}
     if name == "TimmDataModule":
         init_args |= {"name": "torch/cifar10", "num_classes": 10, "dataset_args": {"input_img_mode": "RGB"}}
-    if name in ("DetectionDataModule", "SegmentationDataModule"):  # their images keep their size
+    if name in ("DetectionDataModule", "SegmentationDataModule", "SlideDataModule"):  # their images keep their size
         init_args = {"root": "x", "seed": 3, "predict_path": ["a.png"], "hflip": 0.1}
     if name == "CanvasDataModule":
         del init_args["img_size"]

@@ -1,5 +1,6 @@
 """Models on batches of columns, alone and by Ray Data: the rows of one process, and a killed worker costs nothing."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 import tifffile
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 
 from luna_vision.downstream.batches import Embedder, Encoder
 from luna_vision.downstream.embed import Settings, embed_images
 from luna_vision.execution import encode
 from luna_vision.images import open_image
+from luna_vision.models.factory import PIXELS
 
 
 @pytest.fixture
@@ -59,6 +62,10 @@ def test_a_batch_of_paths(how, model, slides):
     rows = table.to_pylist()
     check_encodings(rows, slides, model)
     assert [row["patient"] for row in rows] == list(range(5)) and rows[3]["region"] == "2 3 20 17"
+    with pytest.raises(ValueError, match="store would be shared by all rows"):
+        Encoder(**how, store="run")
+    failed = encoder({"path": slides[2:3], "region": ["2 3 20 17"]}).to_pylist()
+    assert failed[0]["error"] and failed[0]["region"] == "2 3 20 17"
     nothing = encoder({"path": slides[2:3], "patient": [7]})
     assert nothing.num_rows == 1 and nothing.schema.equals(table.schema)
 
@@ -139,3 +146,14 @@ def test_ray_embeds_decoded_images(ray, how, model, photos, tmp_path):
     assert len(rows) == len(want.paths) == 11
     found = [rows[Path(path).name]["embedding"] for path in want.paths]
     np.testing.assert_allclose(np.stack(found), want.embedding, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Embedder, Encoder])
+def test_models_of_other_bands_and_without_zeros(kind, tiny, tmp_path):
+    model = tiny(in_chans=4, num_classes=0)
+    save_for_hf(model, tmp_path / "it")
+    file = tmp_path / "it" / "config.json"
+    config = json.loads(file.read_text())
+    config[PIXELS] = {"nodata": 0, "fill": "error"}
+    file.write_text(json.dumps(config))
+    kind(model=f"local-dir:{tmp_path / 'it'}", device="cpu")
