@@ -67,7 +67,7 @@ def main(words: list[str]) -> int:
     from ..downstream.embed import Settings, check_target, write_embeddings
     from ..images import find_files
     from ..models.factory import random_weights
-    from ..utils.ranks import is_first
+    from ..utils.ranks import is_first, joined_ranks
 
     names = ("max_size", "img_size", "mean", "std", "memory", "grid", "batch_size", "max_pixels", "workers")
     settings = Settings(
@@ -77,9 +77,9 @@ def main(words: list[str]) -> int:
     files, missing = find_files(args.images, partial(print, file=sys.stderr) if is_first() else lambda line: None)
     model = load(args, num_classes=0)
     try:
-        with at_speed(args, model):
+        with at_speed(args, model), joined_ranks() as ranks:
             failures = missing + write_embeddings(
-                model, files, args.out, settings, random_weights(**model_options(args))
+                model, files, args.out, settings, random_weights(**model_options(args)), ranks=ranks
             )
     except KeyboardInterrupt:
         print("stopped; the same command continues from here", file=sys.stderr)

@@ -75,16 +75,18 @@ def main(words: list[str]) -> int:
     args = _parser().parse_args(words)
     if args.out.suffix in ("", ".parquet"):
         return _many(args)
-    if args.image.suffix.lower() == ".csv":
-        raise UserError(f"{args.image} lists many images: give --out FILE.parquet")
 
     from .. import __version__
     from ..execution import encode
-    from ..execution.grid import check_grid
+    from ..execution.grid import ZARR_FILES, check_grid
     from ..images.maps import check_map
     from ..models.factory import random_weights
     from ..utils.files import check_output
 
+    if args.image.suffix.lower() == ".csv":
+        raise UserError(f"{args.image} lists many images: give --out FILE.parquet")
+    if _is_searched(args.image) and not any((args.image / name).is_file() for name in ZARR_FILES):
+        raise UserError(f"{args.image} holds many images: give --out FILE.parquet")
     check_output(args.out, SUFFIXES, args.overwrite)
     check_file(args.out, "the output", args.image, args.overwrite)
     if args.grid is not None:
@@ -129,7 +131,7 @@ def _many(args: "Namespace") -> int:
     from ..images.find import Listed, find_files, read_list
     from ..images.pixels import pixel_statistics
     from ..models.factory import random_weights
-    from ..utils.ranks import is_first
+    from ..utils.ranks import is_first, joined_ranks
 
     out = args.out if args.out.suffix else args.out / TABLE
     check_target(out, args.overwrite)
@@ -137,6 +139,10 @@ def _many(args: "Namespace") -> int:
         path = getattr(args, option)
         if path is not None and (path.suffix or path.is_file()):
             raise UserError(f"--{option} of many images is a folder, got {path}")
+    for option in ("grid", "attention", "store"):
+        path = getattr(args, option)
+        if path is not None and _is_searched(args.image) and path.resolve().is_relative_to(args.image.resolve()):
+            raise UserError(f"--{option} {path} lies in {args.image}, where images are searched: give another folder")
     choice, missing = check_streaming(args), []
     own = {"mask": args.mask, "region": choice.pop("region")}
     if args.image.suffix.lower() == ".csv":
@@ -151,7 +157,7 @@ def _many(args: "Namespace") -> int:
     how.pop("mask")
     pixel_statistics(model, how["mean"], how["std"])  # which raises here and not for each image
     try:
-        with at_speed(args, model):
+        with at_speed(args, model), joined_ranks() as ranks:
             failures = encode_files(
                 model,
                 items,
@@ -161,6 +167,7 @@ def _many(args: "Namespace") -> int:
                 attention=args.attention,
                 overwrite=args.overwrite,
                 random_weights=random_weights(**model_options(args)),
+                ranks=ranks,
                 **how,
             )
     except KeyboardInterrupt:
@@ -171,6 +178,13 @@ def _many(args: "Namespace") -> int:
     if failures and out.exists():
         print("the same command with --overwrite tries those again that could not be used", file=sys.stderr)
     return say_used(out, len(items) + len(missing), missing + failures)
+
+
+def _is_searched(image: Path) -> bool:
+    """Whether it is a folder in which images are searched, and not an array of zarr by its name."""
+    from ..images.find import ZARR
+
+    return image.is_dir() and not image.name.lower().endswith(ZARR)
 
 
 def _save(path: Path, result: "Encoded", about: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from luna_vision.utils.device import product_dtype
 from luna_vision.utils.files import check_output
 from luna_vision.utils.fingerprint import describe
 from luna_vision.utils.progress import progress_bar
-from luna_vision.utils.ranks import joined_ranks
+from luna_vision.utils.ranks import ALONE, Ranks
 
 from .features import Extractor
 from .parts import WRITERS, PartFolder, window_columns
@@ -125,26 +125,31 @@ def embed_to_file(
 
 
 def write_embeddings(
-    model: nn.Module, files: list[str], out: Path, settings: Settings, random_weights: bool, progress: bool = True
+    model: nn.Module,
+    files: list[str],
+    out: Path,
+    settings: Settings,
+    random_weights: bool,
+    progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> list[tuple[str, str]]:
     """`embed_to_file` for image files that were found before; returns those that could not be used.
 
-    Processes of torchrun share the images; the first one writes the file, and returns what all could not use.
+    All of `ranks` call this and share the images; the first one writes the file, and returns what all could not use.
     """
     extractor = Extractor(model, settings.memory, settings.grid)
     values = pixel_values(extractor, settings, files)
     about = _about(extractor, files, settings) | values.described() | {"random_weights": random_weights}
-    with joined_ranks() as ranks:
-        parts, own = PartFolder(out, about, ranks), ranks.share(len(files))
-        with _bar(len(own), sum(i in parts.done for i in own), progress and ranks.first) as bar:
-            for start, stop in parts.gaps(own):
-                for window in read_windows(extractor, files, settings, start, bar.update, values, stop):
-                    parts.add(list(window.features), window_columns(window), window.failures)
-        ranks.gather()
-        if not ranks.first:
-            return []
-        parts.finish(files)
-        return [(files[i], reason) for i, reason in parts.failures]
+    parts, own = PartFolder(out, about, ranks), ranks.share(len(files))
+    with _bar(len(own), sum(i in parts.done for i in own), progress and ranks.first) as bar:
+        for start, stop in parts.gaps(own):
+            for window in read_windows(extractor, files, settings, start, bar.update, values, stop):
+                parts.add(list(window.features), window_columns(window), window.failures)
+    ranks.gather()
+    if not ranks.first:
+        return []
+    parts.finish(files)
+    return [(files[i], reason) for i, reason in parts.failures]
 
 
 def check_target(out: Path, overwrite: bool) -> None:

@@ -8,12 +8,14 @@ them, `memory` (L, C), `size` (H, W), `grid_size` (H', W'), `patches` that were 
 schema's metadata under "luna_vision" has the model and the options, as JSON.
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,13 @@ from luna_vision.utils.device import product_dtype
 from luna_vision.utils.errors import is_check, one_line
 from luna_vision.utils.fingerprint import describe
 from luna_vision.utils.progress import progress_bar
-from luna_vision.utils.ranks import joined_ranks
+from luna_vision.utils.ranks import ALONE, Ranks
 
 from .parts import PartFolder
 
 __all__ = ["concerns_image", "encode_files", "encode_row", "row_of"]
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of the disk that is written to
 NOT_OF_THE_RESULT = ("memory_budget", "band_rows")  # but by rounding
 
 
@@ -81,7 +84,12 @@ def row_of(item: Listed, size: tuple[int, int], result: Encoded) -> dict[str, np
 
 
 def concerns_image(error: Exception) -> bool:
-    """Whether an error of `encode_row` says that an image cannot be used, and is no bug."""
+    """Whether an error of `encode_row` says that an image cannot be used: it is no bug, and no full disk."""
+    cause: BaseException | None = error
+    while cause is not None:  # errors with a message of ours come from that of the system
+        if isinstance(cause, OSError) and cause.errno in FULL:
+            return False
+        cause = cause.__cause__
     return not isinstance(error, ValueError) or is_check(error)
 
 
@@ -96,6 +104,7 @@ def encode_files(
     overwrite: bool = False,
     random_weights: bool = False,
     progress: bool = True,
+    ranks: Ranks = ALONE,
     **how: Any,
 ) -> list[tuple[str, str]]:
     """Write a .parquet file with a row for each image; continue where an earlier call was stopped.
@@ -111,6 +120,7 @@ def encode_files(
         overwrite: Replace grids and maps that are no result of this run.
         random_weights: The model was not trained; the file then says so.
         progress: Show a progress bar.
+        ranks: The processes that share the images, all of which call this.
         **how: Other arguments of `luna_vision.execution.encode`, for all of them.
 
     Returns:
@@ -118,7 +128,7 @@ def encode_files(
 
     Raises:
         ValueError: A model that cannot stream, or `OUT.partial` has parts of another run.
-        OSError: A file is in the way, or cannot be written.
+        OSError: A file is in the way, or cannot be written, as on a full disk.
     """
     check_model(model, "streaming")
     names = _names(items)
@@ -130,36 +140,47 @@ def encode_files(
     ]
     about = _about(model, items, choice | how) | {"random_weights": random_weights}
     failures: dict[int, str] = {}
-    with joined_ranks() as ranks:
-        parts = PartFolder(out, about, ranks)
-        todo = [i for i, own in enumerate(files) if i not in parts.done or not _is_complete(own)]
-        _check_free([files[i] for i in todo if i not in parts.done], overwrite)
-        ranks.gather()
-        # slides of one patient, which lie side by side, are alike in size: each process takes some of them
-        own = [i for i in todo if i % ranks.count == ranks.rank]
-        bar = {"total": len(own), "desc": "encoding", "unit": "image"}
-        with progress_bar(own, show=progress and ranks.first, **bar) as positions:
-            for i in positions:
-                try:
-                    encode_row(model, items[i], choice, lambda row, i=i: parts.add([i], row, {}), **how | files[i])
-                except (OSError, ValueError, MemoryError) as error:
-                    if not concerns_image(error):
-                        raise
-                    failures[i] = one_line(error)
-        every = {i: reason for part in ranks.gather(failures) for i, reason in part.items()}
-        if not ranks.first:
-            return []
-        parts.finish([item.path for item in items], keep=bool(every))
-        if store is not None and store.is_dir() and not any(store.iterdir()):
-            store.rmdir()
+    adding = False
+
+    def add(i: int, row: dict[str, np.ndarray]) -> None:
+        nonlocal adding
+        adding = True
+        parts.add([i], row, {})
+        adding = False
+
+    parts = PartFolder(out, about, ranks)
+    todo = [i for i, own in enumerate(files) if i not in parts.done or not _is_complete(own)]
+    _check_free([files[i] for i in todo if i not in parts.done], overwrite)
+    ranks.gather()
+    # slides of one patient, which lie side by side, are alike in size: each process takes some of them
+    own = [i for i in todo if i % ranks.count == ranks.rank]
+    bar = {"total": len(own), "desc": "encoding", "unit": "image"}
+    with progress_bar(own, show=progress and ranks.first, **bar) as positions:
+        for i in positions:
+            try:
+                encode_row(model, items[i], choice, partial(add, i), **how | files[i])
+            except (OSError, ValueError, MemoryError) as error:
+                if adding or not concerns_image(error):
+                    raise
+                failures[i] = one_line(error)
+    every = {i: reason for part in ranks.gather(failures) for i, reason in part.items()}
+    if not ranks.first:
+        return []
+    parts.finish([item.path for item in items], keep=bool(every))
+    if store is not None and store.is_dir() and not any(store.iterdir()):
+        store.rmdir()
     return [(items[i].path, reason) for i, reason in sorted(every.items())]
 
 
 def _names(items: Sequence[Listed]) -> list[str]:
-    """A name for what belongs to each image: that of its file, with its number where several have the same."""
-    stems = [Path(item.path).stem for item in items]
-    counts = Counter(stems)
-    return [stem if counts[stem] == 1 else f"{stem}-{i}" for i, stem in enumerate(stems)]
+    """A name for what belongs to each image: that of its file, with its number where several have the same.
+
+    Names that differ only in case are the same, as they are on some disks.
+    """
+    names = [Path(item.path).stem for item in items]
+    while len(counts := Counter(map(str.casefold, names))) < len(names):  # a new name may be that of another file
+        names = [name if counts[name.casefold()] == 1 else f"{name}-{i}" for i, name in enumerate(names)]
+    return names
 
 
 def _is_complete(files: dict[str, Path]) -> bool:

@@ -127,8 +127,8 @@ class PartFolder:
             return True
         if other := [name for name in self.about | found if self.about.get(name) != found.get(name)]:
             raise ValueError(
-                f"{self.folder} has parts of a run that was stopped, with other {', '.join(other)}: remove the folder, "
-                "or give another output"
+                f"{self.folder} has parts of a run that was stopped or left images out, with other "
+                f"{', '.join(other)}: remove the folder, or give another output"
             )
         return False
 

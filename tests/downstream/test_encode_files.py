@@ -1,5 +1,6 @@
 """A table of many large images: the rows of each alone, no image lost, and the same by any number of processes."""
 
+import errno
 import json
 import shutil
 import sys
@@ -19,9 +20,11 @@ from luna_vision.cli.common import run_command
 from luna_vision.cli.embed import main as embed
 from luna_vision.cli.encode import main
 from luna_vision.downstream import encode_files, parts
+from luna_vision.downstream.embed import embed_to_file
 from luna_vision.execution import encode
 from luna_vision.execution.checkpoint import Checkpoint
 from luna_vision.images import open_image
+from luna_vision.images.find import Listed
 from tests.tasks.ranks import finish, run, start, until
 
 SIZES = [(61, 43), (80, 64), (48, 120), (96, 33)]
@@ -156,12 +159,47 @@ def test_images_that_cannot_be_used_are_listed_and_tried_again(slides, weights, 
     assert [Path(path).name for path in table(tmp_path / "o.parquet")["path"]] == ["a.tif", "b.tif", "c.zarr", "a.tif"]
 
 
+@pytest.mark.parametrize("where", ["luna_vision.execution.store.reserve", "luna_vision.downstream.parts.np.savez"])
+def test_a_full_disk_stops_the_run_and_is_no_fault_of_an_image(where, slides, weights, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(where, full)
+    with pytest.raises(OSError, match="No space left"):
+        main([str(slides), *weights, "--out", str(tmp_path / "o.parquet"), "--store", str(tmp_path / "run")])
+    assert not (tmp_path / "o.parquet").exists()
+
+
+def test_no_two_images_share_a_name(slides, weights, tmp_path):
+    for name in ("more/B.tif", "more/a-0.tif", "more/a-0-5.tif"):
+        shutil.copy(slides / "a.tif", slides / name)
+    assert main([str(slides), *weights, "--out", str(tmp_path / "o.parquet"), "--grid", str(tmp_path / "grids")]) == 0
+    names = {path.name.lower() for path in (tmp_path / "grids").iterdir()}
+    assert len(names) == 7 and "c.npy" in names
+
+
+@pytest.mark.parametrize("name", ["encode", "embed"])
+def test_a_program_under_torchrun_may_call_one_process_alone(name, slides, photos, model, tmp_path, monkeypatch):
+    for variable, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(variable, value)
+    out = tmp_path / "o.parquet"
+    if name == "encode":
+        assert encode_files.encode_files(model, [Listed(str(slides / "a.tif"))], out, {}) == []
+    else:
+        assert embed_to_file(model, photos / "00.png", out) == []
+    assert len(table(out)["path"]) == 1
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         (["--out", "{tmp}/old.parquet"], "old.parquet exists: give --overwrite"),
         (["--out", "o.npz", "{tmp}/list.csv"], "list.csv lists many images: give --out FILE.parquet"),
         (["--grid", "g.npy"], "--grid of many images is a folder, got g.npy"),
+        (["--out", "o.npz", "{tmp}/slides"], "slides holds many images: give --out FILE.parquet"),
+        (["--grid", "{tmp}/slides/more", "{tmp}/slides"], "--grid {tmp}/slides/more lies in {tmp}/slides"),
+        (["--attention", "{tmp}/slides", "{tmp}/slides"], "--attention {tmp}/slides lies in {tmp}/slides"),
+        (["--store", "{tmp}/slides/run", "{tmp}/slides"], "--store {tmp}/slides/run lies in {tmp}/slides"),
         (["--grid", "{tmp}/grids"], "a.npy exists: give --overwrite"),
         (["--mean", "1", "2"], "mean must be 1 or 3 finite numbers"),
         (["--level", "1", "--mpp", "2"], "level and mpp all say how large pixels are"),
@@ -180,7 +218,7 @@ def test_mistakes(change, message, slides, weights, tmp_path, capsys):
     (tmp_path / "list.csv").write_text("path,region\na.tif,1 2 3\n")
     (tmp_path / "empty.csv").write_text("path,region\n")
     change = [word.format(tmp=tmp_path) for word in change]
-    image = [] if change[-1].endswith(("csv", "nothing")) else [str(slides / "a.tif")]
+    image = [] if change[-1].endswith(("csv", "nothing", "/slides")) else [str(slides / "a.tif")]
     with pytest.raises(SystemExit) as stop:
         run_command(lambda: main([*image, *weights, "--out", str(tmp_path / "o.parquet"), *change]))
     assert stop.value.code == 2
