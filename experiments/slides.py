@@ -136,7 +136,9 @@ def one_stage(job: Job) -> Job:
     with torch.no_grad():
         right = [bool(model([slide]).argmax() == label) for slide, label in cli.datamodule.dataset("test")]
     steps = job["epochs"] * job["train"]
-    return {"test": accuracy(right), "seconds": seconds, "steps": steps, "peak_resident_bytes": peak_resident()}
+    # of a training that was stopped, nobody knows the time before
+    spent = {"seconds": seconds} if cli.trainer.ckpt_path is None else {"resumed": True}
+    return {"test": accuracy(right), **spent, "steps": steps, "peak_resident_bytes": peak_resident()}
 
 
 class GatedAttention(nn.Module):
@@ -261,9 +263,10 @@ def main(argv: list[str] | None = None) -> int:
         about = {"date": datetime.date.today().isoformat(), "machine": machine()}
         write_json(args.out, {**about, "rows": rows})
         test, peak = row["test"], row["peak_resident_bytes"] / 1e9
+        spent = "resumed" if "resumed" in row else f"{row['seconds']:.0f} s"
         print(
             f"{args.task}, {way}: {test['correct']} of {test['images']} right ({100 * test['accuracy']:.1f}%), "
-            f"{row['seconds']:.0f} s, peak resident memory {peak:.2f} GB",
+            f"{spent}, peak resident memory {peak:.2f} GB",
             flush=True,
         )
     return 0

@@ -119,6 +119,7 @@ class ImageDataModule(LightningDataModule):
     MEAN: tuple[float, ...] = (0.5,)
     STD: tuple[float, ...] = (0.5,)
     collate_fn: Callable | None = None  # None for that of torch
+    large = False  # whether images to predict may be those of `luna_vision.images.open_image` alone, as in `walk`
 
     def __init__(
         self,
@@ -231,7 +232,8 @@ class ImageDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         if stage == "predict" and self.predict_path is not None:
-            self._to_predict = find_images(self.predict_path, say=self._say)  # an error comes before a run has a folder
+            # an error comes before a run has a folder
+            self._to_predict = find_images(self.predict_path, say=self._say, large=self.large)
             self._say(f"predict: {len(self._to_predict)} images")
             return
         for split in STAGE_SPLITS[stage]:
@@ -362,7 +364,9 @@ class ImageDataModule(LightningDataModule):
         """The image files to predict, also those that are `finished`; None where the images are no files."""
         if self.predict_path is None:
             return None
-        return find_images(self.predict_path) if self._to_predict is None else self._to_predict
+        if self._to_predict is None:
+            return find_images(self.predict_path, large=self.large)
+        return self._to_predict
 
     def reading(self) -> dict[str, Any]:
         """The options that the pixels of evaluation depend on, as plain data."""

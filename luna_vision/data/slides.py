@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from luna_vision.data.base import train_or_val
+from luna_vision.data.base import hold_out
 from luna_vision.data.dense import PredictsFiles
 from luna_vision.data.faults import LabelFaults
 from luna_vision.data.folders import PhotoDataModule
@@ -22,7 +22,7 @@ from luna_vision.data.label_files import COLUMNS, MISSING, TWICE, UNKNOWN, read_
 from luna_vision.data.sampling import sample_seed
 from luna_vision.execution.streamed import PatchRows
 from luna_vision.images import open_image
-from luna_vision.images.find import MASK_WORDS, listed
+from luna_vision.images.find import MASK_WORDS, listed, region_of
 from luna_vision.images.foreground import patch_mask
 from luna_vision.images.pixels import Pixels
 from luna_vision.images.regions import Choice
@@ -30,7 +30,7 @@ from luna_vision.images.values import DATA, PERCENTILE, Values
 from luna_vision.models import LunaVit
 from luna_vision.utils.errors import UserError
 
-NEEDED, OPTIONAL = ("path", "label"), ("mask", "region", "split")
+NEEDED = ("path", "label")
 SPLITS = {name: split for split in ("train", "val", "test") for name in split_names(split)}
 
 
@@ -128,21 +128,20 @@ class SlideRows:
         return self.rows[index], self.targets[index]
 
 
-def read_slides(path: Path, faults: LabelFaults) -> dict[str, list[Row]]:
+def read_slides(path: Path, faults: LabelFaults, files: bool = True) -> dict[str, list[Row]]:
     """The rows of a table by split, all "train" without a column of that name.
 
     Args:
-        path: A CSV file with a header; relative paths in it begin at its folder.
+        path: A CSV file with a header; relative paths in it begin at its folder, and other columns are for others.
         faults: Is told what is left out.
+        files: A file that does not exist is a fault.
 
     Raises:
-        UserError: It is no such table, or lacks a column or has an unknown one.
+        UserError: It is no such table, or lacks a column.
     """
     header, rows = read_csv(path)
     if lacking := [name for name in NEEDED if name not in header]:
         raise UserError(f"{path} has no column {' and no column '.join(lacking)}, but {', '.join(header)}")
-    if unknown := [name for name in header if name not in NEEDED + OPTIONAL]:
-        raise UserError(f"{path} has unknown columns: {listed(unknown)}; known are {', '.join(NEEDED + OPTIONAL)}")
     found: dict[str, list[Row]] = {}
     seen: set[str] = set()
     for number, cells in enumerate(rows, 2):
@@ -151,12 +150,12 @@ def read_slides(path: Path, faults: LabelFaults) -> dict[str, list[Row]]:
             faults.add(COLUMNS, where)
             continue
         given = dict(zip(header, cells, strict=True))
-        region = _region(given.get("region", ""))
+        region = _region(given["region"], where) if given.get("region") else ()
         mask = given.get("mask") or None
         if mask is not None and mask not in MASK_WORDS:
             mask = str(path.parent / mask)
         row = Row(str(path.parent / given["path"]), given["label"], mask, region or None)
-        if not given["path"] or not Path(row.path).exists():
+        if not given["path"] or (files and not Path(row.path).exists()):
             faults.add(MISSING, f"{where}: {given['path']}")
         elif row.name in seen:
             faults.add(TWICE, f"{where}: {given['path']}")
@@ -164,7 +163,7 @@ def read_slides(path: Path, faults: LabelFaults) -> dict[str, list[Row]]:
             faults.add("row without a label", where)
         elif region is None:
             faults.add("region that is not X Y WIDTH HEIGHT in pixels", f"{where}: {given['region']}")
-        elif mask is not None and mask not in MASK_WORDS and not Path(mask).is_file():
+        elif files and mask is not None and mask not in MASK_WORDS and not Path(mask).is_file():
             faults.add("missing mask file", f"{where}: {given['mask']}")
         elif (split := given.get("split") or "train") not in SPLITS:
             faults.add("split that is not train, val or test", f"{where}: {split}")
@@ -174,12 +173,12 @@ def read_slides(path: Path, faults: LabelFaults) -> dict[str, list[Row]]:
     return found
 
 
-def _region(cell: str) -> tuple[float, ...] | None:
-    """The numbers of a region, none of an empty cell; None if it is no region."""
+def _region(cell: str, where: str) -> tuple[float, ...] | None:
+    """The numbers of a region; None if it is no region."""
     try:
-        region = tuple(float(word) for word in cell.split())
-        Choice(region=region or None)  # raises a UserError
-    except ValueError:
+        region = region_of(cell, where)
+        Choice(region=region)  # whose sides must be above 0
+    except UserError:
         return None
     return region
 
@@ -217,8 +216,9 @@ class SlideDataModule(PredictsFiles, PhotoDataModule):
 
     ``root`` is a CSV table with a header. Its columns are ``path`` and ``label``, and perhaps ``mask`` ("otsu",
     "valid", an image or GeoJSON, as of ``luna-vision encode``), ``region`` (X Y WIDTH HEIGHT in pixels of level 0) and
-    ``split`` (train, val or test). Relative paths begin at its folder. Without rows for val, ``val_fraction`` of those
-    for training is held out; without rows for test, those for val are tested.
+    ``split`` (train, val or test); it may have others. Relative paths begin at its folder. Without rows for val,
+    ``val_fraction`` of the files for training is held out, each with all of its regions; without rows for test, those
+    for val are tested.
 
     Batches are ``(slides, labels)``: a list of :class:`Slide`, whose pixels the task reads by rows, and int64 (B,).
     Files are those of :func:`luna_vision.images.open_image`; PNG and JPEG are decoded as a whole.
@@ -230,7 +230,7 @@ class SlideDataModule(PredictsFiles, PhotoDataModule):
         batch_size: Slides in a batch on each device, all of whose activations are kept; ``accumulate_grad_batches``
             of the trainer takes one after the other.
         seed: Seed of the shuffle and of flips.
-        val_fraction: Share of the training slides to hold out for validation, see above.
+        val_fraction: Share of the training files to hold out for validation, see above.
         level, mpp, magnification: Which level of a pyramid, or how large a pixel, see
             :class:`luna_vision.images.regions.Choice`; likewise down to channel.
         bands: Numbers of bands, from 1.
@@ -240,12 +240,14 @@ class SlideDataModule(PredictsFiles, PhotoDataModule):
         mean, std, value_range, nodata, fill: As in :class:`ImageDataModule`, but in numbers: nothing is measured.
         on_error: "skip" leaves out faulty rows; an image that cannot be read is an error.
         max_error_share: Largest share of the rows that "skip" leaves out.
-        predict_path: Files to predict; the slides for test if None.
+        predict_path: Files to predict; the slides for test if None. With it, the files of the table may be missing.
 
     Raises:
         ValueError: On setup: faulty rows; an argument out of range.
         FileNotFoundError: On setup: there is no table.
     """
+
+    large = True
 
     def __init__(
         self,
@@ -313,7 +315,7 @@ class SlideDataModule(PredictsFiles, PhotoDataModule):
             if not path.is_file():
                 raise FileNotFoundError(f"no table {path}: root= must be a CSV file with the columns path and label")
             faults = LabelFaults(type(self).__name__, self.max_error_share)
-            found = read_slides(path, faults)
+            found = read_slides(path, faults, files=self.predict_path is None)
             names = {row.label for row in found.get("train", [])}
             if len(names) > 1:
                 for split, rows in found.items():
@@ -339,7 +341,10 @@ class SlideDataModule(PredictsFiles, PhotoDataModule):
                 return None
         if split in rows and (split != "train" or "val" in rows):
             return SlideRows(rows[split], self.class_names, self.root)
-        return train_or_val(SlideRows(rows["train"], self.class_names, self.root), split, self.val_fraction)
+        labels = {row.path: row.label for row in rows["train"]}  # of a file with several, the last
+        files = np.array(list(labels))[hold_out(list(labels.values()), self.val_fraction)[split == "val"]].tolist()
+        part = [row for row in rows["train"] if row.path in set(files)]
+        return SlideRows(part, self.class_names, self.root) if part else None
 
     def _tensors(self, source: Source, split: str) -> SlideDataset:
         flips = self.flips if split == "train" else (0.0, 0.0)

@@ -76,6 +76,25 @@ def test_masks_that_are_no_files(folder):
     assert [row.mask for row in read_list(path)] == masks
 
 
+def test_the_table_is_that_of_encode(folder):
+    """Other columns, and any separator in a region."""
+    text = 'path,label,patient,region\n0.tif,a,P1,"0, 0, 16,16"\n1.tif,b,P2,0;0;16;16\n2.tif,b,,0 0 16 16\n'
+    path = write(folder, text)
+    rows = SlideDataModule(path).table()["train"]
+    assert [(row.path, row.region) for row in rows] == [(row.path, row.region) for row in read_list(path)]
+    assert {row.region for row in rows} == {(0, 0, 16, 16)}
+
+
+def test_regions_of_a_file_are_held_out_together(folder):
+    rows = [f"{i}.tif,{'ab'[i % 2]},{x} 0 16 16" for x in (0, 16, 32) for i in range(6)]
+    data = SlideDataModule(write(folder, "\n".join(["path,label,region", *rows])), val_fraction=0.4)
+    train, val = ({row.path for row, _ in data.make_source(split)} for split in ("train", "val"))
+    assert not train & val and len(train) == 3 and len(val) == 3
+    assert len(data.make_source("train")) == len(data.make_source("val")) == 9
+    data.val_fraction = 0
+    assert len(data.make_source("train")) == 18 and data.make_source("val") is None
+
+
 def test_resolution_and_pixels_are_those_of_the_file(folder):
     data = SlideDataModule(write(folder, "path,label\n" + ROWS), mpp=1.0, mask="otsu", val_fraction=0.5)
     data.setup("fit")
@@ -124,7 +143,6 @@ def test_faults_are_counted_and_named_and_left_out(kind, folder, caplog):
         ("", "must have a header"),
         ("path,label\n", "must have a header"),
         ("file,label\n0.tif,a\n", "has no column path"),
-        ("path,label,colour\n0.tif,a,red\n", "unknown columns: colour"),
         ("path,label\n0.tif,a\n1.tif,a\n", "two or more labels"),
         ("path,label,split\n0.tif,a,val\n1.tif,b,val\n", "two or more labels"),
     ],
@@ -156,3 +174,15 @@ def test_prediction_names_slides_and_regions(folder):
     data = SlideDataModule(str(folder / "slides.csv"), predict_path=str(folder / "1.tif"))
     ((slides, ids),) = list(data.predict_dataloader())
     assert ids == [str(folder / "1.tif")] and slides[0].patches(model()).grid_size == (9, 12)
+
+
+def test_prediction_without_the_slides_of_the_table(folder):
+    """Their classes alone are needed; and it finds what is trained on."""
+    table = write(folder, "path,label,mask\ngone.tif,b,gone.png\ngone.svs,a,\n")
+    (folder / "new" / "one.zarr").mkdir(parents=True)
+    (folder / "new" / "two.mrxs").touch()
+    data = SlideDataModule(table, predict_path=str(folder / "new"))
+    assert data.class_names == ["a", "b"]
+    for _ in range(2):
+        assert [Path(name).name for name in data.files_to_predict()] == ["one.zarr", "two.mrxs"]
+        data.setup("predict")

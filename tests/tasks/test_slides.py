@@ -48,6 +48,10 @@ def test_a_run_trains_tests_and_predicts(tmp_path, monkeypatch):
     with open("found.csv", newline="") as file:
         rows = list(csv.reader(file))
     assert [Path(row[0]).name for row in rows[1:]] == ["test_0.png", "test_1.png"]
+    Path("slides").rename("new")  # without the files of the table
+    new = ["--data.init_args.predict_path=new", "--out", "new.csv"]
+    build(["predict", *words, "--ckpt_path", str(checkpoints / "best.ckpt"), *new])
+    assert len(Path("new.csv").read_text().splitlines()) == 1 + len(list(Path("new").iterdir()))
 
 
 def test_logits_and_gradients_are_those_of_the_ordinary_task(tmp_path):
