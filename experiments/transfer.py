@@ -128,7 +128,10 @@ def write_report(out: Path) -> str:
     text = "\n".join([*lines, "", "In %, of test images; in brackets, the 95% interval of the binomial (Wilson).", ""])
     write_text(out / "transfer.md", text)
     write_json(out / "transfer.json", {"date": datetime.date.today().isoformat(), "runs": list(done.values())})
+    kinds = {kind for kind, _ in done}
     columns = {"kNN": "knn", "linear": "linear", "64 px": "finetune64", "128 px": "finetune128"}
+    # the kinds that were run
+    columns = {title: column for title, column in columns.items() if {column, "frozen" * (column not in KINDS)} & kinds}
     with figure_file(out / "transfer.png", (7, 4)) as axes:
         for i, name in enumerate(names):
             heights = []
@@ -140,6 +143,7 @@ def write_report(out: Path) -> str:
         axes.set_xticks(range(len(columns)), list(columns))
         axes.set_xlabel("frozen (kNN, linear) and fine-tuned at a side")
         axes.set_ylabel("test accuracy on CIFAR-10 (%)")
+        axes.set_ylim(0, 100)
     return text
 
 
