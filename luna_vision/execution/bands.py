@@ -244,6 +244,7 @@ def grads_of(outputs: list[tuple[Tensor, Tensor | None]], inputs: list[Tensor]) 
 
 
 def leaf(x: Tensor) -> Tensor:
+    """The same numbers, at which gradients end."""
     return x.detach().requires_grad_()
 
 
