@@ -1,9 +1,7 @@
 """Slides with one label each, in one stage and in two: `python -m experiments.slides --help`.
 
 Each image is a field of 4,096 pixels with a dozen photographs of CIFAR-10, enlarged, at places that no tile knows of.
-
-    rare   the label is whether one of them is a horse
-    pair   the label is whether there are an airplane and a horse, more than half a side apart, or two of the same
+They are of animals; the label is whether one of them, a 256th of the image, is of a vehicle.
 
 One stage: a Luna ViT on the whole image, end to end (configs/slides.yaml). Two stages: the same model with the same
 weights, frozen, on tiles; then attention pooling of the tiles, which is trained (Ilse et al., "Attention-based Deep
@@ -42,8 +40,8 @@ __all__ = ["GatedAttention", "main", "make_slides", "one_stage", "two_stages"]
 
 MODEL = "luna_vit_nano_patch8"
 CONFIG = Path(__file__).parents[1] / "configs" / "slides.yaml"
-TASKS = {"rare": ("horse",), "pair": ("airplane", "horse")}
-OF_DATA = ("task", "side", "photo", "photos", "train", "val", "test", "seed")
+VEHICLES = ("airplane", "automobile", "ship", "truck")
+OF_DATA = ("side", "photo", "photos", "train", "val", "test", "seed")
 Job = dict[str, Any]
 
 
@@ -73,24 +71,22 @@ def make_slides(job: Job) -> Path:
 
 def draw(rng: np.random.Generator, files: dict[str, list[str]], label: int, job: Job) -> np.ndarray:
     """An image (side, side, 3) uint8 with its photographs, none over another."""
-    side, photo, wanted = job["side"], job["photo"], TASKS[job["task"]]
-    others = [name for name in files if name not in wanted]
-    names = rng.choice(others, job["photos"]).tolist()
-    if job["task"] == "rare":
-        names[0] = wanted[0] if label else names[0]
-    else:
-        names[:2] = wanted if label else [wanted[rng.integers(2)]] * 2
+    side, photo = job["side"], job["photo"]
+    animals = [name for name in files if name not in VEHICLES]
+    names = rng.choice(animals, job["photos"]).tolist()
+    if label:
+        names[0] = rng.choice([name for name in files if name in VEHICLES])
 
     def enlarged(name: str, side: int) -> Image.Image:
         image = Image.open(files[name][rng.integers(len(files[name]))]).convert("RGB")
         return image.resize((side, side), Image.Resampling.BICUBIC)
 
-    field = enlarged(rng.choice(others), side)
+    field = enlarged(rng.choice(animals), side)
     pairs = np.triu_indices(len(names), 1)
     while True:
         places = rng.integers(0, side - photo + 1, (len(names), 2))
         gaps = abs(places[:, None] - places[None]).max(2)
-        if gaps[pairs].min() >= photo and (job["task"] != "pair" or gaps[0, 1] > side / 2):
+        if gaps[pairs].min() >= photo:
             break
     for name, place in zip(names, places, strict=True):
         field.paste(enlarged(name, photo), tuple(place.tolist()))
@@ -107,7 +103,7 @@ def one_stage(job: Job) -> Job:
     torch.set_num_threads(job["threads"])
     started = time.perf_counter()
     given = {
-        "name": f"slides-{job['task']}",
+        "name": "slides-vehicle",
         "resume": "true",
         "test_after_fit": "false",
         "data.init_args.root": job["table"],
@@ -217,7 +213,6 @@ def _parser() -> Parser:
         "has already is not done again, and a training that was stopped goes on.",
     )
     parser.add_argument("--root", default="data", help="folder with cifar10/{train,test}/CLASS/*.png")
-    parser.add_argument("--task", choices=list(TASKS), default="rare")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--side", type=at_least(1), default=4096, help="of an image, pixels")
     parser.add_argument("--photo", type=at_least(1), default=256, help="side of a photograph in it, pixels")
@@ -265,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
         test, peak = row["test"], row["peak_resident_bytes"] / 1e9
         spent = "resumed" if "resumed" in row else f"{row['seconds']:.0f} s"
         print(
-            f"{args.task}, {way}: {test['correct']} of {test['images']} right ({100 * test['accuracy']:.1f}%), "
+            f"{way}: {test['correct']} of {test['images']} right ({100 * test['accuracy']:.1f}%), "
             f"{spent}, peak resident memory {peak:.2f} GB",
             flush=True,
         )

@@ -1,9 +1,22 @@
 """What tests of several rooms need."""
 
 import os
+import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seeded(request: pytest.FixtureRequest) -> None:
+    """Gives every test the same numbers, whichever tests ran before it on its worker: a module's `RNG`, too."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    torch.manual_seed(0)
+    if rng := getattr(request.module, "RNG", None):
+        rng.bit_generator.state = np.random.default_rng(0).bit_generator.state
 
 
 @pytest.fixture

@@ -472,7 +472,8 @@ def test_what_works_in_8_bits_says_so_once(caplog):
 
 
 def test_a_deep_image_is_resized_and_cut_as_a_photograph_is():
-    photo = RNG.integers(0, 256, (50, 80, 3), dtype=np.uint8)
+    # Neither black nor white: Pillow cuts what overshoots after each of its two passes, floats are cut at the end.
+    photo = RNG.integers(64, 192, (50, 80, 3), dtype=np.uint8)
     for crop_pct in (None, 0.8):
         eight = EvalTransform(3, (24, 32), crop_pct=crop_pct, mean=(0.0,) * 3, std=(1.0,) * 3)
         deep = EvalTransform(3, (24, 32), crop_pct=crop_pct, mean=(0.0,) * 3, std=(1.0,) * 3, values=Values((0, 255)))
