@@ -1,9 +1,9 @@
 """Dense answers of large scenes, whole and in tiles: `python -m experiments.benchmarks.seams --help`.
 
-The same weights answer in three ways, each in a process of its own: "whole", the streaming engine of this package, as
-`luna-vision predict` runs it; "tiles", windows of 512 px side by side; and "windows", the usual cure of their seams:
-for classes of pixels MONAI's sliding windows, half a window apart, blended by a Gaussian, and for objects SAHI, whose
-windows overlap by a fifth and whose boxes are merged.
+The same weights answer in four ways, each in a process of its own: "whole", the streaming engine of this package, as
+`luna-vision predict` runs it; "rows", the same with `--pack-by-row`; "tiles", windows of 512 px side by side; and
+"windows", the usual cure of their seams: for classes of pixels MONAI's sliding windows, half a window apart, blended by
+a Gaussian, and for objects SAHI, whose windows overlap by a fifth and whose boxes are merged.
 
 A scene is that of the training, larger: as many items of Fashion-MNIST's test images for each pixel, of the same size,
 and more than half of them of one class. Two numbers tell what seams do: the score near the lines where tiles meet, and
@@ -42,7 +42,7 @@ from .gigapixel import peak_resident
 __all__ = ["Scene", "draw_scene", "main", "measure"]
 
 WINDOW = 512  # px, the side of training
-WAYS = ("whole", "tiles", "windows")
+WAYS = ("whole", "rows", "tiles", "windows")
 SHAPES = {"segment": (16, 48), "detect": (5, 28)}  # items on a training canvas, and their side in px
 CLASSES = 10
 SCORE = 0.5  # of objects that count as found
@@ -99,7 +99,7 @@ def lines(side: int) -> np.ndarray:
 
 def _classes(model: nn.Module, image: np.ndarray, way: str) -> np.ndarray:
     """The class of each pixel, uint8 (S, S)."""
-    if way == "whole":
+    if way in ("whole", "rows"):
         import tifffile
 
         with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +114,7 @@ def _classes(model: nn.Module, image: np.ndarray, way: str) -> np.ndarray:
 
 def _objects(model: nn.Module, image: np.ndarray, way: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Boxes (n, 4), labels (n,) from 0 and scores (n,) of what is found."""
-    if way == "whole":
+    if way in ("whole", "rows"):
         with tempfile.TemporaryDirectory() as folder:
             detect(model, image, Path(folder, "found.geojson"), Path(folder, "found.json"), progress=False)
             found = json.loads(Path(folder, "found.json").read_text())["annotations"]
@@ -190,7 +190,11 @@ def measure(job: dict[str, Any]) -> None:
     """Answer the scenes of a job, and print scores, seconds and memory as JSON: what the worker processes run."""
     torch.set_num_threads(job["threads"])
     model = luna_vision.load(job["checkpoint"])[0].eval()
-    if job["way"] != "whole":  # not within what is timed
+    if job["way"] == "rows":
+        for module in model.modules():
+            if isinstance(module, luna_vision.LunaVit):
+                module.set_pack_by_row()
+    elif job["way"] != "whole":  # not within what is timed
         importlib.import_module({"segment": "monai.inferers", "detect": "sahi.predict"}[job["task"]])
     found: dict[str, Any] = {"seconds": 0.0, "resident_bytes_before": 0}
     if job["task"] == "segment":
@@ -239,8 +243,9 @@ def _save_crop(folder: Path, scene: Scene, answer: np.ndarray, way: str) -> None
 
 def draw(folder: Path, out: Path) -> None:
     """A place where two tiles meet: the scene, what is there, and the answers."""
-    names = {"scene": "scene", "truth": "what is there", "whole": "whole", "tiles": "tiles", "windows": "windows"}
-    figure, axes = plt.subplots(1, len(names), figsize=(14, 3.3), layout="constrained")
+    names = {"scene": "scene", "truth": "what is there", "whole": "whole", "rows": "by row"}
+    names |= {way: way for way in ("tiles", "windows")}
+    figure, axes = plt.subplots(1, len(names), figsize=(15, 2.9), layout="constrained")
     colours = ListedColormap([(0, 0, 0), *plt.get_cmap("tab10").colors])
     for ax, (name, title) in zip(axes, names.items(), strict=True):
         pixels = np.asarray(Image.open(folder / f"{name}.png"))
@@ -304,7 +309,7 @@ def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     for task, checkpoint in (("segment", args.segmenter), ("detect", args.detector)):
         for side in [*args.sides, *args.whole_sides] if checkpoint else []:
-            for way in args.ways if side in args.sides else ["whole"]:
+            for way in args.ways if side in args.sides else ["whole", "rows"]:
                 scenes = max(1, (8192 // side) ** 2)
                 crops = str(args.out) if task == "segment" and side == min(args.sides) else None
                 job = {"task": task, "way": way, "side": side, "scenes": scenes, "threads": args.threads}

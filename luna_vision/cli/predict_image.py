@@ -69,6 +69,12 @@ def _parser() -> Parser:
     parser.add_argument("--coco", type=Path, metavar="FILE", help="the boxes also in COCO's form, .json")
     parser.add_argument("--overwrite", action="store_true", help="replace these files")
     parser.add_argument(
+        "--pack-by-row",
+        action="store_true",
+        help="let the memory read each row of patches by itself, and take the mean: for an image four or more times as "
+        "large as those of the training, that shows more of the same",
+    )
+    parser.add_argument(
         "--device", choices=DEVICES, default="auto", help="auto takes a GPU if there is one (default: auto)"
     )
     add_speed_options(parser, compiles=False)  # bands go through parts of a block
@@ -83,6 +89,7 @@ def main(words: list[str]) -> int:
     from ..images.maps import check_map
     from ..images.polygons import check_geojson
     from ..loading import load
+    from ..models import LunaVit
     from ..models.checkpoints import training_checkpoint
     from ..models.factory import pick_device
     from ..utils.files import check_output
@@ -101,6 +108,10 @@ def main(words: list[str]) -> int:
     image = open_chosen(args)
     model, _, names = load(args.checkpoint)
     model = model.to(pick_device(args.device))
+    if args.pack_by_row:
+        for module in model.modules():
+            if isinstance(module, LunaVit):
+                module.set_pack_by_row()
     cfg = training_checkpoint(args.checkpoint).get("data", {}).get("cfg", {})
     try:
         with at_speed(args, model):

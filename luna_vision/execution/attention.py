@@ -52,12 +52,14 @@ class AttentionMap:
                 one.
 
         Raises:
-            ValueError: Another suffix, or there is no such block.
+            ValueError: Another suffix, there is no such block, or it packs by row.
         """
         depth = len(model.blocks)
         if layer is not None and not -depth <= layer < depth:
             raise ValueError(f"attention_layer {layer} does not exist: the model has {depth}, 0 to {depth - 1}")
         self.path, self.stage = path, len(model.stages()) - 1 if layer is None else layer % depth
+        if model.stages()[self.stage].pack_by_row:
+            raise ValueError("a map of the attention shows one softmax over all patches, and not pack_by_row")
         self.heads, self.slots = model.stages()[self.stage].attn.pack_heads, model.memory_len
         self.map = MapFile(path, channels=[f"slot {i}" for i in range(self.slots)])
         self.scores = Grid(path.with_name(f"{path.name}.scores.npy"))

@@ -161,7 +161,8 @@ class _Bands:
 
     def pack(self, query: Tensor, mixed: Tensor, start: int, stop: int) -> PackState:
         """Pack rows [start, stop)."""
-        return self.block.pack_tile(self.block.norm_tile(mixed), query, self.part(self.valid, start, stop))
+        valid = self.part(self.valid, start, stop)
+        return self.block.pack_tile(self.block.norm_tile(mixed), query, valid, stop - start)
 
     def unpack(self, mixed: Tensor, read: Tensor, top: int, bottom: int) -> Tensor:
         """Rows [top, bottom) after the block; its outer rows are not valid, as they lack their neighbours."""

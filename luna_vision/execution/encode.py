@@ -300,6 +300,7 @@ def _about(
         **describe(model),
         "dtype": str(product_dtype(memory.device, memory.dtype)),
         "pooling": model.global_pool,
+        "pack_by_row": model.stages()[0].pack_by_row,
         "image_shape": [*pixels.shape, str(pixels.dtype)],
         "image_name": str(getattr(pixels.image, "identity", "")),
         "mean": statistics[0],

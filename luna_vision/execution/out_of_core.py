@@ -217,7 +217,10 @@ class Engine:
             h = block.norm_tile(x)
             if self.attention is not None and self.attention.stage == state.sweep:
                 self.attention.write(first, last, block.pack_scores(h, state.memory))
-            tile = block.pack_tile(h, block.pack_query(state.memory))
+            rows: int | list[int] = last - first
+            if layout.valid is not None:
+                rows = [count for row in range(first, last) if (count := layout.between(row, row + 1))]
+            tile = block.pack_tile(h, block.pack_query(state.memory), rows=rows)
             del h
             state.pack = (PackState(**state.pack).merge(tile) if state.pack else tile)._asdict()
             self.ring.write(layout.offsets[first], x)

@@ -293,6 +293,6 @@ class SequenceParallel(nn.Module):
         grid, own = x.shape[1:3], slice(above, above + rows)
         x = x.flatten(1, 2)
         h = block.norm_tile(x)
-        tile = block.pack_tile(h.unflatten(1, grid)[:, own].flatten(1, 2), block.pack_query(memory))
+        tile = block.pack_tile(h.unflatten(1, grid)[:, own].flatten(1, 2), block.pack_query(memory), rows=rows)
         memory, read = block.close_pack(memory, merge_over(tile, self.group))
         return block.unpack_tile(x, h, read, grid).unflatten(1, grid)[:, own], memory

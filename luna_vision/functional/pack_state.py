@@ -46,16 +46,37 @@ class PackState(NamedTuple):
         return y.transpose(1, 2).flatten(2)
 
 
-def _weights(scores: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Maximum (B, H, L) of scores (B, H, L, n), and exp(score - maximum)."""
+Rows = int | list[int] | None
+
+
+def _weights(scores: Tensor, valid: Tensor | None, rows: Rows = None) -> tuple[Tensor, Tensor]:
+    """Maximum (B, H, L) of scores (B, H, L, n), and exp(score - maximum); by row, zeros, and weights that sum up to the
+    valid patches of each row."""
     scores = upcast(clamp_fp16(scores))
+    if rows is not None:
+        return torch.zeros_like(scores[..., 0]), _weights_by_row(scores, valid, rows)
     if valid is not None:
         scores = scores.masked_fill(~valid[:, None, None, :], float("-inf"))
     maximum = scores.detach().amax(dim=-1)
     return maximum, (scores - maximum.masked_fill(maximum == float("-inf"), 0.0)[..., None]).exp()
 
 
-def tile_absorbed(queries: Tensor, x: Tensor, w: Projections, valid: Tensor | None = None) -> PackState:
+def _weights_by_row(scores: Tensor, valid: Tensor | None, rows: int | list[int]) -> Tensor:
+    if isinstance(rows, list):
+        parts = scores.split(rows, dim=-1)
+        return torch.cat([part.softmax(dim=-1) * part.shape[-1] for part in parts], dim=-1)
+    scores = scores.unflatten(-1, (rows, -1))
+    if valid is None:
+        return (scores.softmax(dim=-1) * scores.shape[-1]).flatten(-2)
+    valid = valid[:, None, None, :].unflatten(-1, (rows, -1))
+    count = valid.sum(dim=-1, keepdim=True)
+    scores = scores.masked_fill(~valid & (count > 0), float("-inf"))  # a row without any weighs nothing
+    return (scores.softmax(dim=-1) * count).flatten(-2)
+
+
+def tile_absorbed(
+    queries: Tensor, x: Tensor, w: Projections, valid: Tensor | None = None, rows: Rows = None
+) -> PackState:
     """Read a tile of patches (B, n, C), n at least 1, in the absorbed form.
 
     Args:
@@ -63,20 +84,23 @@ def tile_absorbed(queries: Tensor, x: Tensor, w: Projections, valid: Tensor | No
         x: The patches.
         w: The projections.
         valid: Which of them count, (B, n) bool. A tile without any valid patch changes nothing.
+        rows: With a number of rows of equal length, or the patches of each row, all of them valid: the softmax is over
+            each row by itself, and the state is that of the mean over rows, weighted by their valid patches. It merges
+            with others of its kind.
     """
     B, S, _ = queries.shape
     x = autocast_input(x)
     with no_autocast(x):
         scores = torch.bmm(queries.to(x.dtype), x.transpose(1, 2))
-        maximum, weights = _weights(scores.view(B, w.heads, S // w.heads, -1), valid)
+        maximum, weights = _weights(scores.view(B, w.heads, S // w.heads, -1), valid, rows)
         total = weights.sum(dim=-1)
         z = torch.bmm(weights.flatten(1, 2).to(x.dtype), x)
         return PackState(maximum, total, project_values(upcast(z), total.flatten(1), w))
 
 
-def tile_projected(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> PackState:
-    """Read a tile in the projected form: queries (B, H, L, E), keys and values (B, H, n, E), n at least 1."""
+def tile_projected(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, rows: Rows = None) -> PackState:
+    """`tile_absorbed` in the projected form: queries (B, H, L, E), keys and values (B, H, n, E), n at least 1."""
     with no_autocast(q):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        maximum, weights = _weights(scores, valid)
+        maximum, weights = _weights(scores, valid, rows)
         return PackState(maximum, weights.sum(dim=-1), upcast(weights.to(v.dtype) @ v))

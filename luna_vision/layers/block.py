@@ -218,6 +218,8 @@ class LunaBlock(Shell):
         mix_halo: Rows of the patch grid above and below a tile that `mix_tile` has to be given with it: 0 or 1, as
             `luna_vision.execution` keeps no more.
         unpack_halo: Likewise, for `unpack_tile`.
+        pack_by_row: Whether the memory reads each row of the patch grid by itself, and packs the mean, weighted by the
+            valid patches: see `LunaVit.set_pack_by_row`.
         drops_values: Whether activations or attention weights are dropped in training, one by one: a tile that is
             computed again would be another.
     """
@@ -308,6 +310,7 @@ class LunaBlock(Shell):
         self.unpack_halo = int(self.updates_patches and local_mixing in ("attn", "mlp"))
         self.drops_values = attn_drop > 0.0 or proj_drop > 0.0
         self.use_kernels = use_kernels
+        self.pack_by_row = False
 
     @torch.jit.ignore
     def prune_memory_update(self) -> None:
@@ -352,6 +355,8 @@ class LunaBlock(Shell):
         if not torch.jit.is_scripting():
             if self._takes_kernels(x, memory.shape[1]):
                 return self._forward_kernels(x, memory, grid_size, patch_valid, memory_valid)
+            if self.pack_by_row:
+                return self._forward_by_row(x, memory, grid_size, patch_valid, memory_valid)
         x = self.mix_tile(x, grid_size, patch_valid)
         h = self.norm_tile(x)
         packed = self.attn.pack(h, self._norm_memory(memory), patch_valid)
@@ -359,8 +364,26 @@ class LunaBlock(Shell):
         return self.unpack_tile(x, h, read, grid_size, patch_valid, memory_valid), memory
 
     @torch.jit.ignore
+    def _forward_by_row(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        grid_size: tuple[int, int] | None,
+        patch_valid: Tensor | None,
+        memory_valid: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` with `pack_by_row`. Attention weights of the pack are not dropped."""
+        if grid_size is None:
+            raise ValueError("pack_by_row needs grid_size")
+        x = self.mix_tile(x, grid_size, patch_valid)
+        h = self.norm_tile(x)
+        state = self.pack_tile(h, self.pack_query(memory), patch_valid, grid_size[0])
+        memory, read = self.close_pack(memory, state)
+        return self.unpack_tile(x, h, read, grid_size, patch_valid, memory_valid), memory
+
+    @torch.jit.ignore
     def _takes_kernels(self, x: Tensor, memory_len: int) -> bool:
-        if not self.norm_first or self.local_after or torch.compiler.is_exporting():
+        if self.pack_by_row or not self.norm_first or self.local_after or torch.compiler.is_exporting():
             return False
         if not (kernels_pay(x) if self.use_kernels is None else self.use_kernels):
             return False
@@ -401,9 +424,16 @@ class LunaBlock(Shell):
         return self.attn.pack_query(self._norm_memory(memory))
 
     @torch.jit.ignore
-    def pack_tile(self, h: Tensor, query: Tensor, patch_valid: Tensor | None = None) -> PackState:
-        """What the memory reads of a tile (B, n, C), as `norm_tile` gives it; n is at least 1."""
-        return self.attn.pack_tile(h, query, patch_valid)
+    def pack_tile(
+        self, h: Tensor, query: Tensor, patch_valid: Tensor | None = None, rows: int | list[int] = 1
+    ) -> PackState:
+        """What the memory reads of a tile (B, n, C), as `norm_tile` gives it; n is at least 1.
+
+        Args:
+            h, query, patch_valid: See `LunaAttention.pack_tile`.
+            rows: How many the tile has or, without a mask, the patches of each.
+        """
+        return self.attn.pack_tile(h, query, patch_valid, rows if self.pack_by_row else None)
 
     @torch.jit.ignore
     def pack_scores(self, h: Tensor, memory: Tensor) -> Tensor:
@@ -468,6 +498,8 @@ class LunaBlock(Shell):
     ) -> tuple[Tensor, Tensor]:
         """The attention matrices of this block for its inputs. Arguments as in `forward`, result as in
         `LunaAttention`."""
+        if self.pack_by_row:
+            raise ValueError("attention maps show one softmax over all patches, and not pack_by_row")
         h, slots = self.norm_tile(self.mix_tile(x, grid_size, patch_valid)), self._norm_memory(memory)
         _, read = self._update_memory(memory, self.attn.pack(h, slots, patch_valid))
         return self.attn.pack_map(h, slots, patch_valid), self.attn.unpack_map(h, read, memory_valid)

@@ -270,11 +270,16 @@ class LunaAttention(nn.Module):
         return self._heads(self.pack_q(memory), self.pack_heads)
 
     @torch.jit.ignore
-    def pack_tile(self, x: Tensor, query: Tensor, patch_valid: Tensor | None = None) -> PackState:
-        """What a query of `pack_query` reads of a part (B, n, C) of the patches. Attention weights are not dropped."""
+    def pack_tile(
+        self, x: Tensor, query: Tensor, patch_valid: Tensor | None = None, rows: int | list[int] | None = None
+    ) -> PackState:
+        """What a query of `pack_query` reads of a part (B, n, C) of the patches. Attention weights are not dropped.
+
+        `rows` is that of `luna_vision.functional.tile_absorbed`.
+        """
         if self.absorb_pack:
-            return tile_absorbed(query, x, self._pack_weights(), patch_valid)
-        return tile_projected(query, *self._pack_kv(x), patch_valid)
+            return tile_absorbed(query, x, self._pack_weights(), patch_valid, rows)
+        return tile_projected(query, *self._pack_kv(x), patch_valid, rows)
 
     @torch.jit.ignore
     def attention_maps(

@@ -133,6 +133,7 @@ class LunaVit(nn.Module):
         pack_form: Literal["auto", "projected", "absorbed"] = "auto",
         unpack_form: Literal["auto", "projected", "absorbed"] = "auto",
         query_gain: float = 8.0,
+        pack_by_row: bool = False,
         use_kernels: bool | None = None,
         device=None,
         dtype=None,
@@ -164,7 +165,7 @@ class LunaVit(nn.Module):
             stem: "patch", one linear map of each patch, or "conv", 3x3 convolutions of stride 2.
             mixer: What mixes the patches, a name in `luna_vision.mixers.MIXERS`. All but "luna" have no memory: no
                 prefix tokens, and `memory_len`, `pack_heads`, `tie_kv`, `memory_mlp`, `query_gain`, `use_kernels` and
-                the forms mean nothing.
+                the forms mean nothing. `pack_by_row` is refused.
             mixer_args: Arguments of that mixer alone.
             pos_embed: "fourier" (computed), "learn" (a reference grid, resampled) or "none".
             init_values: Initial LayerScale; none if None.
@@ -184,6 +185,7 @@ class LunaVit(nn.Module):
             pack_form: How the pack is computed; the result is the same, see `luna_vision.functional`.
             unpack_form: The same for the unpack.
             query_gain: What the initial query projections are multiplied by, see `LunaAttention.init_weights`.
+            pack_by_row: See `set_pack_by_row`.
             use_kernels: Run parts of the blocks by fused kernels on a GPU; if None, where they were measured to be no
                 slower. See `LunaBlock`.
             **of_vit: Arguments of timm's `VisionTransformer` that say what holds here anyway.
@@ -300,6 +302,8 @@ class LunaVit(nn.Module):
             heads = dict(num_heads=num_heads, mlp_ratio=mlp_ratio)
             layers = dict(norm_layer=norm_layer, act_layer=get_act_layer(act_layer) or nn.GELU)
             self.attn_pool = AttentionPoolLatent(embed_dim, **heads, **layers, **dd)
+        if pack_by_row:
+            self.set_pack_by_row()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.init_weights()
@@ -344,6 +348,24 @@ class LunaVit(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def set_pack_by_row(self, enable: bool = True) -> None:
+        """Let the memory read each row of the patch grid by itself, and pack the mean over the rows.
+
+        A softmax over many more patches than in training picks rarer ones than it ever met. Rows grow with the side of
+        the image, not with its area. This is for dense features of scenes that are much larger than the images of
+        training and show more of the same. Where one small thing decides, the mean over rows hides it.
+
+        Raises:
+            ValueError: The mixer has no memory, or attention weights are dropped, which a pack by row does not know.
+        """
+        if self.memory is None:
+            raise ValueError("pack_by_row needs a memory, and this model's mixer has none")
+        if enable and any(block.attn.attn_drop for block in self.stages()):
+            raise ValueError("pack_by_row drops no attention weights: leave out attn_drop_rate")
+        for block in self.stages():
+            block.pack_by_row = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

@@ -24,6 +24,7 @@ OPTIONS = [
     {"tie_kv": False},
     {"tie_kv": False, "qkv_bias": False, "proj_bias": False},
     {"pack_heads": 1},
+    *({"pack_by_row": True, "pack_form": form} for form in ("projected", "absorbed")),
     {"mlp": "swiglu", "local_mixing": "mlp", "memory_mlp": "shared", "global_pool": "both"},
     {"init_values": 0.5, "final_norm": False},
     {"patch_size": (4, 6)},

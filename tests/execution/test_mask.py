@@ -130,9 +130,9 @@ def test_only_what_is_valid_is_read_and_computed(make, photo, monkeypatch):
     for name in ("unpack_tile", "mix_tile", "pack_tile"):
         ours = getattr(type(model.blocks[0]), name)
 
-        def counted(self, x, *args, name=name, ours=ours):
+        def counted(self, x, *args, name=name, ours=ours, **more):
             counts[name] += x.shape[1]
-            return ours(self, x, *args)
+            return ours(self, x, *args, **more)
 
         monkeypatch.setattr(type(model.blocks[0]), name, counted)
     reader = Reader(image)

@@ -57,6 +57,7 @@ VARIANTS = [
     {"tie_kv": False, "pack_heads": 1},
     {"tie_kv": False, "pack_heads": 1, "global_pool": "token"},
     {"norm_first": False, "global_pool": "token"},
+    *({"pack_by_row": True, "pack_form": form} for form in ("projected", "absorbed")),
     {"mlp": "swiglu", "local_mixing": "mlp", "memory_mlp": "shared", "global_pool": "both"},
     {"stem": "conv", "init_values": 0.1},
     {"pack_form": "projected", "unpack_form": "projected"},
