@@ -109,6 +109,11 @@ def pool_patches(model: nn.Module, scale: int) -> None:
     )
 
 
+def by_row(model: nn.Module, scale: int) -> None:
+    """Pack each row of patches by itself."""
+    model.set_pack_by_row()
+
+
 def both(*changes: Change) -> Change:
     """Several changes."""
 
@@ -124,6 +129,7 @@ CHANGES: dict[str, Change] = {
     "attention sharpened by log N": sharpen(1.0),
     "half of that": sharpen(0.5),
     "attention flattened by log N": sharpen(-1.0),
+    "packed by row": by_row,
     "positions of the training grid": coarse_positions,
     "no positions": no_positions,
     "convolutions dilated": dilate,

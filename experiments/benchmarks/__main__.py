@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,8 @@ class Cell:
 
     def run(self) -> None:
         """Give the model its turn and keep the times."""
-        self.connection.send("run")
+        with suppress(BrokenPipeError):  # it was killed while another had its turn
+            self.connection.send("run")
         answer = self._receive()
         if "error" in answer:
             self.report["error"] = answer["error"]

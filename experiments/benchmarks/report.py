@@ -108,7 +108,8 @@ def plot(result: dict[str, Any], folder: Path) -> list[Path]:
         axes[0].set_yscale("log")
         axes[1].set_yscale("log")
         axes[2].set_ylim(0, 1.05)
-        axes[0].legend(fontsize=8, title="model, and power of the pixels\nwith which its time grows", title_fontsize=8)
+        title = "model, and power of the pixels\nwith which its time grows"
+        axes[0].legend(fontsize=8, title=title, title_fontsize=8, loc="upper left", bbox_to_anchor=(-1.05, 1.0))
         fig.suptitle(f"{key[0]}, {key[1]}, {key[2]}, {mode}, batch {key[4]} ({result['machine']['cpu']})", fontsize=10)
         path = folder / ("-".join(str(k) for k in key[:4]) + f"-batch{key[4]}-{key[5]}.png")
         save_figure(fig, path, dpi=110)

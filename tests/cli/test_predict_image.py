@@ -85,6 +85,22 @@ def test_the_map_is_the_mask_that_predict_writes(name, trained, tmp_path, monkey
     assert np.abs(tifffile.imread(shares) - want.numpy()).max() < 0.6 and len(names) == 3
 
 
+def test_the_memory_packs_by_row_where_it_is_asked_to(trained, tmp_path, monkeypatch, capsys):
+    words = [trained / "new/a.png", "--checkpoint", trained / "best.ckpt", "--device", "cpu", "--out"]
+    model, transform, _ = luna_vision.load(trained / "best.ckpt")
+    (backbone,) = (module for module in model.modules() if isinstance(module, luna_vision.LunaVit))
+    found = []
+    for options in ([], ["--pack-by-row"]):
+        shares = tmp_path / f"shares{len(options)}.tif"
+        assert run(monkeypatch, *words, tmp_path / f"{len(options)}.tif", "--probabilities", shares, *options) == 0
+        backbone.set_pack_by_row(bool(options))
+        with torch.no_grad():
+            want = model(transform(trained / "new/a.png")[None])[0].softmax(0) * 255
+        found.append(tifffile.imread(shares))
+        assert np.abs(found[-1] - want.numpy()).max() < 0.6
+    assert (found[0] != found[1]).any()
+
+
 @pytest.mark.parametrize("name", ["retinanet.ckpt", "faster_rcnn.ckpt"])
 def test_boxes_are_those_of_the_model(name, trained, tmp_path, monkeypatch, capsys):
     out, coco = tmp_path / "a.geojson", tmp_path / "a.json"
