@@ -110,8 +110,9 @@ def pool_patches(model: nn.Module, scale: int) -> None:
 
 
 def by_row(model: nn.Module, scale: int) -> None:
-    """Pack each row of patches by itself."""
-    model.set_pack_by_row()
+    """Pack each row of patches by itself, where there is a memory."""
+    if model.memory is not None:
+        model.set_pack_by_row()
 
 
 def both(*changes: Change) -> Change:
