@@ -118,6 +118,7 @@ class ImageDataModule(LightningDataModule):
     class_names: list[str]
     MEAN: tuple[float, ...] = (0.5,)
     STD: tuple[float, ...] = (0.5,)
+    dataset_class = TransformedDataset
     collate_fn: Callable | None = None  # None for that of torch
     large = False  # whether images to predict may be those of `luna_vision.images.open_image` alone, as in `walk`
 
@@ -216,6 +217,27 @@ class ImageDataModule(LightningDataModule):
         """The images and labels of "train", "val" or "test"; None where there is no such split."""
         raise NotImplementedError
 
+    def split_source(
+        self, split: str, find: Callable[[str], Any], open_: Callable[[Any], Source] = lambda found: found
+    ) -> Source | None:
+        """The images of a split of data that may lack "val" and "test".
+
+        Then "val" is a share of "train", and "test" is "val", or None where that is only such a share.
+
+        Args:
+            split: "train", "val" or "test".
+            find: Gives what there is of a split; None if there is nothing.
+            open_: Makes a source of it.
+        """
+        val = find("val")
+        if split == "test":
+            found = find("test") or val
+            return None if found is None else open_(found)
+        if split == "val" and val is not None:
+            return open_(val)
+        train = open_(find("train"))
+        return train if val is not None else train_or_val(train, split, self.val_fraction)
+
     def timm_cfg(self) -> dict[str, Any]:
         """The input that a model trained on this data expects, in the words of timm's `pretrained_cfg`."""
         return {
@@ -312,7 +334,7 @@ class ImageDataModule(LightningDataModule):
     def _tensors(self, source: Source | IterableDataset, split: str) -> TransformedDataset | StreamDataset:
         if not isinstance(source, IterableDataset):
             sized = self.sized_transforms if split == "train" else None
-            return TransformedDataset(source, *self._arguments(split), self.max_error_share, sized=sized)
+            return self.dataset_class(source, *self._arguments(split), self.max_error_share, sized=sized)
         if self.max_error_share is not None:
             raise ValueError("on_error='skip' needs samples with indices, which a stream of timm has not: give 'raise'")
         return StreamDataset(source, *self._arguments(split))

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from luna_vision.data.base import train_or_val
 from luna_vision.data.datasets import ArraySource
 from luna_vision.data.folders import ImageFolderDataModule
 from luna_vision.data.images import Source, TransformedDataset
@@ -132,13 +131,7 @@ class GpuDataModule(ImageFolderDataModule):
     def make_source(self, split: str) -> Source | None:
         if not self._is_file:
             return super().make_source(split)
-        has_val = "x_val" in self._arrays
-        if split == "test":
-            return self._array_source("test") if "x_test" in self._arrays else self._array_source("val")
-        if split == "val" and has_val:
-            return self._array_source("val")
-        train = self._array_source("train")
-        return train if has_val else train_or_val(train, split, self.val_fraction)
+        return self.split_source(split, self._array_source)
 
     @property
     def _is_file(self) -> bool:

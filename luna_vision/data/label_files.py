@@ -1,7 +1,7 @@
 """Boxes and outlines of objects from label files: COCO JSON, Pascal VOC XML and YOLO text.
 
-Each format has a function that finds the labels of a split in a folder, and one that reads them; `FORMATS` lists both.
-A reader leaves out what is faulty and tells a `LabelFaults`. A file that cannot be read at all is a `UserError`.
+A `Format` has a function that finds the labels of a split in a folder, and one that reads them. A reader leaves out what
+is faulty and tells a `LabelFaults`. A file that cannot be read at all is a `UserError`.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -76,17 +76,9 @@ class LabelSet(NamedTuple):
 
     @property
     def counts(self) -> np.ndarray:
-        """int64, the number of objects of each class."""
-        labels = [image.labels for image in self.images]
-        return np.bincount(np.concatenate([*labels, np.empty(0, np.int64)]), minlength=len(self.names))
-
-    @property
-    def presence(self) -> np.ndarray:
-        """bool (n, K), whether an image has a class."""
-        found = np.zeros((len(self.images), len(self.names)), bool)
-        for row, image in zip(found, self.images, strict=True):
-            row[image.labels] = True
-        return found
+        """int64 (n, K), the number of objects of each class in each image."""
+        counts = [np.bincount(image.labels, minlength=len(self.names)) for image in self.images]
+        return np.array(counts, np.int64).reshape(len(self.images), len(self.names))
 
 
 class Place(NamedTuple):
@@ -512,29 +504,77 @@ def _yolo_names(file: Path) -> list[str]:
     return [str(name) for name in names]
 
 
-Finder = Callable[[Path, str], Place | None]
-Reader = Callable[..., LabelSet]
-FORMATS: dict[str, tuple[Finder, Reader]] = {
-    "coco": (find_coco, read_coco),
-    "voc": (find_voc, read_voc),
-    "yolo": (find_yolo, read_yolo),
+class Format(NamedTuple):
+    """A format of labels.
+
+    Attributes:
+        find: Gives the `Place` of the labels of a split, "train", "val" or "test", in a folder; None if there are none.
+        read: Reads them, with the arguments of `read_coco`.
+        layout: In words, what a folder with such labels has.
+    """
+
+    find: Callable[[Path, str], Place | None]
+    read: Callable[..., LabelSet]
+    layout: str
+
+
+COCO = "a COCO file, train.json beside train/ or annotations/instances_train*.json"
+FORMATS = {
+    "coco": Format(find_coco, read_coco, COCO),
+    "voc": Format(find_voc, read_voc, "Annotations/, JPEGImages/ and ImageSets/Main/train.txt of Pascal VOC"),
+    "yolo": Format(find_yolo, read_yolo, "a data.yaml of YOLO"),
 }
-LAYOUTS = (
-    "COCO (train.json beside train/, or annotations/instances_train*.json), Pascal VOC (Annotations/, JPEGImages/ and "
-    "ImageSets/Main/train.txt) or YOLO (data.yaml)"
-)
 
 
-def recognise(root: str | os.PathLike) -> str:
-    """The format of the boxes in a folder, a key of `FORMATS`.
+def recognise(root: str | os.PathLike, formats: Mapping[str, Format]) -> str:
+    """The format of the labels in a folder, a key of `formats`.
 
     Raises:
         FileNotFoundError: There is none.
         UserError: There are two.
     """
-    found = [name for name, (find, _) in FORMATS.items() if find(Path(root), "train") is not None]
+    found = [name for name, form in formats.items() if form.find(Path(root), "train") is not None]
     if not found:
-        raise FileNotFoundError(f"no training labels in {root}: it must be {LAYOUTS}")
+        layouts = "; or ".join(form.layout for form in formats.values())
+        raise FileNotFoundError(f"no training labels in {root}: it must have {layouts}")
     if len(found) > 1:
         raise UserError(f"{root} has labels in the formats {' and '.join(found)}: say which one as format")
     return found[0]
+
+
+class LabelSource:
+    """Base of the sources of (image, truth) of the images in a `LabelSet`.
+
+    Attributes:
+        labels: The label set.
+        where: In words, where the labels are.
+    """
+
+    def __init__(self, labels: LabelSet) -> None:
+        self.labels, self.where = labels, labels.where
+
+    def __len__(self) -> int:
+        return len(self.labels.images)
+
+    def sample_file(self, index: int) -> str:
+        return self.labels.images[index].file
+
+    def presence(self) -> np.ndarray:
+        """bool (n, K), whether an image has a class."""
+        return self.labels.counts > 0
+
+
+def in_words(names: Sequence[str], counts: np.ndarray, what: str) -> str:
+    """How many labels of each class there are, and what lacks, for the line about a split.
+
+    Args:
+        names: Of the K classes.
+        counts: (n, K), of each image.
+        what: The labels, in the plural.
+    """
+    each = dict(zip(names, counts.sum(0).astype(int).tolist(), strict=True))
+    text = f"; {sum(each.values())} {what} ({listed([f'{name} {count}' for name, count in each.items() if count], 20)})"
+    if without := int((counts.sum(1) == 0).sum()):
+        text += f"; {without} images without {what}"
+    never = [name for name, count in each.items() if not count]
+    return text + (f"; never occur: {listed(never)}" if never else "")

@@ -3,7 +3,6 @@
 Shapes: H', W' patch grid.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from luna_vision.data.base import hold_out
 from luna_vision.data.dense import PredictsFiles
@@ -26,7 +25,7 @@ from luna_vision.images.find import MASK_WORDS, listed, region_of
 from luna_vision.images.foreground import patch_mask
 from luna_vision.images.pixels import Pixels
 from luna_vision.images.regions import Choice
-from luna_vision.images.values import DATA, PERCENTILE, Values
+from luna_vision.images.values import DATA, PERCENTILE
 from luna_vision.models import LunaVit
 from luna_vision.utils.errors import UserError
 
@@ -55,34 +54,17 @@ class Row(NamedTuple):
         return self.path if self.region is None else f"{self.path} {' '.join(f'{n:g}' for n in self.region)}"
 
 
-class Reading(NamedTuple):
-    """How the slides of a data set become pixels.
-
-    Attributes:
-        choice: The part of each file.
-        mask: As that of a `Row`, for those that have none.
-        values, std: As in `Pixels`, whose mean is that of the values.
-        masks: The patches (H', W') to look at, as far as they are known, by slide and size of patches.
-    """
-
-    choice: Choice
-    mask: str | None
-    values: Values
-    std: Sequence[float]
-    masks: dict[tuple[str, tuple[int, int]], np.ndarray | None]
-
-
 class Slide:
     """A sample: a slide that is opened when a model asks for its patches."""
 
-    def __init__(self, row: Row, reading: Reading, flip: tuple[bool, bool] = (False, False)) -> None:
+    def __init__(self, row: Row, data: "SlideDataModule", flip: tuple[bool, bool] = (False, False)) -> None:
         """
         Args:
             row: What to read.
-            reading: How.
+            data: Says how.
             flip: Upside down, and from left to right.
         """
-        self.row, self.reading, self.flip = row, reading, flip
+        self.row, self.data, self.flip = row, data, flip
 
     def patches(self, model: LunaVit) -> PatchRows:
         """Open the slide for a model.
@@ -91,18 +73,17 @@ class Slide:
             UserError: There is no such part of it, or the mask leaves nothing of it.
             OSError: It cannot be read.
         """
-        choice, mask, values, std, masks = self.reading
-        choice = replace(choice, region=self.row.region)
-        image, side = open_image(self.row.path, **vars(choice)), model.patch_embed.patch_size
+        row, data, side = self.row, self.data, model.patch_embed.patch_size
+        image = open_image(row.path, **vars(replace(data.choice, region=row.region)))
         like = next(model.parameters())
-        pixels = Pixels(image, model.in_chans, values.mean, std, like.dtype, like.device, values)
-        if (known := (self.row.name, side)) not in masks:
-            mask = self.row.mask or mask
+        pixels = Pixels(image, model.in_chans, data.mean, data.std, like.dtype, like.device, data.values)
+        if (known := (row.name, side)) not in data.known_masks:
+            mask = row.mask or data.mask
             if mask is not None:
                 grid_size = tuple(-(-length // s) for length, s in zip(image.shape, side, strict=False))
                 pixels.restrict(patch_mask(mask, image, grid_size, side), side)
-            masks[known] = pixels.valid(side, 1)
-        return PatchRows(model, pixels, masks[known], self.flip)
+            data.known_masks[known] = pixels.valid(side, 1)
+        return PatchRows(model, pixels, data.known_masks[known], self.flip)
 
 
 class SlideRows:
@@ -195,20 +176,7 @@ class SlideDataset(TransformedDataset):
 
     def prepare(self, image: Row, label: int, epoch: int, index: int, *args: Any) -> tuple[Slide, int]:
         draws = np.random.default_rng(sample_seed(self.seed, epoch, index)).random(2)
-        return self.data.slide(image, tuple((draws < self.flips).tolist())), label
-
-
-class SlidesToPredict(Dataset):
-    """(`Slide`, name)."""
-
-    def __init__(self, rows: list[Row], data: "SlideDataModule") -> None:
-        self.rows, self.data = rows, data
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Slide, str]:
-        return self.data.slide(self.rows[index]), self.rows[index].name
+        return Slide(image, self.data, tuple((draws < self.flips).tolist())), label
 
 
 class SlideDataModule(PredictsFiles, PhotoDataModule):
@@ -301,12 +269,9 @@ class SlideDataModule(PredictsFiles, PhotoDataModule):
                 raise ValueError(f"{name} is a probability, got {probability}")
         self.choice = Choice(level, mpp, magnification, bands=bands, channel=channel)
         self.mask, self.flips = mask, (vflip, hflip)
-        self._masks: dict[tuple[str, tuple[int, int]], np.ndarray | None] = {}
+        # the patches (H', W') to look at, as far as they are known, by slide and size of patches
+        self.known_masks: dict[tuple[str, tuple[int, int]], np.ndarray | None] = {}
         self._table: dict[str, list[Row]] | None = None
-
-    def slide(self, row: Row, flip: tuple[bool, bool] = (False, False)) -> Slide:
-        """A row of the table as a sample."""
-        return Slide(row, Reading(self.choice, self.mask, self.values, self.std, self._masks), flip)
 
     def table(self) -> dict[str, list[Row]]:
         """The rows of each split, read once."""
@@ -323,7 +288,7 @@ class SlideDataModule(PredictsFiles, PhotoDataModule):
                         if row.label not in names:
                             faults.add(UNKNOWN, f"{split} {row.name}: {row.label}")
                     found[split] = [row for row in rows if row.label in names]
-            faults.settle(sum(map(len, [*found.values(), *faults.found.values()])))
+            faults.settle(sum(map(len, found.values())))
             if len(names) < 2:
                 given = listed(sorted(names)) if names else "none"
                 raise UserError(f"{path} must have two or more labels to train on, got {given}")
@@ -361,7 +326,7 @@ class SlideDataModule(PredictsFiles, PhotoDataModule):
             if source is None:
                 raise ValueError("there are no test slides to predict: give predict_path, a folder or files of images")
             rows = source.rows
-        return self._loader(SlidesToPredict([row for row in rows if row.name not in self.finished], self), 1)
+        return self._loader([(Slide(row, self), row.name) for row in rows if row.name not in self.finished], 1)
 
     @staticmethod
     def collate_fn(samples: list[tuple[Slide, int | str]]) -> tuple[list[Slide], Tensor | list[str]]:
