@@ -33,7 +33,7 @@ from luna_vision.images.values import (
     parse_value_range,
     percentile_range,
 )
-from luna_vision.utils.checks import check_at_least
+from luna_vision.utils.checks import check_at_least, check_share
 from luna_vision.utils.errors import one_line
 
 SPLIT_SEED = 0  # not the run's seed, see `hold_out`
@@ -159,8 +159,7 @@ class ImageDataModule(LightningDataModule):
         super().__init__()
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
-        if not 0 <= random_erasing <= 1:
-            raise ValueError(f"random_erasing is a probability, got {random_erasing}")
+        check_share(random_erasing=random_erasing)
         check_at_least(1, batch_size=batch_size, in_chans=in_chans)
         check_at_least(0, num_workers=num_workers, seed=seed)
         check_fault_policy(on_error, max_error_share)

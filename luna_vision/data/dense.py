@@ -18,12 +18,12 @@ from luna_vision.data.base import ImageDataModule
 from luna_vision.data.faults import LabelFaults
 from luna_vision.data.images import Source, TransformedDataset
 from luna_vision.data.label_files import Format, LabelSet, Place, recognise
-from luna_vision.data.sampling import check_share, repeated, sample_seed
+from luna_vision.data.sampling import repeated, sample_seed
 from luna_vision.images.decode import SampleError
 from luna_vision.images.find import listed
 from luna_vision.images.transforms import SeededTransform, to_tensor
 from luna_vision.images.values import Raster, Values
-from luna_vision.utils.checks import check_at_least, check_option
+from luna_vision.utils.checks import check_at_least, check_option, check_share
 from luna_vision.utils.errors import UserError
 
 IGNORE = 255  # in the masks of a batch: neither trained on nor scored
@@ -74,9 +74,7 @@ class DenseAugmentation:
     color_jitter: float = 0.3
 
     def __post_init__(self) -> None:
-        for name in ("object_share", "hflip", "vflip"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        check_share(object_share=self.object_share, hflip=self.hflip, vflip=self.vflip)
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"scale must be 0 < smallest <= largest, got {list(self.scale)}")
         check_at_least(0, color_jitter=self.color_jitter)
@@ -250,7 +248,7 @@ class DenseDataModule(PredictsFiles, ImageDataModule):
         check_option("train_on", train_on, TRAIN_ON)
         if format is not None:
             check_option("format", format, self.formats)
-        check_share(repeat_rare)
+        check_share(repeat_rare=repeat_rare)
         super().__init__(
             root=root,
             img_size=crop_size,

@@ -13,8 +13,9 @@ from luna_vision.data.faults import LabelFaults
 from luna_vision.data.folders import PhotoDataModule
 from luna_vision.data.images import Source, TransformedDataset
 from luna_vision.data.label_files import COLUMNS, MISSING, TWICE, UNKNOWN, in_words, read_csv, split_names
-from luna_vision.data.sampling import check_share, repeated, sample_seed
+from luna_vision.data.sampling import repeated, sample_seed
 from luna_vision.images.decode import read_image
+from luna_vision.utils.checks import check_share
 from luna_vision.utils.errors import UserError
 
 SEPARATORS = ("|", ";", ",")
@@ -135,7 +136,7 @@ class MultiLabelDataModule(PredictsFiles, PhotoDataModule):
 
     def __init__(self, root: str = "data", separator: str | None = None, repeat_rare: float = 0.0, **kwargs) -> None:
         super().__init__(root=root, **kwargs)
-        check_share(repeat_rare)
+        check_share(repeat_rare=repeat_rare)
         self.separator, self.repeat_rare = separator, repeat_rare
         self._tables: dict[str, LabelTable | None] = {}
 

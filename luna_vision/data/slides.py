@@ -27,6 +27,7 @@ from luna_vision.images.pixels import Pixels
 from luna_vision.images.regions import Choice
 from luna_vision.images.values import DATA, PERCENTILE
 from luna_vision.models import LunaVit
+from luna_vision.utils.checks import check_share
 from luna_vision.utils.errors import UserError
 
 NEEDED = ("path", "label")
@@ -264,9 +265,7 @@ class SlideDataModule(PredictsFiles, PhotoDataModule):
             max_error_share=max_error_share,
             predict_path=predict_path,
         )
-        for name, probability in (("hflip", hflip), ("vflip", vflip)):
-            if not 0 <= probability <= 1:
-                raise ValueError(f"{name} is a probability, got {probability}")
+        check_share(hflip=hflip, vflip=vflip)
         self.choice = Choice(level, mpp, magnification, bands=bands, channel=channel)
         self.mask, self.flips = mask, (vflip, hflip)
         # the patches (H', W') to look at, as far as they are known, by slide and size of patches

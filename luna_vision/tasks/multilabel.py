@@ -79,9 +79,7 @@ class MultiLabelTask(ClassificationTask):
         return F.binary_cross_entropy_with_logits(logits.float(), targets, pos_weight=self.class_weight)
 
     def _log_training(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        self.log("train_loss", loss)
-        self.log_epoch_mean("train_loss_epoch", loss, len(logits))
-        self.log_learning_rate()
+        self.log_training(loss, len(logits))
 
     def _log_evaluation(self, split: str, logits: Tensor, targets: Tensor) -> None:
         loss = F.binary_cross_entropy_with_logits(logits, targets)

@@ -225,21 +225,11 @@ def plot_classes(rows: list[ClassRow], kind: str) -> Figure:
     figure = Figure(figsize=(7, 0.9 + 0.26 * max(len(values), 1)), layout="constrained")
     axes = figure.subplots()
     at = np.arange(len(values))
-    axes.barh(at, [value for value, _ in values], color=BLUE, height=0.7)
+    bars = axes.barh(at, [value for value, _ in values], color=BLUE, height=0.7)
+    axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8.5)
     axes.set_yticks(at, [_short(name) for _, name in values], parse_math=False)
-    axes.set(xlim=(0, 1), ylim=(len(values) - 0.4, -0.6), xlabel=kind or "share that is found")
+    axes.set(xlim=(0, 1.08), ylim=(len(values) - 0.4, -0.6), xlabel=kind or "share that is found")
     axes.set_title(f"the {MOST} classes with the least" if cut else "", fontsize=10)
-    for i, (value, _) in enumerate(values):
-        inside = value > 0.88
-        axes.text(
-            value,
-            i,
-            f" {value:.2f} ",
-            va="center",
-            ha="right" if inside else "left",
-            fontsize=8.5,
-            color="white" if inside else INK,
-        )
     axes.grid(axis="x", alpha=0.3)
     return figure
 
