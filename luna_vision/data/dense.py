@@ -56,14 +56,9 @@ class DenseSource(Source, Protocol):
 
 @dataclass(frozen=True)
 class DenseAugmentation:
-    """The augmentation of images with boxes or masks. An amount of 0 switches a part off.
+    """The augmentation of images with boxes or masks, by the arguments of `DenseDataModule`.
 
-    Attributes:
-        crop_size: Height and width of random crops in pixels; None keeps whole images. Smaller images are padded.
-        object_share: Share of the crops that are put where an object is; the others lie anywhere.
-        scale: Smallest and largest factor of a random resizing before the crop.
-        hflip, vflip: Probability of a flip from left to right, and upside down.
-        color_jitter: Largest relative change of brightness, contrast and (of colour images) saturation.
+    Without `crop_size`, images stay whole. Those smaller than a crop are padded. Grey images have no saturation.
     """
 
     crop_size: tuple[int, int] | None = None

@@ -1,6 +1,7 @@
 """Photos in folders, in the layout of ImageNet."""
 
 import os
+from functools import cached_property
 from pathlib import Path
 
 import timm.data
@@ -71,9 +72,9 @@ class SplitFolders:
 
 
 class PhotoDataModule(ImageDataModule):
-    """Base of the data modules of photos: ImageNet's statistics and sizes, and names of classes from the disk.
+    """Base of the data modules of photos: ImageNet's statistics and sizes.
 
-    ``num_workers`` is by default the number of CPUs, at most 8.
+    A subclass reads ``class_names`` off the disk. ``num_workers`` is by default the number of CPUs, at most 8.
     """
 
     MEAN, STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
@@ -87,17 +88,6 @@ class PhotoDataModule(ImageDataModule):
         **kwargs,
     ) -> None:
         super().__init__(root=root, img_size=img_size, num_workers=num_workers, crop_pct=crop_pct, **kwargs)
-        self._class_names: list[str] | None = None
-
-    def find_class_names(self) -> list[str]:
-        """Read the names of the classes off the disk, in the order of their labels."""
-        raise NotImplementedError
-
-    @property
-    def class_names(self) -> list[str]:
-        if self._class_names is None:
-            self._class_names = self.find_class_names()
-        return self._class_names
 
     @property
     def num_classes(self) -> int:
@@ -121,7 +111,8 @@ class ImageFolderDataModule(SplitFolders, PhotoDataModule):
             validation.
     """
 
-    def find_class_names(self) -> list[str]:
+    @cached_property
+    def class_names(self) -> list[str]:
         train = self.folder("train")
         if not train.is_dir():
             raise FileNotFoundError(

@@ -2,6 +2,7 @@
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 from tqdm import tqdm
 
 from luna_vision.data.datasets import ArraySource
@@ -121,9 +123,10 @@ class GpuDataModule(ImageFolderDataModule):
         self._augmented = augmentation != "none"
         self._sent: tuple[Any, Tensor, Tensor] | None = None
 
-    def find_class_names(self) -> list[str]:
+    @property
+    def class_names(self) -> list[str]:
         if not self._is_file:
-            return super().find_class_names()
+            return super().class_names
         arrays = self._arrays
         names = arrays.get("classes", np.arange(arrays["y_train"].max() + 1))
         return [str(name) for name in names]
@@ -137,11 +140,9 @@ class GpuDataModule(ImageFolderDataModule):
     def _is_file(self) -> bool:
         return self.root.endswith(".npz")
 
-    @property
+    @cached_property
     def _arrays(self) -> dict[str, np.ndarray]:
-        if not hasattr(self, "_loaded"):
-            self._loaded = read_arrays(Path(self.root))
-        return self._loaded
+        return read_arrays(Path(self.root))
 
     def _array_source(self, split: str) -> ArraySource | None:
         if f"x_{split}" not in self._arrays:
@@ -256,9 +257,9 @@ def augment_batch(images: Tensor, draws: Tensor, aug: Augmentation) -> Tensor:
             _between(draw, max(0.0, 1 - aug.color_jitter), 1 + aug.color_jitter).view(-1, 1, 1, 1) for draw in u[6:9]
         )
         images = images.mul(brightness).clamp_(0, 1)
-        images = torch.lerp(_grey(images).mean((2, 3), keepdim=True), images, contrast).clamp_(0, 1)
+        images = torch.lerp(rgb_to_grayscale(images).mean((2, 3), keepdim=True), images, contrast).clamp_(0, 1)
         if images.shape[1] == 3:
-            images = torch.lerp(_grey(images), images, saturation).clamp_(0, 1)
+            images = torch.lerp(rgb_to_grayscale(images), images, saturation).clamp_(0, 1)
     return images
 
 
@@ -282,11 +283,3 @@ def erase_batch(images: Tensor, draws: Tensor, probability: float) -> Tensor:
 
 def _between(draw: Tensor, low: float, high: float) -> Tensor:
     return low + (high - low) * draw
-
-
-def _grey(images: Tensor) -> Tensor:
-    """Luma (B, 1, H, W), ITU-R 601-2, as Pillow has it."""
-    if images.shape[1] != 3:
-        return images
-    red, green, blue = images.split(1, 1)
-    return 0.299 * red + 0.587 * green + 0.114 * blue

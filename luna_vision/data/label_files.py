@@ -216,11 +216,11 @@ def read_coco(place: Place, names: list[str] | None, faults: LabelFaults, masks:
         listed_files.add(path)
         if (size := _size_of(path, entry, where, faults)) is not None:
             images[entry["id"]], files[entry["id"]] = _Objects(str(file), size, faults), path
-    known = {entry.get("id") for entry in content["images"] if isinstance(entry, dict) and _plain(entry.get("id"))}
+    known = {str(entry.get("id")) for entry in content["images"] if isinstance(entry, dict)}
     for where, entry in _records(content, "annotations", file, faults, image_id=int, category_id=int):
         label, objects = label_of.get(entry["category_id"]), images.get(entry["image_id"])
         if objects is None:
-            if entry["image_id"] not in known:  # else the image is a fault already
+            if str(entry["image_id"]) not in known:  # else the image is a fault already
                 faults.add("annotation of an unknown image", where)
             continue
         if label is None:
@@ -312,10 +312,6 @@ def _json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _plain(value: Any) -> bool:
-    return isinstance(value, int | str)
-
-
 def _records(
     content: dict[str, Any], key: str, file: Path, faults: LabelFaults, **fields: type
 ) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -351,7 +347,8 @@ def read_voc(place: Place, names: list[str] | None, faults: LabelFaults) -> Labe
     folder = place.labels if place.labels.is_dir() else place.labels.parents[2] / "Annotations"
     stems = [path.stem for path in sorted(folder.glob("*.xml"))] if place.labels.is_dir() else _lines(place.labels)
     stems = [line.split()[0] for line in stems if line.split()]  # lists of one class have a second column
-    files = {os.path.splitext(name)[0]: name for name in sorted(os.listdir(place.images)) if _is_image(name)}
+    on_disk = sorted(os.listdir(place.images))
+    files = {os.path.splitext(name)[0]: name for name in on_disk if name.lower().endswith(image_suffixes())}
     trees: list[tuple[str, ElementTree.Element, str]] = []
     for stem, count in Counter(stems).items():
         if count > 1:
@@ -385,10 +382,6 @@ def read_voc(place: Place, names: list[str] | None, faults: LabelFaults) -> Labe
             objects.add((box[0] - 1, box[1] - 1, *box[2:]), names.index(called), where, difficult)
         images.append(objects.annotated(path))
     return LabelSet(str(place.labels), names, images, list(range(1, len(names) + 1)), [])
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(image_suffixes())
 
 
 def _lines(file: Path) -> list[str]:

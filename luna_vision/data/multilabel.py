@@ -140,7 +140,8 @@ class MultiLabelDataModule(PredictsFiles, PhotoDataModule):
         self.separator, self.repeat_rare = separator, repeat_rare
         self._tables: dict[str, LabelTable | None] = {}
 
-    def find_class_names(self) -> list[str]:
+    @property
+    def class_names(self) -> list[str]:
         return self.table("train").class_names
 
     def table(self, split: str) -> LabelTable | None:

@@ -4,7 +4,7 @@ import csv
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -240,30 +240,25 @@ class SegmentationDataModule(DenseDataModule):
             raise ValueError(f"values must be one for each of the {len(classes)} classes, got {len(values)}")
         if classes is not None and len(set(classes)) < len(classes):
             raise ValueError(f"classes must have different names, got {classes}")
-        self._coding: Coding | None = None
 
     # ---- classes
 
-    @property
+    @cached_property
     def coding(self) -> Coding:
         """The classes of mask files."""
-        if self._coding is None:
-            names, values = self._names, self._values
-            if names is None:
-                names, table = class_table(Path(self.root))
-                values = table if values is None else values
-            if values is None:
-                values = list(range(len(names))) if names is not None else self._numbers()
-            names = list(map(str, values)) if names is None else names
-            if len(names) != len(values):
-                raise ValueError(f"values must be one for each of the {len(names)} classes, got {len(values)}")
-            if not 2 <= len(names) <= IGNORE:
-                raise UserError(f"masks must have 2 to {IGNORE} classes, got {len(names)} in {self.root}")
-            ignored = self.ignored
-            if not isinstance(values[0], int) and isinstance(ignored, int):
-                ignored = None  # a number is no colour
-            self._coding = Coding(list(names), list(values), ignored)
-        return self._coding
+        names, values = self._names, self._values
+        if names is None:
+            names, table = class_table(Path(self.root))
+            values = table if values is None else values
+        if values is None:
+            values = list(range(len(names))) if names is not None else self._numbers()
+        names = list(map(str, values)) if names is None else names
+        if len(names) != len(values):
+            raise ValueError(f"values must be one for each of the {len(names)} classes, got {len(values)}")
+        if not 2 <= len(names) <= IGNORE:
+            raise UserError(f"masks must have 2 to {IGNORE} classes, got {len(names)} in {self.root}")
+        no_color = not isinstance(values[0], int) and isinstance(self.ignored, int)
+        return Coding(list(names), list(values), None if no_color else self.ignored)
 
     def _numbers(self) -> list[int]:
         """The numbers in the training masks."""

@@ -4,6 +4,7 @@ Shapes: H', W' patch grid.
 """
 
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -294,7 +295,8 @@ class SlideDataModule(PredictsFiles, PhotoDataModule):
             self._table = found
         return self._table
 
-    def find_class_names(self) -> list[str]:
+    @cached_property
+    def class_names(self) -> list[str]:
         return sorted({row.label for row in self.table()["train"]})
 
     def make_source(self, split: str) -> Source | None:

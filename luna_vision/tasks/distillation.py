@@ -161,7 +161,10 @@ class DistillationTask(TeacherTask, ClassificationTask):
     def training_loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         hp = self.hparams
         theirs, teacher_layers = self.teacher(images, [layer for _, layer in self._pairs])
-        logits, layers = self._student(images)
+        if self._pairs:
+            logits, layers = self._run(self.model, self.as_model_input(images), [layer for layer, _ in self._pairs])
+        else:
+            logits = self(images)
         losses = {"task": self.compute_loss(logits, targets)}
         losses["logit"] = logit_loss(logits.float(), theirs.float(), hp.temperature)
         if self._pairs:
@@ -170,11 +173,6 @@ class DistillationTask(TeacherTask, ClassificationTask):
             losses["feature"] = sum(parts) / len(parts)
         self.log_dict({f"train_{name}_loss": value.detach() for name, value in losses.items()})
         return sum(hp[f"{name}_weight"] * value for name, value in losses.items()), logits
-
-    def _student(self, images: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        if not self._pairs:
-            return self(images), {}
-        return self._run(self.model, self.as_model_input(images), [layer for layer, _ in self._pairs])
 
 
 def logit_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

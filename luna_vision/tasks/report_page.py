@@ -88,8 +88,10 @@ def write_report(
             sections.append({"title": title, "text": task.outcome.shown, "examples": shown})
     scores = [(name.removeprefix("test_"), f"{value:.4f}") for name, value in metrics.items() if "/" not in name]
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    own = machine()
+    of = ", ".join([own["cpu"], *(f"{name} {own[name]}" for name in ("torch", "timm", "luna_vision"))])
     content = {"title": f"Report of {printable(str(run))}", "about": _about(trainer, task), "scores": scores}
-    page = jinja2.Template(template, autoescape=True).render(**content, sections=sections, machine=_machine())
+    page = jinja2.Template(template, autoescape=True).render(**content, sections=sections, machine=of)
     write_text(folder / PAGE, utf8(page))
     return folder / PAGE
 
@@ -101,11 +103,6 @@ def _about(trainer: Trainer, task: TimmTask) -> str:
     weights = f", weights of {trainer.ckpt_path}" if trainer.ckpt_path else ""
     name = f"{type(task).__name__} with {task.hparams.model_name}"
     return printable(f"{name}, {parameters:,} parameters{weights}{source}".strip())
-
-
-def _machine() -> str:
-    own = machine()
-    return f"{own['cpu']}, " + ", ".join(f"{name} {own[name]}" for name in ("torch", "timm", "luna_vision"))
 
 
 def _write(picture: Figure | Image.Image, path: Path) -> str:
