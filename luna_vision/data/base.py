@@ -436,15 +436,12 @@ class ImageDataModule(LightningDataModule):
             arguments["sampler"] = sampler
         if not train:
             return DataLoader(generator=torch.Generator(), **arguments)
-        return EpochLoader(next_batch=self._next_batch, **arguments)
+        return EpochLoader(next_batch=lambda: next_batch(self.trainer), **arguments)
 
     def _rank(self) -> tuple[int, int]:
         """Number of this process's part of the data, and of all parts. Processes that share an image share a part."""
         shares = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return (0, 1) if shares is None else (shares["rank"], shares["num_replicas"])
-
-    def _next_batch(self) -> tuple[int, int] | None:
-        return next_batch(self.trainer)
 
 
 def hold_out(labels: Sequence[int] | np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:

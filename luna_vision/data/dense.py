@@ -32,19 +32,12 @@ MIN_VISIBLE = 0.1  # of its area: the least that a crop must keep of a box
 
 
 class Truth(NamedTuple):
-    """What is known about an image: objects, or a class for each pixel.
+    """What is known about an image: objects, or a class for each pixel."""
 
-    Attributes:
-        boxes: float32 (n, 4): left, top, right, bottom in pixels.
-        labels: int64 (n,), from 0.
-        crowd: bool (n,): objects that are neither trained on nor count as missed.
-        mask: uint8 (H, W), the class of each pixel or `IGNORE`; None where there are boxes alone.
-    """
-
-    boxes: np.ndarray = np.empty((0, 4), np.float32)
-    labels: np.ndarray = np.empty(0, np.int64)
-    crowd: np.ndarray = np.empty(0, bool)
-    mask: np.ndarray | None = None
+    boxes: np.ndarray = np.empty((0, 4), np.float32)  # (n, 4): left, top, right, bottom in pixels
+    labels: np.ndarray = np.empty(0, np.int64)  # (n,), from 0
+    crowd: np.ndarray = np.empty(0, bool)  # (n,): neither trained on nor counted as missed
+    mask: np.ndarray | None = None  # uint8 (H, W), the class of each pixel or `IGNORE`; None where there are boxes
 
 
 class DenseSource(Source, Protocol):

@@ -28,17 +28,11 @@ DRAWS = 14  # random numbers for each image and epoch, see `augment_batch`
 
 
 class Keys(NamedTuple):
-    """Which images a batch has, as it comes from the loader. The data module turns it into images on the device.
+    """Which images a batch has, as it comes from the loader. The data module turns it into images on the device."""
 
-    Attributes:
-        split: "train", "val" or "test".
-        epoch: Of the random numbers.
-        index: Index of each image, int64 (B,).
-    """
-
-    split: str
-    epoch: int
-    index: Tensor
+    split: str  # "train", "val" or "test"
+    epoch: int  # of the random numbers
+    index: Tensor  # int64 (B,), index of each image
 
 
 class ResidentDataset(TransformedDataset):

@@ -34,45 +34,28 @@ NO_AREA, OUTSIDE, UNKNOWN, MISSING, TWICE, COLUMNS = (
     "image listed twice",
     "row of another number of columns",
 )
-Size = tuple[int, int]
+Size = tuple[int, int]  # height and width in pixels
 
 
 class Annotated(NamedTuple):
-    """An image file and its objects.
-
-    Attributes:
-        file: Path of the image.
-        size: Height and width in pixels, upright.
-        boxes: float32 (n, 4): left, top, right, bottom in pixels, within the image.
-        labels: int64 (n,), from 0.
-        crowd: bool (n,): objects that are neither trained on nor count as missed (COCO's crowds, VOC's difficult ones).
-        outlines: COCO's ``segmentation`` of each object, where masks are asked for; else empty.
-    """
+    """An image file and its n objects."""
 
     file: str
-    size: Size
-    boxes: np.ndarray
-    labels: np.ndarray
-    crowd: np.ndarray
-    outlines: list[Any]
+    size: Size  # upright
+    boxes: np.ndarray  # float32 (n, 4): left, top, right, bottom in pixels, within the image
+    labels: np.ndarray  # int64 (n,), from 0
+    crowd: np.ndarray  # bool (n,): neither trained on nor counted as missed (COCO's crowds, VOC's difficult ones)
+    outlines: list[Any]  # COCO's ``segmentation`` of each object, where masks are asked for; else empty
 
 
 class LabelSet(NamedTuple):
-    """The labels of a split.
+    """The labels of a split."""
 
-    Attributes:
-        where: The file or folder that they are from.
-        names: A name for each label.
-        images: The images that have labels, and those that are said to have none.
-        category_ids: COCO's number of each label; for other formats from 1.
-        image_ids: COCO's numbers of the images; empty for other formats.
-    """
-
-    where: str
-    names: list[str]
-    images: list[Annotated]
-    category_ids: list[int]
-    image_ids: list[int]
+    where: str  # the file or folder that they are from
+    names: list[str]  # of the K classes, by label
+    images: list[Annotated]  # those that have labels, and those that are said to have none
+    category_ids: list[int]  # COCO's number of each label; for other formats from 1
+    image_ids: list[int]  # COCO's numbers of the images; empty for other formats
 
     @property
     def counts(self) -> np.ndarray:
@@ -498,17 +481,11 @@ def _yolo_names(file: Path) -> list[str]:
 
 
 class Format(NamedTuple):
-    """A format of labels.
+    """How the labels of a split, "train", "val" or "test", are found in a folder and read."""
 
-    Attributes:
-        find: Gives the `Place` of the labels of a split, "train", "val" or "test", in a folder; None if there are none.
-        read: Reads them, with the arguments of `read_coco`.
-        layout: In words, what a folder with such labels has.
-    """
-
-    find: Callable[[Path, str], Place | None]
-    read: Callable[..., LabelSet]
-    layout: str
+    find: Callable[[Path, str], Place | None]  # None if there are none
+    read: Callable[..., LabelSet] | None  # with the arguments of `read_coco`; None for masks
+    layout: str  # what a folder with such labels has, in words
 
 
 COCO = "a COCO file, train.json beside train/ or annotations/instances_train*.json"
@@ -536,12 +513,7 @@ def recognise(root: str | os.PathLike, formats: Mapping[str, Format]) -> str:
 
 
 class LabelSource:
-    """Base of the sources of (image, truth) of the images in a `LabelSet`.
-
-    Attributes:
-        labels: The label set.
-        where: In words, where the labels are.
-    """
+    """Base of the sources of (image, truth) of the images in a `LabelSet`."""
 
     def __init__(self, labels: LabelSet) -> None:
         self.labels, self.where = labels, labels.where

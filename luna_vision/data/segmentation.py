@@ -51,17 +51,11 @@ SCANNED = 2000  # masks that are read at the start, evenly spread, to count the 
 
 
 class Coding(NamedTuple):
-    """What the pixels of mask files mean.
+    """What the pixels of mask files mean."""
 
-    Attributes:
-        names: The classes, with the background where there is one.
-        values: The number of each class in the files, or its colour (red, green, blue).
-        ignored: The number, or the colour, of pixels that do not count; None where there is none.
-    """
-
-    names: list[str]
-    values: list[int] | list[tuple[int, int, int]]
-    ignored: Any = IGNORE
+    names: list[str]  # the classes, with the background where there is one
+    values: list[int] | list[tuple[int, int, int]]  # the number of each class in the files, or its colour
+    ignored: Any = IGNORE  # the number, or the colour, of pixels that do not count; None where there is none
 
     @property
     def colors(self) -> bool:

@@ -36,19 +36,12 @@ SPLITS = {name: split for split in ("train", "val", "test") for name in split_na
 
 
 class Row(NamedTuple):
-    """What a table says of a slide.
-
-    Attributes:
-        path: Of the image file.
-        label: Name of its class.
-        mask: "otsu", "valid" or a file, see `luna_vision.images.foreground.patch_mask`; None where the table has none.
-        region: (x, y, width, height) in pixels of level 0; None for the whole image.
-    """
+    """What a table says of a slide."""
 
     path: str
-    label: str = ""
-    mask: str | None = None
-    region: tuple[float, ...] | None = None
+    label: str = ""  # name of its class
+    mask: str | None = None  # "otsu", "valid" or a file, see `luna_vision.images.foreground.patch_mask`
+    region: tuple[float, ...] | None = None  # (x, y, width, height) in pixels of level 0; None for the whole image
 
     @property
     def name(self) -> str:

@@ -195,10 +195,14 @@ class ClassificationTask(TimmTask):
         return images.contiguous(memory_format=torch.channels_last) if self.hparams.channels_last else images
 
     def check_batch(self, images: Tensor, targets: Tensor) -> None:
+        """Raise ``ValueError`` for images (B, C, H, W) or targets that do not fit."""
         if not isinstance(images, Tensor):
             raise ValueError(f"{type(self).__name__} takes images of one size, and the data gives a list of them")
         if images.ndim != 4 or images.shape[1] != self.hparams.in_chans:
             raise ValueError(f"images must be (B, {self.hparams.in_chans}, H, W), got {tuple(images.shape)}")
+        self.check_targets(targets)
+
+    def check_targets(self, targets: Tensor) -> None:
         low, high = targets.aminmax()
         if low < 0 or high >= self.hparams.num_classes:  # on a GPU, PyTorch would only say "device-side assert"
             raise ValueError(f"targets must be in [0, {self.hparams.num_classes}), got {int(low)} to {int(high)}")

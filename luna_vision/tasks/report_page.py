@@ -164,23 +164,14 @@ def plot_curves(curves: dict[str, Curve]) -> Figure:
 
 
 class ClassRow(NamedTuple):
-    """A class of a report.
-
-    Attributes:
-        name: Of the class.
-        color: Of its masks or boxes, as HTML has it; empty where there is none.
-        there: How often it is there.
-        score: Its average precision or IoU, NaN where there is none.
-        found: The share of those that are found.
-        right: The share of right ones among those that were predicted.
-    """
+    """A class of a report."""
 
     name: str
-    color: str
-    there: int
-    score: float
-    found: float
-    right: float
+    color: str  # of its masks or boxes, as HTML has it; empty where there is none
+    there: int  # how often it is there
+    score: float  # its average precision or IoU, NaN where there is none
+    found: float  # the share of those that are there that is found
+    right: float  # the share of those that are predicted that is right
 
 
 def _kind(metrics: dict[str, float]) -> str:
