@@ -230,8 +230,6 @@ class SegmentationDataModule(DenseDataModule):
         self._values = None if values is None else [v if isinstance(v, int) else tuple(v) for v in values]
         ignored = ignore_index if isinstance(ignore_index, int) else tuple(ignore_index)
         self.ignored = None if ignored == -1 else ignored
-        if classes is not None and values is not None and len(classes) != len(values):
-            raise ValueError(f"values must be one for each of the {len(classes)} classes, got {len(values)}")
         if classes is not None and len(set(classes)) < len(classes):
             raise ValueError(f"classes must have different names, got {classes}")
 
