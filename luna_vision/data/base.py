@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from luna_vision.data.faults import check_fault_policy
 from luna_vision.data.images import PredictDataset, Source, StreamDataset, TransformedDataset, describe, known_labels
 from luna_vision.data.sampling import EpochLoader, EpochSampler, EvalSampler, next_batch
-from luna_vision.data.sizes import BatchDataset, SizeSampler, parse_sizes, patches_of
+from luna_vision.data.sizes import BatchDataset, SizeSampler, height_width, parse_sizes, patches_of
 from luna_vision.data.transforms import Augmentation, check_masks, train_transform
 from luna_vision.data.workers import init_worker
 from luna_vision.images.decode import MODES, sample_rasters
@@ -165,7 +165,7 @@ class ImageDataModule(LightningDataModule):
         check_fault_policy(on_error, max_error_share)
         self.max_error_share = max_error_share if on_error == "skip" else None
         self.root = os.path.expanduser(root)
-        self.img_size = _height_width(img_size)
+        self.img_size = height_width("img_size", img_size)
         self.in_chans, self.seed, self.val_fraction = in_chans, seed, val_fraction
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers, self.drop_last = num_workers, drop_last
@@ -469,10 +469,3 @@ def train_or_val(source: Source, split: str, val_fraction: float) -> Subset | No
     kept, held = hold_out(np.zeros(len(source)) if labels is None else labels, val_fraction)
     indices = kept if split == "train" else held
     return Subset(source, indices.tolist()) if len(indices) else None
-
-
-def _height_width(img_size: int | Sequence[int]) -> tuple[int, int]:
-    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"img_size must be a positive side or [height, width] in pixels, got {img_size}")
-    return size

@@ -291,7 +291,7 @@ class DenseDataModule(PredictsFiles, ImageDataModule):
         """The images and labels of a split."""
         raise NotImplementedError
 
-    def faults(self, split: str) -> LabelFaults:
+    def label_faults(self, split: str) -> LabelFaults:
         """To collect the faults of the labels of a split."""
         return LabelFaults(f"{type(self).__name__} {split}", self.max_error_share)
 
@@ -303,7 +303,7 @@ class DenseDataModule(PredictsFiles, ImageDataModule):
             SampleError: It has faults, more than may be left out.
         """
         known = self._names if split == "train" else self.class_names
-        faults = self.faults(split)
+        faults = self.label_faults(split)
         labels = self.formats[self.format].read(place, known, faults)
         faults.settle(len(labels.images) + int(labels.counts.sum()))
         if not labels.images or not labels.names:

@@ -286,7 +286,7 @@ class SegmentationDataModule(DenseDataModule):
 
     def _pairs(self, place: Place, split: str) -> list[tuple[str, str]]:
         """The files of images and their masks."""
-        faults = self.faults(split)
+        faults = self.label_faults(split)
         by_stem: dict[str, str] = {}
         for path in find_images(str(place.labels)):
             stem = _stem(path, place.labels)
@@ -321,7 +321,7 @@ class SegmentationDataModule(DenseDataModule):
     def _scan(self, source: MaskSource | OutlineSource, names: list[str], split: str) -> None:
         """Count the pixels of each class in some masks; those that cannot be read are faults."""
         counts = np.zeros(IGNORE + 1, np.int64)
-        faults = self.faults(split)
+        faults = self.label_faults(split)
         scanned = _spread(len(source), SCANNED)
         for index in scanned:
             try:

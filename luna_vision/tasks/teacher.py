@@ -17,6 +17,7 @@ from timm.models import get_pretrained_cfg
 from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 
+from luna_vision.data.sizes import height_width
 from luna_vision.images.transforms import per_channel
 from luna_vision.models.checkpoints import read_checkpoint
 from luna_vision.models.factory import build_model, check_model_name, load_model, training_checkpoint
@@ -117,9 +118,8 @@ class TeacherTask(TimmTask):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.teacher_size = None if teacher_img_size is None else to_2tuple(teacher_img_size)
-        if self.teacher_size is not None and (len(self.teacher_size) != 2 or min(self.teacher_size) < 1):
-            raise ValueError(f"teacher_img_size must be a positive side or [height, width], got {teacher_img_size}")
+        size = teacher_img_size
+        self.teacher_size = None if size is None else height_width("teacher_img_size", size)
 
     def check_start(self, optimizer: bool = True) -> None:
         super().check_start(optimizer)
