@@ -118,7 +118,8 @@ class ImageDataModule(LightningDataModule):
     class_names: list[str]
     MEAN: tuple[float, ...] = (0.5,)
     STD: tuple[float, ...] = (0.5,)
-    dataset_class = TransformedDataset
+    dataset_type = TransformedDataset
+    predicts_files = False  # whether predictions name the files of test images, in place of their positions
     collate_fn: Callable | None = None  # None for that of torch
     large = False  # whether images to predict may be those of `luna_vision.images.open_image` alone, as in `walk`
 
@@ -333,7 +334,7 @@ class ImageDataModule(LightningDataModule):
     def _tensors(self, source: Source | IterableDataset, split: str) -> TransformedDataset | StreamDataset:
         if not isinstance(source, IterableDataset):
             sized = self.sized_transforms if split == "train" else None
-            return self.dataset_class(source, *self._arguments(split), self.max_error_share, sized=sized)
+            return self.dataset_type(source, *self._arguments(split), self.max_error_share, sized=sized)
         if self.max_error_share is not None:
             raise ValueError("on_error='skip' needs samples with indices, which a stream of timm has not: give 'raise'")
         return StreamDataset(source, *self._arguments(split))
@@ -383,11 +384,13 @@ class ImageDataModule(LightningDataModule):
 
     def files_to_predict(self) -> list[str] | None:
         """The image files to predict, also those that are `finished`; None where the images are no files."""
-        if self.predict_path is None:
+        if self.predict_path is not None:
+            return find_images(self.predict_path, large=self.large) if self._to_predict is None else self._to_predict
+        if not self.predicts_files:
             return None
-        if self._to_predict is None:
-            return find_images(self.predict_path, large=self.large)
-        return self._to_predict
+        if (source := self.make_source("test")) is None:
+            raise ValueError("there are no test images to predict: give predict_path, a folder or files of images")
+        return [source.sample_file(index) for index in range(len(source))]
 
     def reading(self) -> dict[str, Any]:
         """The options that the pixels of evaluation depend on, as plain data."""
@@ -436,12 +439,15 @@ class ImageDataModule(LightningDataModule):
             arguments["sampler"] = sampler
         if not train:
             return DataLoader(generator=torch.Generator(), **arguments)
-        return EpochLoader(next_batch=lambda: next_batch(self.trainer), **arguments)
+        return EpochLoader(next_batch=self._next_batch, **arguments)
 
     def _rank(self) -> tuple[int, int]:
         """Number of this process's part of the data, and of all parts. Processes that share an image share a part."""
         shares = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return (0, 1) if shares is None else (shares["rank"], shares["num_replicas"])
+
+    def _next_batch(self) -> tuple[int, int] | None:
+        return next_batch(self.trainer)
 
 
 def hold_out(labels: Sequence[int] | np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:

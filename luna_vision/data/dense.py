@@ -150,18 +150,7 @@ class DenseDataset(TransformedDataset):
         return (transform or self.transform)(image, sample_seed(self.seed, epoch, index), label)
 
 
-class PredictsFiles:
-    """Mixin of the data modules whose test images are files: predictions name them."""
-
-    def files_to_predict(self) -> list[str]:
-        if self.predict_path is not None:
-            return super().files_to_predict()
-        if (source := self.make_source("test")) is None:
-            raise ValueError("there are no test images to predict: give predict_path, a folder or files of images")
-        return [source.sample_file(index) for index in range(len(source))]
-
-
-class DenseDataModule(PredictsFiles, ImageDataModule):
+class DenseDataModule(ImageDataModule):
     """Base of the data modules of files with boxes or masks.
 
     Batches are ``(images, targets)``, two lists: images (C, H, W) of their own sizes with pixels in [0, 1], which the
@@ -203,7 +192,8 @@ class DenseDataModule(PredictsFiles, ImageDataModule):
         FileNotFoundError: On setup: the data is not under ``root``.
     """
 
-    dataset_class = DenseDataset
+    dataset_type = DenseDataset
+    predicts_files = True
     formats: Mapping[str, Format]  # of labels, by name
     masks = False  # whether targets are masks
     background = False  # whether class 0 of the masks is no object

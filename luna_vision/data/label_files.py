@@ -1,7 +1,7 @@
 """Boxes and outlines of objects from label files: COCO JSON, Pascal VOC XML and YOLO text.
 
-A `Format` has a function that finds the labels of a split in a folder, and one that reads them. A reader leaves out what
-is faulty and tells a `LabelFaults`. A file that cannot be read at all is a `UserError`.
+A `Format` has a function that finds the labels of a split in a folder, and one that reads them. A reader leaves out
+what is faulty and tells a `LabelFaults`. A file that cannot be read at all is a `UserError`.
 """
 
 import contextlib
@@ -488,10 +488,10 @@ class Format(NamedTuple):
     layout: str  # what a folder with such labels has, in words
 
 
-COCO = "a COCO file, train.json beside train/ or annotations/instances_train*.json"
+COCO = "a COCO file (train.json beside train/, or annotations/instances_train*.json)"
 FORMATS = {
     "coco": Format(find_coco, read_coco, COCO),
-    "voc": Format(find_voc, read_voc, "Annotations/, JPEGImages/ and ImageSets/Main/train.txt of Pascal VOC"),
+    "voc": Format(find_voc, read_voc, "Pascal VOC (Annotations/, JPEGImages/ and ImageSets/Main/train.txt)"),
     "yolo": Format(find_yolo, read_yolo, "a data.yaml of YOLO"),
 }
 
@@ -505,7 +505,7 @@ def recognise(root: str | os.PathLike, formats: Mapping[str, Format]) -> str:
     """
     found = [name for name, form in formats.items() if form.find(Path(root), "train") is not None]
     if not found:
-        layouts = "; or ".join(form.layout for form in formats.values())
+        layouts = ", or ".join(form.layout for form in formats.values())
         raise FileNotFoundError(f"no training labels in {root}: it must have {layouts}")
     if len(found) > 1:
         raise UserError(f"{root} has labels in the formats {' and '.join(found)}: say which one as format")

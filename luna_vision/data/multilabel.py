@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from luna_vision.data.dense import PredictsFiles
 from luna_vision.data.faults import LabelFaults
 from luna_vision.data.folders import PhotoDataModule
 from luna_vision.data.images import Source, TransformedDataset
@@ -113,7 +112,7 @@ class MultiLabelDataset(TransformedDataset):
         return tensor, torch.from_numpy(label)
 
 
-class MultiLabelDataModule(PredictsFiles, PhotoDataModule):
+class MultiLabelDataModule(PhotoDataModule):
     """Photos with any number of labels each, for :class:`~luna_vision.tasks.MultiLabelTask`.
 
     ``root/train.csv``, and ``root/val.csv`` and ``root/test.csv`` if there are any, name the images in the first
@@ -132,7 +131,8 @@ class MultiLabelDataModule(PredictsFiles, PhotoDataModule):
         FileNotFoundError: On setup: there is no root/train.csv.
     """
 
-    dataset_class = MultiLabelDataset
+    dataset_type = MultiLabelDataset
+    predicts_files = True
 
     def __init__(self, root: str = "data", separator: str | None = None, repeat_rare: float = 0.0, **kwargs) -> None:
         super().__init__(root=root, **kwargs)

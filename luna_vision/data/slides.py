@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from luna_vision.data.base import hold_out
-from luna_vision.data.dense import PredictsFiles
 from luna_vision.data.faults import LabelFaults
 from luna_vision.data.folders import PhotoDataModule
 from luna_vision.data.images import Source, TransformedDataset
@@ -174,7 +173,7 @@ class SlideDataset(TransformedDataset):
         return Slide(image, self.data, tuple((draws < self.flips).tolist())), label
 
 
-class SlideDataModule(PredictsFiles, PhotoDataModule):
+class SlideDataModule(PhotoDataModule):
     """Whole slides, or other images of any size, with one label each, for :class:`~luna_vision.tasks.SlideTask`.
 
     ``root`` is a CSV table with a header. Its columns are ``path`` and ``label``, and perhaps ``mask`` ("otsu",
@@ -210,7 +209,7 @@ class SlideDataModule(PredictsFiles, PhotoDataModule):
         FileNotFoundError: On setup: there is no table.
     """
 
-    large = True
+    large = predicts_files = True
 
     def __init__(
         self,
@@ -313,13 +312,8 @@ class SlideDataModule(PredictsFiles, PhotoDataModule):
         return super().reading() | {"choice": self.choice.described(), "mask": self.mask}
 
     def predict_dataloader(self) -> DataLoader:
-        if self.predict_path is not None:
-            rows = [Row(file) for file in self.files_to_predict()]
-        else:
-            source = self.make_source("test")
-            if source is None:
-                raise ValueError("there are no test slides to predict: give predict_path, a folder or files of images")
-            rows = source.rows
+        files = self.files_to_predict()
+        rows = self.make_source("test").rows if self.predict_path is None else [Row(file) for file in files]
         return self._loader([(Slide(row, self), row.name) for row in rows if row.name not in self.finished], 1)
 
     @staticmethod

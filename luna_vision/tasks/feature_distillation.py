@@ -47,9 +47,9 @@ class FeatureDistillationTask(TeacherTask, UnlabelledTask):
 
     Logged besides: ``train_global_loss``, ``train_patch_cosine_loss``, ``train_patch_mse_loss``.
 
-    The teacher, a ViT or a CNN, with or without a head, is in half precision on a GPU. Images are resized for it to
-    ``teacher_img_size``, by default the student's, rounded to whole patches of the teacher. A checkpoint of this package
-    records its ``teacher_kwargs``.
+    The teacher, a ViT or a CNN, with or without a head, is in half precision on a GPU. By default, images are resized
+    for it to the student's size, rounded to whole patches of the teacher, and its ``teacher_kwargs`` are those that a
+    checkpoint of this package records.
 
     Source: VECA (arXiv 2605.12491), with the training of lightly-train.
 

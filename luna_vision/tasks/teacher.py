@@ -172,7 +172,8 @@ def check_teacher(name: str, checkpoint: str | None, kwargs: dict[str, Any], num
     cfg = get_pretrained_cfg(name)
     if not checkpoint and not (cfg and cfg.has_weights):
         raise ValueError(
-            f"the teacher {name} has no pretrained weights, and random ones teach nothing: give teacher_checkpoint"
+            f"the teacher {name} has no pretrained weights, and random ones teach nothing: give its weights as "
+            "teacher_checkpoint"
         )
     if not checkpoint and num_classes not in (None, cfg.num_classes):
         raise ValueError(f"the teacher {name} has {cfg.num_classes} classes, the student num_classes={num_classes}")
@@ -192,7 +193,8 @@ def check_recorded(name: str, checkpoint: str, kwargs: dict[str, Any]) -> None:
     found = (recorded.get("model_name", name), recorded.get("model_kwargs", kwargs) or {})
     if found != (name, kwargs):
         raise ValueError(
-            f"teacher_checkpoint {checkpoint!r} holds {found[0]} with teacher_kwargs {found[1]}, not {name} with {kwargs}"
+            f"teacher_checkpoint {checkpoint!r} holds {found[0]} with teacher_kwargs {found[1]}, not {name} with "
+            f"{kwargs}"
         )
 
 
