@@ -68,13 +68,13 @@ def _convert(args: Any, overrides: list[str]) -> None:
     from ..models.vit_init import load_vit, luna_arguments
     from ..tasks.checkpoints import last_checkpoint
     from ..tasks.reporting import export_weights, save_weights
-    from ..tasks.teacher import check_feature_teacher, fit_to_size, load_feature_teacher, recorded_kwargs
+    from ..tasks.teacher import check_teacher, fit_to_size, load_feature_teacher, recorded_kwargs
     from ..utils.files import write_json
     from ..utils.fingerprint import describe
 
     name, file = _source(args)
     kwargs = recorded_kwargs(name, file)
-    check_feature_teacher(name, file, kwargs)
+    check_teacher(name, file, kwargs)
     teacher = load_feature_teacher(name, file, kwargs, head=True)
     vit, cfg = teacher.model, teacher.model.pretrained_cfg
     side = args.img_size or min(cfg["input_size"][1:])
@@ -95,7 +95,7 @@ def _convert(args: Any, overrides: list[str]) -> None:
     task, data = whole.model, whole.datamodule
     data.prepare_data()
     data.setup("fit")
-    task._teachers.append(teacher)
+    vars(task)["teacher"] = teacher
     task.check_data(data, "fit")
 
     source = {"vit": name, "weights": describe(vit)["weights"], "memory_len": args.memory_len}

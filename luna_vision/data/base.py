@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from luna_vision.data.faults import check_fault_policy
 from luna_vision.data.images import PredictDataset, Source, StreamDataset, TransformedDataset, describe, known_labels
 from luna_vision.data.sampling import EpochLoader, EpochSampler, EvalSampler, next_batch
-from luna_vision.data.sizes import BatchDataset, SizeSampler, parse_sizes, patches_of
+from luna_vision.data.sizes import BatchDataset, SizeSampler, height_width, parse_sizes, patches_of
 from luna_vision.data.transforms import Augmentation, check_masks, train_transform
 from luna_vision.data.workers import init_worker
 from luna_vision.images.decode import MODES, sample_rasters
@@ -33,7 +33,7 @@ from luna_vision.images.values import (
     parse_value_range,
     percentile_range,
 )
-from luna_vision.utils.checks import check_at_least
+from luna_vision.utils.checks import check_at_least, check_share
 from luna_vision.utils.errors import one_line
 
 SPLIT_SEED = 0  # not the run's seed, see `hold_out`
@@ -118,6 +118,8 @@ class ImageDataModule(LightningDataModule):
     class_names: list[str]
     MEAN: tuple[float, ...] = (0.5,)
     STD: tuple[float, ...] = (0.5,)
+    dataset_type = TransformedDataset
+    predicts_files = False  # whether predictions name the files of test images, in place of their positions
     collate_fn: Callable | None = None  # None for that of torch
     large = False  # whether images to predict may be those of `luna_vision.images.open_image` alone, as in `walk`
 
@@ -158,14 +160,13 @@ class ImageDataModule(LightningDataModule):
         super().__init__()
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
-        if not 0 <= random_erasing <= 1:
-            raise ValueError(f"random_erasing is a probability, got {random_erasing}")
+        check_share(random_erasing=random_erasing)
         check_at_least(1, batch_size=batch_size, in_chans=in_chans)
         check_at_least(0, num_workers=num_workers, seed=seed)
         check_fault_policy(on_error, max_error_share)
         self.max_error_share = max_error_share if on_error == "skip" else None
         self.root = os.path.expanduser(root)
-        self.img_size = _height_width(img_size)
+        self.img_size = height_width("img_size", img_size)
         self.in_chans, self.seed, self.val_fraction = in_chans, seed, val_fraction
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers, self.drop_last = num_workers, drop_last
@@ -215,6 +216,27 @@ class ImageDataModule(LightningDataModule):
     def make_source(self, split: str) -> Source | IterableDataset | None:
         """The images and labels of "train", "val" or "test"; None where there is no such split."""
         raise NotImplementedError
+
+    def split_source(
+        self, split: str, find: Callable[[str], Any], open_: Callable[[Any], Source] = lambda found: found
+    ) -> Source | None:
+        """The images of a split of data that may lack "val" and "test".
+
+        Then "val" is a share of "train", and "test" is "val", or None where that is only such a share.
+
+        Args:
+            split: "train", "val" or "test".
+            find: Gives what there is of a split; None if there is nothing.
+            open_: Makes a source of it.
+        """
+        val = find("val")
+        if split == "test":
+            found = find("test") or val
+            return None if found is None else open_(found)
+        if split == "val" and val is not None:
+            return open_(val)
+        train = open_(find("train"))
+        return train if val is not None else train_or_val(train, split, self.val_fraction)
 
     def timm_cfg(self) -> dict[str, Any]:
         """The input that a model trained on this data expects, in the words of timm's `pretrained_cfg`."""
@@ -312,7 +334,7 @@ class ImageDataModule(LightningDataModule):
     def _tensors(self, source: Source | IterableDataset, split: str) -> TransformedDataset | StreamDataset:
         if not isinstance(source, IterableDataset):
             sized = self.sized_transforms if split == "train" else None
-            return TransformedDataset(source, *self._arguments(split), self.max_error_share, sized=sized)
+            return self.dataset_type(source, *self._arguments(split), self.max_error_share, sized=sized)
         if self.max_error_share is not None:
             raise ValueError("on_error='skip' needs samples with indices, which a stream of timm has not: give 'raise'")
         return StreamDataset(source, *self._arguments(split))
@@ -362,11 +384,13 @@ class ImageDataModule(LightningDataModule):
 
     def files_to_predict(self) -> list[str] | None:
         """The image files to predict, also those that are `finished`; None where the images are no files."""
-        if self.predict_path is None:
+        if self.predict_path is not None:
+            return find_images(self.predict_path, large=self.large) if self._to_predict is None else self._to_predict
+        if not self.predicts_files:
             return None
-        if self._to_predict is None:
-            return find_images(self.predict_path, large=self.large)
-        return self._to_predict
+        if (source := self.make_source("test")) is None:
+            raise ValueError("there are no test images to predict: give predict_path, a folder or files of images")
+        return [source.sample_file(index) for index in range(len(source))]
 
     def reading(self) -> dict[str, Any]:
         """The options that the pixels of evaluation depend on, as plain data."""
@@ -451,10 +475,3 @@ def train_or_val(source: Source, split: str, val_fraction: float) -> Subset | No
     kept, held = hold_out(np.zeros(len(source)) if labels is None else labels, val_fraction)
     indices = kept if split == "train" else held
     return Subset(source, indices.tolist()) if len(indices) else None
-
-
-def _height_width(img_size: int | Sequence[int]) -> tuple[int, int]:
-    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"img_size must be a positive side or [height, width] in pixels, got {img_size}")
-    return size

@@ -13,7 +13,7 @@ from luna_vision.images.decode import to_channels
 from luna_vision.images.transforms import to_tensor
 
 
-class DenseDataset(Dataset):
+class CanvasTargets(Dataset):
     """(image (C, S, S) with pixels in [0, 1], target) of canvases; keys are indices or (epoch, index)."""
 
     def __init__(self, source: CanvasDataset, in_chans: int, target: Any) -> None:
@@ -70,7 +70,7 @@ class CanvasDenseDataModule(CanvasDataModule):
         raise ValueError(f"{type(self).__name__} has no images to predict")
 
     def _tensors(self, source: CanvasDataset, split: str) -> Dataset:
-        return DenseDataset(source, self.in_chans, self.target)
+        return CanvasTargets(source, self.in_chans, self.target)
 
 
 class CanvasDetectionDataModule(CanvasDenseDataModule):

@@ -25,14 +25,14 @@ class ArraySource:
         return self.images[index], int(self.targets[index])
 
 
-def digits_splits(val_fraction: float = 0.2, test_fraction: float = 0.2) -> dict[str, Arrays]:
+def digits_splits(val_fraction: float = 0.2) -> dict[str, Arrays]:
     """scikit-learn's 1,797 digits as uint8 (n, 8, 8) and labels, in fixed stratified splits.
 
-    ``val_fraction`` is a share of the images that are not for testing.
+    A fifth is for testing; ``val_fraction`` is a share of the others.
     """
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # given as 0..16
-    rest, test = hold_out(digits.target, test_fraction)
+    rest, test = hold_out(digits.target, 0.2)
     train, val = hold_out(digits.target[rest], val_fraction)
     return {
         name: (images[index], digits.target[index].astype(np.int64))

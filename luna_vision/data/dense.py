@@ -3,8 +3,9 @@
 Shapes: C channels, H x W pixels, n objects of an image.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import albumentations as A
@@ -13,13 +14,17 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from luna_vision.data.base import ImageDataModule, train_or_val
+from luna_vision.data.base import ImageDataModule
+from luna_vision.data.faults import LabelFaults
 from luna_vision.data.images import Source, TransformedDataset
-from luna_vision.data.sampling import check_share, repeated, sample_seed
+from luna_vision.data.label_files import Format, LabelSet, Place, recognise
+from luna_vision.data.sampling import repeated, sample_seed
 from luna_vision.images.decode import SampleError
+from luna_vision.images.find import listed
 from luna_vision.images.transforms import SeededTransform, to_tensor
 from luna_vision.images.values import Raster, Values
-from luna_vision.utils.checks import check_at_least, check_option
+from luna_vision.utils.checks import check_at_least, check_option, check_share
+from luna_vision.utils.errors import UserError
 
 IGNORE = 255  # in the masks of a batch: neither trained on nor scored
 TRAIN_ON = ("whole", "crops", "bands")
@@ -27,19 +32,12 @@ MIN_VISIBLE = 0.1  # of its area: the least that a crop must keep of a box
 
 
 class Truth(NamedTuple):
-    """What is known about an image: objects, or a class for each pixel.
+    """What is known about an image: objects, or a class for each pixel."""
 
-    Attributes:
-        boxes: float32 (n, 4): left, top, right, bottom in pixels.
-        labels: int64 (n,), from 0.
-        crowd: bool (n,): objects that are neither trained on nor count as missed.
-        mask: uint8 (H, W), the class of each pixel or `IGNORE`; None where there are boxes alone.
-    """
-
-    boxes: np.ndarray = np.empty((0, 4), np.float32)
-    labels: np.ndarray = np.empty(0, np.int64)
-    crowd: np.ndarray = np.empty(0, bool)
-    mask: np.ndarray | None = None
+    boxes: np.ndarray = np.empty((0, 4), np.float32)  # (n, 4): left, top, right, bottom in pixels
+    labels: np.ndarray = np.empty(0, np.int64)  # (n,), from 0
+    crowd: np.ndarray = np.empty(0, bool)  # (n,): neither trained on nor counted as missed
+    mask: np.ndarray | None = None  # uint8 (H, W), the class of each pixel or `IGNORE`; None where there are boxes
 
 
 class DenseSource(Source, Protocol):
@@ -51,14 +49,9 @@ class DenseSource(Source, Protocol):
 
 @dataclass(frozen=True)
 class DenseAugmentation:
-    """The augmentation of images with boxes or masks. An amount of 0 switches a part off.
+    """The augmentation of images with boxes or masks, by the arguments of `DenseDataModule`.
 
-    Attributes:
-        crop_size: Height and width of random crops in pixels; None keeps whole images. Smaller images are padded.
-        object_share: Share of the crops that are put where an object is; the others lie anywhere.
-        scale: Smallest and largest factor of a random resizing before the crop.
-        hflip, vflip: Probability of a flip from left to right, and upside down.
-        color_jitter: Largest relative change of brightness, contrast and (of colour images) saturation.
+    Without `crop_size`, images stay whole. Those smaller than a crop are padded. Grey images have no saturation.
     """
 
     crop_size: tuple[int, int] | None = None
@@ -69,9 +62,7 @@ class DenseAugmentation:
     color_jitter: float = 0.3
 
     def __post_init__(self) -> None:
-        for name in ("object_share", "hflip", "vflip"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        check_share(object_share=self.object_share, hflip=self.hflip, vflip=self.vflip)
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"scale must be 0 < smallest <= largest, got {list(self.scale)}")
         check_at_least(0, color_jitter=self.color_jitter)
@@ -159,27 +150,17 @@ class DenseDataset(TransformedDataset):
         return (transform or self.transform)(image, sample_seed(self.seed, epoch, index), label)
 
 
-class PredictsFiles:
-    """Mixin of the data modules whose test images are files: predictions name them."""
-
-    def files_to_predict(self) -> list[str]:
-        if self.predict_path is not None:
-            return super().files_to_predict()
-        if (source := self.make_source("test")) is None:
-            raise ValueError("there are no test images to predict: give predict_path, a folder or files of images")
-        return [source.sample_file(index) for index in range(len(source))]
-
-
-class DenseDataModule(PredictsFiles, ImageDataModule):
+class DenseDataModule(ImageDataModule):
     """Base of the data modules of files with boxes or masks.
 
     Batches are ``(images, targets)``, two lists: images (C, H, W) of their own sizes with pixels in [0, 1], which the
     models normalise. Prediction batches are ``(images, paths)``. Evaluation is always on whole images.
 
-    A subclass defines :meth:`read` and :meth:`target`, and the class attributes.
+    A subclass defines :meth:`open_labels` and :meth:`target`, and the class attributes.
 
     Args:
         root: Folder of the data.
+        format: Of the labels; by default the one that ``root`` has.
         in_chans: 1 (grey) or 3 (RGB); images are converted.
         batch_size: Images in a batch on each device.
         eval_batch_size: The same for validation, test and prediction; 1 by default, as whole images may be large.
@@ -211,12 +192,16 @@ class DenseDataModule(PredictsFiles, ImageDataModule):
         FileNotFoundError: On setup: the data is not under ``root``.
     """
 
+    dataset_type = DenseDataset
+    predicts_files = True
+    formats: Mapping[str, Format]  # of labels, by name
     masks = False  # whether targets are masks
     background = False  # whether class 0 of the masks is no object
 
     def __init__(
         self,
         root: str = "data",
+        format: str | None = None,
         in_chans: int = 3,
         batch_size: int = 4,
         eval_batch_size: int = 1,
@@ -239,7 +224,9 @@ class DenseDataModule(PredictsFiles, ImageDataModule):
         predict_path: str | list[str] | None = None,
     ) -> None:
         check_option("train_on", train_on, TRAIN_ON)
-        check_share(repeat_rare)
+        if format is not None:
+            check_option("format", format, self.formats)
+        check_share(repeat_rare=repeat_rare)
         super().__init__(
             root=root,
             img_size=crop_size,
@@ -258,7 +245,8 @@ class DenseDataModule(PredictsFiles, ImageDataModule):
             max_error_share=max_error_share,
             predict_path=predict_path,
         )
-        self.train_on, self.repeat_rare = train_on, repeat_rare
+        self._format, self.train_on, self.repeat_rare = format, train_on, repeat_rare
+        self._names: list[str] | None = None  # of the classes, if they are given
         self.augmentation = DenseAugmentation(
             self.img_size if train_on == "crops" else None,
             object_share,
@@ -270,9 +258,49 @@ class DenseDataModule(PredictsFiles, ImageDataModule):
         self.train_transform = self.eval_transform = DenseTransform(self.values, self.target)
         self._sources: dict[str, Source | None] = {}
 
-    def read(self, split: str) -> DenseSource | None:
-        """The images and labels of "train", "val" or "test", as ``root`` has them; None where it has no such split."""
+    @property
+    def format(self) -> str:
+        """A key of ``formats``."""
+        if self._format is None:
+            self._format = recognise(self.root, self.formats)
+        return self._format
+
+    def place(self, split: str) -> Place | None:
+        """Where the labels of "train", "val" or "test" are; None where ``root`` has no such split.
+
+        Raises:
+            FileNotFoundError: It has none for training.
+        """
+        form = self.formats[self.format]
+        place = form.find(Path(self.root), split)
+        if place is None and split == "train":
+            raise FileNotFoundError(f"no training labels in {self.root} as {self.format}: it must have {form.layout}")
+        return place
+
+    def open_labels(self, place: Place, split: str) -> DenseSource:
+        """The images and labels of a split."""
         raise NotImplementedError
+
+    def label_faults(self, split: str) -> LabelFaults:
+        """To collect the faults of the labels of a split."""
+        return LabelFaults(f"{type(self).__name__} {split}", self.max_error_share)
+
+    def read_labels(self, place: Place, split: str) -> LabelSet:
+        """The labels of a split in a file of objects.
+
+        Raises:
+            UserError: The file is broken, has neither images nor classes, or other classes than those given.
+            SampleError: It has faults, more than may be left out.
+        """
+        known = self._names if split == "train" else self.class_names
+        faults = self.label_faults(split)
+        labels = self.formats[self.format].read(place, known, faults)
+        faults.settle(len(labels.images) + int(labels.counts.sum()))
+        if not labels.images or not labels.names:
+            raise UserError(f"{place.labels} has no {'images' if labels.names else 'classes'}")
+        if known is not None and labels.names != known:
+            raise UserError(f"classes must be those of {place.labels}, {listed(labels.names)}, got {listed(known)}")
+        return labels
 
     def target(self, truth: Truth) -> Any:
         """What a batch has of an image."""
@@ -283,21 +311,17 @@ class DenseDataModule(PredictsFiles, ImageDataModule):
         return len(self.class_names)
 
     def source(self, split: str) -> Source | None:
-        """:meth:`read`, once."""
+        """The images and labels of a split as ``root`` has them, read once; None where it has no such split."""
         if split not in self._sources:
-            self._sources[split] = self.read(split)
+            place = self.place(split)
+            self._sources[split] = None if place is None else self.open_labels(place, split)
         return self._sources[split]
 
     def make_source(self, split: str) -> Source | None:
-        """The images of a split. Without a folder "val" is a share of "train", and "test" is "val" if that has one."""
-        val = self.source("val")
-        if split == "test":
-            return self.source("test") or val
-        if split == "val" and val is not None:
-            return val
-        train = self.source("train")
-        source = train if val is not None else train_or_val(train, split, self.val_fraction)
-        return repeated(source, train.presence(), self.repeat_rare) if split == "train" and self.repeat_rare else source
+        source = self.split_source(split, self.source)
+        if split == "train" and self.repeat_rare:
+            return repeated(source, self.source("train").presence(), self.repeat_rare)
+        return source
 
     def timm_cfg(self) -> dict[str, Any]:
         """The classes, and what the numbers of files mean: the models prepare images themselves."""
@@ -308,7 +332,7 @@ class DenseDataModule(PredictsFiles, ImageDataModule):
         if split == "train":  # whose steps depend on the classes
             steps = self.augmentation.steps(self.in_chans, self.masks, self.background)
             self.train_transform = DenseTransform(self.values, self.target, steps)
-        return DenseDataset(source, *self._arguments(split), self.max_error_share)
+        return super()._tensors(source, split)
 
     @staticmethod
     def collate_fn(samples: list[tuple[Tensor, Any]]) -> tuple[list, list]:

@@ -114,8 +114,13 @@ class LabelFaults:
         """
         self.found[kind].append(where)
 
-    def settle(self, entries: int) -> None:
-        """Say what was found in this number of entries, the faulty ones among them.
+    @property
+    def count(self) -> int:
+        """How many were found."""
+        return sum(map(len, self.found.values()))
+
+    def settle(self, sound: int) -> None:
+        """Say what was found beside this number of sound entries.
 
         Raises:
             SampleError: There are faults, more than may be left out.
@@ -124,10 +129,10 @@ class LabelFaults:
             return
         kinds = (f"{len(at)} x {kind} ({listed(at, 3)})" for kind, at in self.found.items())
         text = printable(f"faults in the labels of {self.name}: {'; '.join(kinds)}")
-        count = sum(map(len, self.found.values()))
+        entries = sound + self.count
         if self.max_error_share is None:
             raise SampleError(f"{text}. on_error=skip leaves them out")
-        if count > self.max_error_share * entries:
+        if self.count > self.max_error_share * entries:
             share = f"more than max_error_share={self.max_error_share:g} of {entries} entries"
             raise SampleError(f"{text}. They are {share}")
         _logger.warning(f"{text}. They are left out")

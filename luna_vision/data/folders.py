@@ -1,13 +1,13 @@
 """Photos in folders, in the layout of ImageNet."""
 
 import os
-from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import timm.data
 from PIL import Image
 
-from luna_vision.data.base import ImageDataModule, train_or_val
+from luna_vision.data.base import ImageDataModule
 from luna_vision.data.images import Source
 from luna_vision.images.decode import read_image
 from luna_vision.images.find import Folder, class_folders, listed, skipped, split_folder, unused_folders, walk
@@ -62,34 +62,19 @@ class SplitFolders:
     """Mixin of the data modules whose splits are folders in ``root``."""
 
     root: str
-    val_fraction: float
 
     def folder(self, split: str) -> Path | None:
-        """The folder of "train", "val" or "test", None if there is none."""
-        return split_folder(self.root, split)
-
-    def open_split(self, split: str, open_: Callable[[Path], Source]) -> Source | None:
-        """Open the folder of a split with ``open_``.
-
-        Without a folder, "val" is a share of "train", and "test" is "val", or None where "val" is only such a share.
-        """
-        val = self.folder("val")
-        if split == "test":
-            folder = self.folder("test") or val
-            return None if folder is None else open_(folder)
-        if split == "val" and val is not None:
-            return open_(val)
-        train = open_(self.folder("train") or Path(self.root, "train"))
-        return train if val is not None else train_or_val(train, split, self.val_fraction)
+        """The folder of "train", which must be there, "val" or "test", None if there is none."""
+        return split_folder(self.root, split) or (Path(self.root, "train") if split == "train" else None)
 
     def unused(self) -> list[str]:
         return unused_folders(self.root, map(self.folder, ("train", "val", "test")))
 
 
 class PhotoDataModule(ImageDataModule):
-    """Base of the data modules of photos: ImageNet's statistics and sizes, and names of classes from the disk.
+    """Base of the data modules of photos: ImageNet's statistics and sizes.
 
-    ``num_workers`` is by default the number of CPUs, at most 8.
+    A subclass reads ``class_names`` off the disk. ``num_workers`` is by default the number of CPUs, at most 8.
     """
 
     MEAN, STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
@@ -103,17 +88,6 @@ class PhotoDataModule(ImageDataModule):
         **kwargs,
     ) -> None:
         super().__init__(root=root, img_size=img_size, num_workers=num_workers, crop_pct=crop_pct, **kwargs)
-        self._class_names: list[str] | None = None
-
-    def find_class_names(self) -> list[str]:
-        """Read the names of the classes off the disk, in the order of their labels."""
-        raise NotImplementedError
-
-    @property
-    def class_names(self) -> list[str]:
-        if self._class_names is None:
-            self._class_names = self.find_class_names()
-        return self._class_names
 
     @property
     def num_classes(self) -> int:
@@ -137,9 +111,10 @@ class ImageFolderDataModule(SplitFolders, PhotoDataModule):
             validation.
     """
 
-    def find_class_names(self) -> list[str]:
+    @cached_property
+    def class_names(self) -> list[str]:
         train = self.folder("train")
-        if train is None:
+        if not train.is_dir():
             raise FileNotFoundError(
                 f"no folder {Path(self.root, 'train')}: root= must contain train/<class>/<images>, and may contain "
                 f"val/<class>/<images> and test/<class>/<images>"
@@ -148,4 +123,4 @@ class ImageFolderDataModule(SplitFolders, PhotoDataModule):
 
     def make_source(self, split: str) -> Source | None:
         labels = numbered(self.class_names)
-        return self.open_split(split, lambda folder: ClassFolder(folder, labels))
+        return self.split_source(split, self.folder, lambda folder: ClassFolder(folder, labels))

@@ -2,6 +2,7 @@
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
@@ -11,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 from tqdm import tqdm
 
-from luna_vision.data.base import train_or_val
 from luna_vision.data.datasets import ArraySource
 from luna_vision.data.folders import ImageFolderDataModule
 from luna_vision.data.images import Source, TransformedDataset
@@ -27,17 +28,11 @@ DRAWS = 14  # random numbers for each image and epoch, see `augment_batch`
 
 
 class Keys(NamedTuple):
-    """Which images a batch has, as it comes from the loader. The data module turns it into images on the device.
+    """Which images a batch has, as it comes from the loader. The data module turns it into images on the device."""
 
-    Attributes:
-        split: "train", "val" or "test".
-        epoch: Of the random numbers.
-        index: Index of each image, int64 (B,).
-    """
-
-    split: str
-    epoch: int
-    index: Tensor
+    split: str  # "train", "val" or "test"
+    epoch: int  # of the random numbers
+    index: Tensor  # int64 (B,), index of each image
 
 
 class ResidentDataset(TransformedDataset):
@@ -122,9 +117,10 @@ class GpuDataModule(ImageFolderDataModule):
         self._augmented = augmentation != "none"
         self._sent: tuple[Any, Tensor, Tensor] | None = None
 
-    def find_class_names(self) -> list[str]:
+    @property
+    def class_names(self) -> list[str]:
         if not self._is_file:
-            return super().find_class_names()
+            return super().class_names
         arrays = self._arrays
         names = arrays.get("classes", np.arange(arrays["y_train"].max() + 1))
         return [str(name) for name in names]
@@ -132,23 +128,15 @@ class GpuDataModule(ImageFolderDataModule):
     def make_source(self, split: str) -> Source | None:
         if not self._is_file:
             return super().make_source(split)
-        has_val = "x_val" in self._arrays
-        if split == "test":
-            return self._array_source("test") if "x_test" in self._arrays else self._array_source("val")
-        if split == "val" and has_val:
-            return self._array_source("val")
-        train = self._array_source("train")
-        return train if has_val else train_or_val(train, split, self.val_fraction)
+        return self.split_source(split, self._array_source)
 
     @property
     def _is_file(self) -> bool:
         return self.root.endswith(".npz")
 
-    @property
+    @cached_property
     def _arrays(self) -> dict[str, np.ndarray]:
-        if not hasattr(self, "_loaded"):
-            self._loaded = read_arrays(Path(self.root))
-        return self._loaded
+        return read_arrays(Path(self.root))
 
     def _array_source(self, split: str) -> ArraySource | None:
         if f"x_{split}" not in self._arrays:
@@ -263,9 +251,9 @@ def augment_batch(images: Tensor, draws: Tensor, aug: Augmentation) -> Tensor:
             _between(draw, max(0.0, 1 - aug.color_jitter), 1 + aug.color_jitter).view(-1, 1, 1, 1) for draw in u[6:9]
         )
         images = images.mul(brightness).clamp_(0, 1)
-        images = torch.lerp(_grey(images).mean((2, 3), keepdim=True), images, contrast).clamp_(0, 1)
+        images = torch.lerp(rgb_to_grayscale(images).mean((2, 3), keepdim=True), images, contrast).clamp_(0, 1)
         if images.shape[1] == 3:
-            images = torch.lerp(_grey(images), images, saturation).clamp_(0, 1)
+            images = torch.lerp(rgb_to_grayscale(images), images, saturation).clamp_(0, 1)
     return images
 
 
@@ -289,11 +277,3 @@ def erase_batch(images: Tensor, draws: Tensor, probability: float) -> Tensor:
 
 def _between(draw: Tensor, low: float, high: float) -> Tensor:
     return low + (high - low) * draw
-
-
-def _grey(images: Tensor) -> Tensor:
-    """Luma (B, 1, H, W), ITU-R 601-2, as Pillow has it."""
-    if images.shape[1] != 3:
-        return images
-    red, green, blue = images.split(1, 1)
-    return 0.299 * red + 0.587 * green + 0.114 * blue

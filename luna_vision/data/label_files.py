@@ -1,7 +1,7 @@
 """Boxes and outlines of objects from label files: COCO JSON, Pascal VOC XML and YOLO text.
 
-Each format has a function that finds the labels of a split in a folder, and one that reads them; `FORMATS` lists both.
-A reader leaves out what is faulty and tells a `LabelFaults`. A file that cannot be read at all is a `UserError`.
+A `Format` has a function that finds the labels of a split in a folder, and one that reads them. A reader leaves out
+what is faulty and tells a `LabelFaults`. A file that cannot be read at all is a `UserError`.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -34,59 +34,34 @@ NO_AREA, OUTSIDE, UNKNOWN, MISSING, TWICE, COLUMNS = (
     "image listed twice",
     "row of another number of columns",
 )
-Size = tuple[int, int]
+Size = tuple[int, int]  # height and width in pixels
 
 
 class Annotated(NamedTuple):
-    """An image file and its objects.
-
-    Attributes:
-        file: Path of the image.
-        size: Height and width in pixels, upright.
-        boxes: float32 (n, 4): left, top, right, bottom in pixels, within the image.
-        labels: int64 (n,), from 0.
-        crowd: bool (n,): objects that are neither trained on nor count as missed (COCO's crowds, VOC's difficult ones).
-        outlines: COCO's ``segmentation`` of each object, where masks are asked for; else empty.
-    """
+    """An image file and its n objects."""
 
     file: str
-    size: Size
-    boxes: np.ndarray
-    labels: np.ndarray
-    crowd: np.ndarray
-    outlines: list[Any]
+    size: Size  # upright
+    boxes: np.ndarray  # float32 (n, 4): left, top, right, bottom in pixels, within the image
+    labels: np.ndarray  # int64 (n,), from 0
+    crowd: np.ndarray  # bool (n,): neither trained on nor counted as missed (COCO's crowds, VOC's difficult ones)
+    outlines: list[Any]  # COCO's ``segmentation`` of each object, where masks are asked for; else empty
 
 
 class LabelSet(NamedTuple):
-    """The labels of a split.
+    """The labels of a split."""
 
-    Attributes:
-        where: The file or folder that they are from.
-        names: A name for each label.
-        images: The images that have labels, and those that are said to have none.
-        category_ids: COCO's number of each label; for other formats from 1.
-        image_ids: COCO's numbers of the images; empty for other formats.
-    """
-
-    where: str
-    names: list[str]
-    images: list[Annotated]
-    category_ids: list[int]
-    image_ids: list[int]
+    where: str  # the file or folder that they are from
+    names: list[str]  # of the K classes, by label
+    images: list[Annotated]  # those that have labels, and those that are said to have none
+    category_ids: list[int]  # COCO's number of each label; for other formats from 1
+    image_ids: list[int]  # COCO's numbers of the images; empty for other formats
 
     @property
     def counts(self) -> np.ndarray:
-        """int64, the number of objects of each class."""
-        labels = [image.labels for image in self.images]
-        return np.bincount(np.concatenate([*labels, np.empty(0, np.int64)]), minlength=len(self.names))
-
-    @property
-    def presence(self) -> np.ndarray:
-        """bool (n, K), whether an image has a class."""
-        found = np.zeros((len(self.images), len(self.names)), bool)
-        for row, image in zip(found, self.images, strict=True):
-            row[image.labels] = True
-        return found
+        """int64 (n, K), the number of objects of each class in each image."""
+        counts = [np.bincount(image.labels, minlength=len(self.names)) for image in self.images]
+        return np.array(counts, np.int64).reshape(len(self.images), len(self.names))
 
 
 class Place(NamedTuple):
@@ -224,11 +199,11 @@ def read_coco(place: Place, names: list[str] | None, faults: LabelFaults, masks:
         listed_files.add(path)
         if (size := _size_of(path, entry, where, faults)) is not None:
             images[entry["id"]], files[entry["id"]] = _Objects(str(file), size, faults), path
-    known = {entry.get("id") for entry in content["images"] if isinstance(entry, dict) and _plain(entry.get("id"))}
+    known = {str(entry.get("id")) for entry in content["images"] if isinstance(entry, dict)}
     for where, entry in _records(content, "annotations", file, faults, image_id=int, category_id=int):
         label, objects = label_of.get(entry["category_id"]), images.get(entry["image_id"])
         if objects is None:
-            if entry["image_id"] not in known:  # else the image is a fault already
+            if str(entry["image_id"]) not in known:  # else the image is a fault already
                 faults.add("annotation of an unknown image", where)
             continue
         if label is None:
@@ -320,10 +295,6 @@ def _json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _plain(value: Any) -> bool:
-    return isinstance(value, int | str)
-
-
 def _records(
     content: dict[str, Any], key: str, file: Path, faults: LabelFaults, **fields: type
 ) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -359,7 +330,8 @@ def read_voc(place: Place, names: list[str] | None, faults: LabelFaults) -> Labe
     folder = place.labels if place.labels.is_dir() else place.labels.parents[2] / "Annotations"
     stems = [path.stem for path in sorted(folder.glob("*.xml"))] if place.labels.is_dir() else _lines(place.labels)
     stems = [line.split()[0] for line in stems if line.split()]  # lists of one class have a second column
-    files = {os.path.splitext(name)[0]: name for name in sorted(os.listdir(place.images)) if _is_image(name)}
+    on_disk = sorted(os.listdir(place.images))
+    files = {os.path.splitext(name)[0]: name for name in on_disk if name.lower().endswith(image_suffixes())}
     trees: list[tuple[str, ElementTree.Element, str]] = []
     for stem, count in Counter(stems).items():
         if count > 1:
@@ -393,10 +365,6 @@ def read_voc(place: Place, names: list[str] | None, faults: LabelFaults) -> Labe
             objects.add((box[0] - 1, box[1] - 1, *box[2:]), names.index(called), where, difficult)
         images.append(objects.annotated(path))
     return LabelSet(str(place.labels), names, images, list(range(1, len(names) + 1)), [])
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(image_suffixes())
 
 
 def _lines(file: Path) -> list[str]:
@@ -512,29 +480,66 @@ def _yolo_names(file: Path) -> list[str]:
     return [str(name) for name in names]
 
 
-Finder = Callable[[Path, str], Place | None]
-Reader = Callable[..., LabelSet]
-FORMATS: dict[str, tuple[Finder, Reader]] = {
-    "coco": (find_coco, read_coco),
-    "voc": (find_voc, read_voc),
-    "yolo": (find_yolo, read_yolo),
+class Format(NamedTuple):
+    """How the labels of a split, "train", "val" or "test", are found in a folder and read."""
+
+    find: Callable[[Path, str], Place | None]  # None if there are none
+    read: Callable[..., LabelSet] | None  # with the arguments of `read_coco`; None for masks
+    layout: str  # what a folder with such labels has, in words
+
+
+COCO = "a COCO file (train.json beside train/, or annotations/instances_train*.json)"
+FORMATS = {
+    "coco": Format(find_coco, read_coco, COCO),
+    "voc": Format(find_voc, read_voc, "Pascal VOC (Annotations/, JPEGImages/ and ImageSets/Main/train.txt)"),
+    "yolo": Format(find_yolo, read_yolo, "a data.yaml of YOLO"),
 }
-LAYOUTS = (
-    "COCO (train.json beside train/, or annotations/instances_train*.json), Pascal VOC (Annotations/, JPEGImages/ and "
-    "ImageSets/Main/train.txt) or YOLO (data.yaml)"
-)
 
 
-def recognise(root: str | os.PathLike) -> str:
-    """The format of the boxes in a folder, a key of `FORMATS`.
+def recognise(root: str | os.PathLike, formats: Mapping[str, Format]) -> str:
+    """The format of the labels in a folder, a key of `formats`.
 
     Raises:
         FileNotFoundError: There is none.
         UserError: There are two.
     """
-    found = [name for name, (find, _) in FORMATS.items() if find(Path(root), "train") is not None]
+    found = [name for name, form in formats.items() if form.find(Path(root), "train") is not None]
     if not found:
-        raise FileNotFoundError(f"no training labels in {root}: it must be {LAYOUTS}")
+        layouts = ", or ".join(form.layout for form in formats.values())
+        raise FileNotFoundError(f"no training labels in {root}: it must have {layouts}")
     if len(found) > 1:
         raise UserError(f"{root} has labels in the formats {' and '.join(found)}: say which one as format")
     return found[0]
+
+
+class LabelSource:
+    """Base of the sources of (image, truth) of the images in a `LabelSet`."""
+
+    def __init__(self, labels: LabelSet) -> None:
+        self.labels, self.where = labels, labels.where
+
+    def __len__(self) -> int:
+        return len(self.labels.images)
+
+    def sample_file(self, index: int) -> str:
+        return self.labels.images[index].file
+
+    def presence(self) -> np.ndarray:
+        """bool (n, K), whether an image has a class."""
+        return self.labels.counts > 0
+
+
+def in_words(names: Sequence[str], counts: np.ndarray, what: str) -> str:
+    """How many labels of each class there are, and what lacks, for the line about a split.
+
+    Args:
+        names: Of the K classes.
+        counts: (n, K), of each image.
+        what: The labels, in the plural.
+    """
+    each = dict(zip(names, counts.sum(0).astype(int).tolist(), strict=True))
+    text = f"; {sum(each.values())} {what} ({listed([f'{name} {count}' for name, count in each.items() if count], 20)})"
+    if without := int((counts.sum(1) == 0).sum()):
+        text += f"; {without} images without {what}"
+    never = [name for name, count in each.items() if not count]
+    return text + (f"; never occur: {listed(never)}" if never else "")

@@ -96,4 +96,4 @@ class LitDataDataModule(SplitFolders, ShardDataModule):
     """
 
     def make_source(self, split: str) -> Source | None:
-        return self.open_split(split, LitDataSource)
+        return self.split_source(split, self.folder, LitDataSource)

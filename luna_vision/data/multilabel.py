@@ -8,15 +8,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from luna_vision.data.base import train_or_val
-from luna_vision.data.dense import PredictsFiles
 from luna_vision.data.faults import LabelFaults
 from luna_vision.data.folders import PhotoDataModule
 from luna_vision.data.images import Source, TransformedDataset
-from luna_vision.data.label_files import COLUMNS, MISSING, TWICE, UNKNOWN, read_csv, split_names
-from luna_vision.data.sampling import check_share, repeated, sample_seed
+from luna_vision.data.label_files import COLUMNS, MISSING, TWICE, UNKNOWN, in_words, read_csv, split_names
+from luna_vision.data.sampling import repeated, sample_seed
 from luna_vision.images.decode import read_image
-from luna_vision.images.find import listed
+from luna_vision.utils.checks import check_share
 from luna_vision.utils.errors import UserError
 
 SEPARATORS = ("|", ";", ",")
@@ -34,12 +32,7 @@ class LabelTable:
 
     def __init__(self, files: list[str], matrix: np.ndarray, class_names: list[str], where: str) -> None:
         self.files, self.matrix, self.class_names, self.where = files, matrix, class_names, where
-        counts = list(zip(class_names, matrix.sum(0).astype(int), strict=True))
-        self.skipped = f"; labels: {listed([f'{name} {count}' for name, count in counts if count], 20)}"
-        if never := [name for name, count in counts if not count]:
-            self.skipped += f"; never occur: {listed(never)}"
-        if none := int((matrix.sum(1) == 0).sum()):
-            self.skipped += f"; {none} images without a label"
+        self.skipped = in_words(class_names, matrix, "labels")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -119,7 +112,7 @@ class MultiLabelDataset(TransformedDataset):
         return tensor, torch.from_numpy(label)
 
 
-class MultiLabelDataModule(PredictsFiles, PhotoDataModule):
+class MultiLabelDataModule(PhotoDataModule):
     """Photos with any number of labels each, for :class:`~luna_vision.tasks.MultiLabelTask`.
 
     ``root/train.csv``, and ``root/val.csv`` and ``root/test.csv`` if there are any, name the images in the first
@@ -138,13 +131,17 @@ class MultiLabelDataModule(PredictsFiles, PhotoDataModule):
         FileNotFoundError: On setup: there is no root/train.csv.
     """
 
+    dataset_type = MultiLabelDataset
+    predicts_files = True
+
     def __init__(self, root: str = "data", separator: str | None = None, repeat_rare: float = 0.0, **kwargs) -> None:
         super().__init__(root=root, **kwargs)
-        check_share(repeat_rare)
+        check_share(repeat_rare=repeat_rare)
         self.separator, self.repeat_rare = separator, repeat_rare
         self._tables: dict[str, LabelTable | None] = {}
 
-    def find_class_names(self) -> list[str]:
+    @property
+    def class_names(self) -> list[str]:
         return self.table("train").class_names
 
     def table(self, split: str) -> LabelTable | None:
@@ -163,25 +160,17 @@ class MultiLabelDataModule(PredictsFiles, PhotoDataModule):
         faults = LabelFaults(f"{type(self).__name__} {split}", self.max_error_share)
         names = None if split == "train" else self.class_names
         table = read_table(path, names, faults, self.separator)
-        faults.settle(len(table) + sum(map(len, faults.found.values())))
+        faults.settle(len(table))
         if not len(table) or not table.class_names:
             raise UserError(f"{path} has no {'images' if table.class_names else 'labels'}")
         return table
 
     def make_source(self, split: str) -> Source | None:
-        val = self.table("val")
-        if split == "test":
-            return self.table("test") or val
-        if split == "val" and val is not None:
-            return val
-        train = self.table("train")
-        source = train if val is not None else train_or_val(train, split, self.val_fraction)
-        return repeated(source, train.matrix, self.repeat_rare) if split == "train" and self.repeat_rare else source
+        source = self.split_source(split, self.table)
+        if split == "train" and self.repeat_rare:
+            return repeated(source, self.table("train").matrix, self.repeat_rare)
+        return source
 
     def positive_share(self) -> Tensor:
         """float32 (K,), the share of the training images that have each class."""
         return torch.from_numpy(self.table("train").matrix.mean(0))
-
-    def _tensors(self, source: Source, split: str) -> MultiLabelDataset:
-        sized = self.sized_transforms if split == "train" else None
-        return MultiLabelDataset(source, *self._arguments(split), self.max_error_share, sized=sized)

@@ -56,12 +56,6 @@ def repeat_rare(matrix: np.ndarray, threshold: float) -> np.ndarray:
     return np.floor(repeats + np.random.default_rng(0).random(len(repeats))).astype(np.int64)
 
 
-def check_share(repeat_rare: float) -> None:
-    """Raise a ValueError unless the argument of that name is a share."""
-    if not 0 <= repeat_rare <= 1:
-        raise ValueError(f"repeat_rare is a share of the images, in [0, 1], got {repeat_rare}")
-
-
 def repeated(source: Dataset, matrix: np.ndarray, threshold: float) -> Subset:
     """A source in which images of rare classes come more often, see `repeat_rare`.
 
@@ -85,7 +79,6 @@ class EpochSampler(DistributedSampler):
         seed: Seed of the shuffle, the same on all ranks.
         num_replicas: Number of processes that share the epoch.
         rank: The rank of this process among them.
-        shuffle: Draw a new order each epoch.
         drop_last: Where the samples cannot be shared out evenly, leave out the last few; else the first few come twice.
     """
 
@@ -95,10 +88,9 @@ class EpochSampler(DistributedSampler):
         seed: int = 0,
         num_replicas: int = 1,
         rank: int = 0,
-        shuffle: bool = True,
         drop_last: bool = False,
     ) -> None:
-        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed, drop_last=drop_last)
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed, drop_last=drop_last)
         self.start = 0
 
     def begin(self, epoch: int, start: int = 0) -> None:

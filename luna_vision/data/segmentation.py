@@ -4,6 +4,7 @@ import csv
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +14,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from luna_vision.data.dense import IGNORE, DenseDataModule, Truth, check_image_size, size_of
-from luna_vision.data.faults import LabelFaults
 from luna_vision.data.label_files import (
+    COCO,
+    Format,
     LabelSet,
+    LabelSource,
+    Place,
     Size,
     draw_outline,
     find_coco,
@@ -28,7 +32,6 @@ from luna_vision.data.label_files import (
 from luna_vision.images.decode import SampleError, read_image
 from luna_vision.images.find import find_images, listed, walk
 from luna_vision.images.pillow import open_image_file
-from luna_vision.utils.checks import check_option
 from luna_vision.utils.errors import UserError, one_line
 from luna_vision.utils.text import printable
 
@@ -45,22 +48,14 @@ LAYOUTS = (
 MASK_ENDS = ("", "_mask", "_masks", "_label", "_L")  # of a mask's name, after the name of its image
 BACKGROUNDS = ("background", "_background_", "bg")  # names of a first class that is no object
 SCANNED = 2000  # masks that are read at the start, evenly spread, to count the pixels of each class
-FORMATS = ("masks", "coco", "yolo")
-OUTLINES = {"coco": (find_coco, read_coco), "yolo": (find_yolo, read_yolo)}
 
 
 class Coding(NamedTuple):
-    """What the pixels of mask files mean.
+    """What the pixels of mask files mean."""
 
-    Attributes:
-        names: The classes, with the background where there is one.
-        values: The number of each class in the files, or its colour (red, green, blue).
-        ignored: The number, or the colour, of pixels that do not count; None where there is none.
-    """
-
-    names: list[str]
-    values: list[int] | list[tuple[int, int, int]]
-    ignored: Any = IGNORE
+    names: list[str]  # the classes, with the background where there is one
+    values: list[int] | list[tuple[int, int, int]]  # the number of each class in the files, or its colour
+    ignored: Any = IGNORE  # the number, or the colour, of pixels that do not count; None where there is none
 
     @property
     def colors(self) -> bool:
@@ -125,7 +120,7 @@ class MaskSource:
     """
 
     def __init__(self, pairs: Sequence[tuple[str, str]], coding: Coding, where: str) -> None:
-        self.pairs, self.coding, self.where, self.skipped = pairs, coding, where, ""
+        self.pairs, self.coding, self.where = pairs, coding, where
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -155,19 +150,12 @@ class MaskSource:
         return image, Truth(mask=self.mask(index, size_of(image)))
 
 
-class OutlineSource:
+class OutlineSource(LabelSource):
     """(image, `Truth`) of the outlines of objects in label files: smaller ones over larger ones, crowds ignored."""
 
-    skipped = ""
-
     def __init__(self, labels: LabelSet, background: bool) -> None:
-        self.labels, self.background, self.where = labels, background, labels.where
-
-    def __len__(self) -> int:
-        return len(self.labels.images)
-
-    def sample_file(self, index: int) -> str:
-        return self.labels.images[index].file
+        super().__init__(labels)
+        self.background = background
 
     def mask(self, index: int, size: Size) -> np.ndarray:
         """uint8 (H, W), the class of each pixel or `IGNORE`, of an image that has this size."""
@@ -179,12 +167,20 @@ class OutlineSource:
             mask[objects[at]] = IGNORE if image.crowd[at] else image.labels[at] + self.background
         return mask
 
-    def presence(self) -> np.ndarray:
-        return self.labels.presence
-
     def __getitem__(self, index: int) -> tuple[Any, Truth]:
         image = read_image(self.sample_file(index))
         return image, Truth(mask=self.mask(index, size_of(image)))
+
+
+def find_masks(root: Path, split: str) -> Place | None:
+    """The folders of the masks and of the images of a split."""
+    for name in split_names(split):
+        for layout in LAYOUTS:
+            images, masks = (root / part.format(name) for part in layout)
+            # YOLO has texts in such a folder
+            if images.is_dir() and masks.is_dir() and any(folder.images for folder in walk(masks)):
+                return Place(masks, images)
+    return None
 
 
 class SegmentationDataModule(DenseDataModule):
@@ -199,8 +195,7 @@ class SegmentationDataModule(DenseDataModule):
     name, r, g, b; else the numbers in the training masks. A run begins with the share of pixels of each class.
 
     Args:
-        root: Folder of the data.
-        format: "masks", "coco" or "yolo"; by default the one that ``root`` has.
+        *args: ``root``, and ``format``: "masks", "coco" or "yolo".
         classes: Names of the classes, the background among them where the masks have one.
         values: The number of each class in masks, or its colour [red, green, blue]; by default 0, 1, ...
         ignore_index: The number, or the colour, of pixels that are neither trained on nor scored; -1 for none.
@@ -214,75 +209,53 @@ class SegmentationDataModule(DenseDataModule):
         FileNotFoundError: On setup: ``root`` has no masks.
     """
 
+    formats = {
+        "masks": Format(find_masks, None, listed([" and ".join(at).format("train", "train") for at in LAYOUTS])),
+        "coco": Format(find_coco, partial(read_coco, masks=True), COCO),
+        "yolo": Format(find_yolo, partial(read_yolo, masks=True), "a data.yaml of YOLO with outlines"),
+    }
     masks = True
 
     def __init__(
         self,
-        root: str = "data",
-        format: str | None = None,
+        *args: Any,
         classes: list[str] | None = None,
         values: list[int] | list[list[int]] | None = None,
         ignore_index: int | list[int] = IGNORE,
         background: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(root=root, **kwargs)
-        if format is not None:
-            check_option("format", format, FORMATS)
-        self._format, self._classes, self._background = format, classes, background
+        super().__init__(*args, **kwargs)
+        self._names, self._background = classes, background
         self._values = None if values is None else [v if isinstance(v, int) else tuple(v) for v in values]
         ignored = ignore_index if isinstance(ignore_index, int) else tuple(ignore_index)
         self.ignored = None if ignored == -1 else ignored
-        if classes is not None and values is not None and len(classes) != len(values):
-            raise ValueError(f"values must be one for each of the {len(classes)} classes, got {len(values)}")
         if classes is not None and len(set(classes)) < len(classes):
             raise ValueError(f"classes must have different names, got {classes}")
-        self._coding: Coding | None = None
 
     # ---- classes
 
-    @property
-    def format(self) -> str:
-        """One of `FORMATS`."""
-        if self._format is None:
-            found = ["masks"] * (self.folders("train") is not None)
-            found += [name for name, (find, _) in OUTLINES.items() if find(Path(self.root), "train") is not None]
-            if not found:
-                layouts = listed([" and ".join(at).format("train", "train") for at in LAYOUTS])
-                raise FileNotFoundError(
-                    f"no training masks in {self.root}: it must have {layouts}, a COCO file train.json beside train/, "
-                    "or a data.yaml of YOLO with outlines"
-                )
-            if len(found) > 1:
-                raise UserError(f"{self.root} has labels in the formats {' and '.join(found)}: say which one as format")
-            self._format = found[0]
-        return self._format
-
-    @property
+    @cached_property
     def coding(self) -> Coding:
         """The classes of mask files."""
-        if self._coding is None:
-            names, values = self._classes, self._values
-            if names is None:
-                names, table = class_table(Path(self.root))
-                values = table if values is None else values
-            if values is None:
-                values = list(range(len(names))) if names is not None else self._numbers()
-            names = list(map(str, values)) if names is None else names
-            if len(names) != len(values):
-                raise ValueError(f"values must be one for each of the {len(names)} classes, got {len(values)}")
-            if not 2 <= len(names) <= IGNORE:
-                raise UserError(f"masks must have 2 to {IGNORE} classes, got {len(names)} in {self.root}")
-            ignored = self.ignored
-            if not isinstance(values[0], int) and isinstance(ignored, int):
-                ignored = None  # a number is no colour
-            self._coding = Coding(list(names), list(values), ignored)
-        return self._coding
+        names, values = self._names, self._values
+        if names is None:
+            names, table = class_table(Path(self.root))
+            values = table if values is None else values
+        if values is None:
+            values = list(range(len(names))) if names is not None else self._numbers()
+        names = list(map(str, values)) if names is None else names
+        if len(names) != len(values):
+            raise ValueError(f"values must be one for each of the {len(names)} classes, got {len(values)}")
+        if not 2 <= len(names) <= IGNORE:
+            raise UserError(f"masks must have 2 to {IGNORE} classes, got {len(names)} in {self.root}")
+        no_color = not isinstance(values[0], int) and isinstance(self.ignored, int)
+        return Coding(list(names), list(values), None if no_color else self.ignored)
 
     def _numbers(self) -> list[int]:
         """The numbers in the training masks."""
         found: set[int] = set()
-        pairs = self._pairs("train")
+        pairs = self._pairs(self.place("train"), "train")
         for at in _spread(len(pairs), SCANNED):
             found |= set(np.unique(read_mask(pairs[at][1], colors=False)).tolist())
         if found == {0, 255}:
@@ -306,33 +279,23 @@ class SegmentationDataModule(DenseDataModule):
     def class_names(self) -> list[str]:
         """The classes without the background."""
         if self.format != "masks":
-            return self._classes or self.source("train").labels.names
+            return self._names or self.source("train").labels.names
         return self.coding.names[int(self.background) :]
 
     # ---- files
 
-    def folders(self, split: str) -> tuple[Path, Path] | None:
-        """The folders of the images and of the masks of a split."""
-        for name in split_names(split):
-            for layout in LAYOUTS:
-                images, masks = (Path(self.root, part.format(name)) for part in layout)
-                # YOLO has texts in such a folder
-                if images.is_dir() and masks.is_dir() and any(folder.images for folder in walk(masks)):
-                    return images, masks
-        return None
-
-    def _pairs(self, split: str) -> list[tuple[str, str]]:
-        images, masks = self.folders(split)
-        faults = LabelFaults(f"{type(self).__name__} {split}", self.max_error_share)
+    def _pairs(self, place: Place, split: str) -> list[tuple[str, str]]:
+        """The files of images and their masks."""
+        faults = self.label_faults(split)
         by_stem: dict[str, str] = {}
-        for path in find_images(str(masks)):
-            stem = _stem(path, masks)
+        for path in find_images(str(place.labels)):
+            stem = _stem(path, place.labels)
             if stem in by_stem:
                 faults.add("second mask of an image", path)
             by_stem.setdefault(stem, path)
         pairs = []
-        for path in find_images(str(images)):
-            stem = _stem(path, images)
+        for path in find_images(str(place.images)):
+            stem = _stem(path, place.images)
             mask = next((by_stem.pop(stem + end) for end in MASK_ENDS if stem + end in by_stem), None)
             if mask is None:
                 faults.add("image without a mask", path)
@@ -340,45 +303,25 @@ class SegmentationDataModule(DenseDataModule):
                 pairs.append((path, mask))
         for path in by_stem.values():
             faults.add("mask without an image", path)
-        faults.settle(len(pairs) + sum(map(len, faults.found.values())))
+        faults.settle(len(pairs))
         if not pairs:
-            raise UserError(f"no image in {images} has a mask of the same name in {masks}")
+            raise UserError(f"no image in {place.images} has a mask of the same name in {place.labels}")
         return pairs
 
-    def read(self, split: str) -> MaskSource | OutlineSource | None:
-        name = f"{type(self).__name__} {split}"
+    def open_labels(self, place: Place, split: str) -> MaskSource | OutlineSource:
         if self.format == "masks":
-            folders = self.folders(split)
-            if folders is None and split == "train":
-                raise FileNotFoundError(f"no training masks in {self.root}: it must have train/images and train/masks")
-            if folders is None:
-                return None
-            source = MaskSource(self._pairs(split), self.coding, f"{folders[0]} and {folders[1]}")
+            source = MaskSource(self._pairs(place, split), self.coding, f"{place.images} and {place.labels}")
             names = self.coding.names
         else:
-            find, read = OUTLINES[self.format]
-            place = find(Path(self.root), split)
-            if place is None and split == "train":
-                raise FileNotFoundError(f"no training labels in {self.root} as {self.format}, such as train.json")
-            if place is None:
-                return None
-            known = self._classes if split == "train" else self.class_names
-            faults = LabelFaults(name, self.max_error_share)
-            labels = read(place, known, faults, masks=True)
-            faults.settle(len(labels.images) + int(labels.counts.sum()) + sum(map(len, faults.found.values())))
-            if not labels.images or not labels.names:
-                raise UserError(f"{place.labels} has no {'images' if labels.names else 'classes'}")
-            if known is not None and labels.names != known:
-                raise UserError(f"classes must be those of {place.labels}, {listed(labels.names)}, got {listed(known)}")
-            source = OutlineSource(labels, self.background)
-            names = ["background"] * self.background + labels.names
-        self._scan(source, names, name)
+            source = OutlineSource(self.read_labels(place, split), self.background)
+            names = ["background"] * self.background + source.labels.names
+        self._scan(source, names, split)
         return source
 
-    def _scan(self, source: MaskSource | OutlineSource, names: list[str], name: str) -> None:
+    def _scan(self, source: MaskSource | OutlineSource, names: list[str], split: str) -> None:
         """Count the pixels of each class in some masks; those that cannot be read are faults."""
         counts = np.zeros(IGNORE + 1, np.int64)
-        faults = LabelFaults(name, self.max_error_share)
+        faults = self.label_faults(split)
         scanned = _spread(len(source), SCANNED)
         for index in scanned:
             try:
@@ -387,7 +330,7 @@ class SegmentationDataModule(DenseDataModule):
                 faults.add("faulty mask", str(error))
                 continue
             counts += np.bincount(mask.ravel(), minlength=IGNORE + 1)
-        faults.settle(len(scanned))
+        faults.settle(len(scanned) - faults.count)
         source.pixels = counts[: len(names)]
         total = max(int(counts.sum()), 1)
         shares = [f"{label} {counts[i] / total:.1%}" for i, label in enumerate(names) if counts[i]]
@@ -395,7 +338,7 @@ class SegmentationDataModule(DenseDataModule):
         never = [label for i, label in enumerate(names) if not counts[i]]
         if never:
             seen = f"{len(scanned)} masks" if len(scanned) < len(source) else "the masks"
-            rank_zero_warn(printable(f"{name}: classes that never occur in {seen}: {listed(never)}"))
+            rank_zero_warn(printable(f"{faults.name}: classes that never occur in {seen}: {listed(never)}"))
 
     def pixel_share(self) -> Tensor:
         """float32 (K,), the share of the labelled training pixels that each class has, with the background."""

@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
@@ -33,7 +34,8 @@ def listing(path: Path) -> Iterator[None]:
 class ShardDataModule(PhotoDataModule):
     """Base of the data modules of shards: root/classes.txt has the name of a class in each line, in order of labels."""
 
-    def find_class_names(self) -> list[str]:
+    @cached_property
+    def class_names(self) -> list[str]:
         path = Path(self.root, CLASSES)
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}, the names of the classes: {CONVERT}")

@@ -17,22 +17,31 @@ Size = tuple[int, int]
 Key = tuple[int, int, Size]
 
 
+def height_width(name: str, size: int | Sequence[int]) -> Size:
+    """A side, or [height, width], in pixels to (height, width).
+
+    Raises:
+        ValueError: It is neither.
+    """
+    out = (size, size) if isinstance(size, int) else tuple(size)
+    if len(out) != 2 or min(out) < 1:
+        raise ValueError(f"{name} must be a positive side or [height, width] in pixels, got {size}")
+    return out
+
+
 def parse_sizes(sizes: Sequence[int | Sequence[int]], patch_size: int) -> list[Size]:
     """Sides, or [height, width], in pixels to (height, width).
 
     Raises:
         ValueError: There is no size, one is given twice, or one does not consist of whole patches.
     """
-    out = [(size, size) if isinstance(size, int) else tuple(size) for size in sizes]
+    out = [height_width("train_sizes", size) for size in sizes]
     check_at_least(1, patch_size=patch_size)
     if not out:
         raise ValueError("train_sizes must have at least one size; leave it out to train at img_size")
     for given, size in zip(sizes, out, strict=True):
-        if len(size) != 2 or min(size) < 1 or any(side % patch_size for side in size):
-            raise ValueError(
-                f"train_sizes must be sides or [height, width] in pixels, multiples of patch_size={patch_size}, got "
-                f"{given}"
-            )
+        if any(side % patch_size for side in size):
+            raise ValueError(f"train_sizes must be multiples of patch_size={patch_size}, got {given}")
         if out.count(size) > 1:
             raise ValueError(f"train_sizes has {given} more than once")
     return out

@@ -3,18 +3,17 @@
 Shapes: H', W' patch grid.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from luna_vision.data.base import hold_out
-from luna_vision.data.dense import PredictsFiles
 from luna_vision.data.faults import LabelFaults
 from luna_vision.data.folders import PhotoDataModule
 from luna_vision.data.images import Source, TransformedDataset
@@ -26,8 +25,9 @@ from luna_vision.images.find import MASK_WORDS, listed, region_of
 from luna_vision.images.foreground import patch_mask
 from luna_vision.images.pixels import Pixels
 from luna_vision.images.regions import Choice
-from luna_vision.images.values import DATA, PERCENTILE, Values
+from luna_vision.images.values import DATA, PERCENTILE
 from luna_vision.models import LunaVit
+from luna_vision.utils.checks import check_share
 from luna_vision.utils.errors import UserError
 
 NEEDED = ("path", "label")
@@ -35,19 +35,12 @@ SPLITS = {name: split for split in ("train", "val", "test") for name in split_na
 
 
 class Row(NamedTuple):
-    """What a table says of a slide.
-
-    Attributes:
-        path: Of the image file.
-        label: Name of its class.
-        mask: "otsu", "valid" or a file, see `luna_vision.images.foreground.patch_mask`; None where the table has none.
-        region: (x, y, width, height) in pixels of level 0; None for the whole image.
-    """
+    """What a table says of a slide."""
 
     path: str
-    label: str = ""
-    mask: str | None = None
-    region: tuple[float, ...] | None = None
+    label: str = ""  # name of its class
+    mask: str | None = None  # "otsu", "valid" or a file, see `luna_vision.images.foreground.patch_mask`
+    region: tuple[float, ...] | None = None  # (x, y, width, height) in pixels of level 0; None for the whole image
 
     @property
     def name(self) -> str:
@@ -55,34 +48,17 @@ class Row(NamedTuple):
         return self.path if self.region is None else f"{self.path} {' '.join(f'{n:g}' for n in self.region)}"
 
 
-class Reading(NamedTuple):
-    """How the slides of a data set become pixels.
-
-    Attributes:
-        choice: The part of each file.
-        mask: As that of a `Row`, for those that have none.
-        values, std: As in `Pixels`, whose mean is that of the values.
-        masks: The patches (H', W') to look at, as far as they are known, by slide and size of patches.
-    """
-
-    choice: Choice
-    mask: str | None
-    values: Values
-    std: Sequence[float]
-    masks: dict[tuple[str, tuple[int, int]], np.ndarray | None]
-
-
 class Slide:
     """A sample: a slide that is opened when a model asks for its patches."""
 
-    def __init__(self, row: Row, reading: Reading, flip: tuple[bool, bool] = (False, False)) -> None:
+    def __init__(self, row: Row, data: "SlideDataModule", flip: tuple[bool, bool] = (False, False)) -> None:
         """
         Args:
             row: What to read.
-            reading: How.
+            data: Says how.
             flip: Upside down, and from left to right.
         """
-        self.row, self.reading, self.flip = row, reading, flip
+        self.row, self.data, self.flip = row, data, flip
 
     def patches(self, model: LunaVit) -> PatchRows:
         """Open the slide for a model.
@@ -91,18 +67,17 @@ class Slide:
             UserError: There is no such part of it, or the mask leaves nothing of it.
             OSError: It cannot be read.
         """
-        choice, mask, values, std, masks = self.reading
-        choice = replace(choice, region=self.row.region)
-        image, side = open_image(self.row.path, **vars(choice)), model.patch_embed.patch_size
+        row, data, side = self.row, self.data, model.patch_embed.patch_size
+        image = open_image(row.path, **vars(replace(data.choice, region=row.region)))
         like = next(model.parameters())
-        pixels = Pixels(image, model.in_chans, values.mean, std, like.dtype, like.device, values)
-        if (known := (self.row.name, side)) not in masks:
-            mask = self.row.mask or mask
+        pixels = Pixels(image, model.in_chans, data.mean, data.std, like.dtype, like.device, data.values)
+        if (known := (row.name, side)) not in data.known_masks:
+            mask = row.mask or data.mask
             if mask is not None:
                 grid_size = tuple(-(-length // s) for length, s in zip(image.shape, side, strict=False))
                 pixels.restrict(patch_mask(mask, image, grid_size, side), side)
-            masks[known] = pixels.valid(side, 1)
-        return PatchRows(model, pixels, masks[known], self.flip)
+            data.known_masks[known] = pixels.valid(side, 1)
+        return PatchRows(model, pixels, data.known_masks[known], self.flip)
 
 
 class SlideRows:
@@ -195,23 +170,10 @@ class SlideDataset(TransformedDataset):
 
     def prepare(self, image: Row, label: int, epoch: int, index: int, *args: Any) -> tuple[Slide, int]:
         draws = np.random.default_rng(sample_seed(self.seed, epoch, index)).random(2)
-        return self.data.slide(image, tuple((draws < self.flips).tolist())), label
+        return Slide(image, self.data, tuple((draws < self.flips).tolist())), label
 
 
-class SlidesToPredict(Dataset):
-    """(`Slide`, name)."""
-
-    def __init__(self, rows: list[Row], data: "SlideDataModule") -> None:
-        self.rows, self.data = rows, data
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Slide, str]:
-        return self.data.slide(self.rows[index]), self.rows[index].name
-
-
-class SlideDataModule(PredictsFiles, PhotoDataModule):
+class SlideDataModule(PhotoDataModule):
     """Whole slides, or other images of any size, with one label each, for :class:`~luna_vision.tasks.SlideTask`.
 
     ``root`` is a CSV table with a header. Its columns are ``path`` and ``label``, and perhaps ``mask`` ("otsu",
@@ -247,7 +209,7 @@ class SlideDataModule(PredictsFiles, PhotoDataModule):
         FileNotFoundError: On setup: there is no table.
     """
 
-    large = True
+    large = predicts_files = True
 
     def __init__(
         self,
@@ -296,17 +258,12 @@ class SlideDataModule(PredictsFiles, PhotoDataModule):
             max_error_share=max_error_share,
             predict_path=predict_path,
         )
-        for name, probability in (("hflip", hflip), ("vflip", vflip)):
-            if not 0 <= probability <= 1:
-                raise ValueError(f"{name} is a probability, got {probability}")
+        check_share(hflip=hflip, vflip=vflip)
         self.choice = Choice(level, mpp, magnification, bands=bands, channel=channel)
         self.mask, self.flips = mask, (vflip, hflip)
-        self._masks: dict[tuple[str, tuple[int, int]], np.ndarray | None] = {}
+        # the patches (H', W') to look at, as far as they are known, by slide and size of patches
+        self.known_masks: dict[tuple[str, tuple[int, int]], np.ndarray | None] = {}
         self._table: dict[str, list[Row]] | None = None
-
-    def slide(self, row: Row, flip: tuple[bool, bool] = (False, False)) -> Slide:
-        """A row of the table as a sample."""
-        return Slide(row, Reading(self.choice, self.mask, self.values, self.std, self._masks), flip)
 
     def table(self) -> dict[str, list[Row]]:
         """The rows of each split, read once."""
@@ -323,14 +280,15 @@ class SlideDataModule(PredictsFiles, PhotoDataModule):
                         if row.label not in names:
                             faults.add(UNKNOWN, f"{split} {row.name}: {row.label}")
                     found[split] = [row for row in rows if row.label in names]
-            faults.settle(sum(map(len, [*found.values(), *faults.found.values()])))
+            faults.settle(sum(map(len, found.values())))
             if len(names) < 2:
                 given = listed(sorted(names)) if names else "none"
                 raise UserError(f"{path} must have two or more labels to train on, got {given}")
             self._table = found
         return self._table
 
-    def find_class_names(self) -> list[str]:
+    @cached_property
+    def class_names(self) -> list[str]:
         return sorted({row.label for row in self.table()["train"]})
 
     def make_source(self, split: str) -> Source | None:
@@ -354,14 +312,9 @@ class SlideDataModule(PredictsFiles, PhotoDataModule):
         return super().reading() | {"choice": self.choice.described(), "mask": self.mask}
 
     def predict_dataloader(self) -> DataLoader:
-        if self.predict_path is not None:
-            rows = [Row(file) for file in self.files_to_predict()]
-        else:
-            source = self.make_source("test")
-            if source is None:
-                raise ValueError("there are no test slides to predict: give predict_path, a folder or files of images")
-            rows = source.rows
-        return self._loader(SlidesToPredict([row for row in rows if row.name not in self.finished], self), 1)
+        files = self.files_to_predict()
+        rows = self.make_source("test").rows if self.predict_path is None else [Row(file) for file in files]
+        return self._loader([(Slide(row, self), row.name) for row in rows if row.name not in self.finished], 1)
 
     @staticmethod
     def collate_fn(samples: list[tuple[Slide, int | str]]) -> tuple[list[Slide], Tensor | list[str]]:

@@ -32,7 +32,7 @@ from luna_vision.data.sampling import seeded_rng
 from luna_vision.images.decode import MODES, to_picture
 from luna_vision.images.transforms import ImageTransform, SeededTransform, resize
 from luna_vision.images.values import Values
-from luna_vision.utils.checks import check_option
+from luna_vision.utils.checks import check_option, check_share
 
 _logger = logging.getLogger(__name__)
 
@@ -74,8 +74,7 @@ class Augmentation:
             raise ValueError(f"crop_scale must be 0 < smallest <= largest <= 1, got {self.crop_scale}")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise ValueError(f"crop_ratio must be 0 < smallest <= largest, got {self.crop_ratio}")
-        if not 0 <= self.hflip <= 1:
-            raise ValueError(f"hflip is a probability, got {self.hflip}")
+        check_share(hflip=self.hflip)
         for name in ("crop_padding", "rotate", "color_jitter"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from copy import copy
 from inspect import signature
@@ -76,6 +76,7 @@ class TimmTask(LightningModule):
         data_cfg: the record of the data that the loaded weights were trained on, see `on_save_checkpoint`.
         label_names: its class names, if it has them.
         takes_masks: whether images may lack pixels, see `luna_vision.images.masks`.
+        not_sharded: in the plural, what FSDP2 does not do: it gathers weights for the ``forward`` of the model alone.
 
     Raises:
         ValueError: ``checkpoint`` and ``init_from_vit`` are both given.
@@ -87,6 +88,7 @@ class TimmTask(LightningModule):
     model: nn.Module
     data_cfg: dict[str, Any] = {}  # replaced, never changed
     takes_masks = False
+    not_sharded = ""
     _has_weights = False
 
     def __init__(
@@ -131,6 +133,8 @@ class TimmTask(LightningModule):
     def configure_model(self) -> None:
         """Under FSDP2, load the starting weights, then shard the model: files hold whole weights."""
         if self._is_sharded():
+            if self.not_sharded:
+                raise ValueError(f"{self.not_sharded} do not work with fsdp2: use ddp")
             self._load_starting_weights()
             shard(self.model, self.device_mesh["data_parallel"], self.trainer.strategy.root_device)
 
@@ -377,6 +381,14 @@ class TimmTask(LightningModule):
             scheduler.step(epoch=epoch)
 
     # ---- logging
+
+    def log_training(self, loss: Tensor, batch_size: int, parts: Mapping[str, Tensor] | None = None) -> None:
+        """Log ``train_loss`` of a batch and its mean over the epoch, ``train_`` with the names of other values, and the
+        learning rate. They are not in the progress bar, which would wait for the device in every step."""
+        values = {"loss": loss, **(parts or {})}
+        self.log_dict({f"train_{name}": value.detach() for name, value in values.items()}, batch_size=batch_size)
+        self.log_epoch_mean("train_loss_epoch", loss.detach(), batch_size)
+        self.log_learning_rate()
 
     def log_learning_rate(self) -> None:
         """Log the largest rate: with layer decay the groups differ, and the head has ``lr`` itself."""

@@ -23,6 +23,7 @@ from luna_vision.execution import set_band_checkpointing
 from luna_vision.images.masks import split_missing
 from luna_vision.models import LunaVit
 from luna_vision.models.factory import build_model, sized
+from luna_vision.utils.checks import check_share
 from luna_vision.utils.device import compile_blocks
 
 from .base import TimmTask, check_sizes, leaves_missing
@@ -135,9 +136,7 @@ class ClassificationTask(TimmTask):
         for name in ("mixup", "cutmix"):
             if not 0 <= hp[name] < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {hp[name]}")
-        for name in ("mix_prob", "mix_switch_prob"):
-            if not 0 <= hp[name] <= 1:
-                raise ValueError(f"{name} is a probability, got {hp[name]}")
+        check_share(mix_prob=hp.mix_prob, mix_switch_prob=hp.mix_switch_prob)
         if hp.mixup == 0 and hp.cutmix == 0:
             return None
         mixup = Mixup(
@@ -196,10 +195,14 @@ class ClassificationTask(TimmTask):
         return images.contiguous(memory_format=torch.channels_last) if self.hparams.channels_last else images
 
     def check_batch(self, images: Tensor, targets: Tensor) -> None:
+        """Raise ``ValueError`` for images (B, C, H, W) or targets that do not fit."""
         if not isinstance(images, Tensor):
             raise ValueError(f"{type(self).__name__} takes images of one size, and the data gives a list of them")
         if images.ndim != 4 or images.shape[1] != self.hparams.in_chans:
             raise ValueError(f"images must be (B, {self.hparams.in_chans}, H, W), got {tuple(images.shape)}")
+        self.check_targets(targets)
+
+    def check_targets(self, targets: Tensor) -> None:
         low, high = targets.aminmax()
         if low < 0 or high >= self.hparams.num_classes:  # on a GPU, PyTorch would only say "device-side assert"
             raise ValueError(f"targets must be in [0, {self.hparams.num_classes}), got {int(low)} to {int(high)}")
@@ -217,7 +220,7 @@ class ClassificationTask(TimmTask):
         if self.mix is not None:
             images, targets = self.mix(images, targets, (self.global_step, batch_idx, self.global_rank))
         loss, logits = self.training_loss(images, targets)
-        self._log_training(loss.detach(), logits, targets)
+        self._log_training(loss, logits, targets)
         return loss
 
     def training_loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,12 +232,9 @@ class ClassificationTask(TimmTask):
         # of mixed targets, the class with the largest share counts
         labels = targets.argmax(1) if targets.ndim == 2 else targets
         accuracy = (logits.argmax(1) == labels).float().mean()
-        values = {"train_loss": loss, "train_acc1": accuracy}
-        self.log_dict(values)  # not in the progress bar, which would wait for the device in every step
-        for name, value in values.items():
-            # where the loss is NaN, the predicted class means nothing
-            self.log_epoch_mean(f"{name}_epoch", value.masked_fill(~loss.isfinite(), torch.nan), len(logits))
-        self.log_learning_rate()
+        self.log_training(loss, len(logits), {"acc1": accuracy})
+        # where the loss is NaN, the predicted class means nothing
+        self.log_epoch_mean("train_acc1_epoch", accuracy.masked_fill(~loss.isfinite(), torch.nan), len(logits))
 
     def evaluate(self, split: str, images: Tensor, targets: Tensor) -> dict[str, Any]:
         logits = self(images).float()

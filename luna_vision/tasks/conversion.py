@@ -15,10 +15,11 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
 from luna_vision.models import LunaVit
+from luna_vision.utils.checks import check_at_least
 
 from .distillation import logit_loss
-from .feature_distillation import FeatureDistillationTask, feature_losses, mix, to_grid
-from .teacher import Teacher, features_of_teacher, load_feature_teacher
+from .feature_distillation import FeatureDistillationTask, feature_losses, grid_of, to_grid
+from .teacher import Teacher, features_of_teacher
 
 # parts of a block whose weights the first stage trains, beside the memory
 LEARNED = ("attn", "local", "norm1_memory", "ls1_memory")
@@ -52,7 +53,7 @@ class ConversionTask(FeatureDistillationTask):
         ValueError: an argument out of its range, or a teacher of another width, depth or patch size.
     """
 
-    reads_both = False
+    reads_both, teacher_has_head = False, True
 
     def __init__(
         self,
@@ -62,19 +63,13 @@ class ConversionTask(FeatureDistillationTask):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if logit_weight < 0:
-            raise ValueError(f"logit_weight must not be negative, got {logit_weight}")
+        check_at_least(0, logit_weight=logit_weight)
         width = self.model.embed_dim
         if self.widths != (width, width):
             raise ValueError(f"the ViT has width {self.widths[1]}, the model {width}; both must be equal")
         self.heads = nn.ModuleList()  # both have the same features
         self.hparams.num_classes = num_classes or 0
         self.model.reset_classifier(self.hparams.num_classes)
-
-    def load_teacher(self) -> Teacher:
-        hp = self.hparams
-        stats = hp.teacher_mean, hp.teacher_std
-        return load_feature_teacher(hp.teacher_model, hp.teacher_checkpoint, hp.teacher_kwargs, *stats, head=True)
 
     def check_data(self, data: LightningDataModule | None, stage: str) -> None:
         super().check_data(data, stage)
@@ -99,18 +94,10 @@ class ConversionTask(FeatureDistillationTask):
 
     # ---- batches
 
-    def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
-        (images,) = batch
-        if self.hparams.mixup:
-            images = mix(images, (self.hparams.mix_seed, self.global_step, batch_idx, self.global_rank))
+    def training_parts(self, images: Tensor) -> dict[str, Tensor]:
         if self.hparams.stage == "attention":
-            loss = self.block_errors(images).mean()
-            parts = {"error": loss.detach()}
-        else:
-            losses, *_ = self._losses(images)
-            loss, parts = sum(losses.values()), {name: value.detach() for name, value in losses.items()}
-        self.log_training(loss.detach(), parts, len(images))
-        return loss
+            return {"error": self.block_errors(images).mean()}
+        return super().training_parts(images)
 
     def block_errors(self, images: Tensor) -> Tensor:
         """The `relative_error` of each block, given the ViT's own patches; (depth,)."""
@@ -170,12 +157,6 @@ class _AttentionParts(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         return {"memory"}
-
-
-def grid_of(model: LunaVit, images: Tensor) -> tuple[int, int]:
-    """Rows and columns of patches of images (B, C, H, W)."""
-    rows, columns = (-(-n // p) for n, p in zip(images.shape[-2:], model.patch_embed.patch_size, strict=True))
-    return rows, columns
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
 from lightning_utilities.core.imports import package_available
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassConfusionMatrix
+from torchmetrics.classification import MulticlassJaccardIndex
 from torchmetrics.detection import MeanAveragePrecision
 
 from luna_vision.data.dense import IGNORE
@@ -73,11 +73,6 @@ class _PyramidTask(TimmTask):
         full = build_model(**backbone.arguments)
         load(full)
         backbone.load_body(full)
-
-    def _log_training(self, loss: Tensor, batch_size: int) -> None:
-        self.log("train_loss", loss, batch_size=batch_size)
-        self.log_epoch_mean("train_loss_epoch", loss, batch_size)
-        self.log_learning_rate()
 
 
 class DetectionTask(_PyramidTask):
@@ -147,9 +142,7 @@ class DetectionTask(_PyramidTask):
         self._set_bands(images)
         losses = self.model(images, targets)
         loss = sum(losses.values())
-        self._log_training(loss.detach(), len(images))
-        parts = {f"train_{name}": value.detach() for name, value in losses.items()}
-        self.log_dict(parts, batch_size=len(images))
+        self.log_training(loss, len(images), losses)
         return loss
 
     def evaluate(self, split: str, images: list[Tensor], targets: Targets) -> dict[str, Any]:
@@ -190,14 +183,6 @@ class DetectionTask(_PyramidTask):
 
     def on_test_epoch_end(self) -> None:
         self._finish("test")
-
-
-class _MeanIoU(MulticlassConfusionMatrix):
-    """Intersection over union, averaged over the classes that occur in masks or predictions."""
-
-    def compute(self) -> Tensor:
-        iou = iou_of(self.confmat)
-        return iou[~iou.isnan()].mean() if not iou.isnan().all() else iou.new_zeros(())
 
 
 def iou_of(confusion: Tensor) -> Tensor:
@@ -264,7 +249,7 @@ class SegmentationTask(_PyramidTask):
         self.register_buffer("class_weight", weight, persistent=False)
         self.register_buffer("train_weight", weight * given_weights(class_weights, self.classes), persistent=False)
         iou = {"num_classes": self.classes, "ignore_index": IGNORE, "validate_args": False}
-        self.metrics = nn.ModuleDict({f"{split}_miou": _MeanIoU(**iou) for split in ("val", "test")})
+        self.metrics = nn.ModuleDict({f"{split}_miou": MulticlassJaccardIndex(**iou) for split in ("val", "test")})
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -309,7 +294,7 @@ class SegmentationTask(_PyramidTask):
         images, masks = batch
         self._set_bands(images)
         loss = self._loss(self(images), _padded(masks, IGNORE).long(), self.train_weight)
-        self._log_training(loss.detach(), len(images))
+        self.log_training(loss, len(images))
         return loss
 
     def evaluate(self, split: str, images: Tensor | list[Tensor], masks: Tensor | list[Tensor]) -> dict[str, Any]:

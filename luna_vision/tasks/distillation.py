@@ -5,6 +5,7 @@ Shapes: B batch, K classes, C channels, h x w positions of a layer.
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,48 +16,41 @@ from timm.task.distillation import FeatureDistillationTrainableModule
 from torch import Tensor, nn
 
 from luna_vision.models.factory import build_model, training_checkpoint
+from luna_vision.utils.checks import check_at_least
 
 from .base import check_sizes
 from .classification import ClassificationTask
 from .teacher import (
     Teacher,
-    build_teacher_model,
+    TeacherTask,
+    check_recorded,
     check_teacher,
     layer_widths,
+    load_teacher_model,
     logits_and_layers_of,
-    parse_teacher_size,
 )
 
 
-class DistillationTask(ClassificationTask):
+class DistillationTask(TeacherTask, ClassificationTask):
     """Train a student with a teacher; evaluate and apply it as `ClassificationTask` does, without the teacher.
 
     The loss is ``task_weight`` times the loss on the targets, plus ``logit_weight`` times `logit_loss`, plus
     ``feature_weight`` times the mean of `feature_loss` over ``feature_layers``. MixUp and CutMix mix the images of
     both. Logged besides: ``train_task_loss``, ``train_logit_loss``, ``train_feature_loss``.
 
-    The teacher is read from its file when a run starts, never changes, and is not in checkpoints. It sees the student's
-    batch, with its own normalisation and size. The projections that ``feature_layers`` need are trained and are in
-    checkpoints, but not in the exported weights.
+    The teacher sees the student's batch, with its own normalisation, and resized where ``teacher_img_size`` is given.
+    The projections that ``feature_layers`` need are trained and are in checkpoints, but not in the exported weights.
 
     Args:
-        teacher_model: name for ``timm.create_model``.
-        teacher_checkpoint: the teacher's weights: a Lightning, timm or safetensors file; by default the pretrained
-            weights of ``teacher_model``. A model without either is refused.
-        teacher_kwargs: further arguments of the teacher.
-        teacher_in_chans: its channels, by default the student's. Grey images become three equal channels for 3.
-        teacher_img_size: side in pixels, or [height, width], that images are resized to for the teacher; by default
-            they keep their size.
-        teacher_mean: mean by channel that the teacher expects to be subtracted from pixels in [0, 1]; by default that
-            in a checkpoint of this package or, for other files and weights, in ``pretrained_cfg``.
-        teacher_std: standard deviation, with the same default.
+        *args: ``teacher_model`` and the other arguments of `TeacherTask`.
+        teacher_in_chans: channels of the teacher, by default the student's. Grey images become three equal ones for 3.
         temperature: of the softmax over the logits of both.
         task_weight: weight of the loss on the targets.
         logit_weight: weight of the loss on the teacher's logits.
         feature_layers: pairs [student's layer, teacher's layer]: blocks or stages as ``forward_intermediates`` counts
             them, from 0; negative ones count from the end.
         feature_weight: weight of the loss on the layers.
-        **kwargs: the arguments of `ClassificationTask`, for the student.
+        **kwargs: the arguments of `TeacherTask`, and those of `ClassificationTask` for the student.
 
     Raises:
         ValueError: an argument out of its range, an unknown model or layer, a teacher without weights or for other
@@ -66,34 +60,25 @@ class DistillationTask(ClassificationTask):
 
     def __init__(
         self,
-        teacher_model: str,
-        teacher_checkpoint: str | None = None,
-        teacher_kwargs: dict[str, Any] | None = None,
+        *args: Any,
         teacher_in_chans: int | None = None,
-        teacher_img_size: int | list[int] | None = None,
-        teacher_mean: list[float] | None = None,
-        teacher_std: list[float] | None = None,
         temperature: float = 1.0,
         task_weight: float = 1.0,
         logit_weight: float = 1.0,
         feature_layers: list[list[int]] | None = None,
         feature_weight: float = 1.0,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(*args, **kwargs)
         hp = self.hparams
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
-        for name in ("task_weight", "logit_weight", "feature_weight"):
-            if hp[name] < 0:
-                raise ValueError(f"{name} must not be negative, got {hp[name]}")
+        check_at_least(0, task_weight=task_weight, logit_weight=logit_weight, feature_weight=feature_weight)
         if logit_weight == 0 and not (feature_layers and feature_weight):
             raise ValueError(
                 "there is nothing to distill: give a logit_weight, or feature_layers with a feature_weight"
             )
-        self.teacher_size = parse_teacher_size(teacher_img_size)
-        check_teacher(teacher_model, teacher_checkpoint, hp.num_classes, teacher_kwargs or {})
-        self._teachers: list[Teacher] = []  # in a list, which makes it no part of this module
+        check_teacher(hp.teacher_model, hp.teacher_checkpoint, hp.teacher_kwargs or {}, hp.num_classes)
         self._pairs: list[tuple[int, int]] = []
         self.projections = nn.ModuleList(self._projections())
         self._run = logits_and_layers_of(compile=False)
@@ -121,35 +106,26 @@ class DistillationTask(ClassificationTask):
     def _teacher_chans(self) -> int:
         return self.hparams.teacher_in_chans or self.hparams.in_chans
 
-    @property
+    @cached_property
     def teacher(self) -> Teacher:
-        """The teacher. The first access reads it from its file."""
-        if not self._teachers:
-            hp = self.hparams
-            name, arguments = (hp.teacher_model, hp.teacher_checkpoint), hp.teacher_kwargs or {}
-            model = build_teacher_model(*name, hp.num_classes, self._teacher_chans, arguments)
-            stats = {
-                "mean": tuple(hp.teacher_mean or model.pretrained_cfg["mean"]),
-                "std": tuple(hp.teacher_std or model.pretrained_cfg["std"]),
-            }
-            for which, values in stats.items():
-                if len(values) != self._teacher_chans:
-                    raise ValueError(
-                        f"the teacher has {self._teacher_chans} channels, but its {which} is {values}: give "
-                        f"teacher_{which}, or teacher_in_chans={len(values)} if that is what it was trained with"
-                    )
-            self._teachers.append(Teacher(model, self.teacher_size, **stats))
-        return self._teachers[0]
+        hp, channels = self.hparams, self._teacher_chans
+        name, file, arguments = hp.teacher_model, hp.teacher_checkpoint, hp.teacher_kwargs or {}
+        if file is not None:
+            check_recorded(name, file, arguments)
+        classes = None if file is None else hp.num_classes
+        model = load_teacher_model(name, file, arguments | {"in_chans": channels}, classes)
+        stats = {which: tuple(hp[f"teacher_{which}"] or model.pretrained_cfg[which]) for which in ("mean", "std")}
+        for which, values in stats.items():
+            if len(values) != channels:
+                raise ValueError(
+                    f"the teacher has {channels} channels, but its {which} is {values}: give teacher_{which}, or "
+                    f"teacher_in_chans={len(values)} if that is what it was trained with"
+                )
+        return Teacher(model, self.teacher_size, **stats)
 
-    def configure_model(self) -> None:
-        if self._pairs and self._is_sharded():  # it gathers weights for forward() only, and ignores projections
-            raise ValueError("feature_layers do not work with fsdp2: use ddp, or the teacher's logits alone")
-        super().configure_model()
-
-    def check_start(self, optimizer: bool = True) -> None:
-        super().check_start(optimizer)
-        if optimizer:
-            _ = self.teacher
+    @property
+    def not_sharded(self) -> str:
+        return "feature_layers" if self._pairs else ""
 
     def check_data(self, data: LightningDataModule | None, stage: str) -> None:
         """Check the data as `ClassificationTask` does, also against the teacher."""
@@ -185,7 +161,10 @@ class DistillationTask(ClassificationTask):
     def training_loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         hp = self.hparams
         theirs, teacher_layers = self.teacher(images, [layer for _, layer in self._pairs])
-        logits, layers = self._student(images)
+        if self._pairs:
+            logits, layers = self._run(self.model, self.as_model_input(images), [layer for layer, _ in self._pairs])
+        else:
+            logits = self(images)
         losses = {"task": self.compute_loss(logits, targets)}
         losses["logit"] = logit_loss(logits.float(), theirs.float(), hp.temperature)
         if self._pairs:
@@ -194,11 +173,6 @@ class DistillationTask(ClassificationTask):
             losses["feature"] = sum(parts) / len(parts)
         self.log_dict({f"train_{name}_loss": value.detach() for name, value in losses.items()})
         return sum(hp[f"{name}_weight"] * value for name, value in losses.items()), logits
-
-    def _student(self, images: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        if not self._pairs:
-            return self(images), {}
-        return self._run(self.model, self.as_model_input(images), [layer for layer, _ in self._pairs])
 
 
 def logit_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: B batch, C channels or width, D the teacher's width, L memory slots, N p
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,24 +14,26 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
+from luna_vision.models import LunaVit
+from luna_vision.utils.checks import check_at_least
 from luna_vision.utils.fingerprint import describe
 
 from .base import check_sizes
 from .output_cache import OutputCache
 from .teacher import (
     Teacher,
-    check_feature_teacher,
+    TeacherTask,
+    check_teacher,
     feature_widths,
     features_of_teacher,
     fit_to_size,
     load_feature_teacher,
-    parse_teacher_size,
     recorded_kwargs,
 )
 from .unlabelled import UnlabelledTask
 
 
-class FeatureDistillationTask(UnlabelledTask):
+class FeatureDistillationTask(TeacherTask, UnlabelledTask):
     """Train a Luna ViT to have the features of a teacher, on images alone.
 
     The first slot of the memory learns the teacher's embedding g, which its head would read (of a ViT, most often the
@@ -44,27 +47,20 @@ class FeatureDistillationTask(UnlabelledTask):
 
     Logged besides: ``train_global_loss``, ``train_patch_cosine_loss``, ``train_patch_mse_loss``.
 
-    The teacher is read when a run starts. It is in eval mode, without gradients, in half precision on a GPU, and in no
-    checkpoint.
+    The teacher, a ViT or a CNN, with or without a head, is in half precision on a GPU. By default, images are resized
+    for it to the student's size, rounded to whole patches of the teacher, and its ``teacher_kwargs`` are those that a
+    checkpoint of this package records.
 
     Source: VECA (arXiv 2605.12491), with the training of lightly-train.
 
     Args:
-        teacher_model: name for ``timm.create_model``; ViTs, CNNs, with or without a head.
-        teacher_checkpoint: the teacher's weights: a Lightning, timm or safetensors file; by default the pretrained
-            weights of ``teacher_model``.
-        teacher_kwargs: further arguments of the teacher; a checkpoint of this package records them.
-        teacher_img_size: side in pixels, or [height, width], that images are resized to for the teacher; by default the
-            student's, rounded to whole patches of the teacher.
-        teacher_mean: mean by channel that the teacher expects to be subtracted from pixels in [0, 1]; by default that
-            in a checkpoint of this package or, for other files and weights, in ``pretrained_cfg``.
-        teacher_std: standard deviation, with the same default.
+        *args: ``teacher_model`` and the other arguments of `TeacherTask`.
         mixup: mix images.
         mix_seed: seed of the mixing, which depends on it and on the step alone.
         statistics_images: training images, on each device, that means and standard deviations are taken of.
         cache: folder to keep the teacher's outputs in, in float16, so that each view goes through it once. Views must
             come again (``repeat_epochs`` of the data), and not be mixed.
-        **kwargs: the arguments of `UnlabelledTask`, for the student.
+        **kwargs: the arguments of `TeacherTask`, and those of `UnlabelledTask` for the student.
 
     Raises:
         ValueError: an argument out of its range, an unknown model, a teacher without weights, or (when a run starts) a
@@ -73,54 +69,37 @@ class FeatureDistillationTask(UnlabelledTask):
         OSError: when a run starts, pretrained weights cannot be fetched.
     """
 
+    teacher_has_head = False
+
     def __init__(
         self,
-        teacher_model: str,
-        teacher_checkpoint: str | None = None,
-        teacher_kwargs: dict[str, Any] | None = None,
-        teacher_img_size: int | list[int] | None = None,
-        teacher_mean: list[float] | None = None,
-        teacher_std: list[float] | None = None,
+        *args: Any,
         mixup: bool = True,
         mix_seed: int = 0,
         statistics_images: int = 2000,
         cache: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self._size = parse_teacher_size(teacher_img_size)
-        if statistics_images < 2:
-            raise ValueError(f"statistics_images must be at least 2, got {statistics_images}")
+        super().__init__(*args, **kwargs)
+        check_at_least(2, statistics_images=statistics_images)
         if cache and mixup:
             raise ValueError("cache keeps outputs for views that come again, and mixed images do not: give mixup=false")
         self._cache: OutputCache | None = None
-        self._teachers: list[Teacher] = []  # in a list, which makes it no part of this module
         hp = self.hparams
-        hp.teacher_kwargs = recorded_kwargs(teacher_model, teacher_checkpoint) | (teacher_kwargs or {})
-        check_feature_teacher(teacher_model, teacher_checkpoint, hp.teacher_kwargs)
-        self.widths = feature_widths(teacher_model, hp.teacher_kwargs)
+        name, file = hp.teacher_model, hp.teacher_checkpoint
+        hp.teacher_kwargs = recorded_kwargs(name, file) | (hp.teacher_kwargs or {})
+        check_teacher(name, file, hp.teacher_kwargs)
+        self.widths = feature_widths(name, hp.teacher_kwargs)
         self.heads = nn.ModuleList(nn.Linear(self.model.embed_dim, width) for width in self.widths)
         self.statistics = nn.ModuleList(_Standardise(width) for width in self.widths)
 
     # ---- the teacher
 
-    @property
+    @cached_property
     def teacher(self) -> Teacher:
-        """The teacher. The first access reads its weights."""
-        if not self._teachers:
-            self._teachers.append(self.load_teacher())
-        return self._teachers[0]
-
-    def load_teacher(self) -> Teacher:
-        """Read the teacher's weights."""
         hp = self.hparams
-        stats = hp.teacher_mean, hp.teacher_std
-        return load_feature_teacher(hp.teacher_model, hp.teacher_checkpoint, hp.teacher_kwargs, *stats)
-
-    def check_start(self, optimizer: bool = True) -> None:
-        super().check_start(optimizer)
-        if optimizer:
-            _ = self.teacher
+        names = ("teacher_model", "teacher_checkpoint", "teacher_kwargs", "teacher_mean", "teacher_std")
+        return load_feature_teacher(*(hp[name] for name in names), head=self.teacher_has_head)
 
     def check_data(self, data: LightningDataModule | None, stage: str) -> None:
         super().check_data(data, stage)
@@ -132,7 +111,7 @@ class FeatureDistillationTask(UnlabelledTask):
             cfg = data.timm_cfg()
             self.teacher.set_source(cfg["mean"], cfg["std"])
             size = tuple(cfg["input_size"][1:])
-            self.teacher.img_size = fit_to_size(self.teacher.model, self._size or size)
+            self.teacher.img_size = fit_to_size(self.teacher.model, self.teacher_size or size)
             channels = self.hparams.in_chans
             if channels not in (1, self.teacher.channels):
                 raise ValueError(
@@ -190,10 +169,14 @@ class FeatureDistillationTask(UnlabelledTask):
         (images,) = batch
         if self.hparams.mixup:
             images = mix(images, (self.hparams.mix_seed, self.global_step, batch_idx, self.global_rank))
-        parts, *_ = self._losses(images)
+        parts = self.training_parts(images)
         loss = sum(parts.values())
-        self.log_training(loss.detach(), {name: value.detach() for name, value in parts.items()}, len(images))
+        self.log_training(loss, len(images), parts)
         return loss
+
+    def training_parts(self, images: Tensor) -> dict[str, Tensor]:
+        """The parts of the loss of images (B, C, H, W)."""
+        return self._losses(images)[0]
 
     def loss_of(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         parts, memory, patches = self._losses(images)
@@ -202,8 +185,7 @@ class FeatureDistillationTask(UnlabelledTask):
     def _losses(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         g, t = self.targets(images)
         memory, patches = self.tokens(images)
-        grid = tuple(-(-n // p) for n, p in zip(images.shape[-2:], self.model.patch_embed.patch_size, strict=True))
-        g, t = self.statistics[0](g), self.statistics[1](to_grid(t, grid))
+        g, t = self.statistics[0](g), self.statistics[1](to_grid(t, grid_of(self.model, images)))
         slot = memory[:, 0] if memory.shape[1] else patches.mean(1)
         return feature_losses(self.heads[0](slot), self.heads[1](patches), g, t), memory, patches
 
@@ -257,6 +239,12 @@ def feature_losses(slot: Tensor, patches: Tensor, g: Tensor, t: Tensor) -> dict[
         "patch_cosine_loss": 1 - F.cosine_similarity(patches, t, dim=-1).mean(),
         "patch_mse_loss": F.mse_loss(patches, t),
     }
+
+
+def grid_of(model: LunaVit, images: Tensor) -> tuple[int, int]:
+    """Rows and columns of the patches of images (B, C, H, W)."""
+    rows, columns = (-(-n // p) for n, p in zip(images.shape[-2:], model.patch_embed.patch_size, strict=True))
+    return rows, columns
 
 
 def to_grid(t: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from luna_vision.data.images import sample_name
 from luna_vision.data.sampling import batch_indices
 from luna_vision.images.find import listed
+from luna_vision.utils.checks import check_at_least
 from luna_vision.utils.errors import UserError
 from luna_vision.utils.text import printable
 
@@ -57,8 +58,7 @@ class NonFiniteGuard(Callback):
     """
 
     def __init__(self, max_skipped: int = 10) -> None:
-        if max_skipped < 0:
-            raise ValueError(f"max_skipped must be at least 0, got {max_skipped}")
+        check_at_least(0, max_skipped=max_skipped)
         self.max_skipped = max_skipped
         self.skipped = 0
         self.last_skipped = -1  # number of that optimizer step, from 0

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
 from luna_vision.execution.collectives import shared_sum
+from luna_vision.utils.checks import check_at_least
 
 from .unlabelled import UnlabelledTask
 
@@ -60,9 +61,7 @@ class LeJEPATask(UnlabelledTask):
         super().__init__(**kwargs)
         if not 0 < sigreg_weight < 1:
             raise ValueError(f"sigreg_weight must be between 0 and 1, got {sigreg_weight}")
-        for name in ("directions", "projector_hidden", "projector_out"):
-            if self.hparams[name] < 1:
-                raise ValueError(f"{name} must be at least 1, got {self.hparams[name]}")
+        check_at_least(1, directions=directions, projector_hidden=projector_hidden, projector_out=projector_out)
         width = self.model.embed_dim * (2 if self.model.memory is not None else 1)
         self.projector = projector(width, projector_hidden, projector_out)
 
@@ -103,7 +102,7 @@ class LeJEPATask(UnlabelledTask):
         z, *_ = self.projections(*batch)
         parts = self.losses(z, batch[0].shape[1], self.global_step)
         loss = sum(parts.values())
-        self.log_training(loss.detach(), {name: value.detach() for name, value in parts.items()}, len(batch[0]))
+        self.log_training(loss, len(batch[0]), parts)
         return loss
 
     def loss_of(self, *views: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -59,12 +59,10 @@ class MultiLabelTask(ClassificationTask):
         collection = MetricCollection(both, compute_groups=False)
         self.metrics = torch.nn.ModuleDict({split: collection.clone(prefix=f"{split}_") for split in ("val", "test")})
 
-    def check_batch(self, images: Tensor, targets: Tensor) -> None:
-        hp = self.hparams
-        if images.ndim != 4 or images.shape[1] != hp.in_chans:
-            raise ValueError(f"images must be (B, {hp.in_chans}, H, W), got {tuple(images.shape)}")
-        if targets.ndim != 2 or targets.shape[1] != hp.num_classes or not ((targets == 0) | (targets == 1)).all():
-            raise ValueError(f"targets must be (B, {hp.num_classes}) of 0 and 1, got {tuple(targets.shape)}")
+    def check_targets(self, targets: Tensor) -> None:
+        classes = self.hparams.num_classes
+        if targets.ndim != 2 or targets.shape[1] != classes or not ((targets == 0) | (targets == 1)).all():
+            raise ValueError(f"targets must be (B, {classes}) of 0 and 1, got {tuple(targets.shape)}")
 
     def _balanced(self, data: LightningDataModule | None) -> Tensor:
         if not hasattr(data, "positive_share"):
@@ -79,9 +77,7 @@ class MultiLabelTask(ClassificationTask):
         return F.binary_cross_entropy_with_logits(logits.float(), targets, pos_weight=self.class_weight)
 
     def _log_training(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        self.log("train_loss", loss)
-        self.log_epoch_mean("train_loss_epoch", loss, len(logits))
-        self.log_learning_rate()
+        self.log_training(loss, len(logits))
 
     def _log_evaluation(self, split: str, logits: Tensor, targets: Tensor) -> None:
         loss = F.binary_cross_entropy_with_logits(logits, targets)

@@ -9,6 +9,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from luna_vision.models import LunaVit
+from luna_vision.utils.checks import check_at_least
 
 from .base import log_number
 
@@ -36,8 +37,7 @@ class NestedMemory(Callback):
     def __init__(self, lens: list[int] | None = None, seed: int = 0) -> None:
         if lens is not None and (not lens or min(lens) < 1):
             raise ValueError(f"lens must be lengths of at least 1, got {lens}")
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}")
+        check_at_least(0, seed=seed)
         self.lens, self.seed = lens, seed
 
     def draw(self, lens: Sequence[int], step: int, batch_idx: int) -> int:

@@ -24,15 +24,10 @@ NOTHING = "nothing"  # what is there where a box is wrong, and what is found whe
 
 
 class Rated(NamedTuple):
-    """How well the model does on an image.
+    """How well the model does on an image."""
 
-    Attributes:
-        score: Larger is better.
-        words: The same in words.
-    """
-
-    score: float
-    words: str
+    score: float  # larger is better
+    words: str  # the same in words
 
 
 class Calibration:
@@ -70,16 +65,12 @@ class Outcome:
         names: Of the rows of `confusion`.
         confusion: int64 (K, K), what is there by what is predicted.
         calibration: Of `confident`.
-        counted: In words, the unit of `confusion`.
-        confident: In words, what has the confidences.
-        shown: In words, what a picture of an image shows.
-        first_color: Of the first name in the palette of masks and boxes; None where there are no colours.
     """
 
-    counted = "images"
-    shown = ""
-    first_color: int | None = None
-    confident = "the most probable class of an image"
+    counted = "images"  # the unit of `confusion`, in words
+    confident = "the most probable class of an image"  # what has the confidences, in words
+    shown = ""  # what a picture of an image shows, in words
+    first_color: int | None = None  # of the first name in the palette of masks and boxes; None without colours
 
     def __init__(self, task: TimmTask, names: list[str]) -> None:
         self.names = self.row_names(task, names)

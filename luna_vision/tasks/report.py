@@ -24,21 +24,13 @@ SHOWN = 6  # of the best images, and of the worst
 
 
 class Example(NamedTuple):
-    """An image of a report.
+    """An image of a report."""
 
-    Attributes:
-        score: Larger is better.
-        number: Its place in the test.
-        name: Its file.
-        words: How well the model does on it.
-        picture: The image, with labels and predictions.
-    """
-
-    score: float
-    number: int
-    name: str
-    words: str
-    picture: Image.Image
+    score: float  # larger is better
+    number: int  # its place in the test
+    name: str  # its file
+    words: str  # how well the model does on it
+    picture: Image.Image  # with labels and predictions
 
 
 class Report(Callback):

@@ -88,8 +88,10 @@ def write_report(
             sections.append({"title": title, "text": task.outcome.shown, "examples": shown})
     scores = [(name.removeprefix("test_"), f"{value:.4f}") for name, value in metrics.items() if "/" not in name]
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    own = machine()
+    of = ", ".join([own["cpu"], *(f"{name} {own[name]}" for name in ("torch", "timm", "luna_vision"))])
     content = {"title": f"Report of {printable(str(run))}", "about": _about(trainer, task), "scores": scores}
-    page = jinja2.Template(template, autoescape=True).render(**content, sections=sections, machine=_machine())
+    page = jinja2.Template(template, autoescape=True).render(**content, sections=sections, machine=of)
     write_text(folder / PAGE, utf8(page))
     return folder / PAGE
 
@@ -101,11 +103,6 @@ def _about(trainer: Trainer, task: TimmTask) -> str:
     weights = f", weights of {trainer.ckpt_path}" if trainer.ckpt_path else ""
     name = f"{type(task).__name__} with {task.hparams.model_name}"
     return printable(f"{name}, {parameters:,} parameters{weights}{source}".strip())
-
-
-def _machine() -> str:
-    own = machine()
-    return f"{own['cpu']}, " + ", ".join(f"{name} {own[name]}" for name in ("torch", "timm", "luna_vision"))
 
 
 def _write(picture: Figure | Image.Image, path: Path) -> str:
@@ -167,23 +164,14 @@ def plot_curves(curves: dict[str, Curve]) -> Figure:
 
 
 class ClassRow(NamedTuple):
-    """A class of a report.
-
-    Attributes:
-        name: Of the class.
-        color: Of its masks or boxes, as HTML has it; empty where there is none.
-        there: How often it is there.
-        score: Its average precision or IoU, NaN where there is none.
-        found: The share of those that are found.
-        right: The share of right ones among those that were predicted.
-    """
+    """A class of a report."""
 
     name: str
-    color: str
-    there: int
-    score: float
-    found: float
-    right: float
+    color: str  # of its masks or boxes, as HTML has it; empty where there is none
+    there: int  # how often it is there
+    score: float  # its average precision or IoU, NaN where there is none
+    found: float  # the share of those that are there that is found
+    right: float  # the share of those that are predicted that is right
 
 
 def _kind(metrics: dict[str, float]) -> str:
@@ -225,21 +213,11 @@ def plot_classes(rows: list[ClassRow], kind: str) -> Figure:
     figure = Figure(figsize=(7, 0.9 + 0.26 * max(len(values), 1)), layout="constrained")
     axes = figure.subplots()
     at = np.arange(len(values))
-    axes.barh(at, [value for value, _ in values], color=BLUE, height=0.7)
+    bars = axes.barh(at, [value for value, _ in values], color=BLUE, height=0.7)
+    axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8.5)
     axes.set_yticks(at, [_short(name) for _, name in values], parse_math=False)
-    axes.set(xlim=(0, 1), ylim=(len(values) - 0.4, -0.6), xlabel=kind or "share that is found")
+    axes.set(xlim=(0, 1.08), ylim=(len(values) - 0.4, -0.6), xlabel=kind or "share that is found")
     axes.set_title(f"the {MOST} classes with the least" if cut else "", fontsize=10)
-    for i, (value, _) in enumerate(values):
-        inside = value > 0.88
-        axes.text(
-            value,
-            i,
-            f" {value:.2f} ",
-            va="center",
-            ha="right" if inside else "left",
-            fontsize=8.5,
-            color="white" if inside else INK,
-        )
     axes.grid(axis="x", alpha=0.3)
     return figure
 

@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors.torch import save_file
+from torch import Tensor
 
 from luna_vision.models import unwrap_state_dict
 from luna_vision.utils.errors import UserError, one_line
@@ -171,11 +172,8 @@ def export_weights(checkpoint: str | Path, output: str | Path) -> None:
         output: the ``.safetensors`` file to write.
     """
     content = read_checkpoint(checkpoint)
-    state_dict = unwrap_state_dict(content)
     training = {name: content[name] for name in ("hyper_parameters", "data", "epoch", "global_step") if name in content}
-    tensors = {name: value.contiguous() for name, value in state_dict.items()}
-    with new_file(output) as file:
-        save_file(tensors, file.name, {"training": json.dumps(training, default=str)})
+    _write_weights(unwrap_state_dict(content), training, output)
 
 
 def save_weights(task: TimmTask, data: Any, output: str | Path) -> None:
@@ -187,7 +185,11 @@ def save_weights(task: TimmTask, data: Any, output: str | Path) -> None:
         output: the ``.safetensors`` file to write.
     """
     training = {"hyper_parameters": dict(task.hparams), "data": {"name": type(data).__name__, "cfg": data.timm_cfg()}}
-    tensors = {name: value.contiguous() for name, value in task.model.state_dict().items()}
+    _write_weights(task.model.state_dict(), training, output)
+
+
+def _write_weights(state_dict: dict[str, Tensor], training: dict[str, Any], output: str | Path) -> None:
+    tensors = {name: value.contiguous() for name, value in state_dict.items()}
     with new_file(output) as file:
         save_file(tensors, file.name, {"training": json.dumps(training, default=str)})
 

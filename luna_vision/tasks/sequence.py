@@ -12,6 +12,7 @@ from torch import Tensor
 
 from luna_vision.models import LunaVit
 from luna_vision.models.luna_vit import join_tokens
+from luna_vision.utils.checks import check_at_least
 
 from .classification import ClassificationTask
 
@@ -45,22 +46,17 @@ class SequenceTask(ClassificationTask):
 
     takes_masks = False
     outcome = None
+    not_sharded = "sequences"
 
     def __init__(self, bptt_steps: int = 0, carry: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if bptt_steps < 0:
-            raise ValueError(f"bptt_steps must be at least 0, got {bptt_steps}")
+        check_at_least(0, bptt_steps=bptt_steps)
         if self.mix is not None:
             raise ValueError("mixup and cutmix mix single images: they must be 0 for sequences")
         if self.hparams.compile:
             raise ValueError("compile has no effect on model.encode, which sequences use: set it to false")
         if not isinstance(self.model, LunaVit) or self.model.memory is None:
             raise ValueError(f"sequences need a Luna ViT with a memory, and {self.hparams.model_name} has none")
-
-    def configure_model(self) -> None:
-        if self._is_sharded():  # it gathers weights for the model's forward() only
-            raise ValueError("sequences do not work with fsdp2: use ddp")
-        super().configure_model()
 
     def forward(self, images: Tensor, memory: Tensor | None = None) -> Tensor:
         """Logits (B, T, K) after each image of sequences (B, T, C, H, W), from a memory (B, L, C) or the learned."""
@@ -91,7 +87,7 @@ class SequenceTask(ClassificationTask):
         steps = torch.arange(images.shape[1], device=known.device)
         told = steps >= known[:, None]  # (B, T), always with the last image
         loss = self.compute_loss(logits[told], targets[:, None].expand_as(told)[told])
-        self._log_training(loss.detach(), logits[:, -1], targets)
+        self._log_training(loss, logits[:, -1], targets)
         return loss
 
     def evaluate(self, split: str, images: Tensor, targets: Tensor, known: Tensor) -> None:

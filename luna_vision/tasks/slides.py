@@ -10,6 +10,7 @@ from torch import Tensor
 
 from luna_vision.data.slides import Slide
 from luna_vision.execution.streamed import check_streamed, streamed_logits
+from luna_vision.utils.checks import check_at_least
 
 from .classification import ClassificationTask
 
@@ -36,6 +37,7 @@ class SlideTask(ClassificationTask):
     """
 
     outcome = None  # a slide is no picture to draw
+    not_sharded = "slides"
 
     def __init__(
         self,
@@ -48,17 +50,11 @@ class SlideTask(ClassificationTask):
         super().__init__(*args, **kwargs)
         hp = self.hparams
         hp.band_rows = band_rows
-        if band_rows < 0:
-            raise ValueError(f"band_rows must be at least 0, got {band_rows}")
+        check_at_least(0, band_rows=band_rows)
         for name in ("mixup", "cutmix", "compile", "grad_checkpointing", "channels_last"):
             if hp[name]:
                 raise ValueError(f"slides are read by rows, which {name} does not know: leave it out")
         check_streamed(self.model)
-
-    def configure_model(self) -> None:
-        if self._is_sharded():  # it gathers weights for whole blocks
-            raise ValueError("slides do not work with fsdp2: use ddp")
-        super().configure_model()
 
     def check_start(self, optimizer: bool = True) -> None:
         super().check_start(optimizer)

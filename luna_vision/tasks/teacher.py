@@ -17,25 +17,15 @@ from timm.models import get_pretrained_cfg
 from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 
+from luna_vision.data.sizes import height_width
 from luna_vision.images.transforms import per_channel
-from luna_vision.models import load_weights
 from luna_vision.models.checkpoints import read_checkpoint
-from luna_vision.models.factory import build_model, check_model_name, image_cfg, load_model, training_checkpoint
+from luna_vision.models.factory import build_model, check_model_name, load_model, training_checkpoint
 from luna_vision.utils.errors import one_line
 
+from .base import TimmTask
+
 LogitsAndLayers = tuple[Tensor, dict[int, Tensor]]
-
-
-def parse_teacher_size(img_size: int | list[int] | None) -> tuple[int, int] | None:
-    """(height, width) of the images that a teacher sees.
-
-    Raises:
-        ValueError: It is no positive side or pair of sides.
-    """
-    size = None if img_size is None else to_2tuple(img_size)
-    if size is not None and (len(size) != 2 or min(size) < 1):
-        raise ValueError(f"teacher_img_size must be a positive side or [height, width], got {img_size}")
-    return size
 
 
 class Teacher(DistillationTeacher):
@@ -98,6 +88,45 @@ class Teacher(DistillationTeacher):
         return self.run(self.model, self.prepare(images), layers)
 
 
+class TeacherTask(TimmTask):
+    """Base of the tasks with a teacher, beside a base that trains the student.
+
+    The teacher is read when a run starts. It is frozen, in eval mode, and in no checkpoint.
+
+    Args:
+        teacher_model: name for ``timm.create_model``.
+        teacher_checkpoint: the teacher's weights: a Lightning, timm or safetensors file; by default the pretrained
+            weights of ``teacher_model``. A model without either is refused.
+        teacher_kwargs: further arguments of the teacher.
+        teacher_img_size: side in pixels, or [height, width], that images are resized to for the teacher.
+        teacher_mean: mean by channel that the teacher expects to be subtracted from pixels in [0, 1]; by default that
+            in a checkpoint of this package or, for other files and weights, in ``pretrained_cfg``.
+        teacher_std: standard deviation, with the same default.
+        **kwargs: the arguments of the other base, for the student.
+    """
+
+    teacher: Teacher  # a cached property of a subclass, which makes it no part of the module; the first access reads it
+
+    def __init__(
+        self,
+        teacher_model: str,
+        teacher_checkpoint: str | None = None,
+        teacher_kwargs: dict[str, Any] | None = None,
+        teacher_img_size: int | list[int] | None = None,
+        teacher_mean: list[float] | None = None,
+        teacher_std: list[float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        size = teacher_img_size
+        self.teacher_size = None if size is None else height_width("teacher_img_size", size)
+
+    def check_start(self, optimizer: bool = True) -> None:
+        super().check_start(optimizer)
+        if optimizer:
+            _ = self.teacher
+
+
 def logits_and_layers(model: nn.Module, images: Tensor, layers: Sequence[int] = ()) -> LogitsAndLayers:
     """Logits (B, K) of a timm classifier, and outputs (B, C, h, w) of layers by their positions."""
     if not layers:
@@ -134,56 +163,70 @@ def layer_widths(model: nn.Module, name: str, layers: Sequence[int]) -> tuple[li
     return positions, [model.feature_info[position]["num_chs"] for position in positions]
 
 
-def check_teacher(name: str, checkpoint: str | None, num_classes: int, kwargs: dict[str, Any]) -> None:
-    """Raise ``ValueError`` for an unknown model, or where it has no weights or pretrained ones for other classes."""
+def check_teacher(name: str, checkpoint: str | None, kwargs: dict[str, Any], num_classes: int | None = None) -> None:
+    """Raise ``ValueError`` for an unknown model, one without weights, an argument that the task settles, or pretrained
+    weights for another number of classes than ``num_classes``, if that is given."""
     check_model_name(name)
-    if fixed := {"num_classes", "in_chans", "pretrained"} & kwargs.keys():
-        raise ValueError(
-            f"teacher_kwargs cannot have {fixed.pop()}: classes are the student's, and there is teacher_in_chans"
-        )
+    if fixed := {"num_classes", "pretrained", *["in_chans"] * (num_classes is not None)} & kwargs.keys():
+        raise ValueError(f"teacher_kwargs cannot have {fixed.pop()}, which the task settles")
     cfg = get_pretrained_cfg(name)
     if not checkpoint and not (cfg and cfg.has_weights):
         raise ValueError(
-            f"the teacher {name} has no pretrained weights, and random ones teach nothing: give teacher_checkpoint"
+            f"the teacher {name} has no pretrained weights, and random ones teach nothing: give its weights as "
+            "teacher_checkpoint"
         )
-    if not checkpoint and cfg.num_classes != num_classes:
+    if not checkpoint and num_classes not in (None, cfg.num_classes):
         raise ValueError(f"the teacher {name} has {cfg.num_classes} classes, the student num_classes={num_classes}")
 
 
-def build_teacher_model(
-    name: str, checkpoint: str | None, num_classes: int, in_chans: int, kwargs: dict[str, Any]
+def check_recorded(name: str, checkpoint: str, kwargs: dict[str, Any]) -> None:
+    """Check that a file exists, and that it is of this model with these arguments, if it records them: not all
+    differences show in the shapes of the weights.
+
+    Raises:
+        ValueError: it is of others, or cannot be read.
+        FileNotFoundError: there is no such file.
+    """
+    if not Path(checkpoint).is_file():
+        raise FileNotFoundError(f"teacher_checkpoint {checkpoint!r} does not exist")
+    recorded = training_checkpoint(Path(checkpoint)).get("hyper_parameters", {})
+    found = (recorded.get("model_name", name), recorded.get("model_kwargs", kwargs) or {})
+    if found != (name, kwargs):
+        raise ValueError(
+            f"teacher_checkpoint {checkpoint!r} holds {found[0]} with teacher_kwargs {found[1]}, not {name} with "
+            f"{kwargs}"
+        )
+
+
+def load_teacher_model(
+    name: str, checkpoint: str | None, kwargs: dict[str, Any], num_classes: int | None = 0
 ) -> nn.Module:
-    """Build the teacher's model with its weights and, where its file has it, its normalisation in ``pretrained_cfg``.
+    """A teacher's model with its weights and, where its file has it, its normalisation in ``pretrained_cfg``.
 
     Args:
         name: name for ``timm.create_model``.
         checkpoint: a Lightning, timm or safetensors file; None takes timm's pretrained weights.
-        num_classes: the student's number of classes.
-        in_chans: channels of the teacher.
         kwargs: further arguments of the model.
+        num_classes: of its head, 0 for none; None for as many as the weights have.
 
     Raises:
-        ValueError: an unknown model, a file that cannot be read or is another model's, or other classes.
+        ValueError: a file that cannot be read or is another model's, or other classes.
         FileNotFoundError: there is no such file.
-        OSError: pretrained weights cannot be fetched.
+        OSError: pretrained weights cannot be fetched; the message says how to give a file.
     """
+    arguments = kwargs if checkpoint else kwargs | {"pretrained": True}
+    if num_classes is None and checkpoint:
+        num_classes = _classes(name, checkpoint)
+    head = {} if num_classes is None else {"num_classes": num_classes}
     with torch.random.fork_rng(devices=[]):  # initial weights of the teacher do not change the student's randomness
-        if checkpoint is None:
-            return build_model(name, None, in_chans, pretrained=True, **kwargs)
-        if not Path(checkpoint).is_file():
-            raise FileNotFoundError(f"teacher_checkpoint {checkpoint!r} does not exist")
-        run = training_checkpoint(Path(checkpoint))
-        recorded = run.get("hyper_parameters", {})
-        found = (recorded.get("model_name", name), recorded.get("model_kwargs", kwargs) or {})
-        if found != (name, kwargs):  # not all differences show in the shapes of the weights
-            raise ValueError(
-                f"teacher_checkpoint {checkpoint!r} holds {found[0]} with teacher_kwargs {found[1]}, not {name} with "
-                f"{kwargs}"
-            )
-        model = build_model(name, num_classes, in_chans, **kwargs)
-        load_weights(model, checkpoint, say=rank_zero_info, fresh_head=False)
-        model.pretrained_cfg = model.pretrained_cfg | image_cfg(run)
-        return model
+        try:
+            return load_model(name, arguments, checkpoint, "cpu", say=rank_zero_info, **head)
+        except OSError as error:
+            if checkpoint:
+                raise
+            raise OSError(
+                f"{one_line(error)} Give their file as teacher_checkpoint (--teacher-checkpoint, --vit-checkpoint)"
+            ) from error
 
 
 # ---- teachers of features
@@ -204,19 +247,6 @@ def recorded_kwargs(name: str, checkpoint: str | None) -> dict[str, Any]:
         return {}
     kwargs = {key: value for key, value in (recorded.get("model_kwargs") or {}).items() if key != "pretrained"}
     return kwargs | ({"in_chans": recorded["in_chans"]} if recorded.get("in_chans") else {})
-
-
-def check_feature_teacher(name: str, checkpoint: str | None, kwargs: dict[str, Any]) -> None:
-    """Raise ``ValueError`` for an unknown model, one without weights, or an argument that is settled."""
-    check_model_name(name)
-    if fixed := {"num_classes", "pretrained"} & kwargs.keys():
-        raise ValueError(f"teacher_kwargs cannot have {fixed.pop()}: a teacher has its weights, and no head")
-    cfg = get_pretrained_cfg(name)
-    if not checkpoint and not (cfg and cfg.has_weights):
-        raise ValueError(
-            f"the teacher {name} has no pretrained weights, and random ones teach nothing: give its weights as "
-            "teacher_checkpoint"
-        )
 
 
 def feature_widths(name: str, kwargs: dict[str, Any]) -> tuple[int, int]:
@@ -247,29 +277,12 @@ def load_feature_teacher(
     """The teacher with its weights.
 
     Args:
-        name: name for ``timm.create_model``.
-        checkpoint: a Lightning, timm or safetensors file; None takes timm's pretrained weights.
-        kwargs: further arguments of the model.
+        name, checkpoint, kwargs: as in `load_teacher_model`, whose errors it raises.
         mean: by channel, of pixels in [0, 1]; by default that of the checkpoint, or of ``pretrained_cfg``.
         std: likewise.
         head: keep its classifier, if it has one.
-
-    Raises:
-        ValueError: a file that cannot be read or is another model's.
-        FileNotFoundError: there is no such file.
-        OSError: pretrained weights cannot be fetched; the message says how to give a file.
     """
-    arguments = kwargs if checkpoint else kwargs | {"pretrained": True}
-    with torch.random.fork_rng(devices=[]):  # initial weights of the teacher do not change the student's randomness
-        try:
-            classes = {} if head and not checkpoint else {"num_classes": _classes(name, checkpoint) if head else 0}
-            model = load_model(name, arguments, checkpoint, "cpu", say=rank_zero_info, **classes)
-        except OSError as error:
-            if checkpoint:
-                raise
-            raise OSError(
-                f"{one_line(error)} Give their file as teacher_checkpoint (--teacher-checkpoint, --vit-checkpoint)"
-            ) from error
+    model = load_teacher_model(name, checkpoint, kwargs, None if head else 0)
     channels = kwargs.get("in_chans") or getattr(model, "in_chans", 3)
     stats = {"mean": mean or model.pretrained_cfg["mean"], "std": std or model.pretrained_cfg["std"]}
     return Teacher(model, None, **{which: per_channel(which, values, channels) for which, values in stats.items()})

@@ -40,6 +40,7 @@ class UnlabelledTask(TimmTask):
     """
 
     headline = ("val_loss", "validation loss")
+    not_sharded = "tasks without labels"
     reads_both: ClassVar[bool] = True  # whether the loss reads memory and patches of the last block
 
     def __init__(
@@ -67,11 +68,6 @@ class UnlabelledTask(TimmTask):
 
     # ---- start of a run
 
-    def configure_model(self) -> None:
-        if self._is_sharded():  # it gathers weights for forward() only, and ignores what stands beside the model
-            raise ValueError("training without labels does not work with fsdp2: use ddp")
-        super().configure_model()
-
     def check_data(self, data: LightningDataModule | None, stage: str) -> None:
         if stage == "predict":
             raise ValueError("a model that was trained without labels has no classes to predict: use luna-vision embed")
@@ -79,10 +75,7 @@ class UnlabelledTask(TimmTask):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        on = (
-            self.trainer.strategy.root_device.type == "cuda" if self.hparams.compile == "auto" else self.hparams.compile
-        )
-        if on and not self.trainer._detect_anomaly:
+        if self.compiles() and not self.trainer._detect_anomaly:
             self._features = torch.compile(features_of, dynamic=False)  # see `ClassificationTask.setup`
 
     # ---- batches
@@ -106,12 +99,6 @@ class UnlabelledTask(TimmTask):
     def loss_of(self, *views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of a batch of held-out images, their memory (B, L, C) and patches (B, N, C)."""
         raise NotImplementedError
-
-    def log_training(self, loss: Tensor, parts: dict[str, Tensor], batch_size: int) -> None:
-        """Log the loss of a batch, its mean over the epoch, and its parts."""
-        self.log_dict({"train_loss": loss} | {f"train_{name}": value for name, value in parts.items()})
-        self.log_epoch_mean("train_loss_epoch", loss, batch_size)
-        self.log_learning_rate()
 
     def evaluate(self, split: str, *views: Tensor) -> None:
         loss, memory, patches = self.loss_of(*views)

@@ -224,6 +224,13 @@ def test_other_layouts(layout, tmp_path):
     assert len(data.dataset("train")) == 8 and len(data.dataset("val")) == 2
 
 
+def test_given_classes_are_those_of_a_file_that_numbers_them_itself(tmp_path):
+    write_yolo(tmp_path)
+    assert DetectionDataModule(tmp_path, class_names=NAMES, **QUIET).source("train").labels.names == NAMES
+    with pytest.raises(UserError, match="classes must be those of .*data.yaml"):
+        DetectionDataModule(tmp_path, class_names=NAMES[::-1], **QUIET).setup("fit")
+
+
 def test_mistakes(tmp_path):
     with pytest.raises(FileNotFoundError, match="COCO .* Pascal VOC .* YOLO"):
         DetectionDataModule(tmp_path).setup("fit")

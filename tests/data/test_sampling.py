@@ -24,14 +24,14 @@ class FixedOrder(EpochSampler):
     """The same few images in the same order in each epoch, so that only augmentation can tell epochs apart."""
 
     def __iter__(self):
-        return ((epoch, index % 4) for epoch, index in super().__iter__())
+        return ((epoch, i % 4) for i, (epoch, _) in enumerate(super().__iter__()))
 
 
 def epochs(backend: str, num_workers: int, count: int = 2, seed: int = 0) -> torch.Tensor:
     """(count, 16, C, 16, 16): four images, four times over, for some epochs in a row with persistent workers."""
     module = DigitsDataModule(img_size=16, augmentation=backend, random_erasing=0.3, seed=seed, **BACKENDS[backend])
     dataset = module.dataset("train")
-    sampler = FixedOrder(range(16), shuffle=False)
+    sampler = FixedOrder(range(16))
     loader = DataLoader(dataset, 4, sampler=sampler, num_workers=num_workers, persistent_workers=num_workers > 0)
     batches = []
     for epoch in range(count):

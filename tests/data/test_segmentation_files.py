@@ -221,3 +221,5 @@ def test_mistakes(files, options, message, tmp_path):
 def test_nothing_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="train/images and train/masks"):
         SegmentationDataModule(tmp_path).setup("fit")
+    with pytest.raises(FileNotFoundError, match="train/images and train/masks"):
+        _ = SegmentationDataModule(tmp_path, format="masks").class_names  # a prediction does without them

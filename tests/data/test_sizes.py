@@ -137,7 +137,7 @@ def test_faults_are_skipped_at_a_size_too():
         ({"train_sizes": []}, "at least one size"),
         ({"train_sizes": [20]}, "multiples of patch_size=8, got 20"),
         ({"train_sizes": [16, [16, 20]]}, r"multiples of patch_size=8, got \[16, 20\]"),
-        ({"train_sizes": [[16, 16, 16]]}, r"sides or \[height, width\]"),
+        ({"train_sizes": [[16, 16, 16]]}, r"side or \[height, width\]"),
         ({"train_sizes": [0]}, "got 0"),
         ({"train_sizes": [16, [16, 16]]}, r"\[16, 16\] more than once|16 more than once"),
         ({"patch_size": 0}, "patch_size must be at least 1"),

@@ -212,7 +212,7 @@ def test_unknown_names_list_the_options():
         ({"crop_scale": (0.0, 1.0)}, "crop_scale must be 0 < smallest"),
         ({"crop_scale": (0.9, 0.5)}, "crop_scale must be 0 < smallest"),
         ({"crop_ratio": (2.0, 1.0)}, "crop_ratio must be 0 < smallest"),
-        ({"hflip": 1.5}, "hflip is a probability, got 1.5"),
+        ({"hflip": 1.5}, "hflip must be in"),
         ({"rotate": -1}, "rotate must be finite and not negative, got -1"),
         ({"crop_padding": -1}, "crop_padding must be finite and not negative"),
         ({"color_jitter": -0.1}, "color_jitter must be finite and not negative"),

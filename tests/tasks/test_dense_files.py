@@ -216,7 +216,7 @@ def test_class_weights_of_pixels(given, tmp_path):
     seen = {}
     task.forward = lambda images: logits
     task.log_evaluation_mean = lambda name, value, count: seen.setdefault(name, value)
-    task.log = task._log_training = lambda *args, **kwargs: None
+    task.log = task.log_training = lambda *args, **kwargs: None
     for loss, weights in (
         (task.training_step((torch.zeros(1, 3, 4, 6), mask), 0), expected),
         (task.evaluate("val", torch.zeros(1, 3, 4, 6), mask) and seen["val_loss"], [0.5, 1, 1]),

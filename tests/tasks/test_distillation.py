@@ -348,7 +348,7 @@ def test_exported_weights_are_a_plain_timm_model(tmp_path, data, teacher_file, m
         ({"feature_layers": [[0, -4]]}, r"the teacher test_luna_vit has layers 0 to 2, got -4"),
         ({"feature_layers": [[0]]}, "pairs"),
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
-        ({"logit_weight": -1.0}, "logit_weight must not be negative"),
+        ({"logit_weight": -1.0}, "logit_weight must be at least 0"),
         ({"logit_weight": 0.0}, "nothing to distill"),
         ({"teacher_img_size": 0}, "teacher_img_size must be a positive side"),
     ],

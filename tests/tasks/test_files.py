@@ -28,7 +28,7 @@ def test_predictions_are_no_formulas(tmp_path, monkeypatch):
         Image.new("L", (16, 16)).save(tmp_path / "a.png")
         os.rename(tmp_path / "a.png", tmp_path / name)
     data = ImageFolderDataModule(".", img_size=16, in_chans=1, num_workers=0, predict_path=NAMES, batch_size=4)
-    data._class_names = CLASSES
+    data.class_names = CLASSES
     trainer = tiny_trainer(tmp_path, callbacks=[PredictionWriter("out/predictions.csv")])
     trainer.predict(tiny_task(), data, return_predictions=False)
     with open("out/predictions.csv", newline="", encoding="utf-8") as file:

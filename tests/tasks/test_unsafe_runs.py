@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from luna_vision.cli import export
 from luna_vision.cli.common import run_command
 from luna_vision.cli.train import main
-from luna_vision.tasks.teacher import build_teacher_model
+from luna_vision.tasks.teacher import load_teacher_model
 
 DEBUG = str(Path(__file__).parents[2] / "configs" / "debug.yaml")
 RUN = Path("runs/debug/version_0")
@@ -168,6 +168,6 @@ def test_a_teacher_says_how_its_images_were_and_nothing_else(runs):
     checkpoint["data"]["cfg"] |= {"url": "https://evil.example", "architecture": "resnet18", "mean": (0.25,)}
     torch.save(checkpoint, "stranger.ckpt")
     arguments = checkpoint["hyper_parameters"]["model_kwargs"]
-    model = build_teacher_model("test_luna_vit", "stranger.ckpt", 10, 1, arguments)
+    model = load_teacher_model("test_luna_vit", "stranger.ckpt", arguments | {"in_chans": 1}, 10)
     about = model.pretrained_cfg
     assert (about["architecture"], about["mean"]) == ("test_luna_vit", (0.25,)) and "evil" not in str(about)
