@@ -49,7 +49,7 @@ def trained(request, photos, tmp_path_factory) -> tuple[Path, list[dict]]:
     """A folder with best.ckpt, best.safetensors and hf/, and what `predict` says of photos/train."""
     torch.manual_seed(0)
     folder, (model, data) = tmp_path_factory.mktemp(request.param), RUNS[request.param]
-    kwargs = {"img_size": 32, "embed_dim": 16, "depth": 2, "patch_size": 4, "num_heads": 2}
+    kwargs = {"img_size": 32, "embed_dim": 16, "depth": 1, "patch_size": 4, "num_heads": 2}
     task = ClassificationTask("test_luna_vit", num_classes=3, model_kwargs=kwargs, **model)
     module = ImageFolderDataModule(str(photos), val_fraction=0, batch_size=1, num_workers=0, **data)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}

@@ -57,12 +57,11 @@ def exit_code(argv: list[str], monkeypatch) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", KEYS)
 @settings(
-    max_examples=3, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
+    max_examples=50, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
-@given(value=VALUES, misspelt=st.sampled_from([False] * 5 + [True]))
+@given(key=st.sampled_from(KEYS), value=VALUES, misspelt=st.sampled_from([False] * 5 + [True]))
 def test_wrong_values(key, value, misspelt, monkeypatch, capsys):
     name = f"{key}s_" if misspelt else key
     code = exit_code(["fit", "--config", str(DEBUG), f"--{name}={value}"], monkeypatch)
@@ -115,7 +114,7 @@ def damaged(draw) -> bytes:
 
 @pytest.mark.slow
 @settings(
-    max_examples=60, derandomize=True, deadline=None, database=None,
+    max_examples=25, derandomize=True, deadline=None, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(content=damaged())

@@ -86,6 +86,7 @@ def test_from_files_to_files(form, run, tmp_path):
     model, transform, names = luna_vision.load(folder / "checkpoints/best.safetensors")
     kind = getattr(luna_vision.tasks, yaml.safe_load((folder / "config.yaml").read_text())["model"]["class_path"][18:])
     assert kind.load_from_checkpoint(folder / "checkpoints/best.ckpt", weights_only=True).hparams.num_classes == 2
+    assert f"{kind.headline[1]}:" in first
     assert names == ["background"] * (task in ("detect", "segment")) + NAMES
     new = tmp_path / "data" / {"folders": "val", "voc": "JPEGImages", "colors": "val/images", "table": "val"}[form]
     found = tmp_path / {"detect": "found.json", "segment": "found"}.get(task, "found.csv")

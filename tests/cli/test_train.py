@@ -21,6 +21,7 @@ from luna_vision.cli import train as cli
 from luna_vision.cli.train import DIGITS, LunaCLI, build, main, with_default_config
 from luna_vision.data import AUGMENTATIONS
 from luna_vision.tasks import ClassificationTask, LastCheckpoint
+from tests.tasks.ranks import command_line, finish, run, said, start, until
 
 ROOT = Path(__file__).parents[2]
 DEBUG = str(ROOT / "configs" / "debug.yaml")
@@ -38,10 +39,8 @@ def call(monkeypatch, *args: str) -> int:
 def run_dir(tmp_path_factory):
     """A folder in which the debug config has been trained, and what that printed."""
     folder = tmp_path_factory.mktemp("run")
-    command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", DEBUG]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    run(folder, 1, command_line, "fit", "--config", DEBUG)
+    return folder, said(folder)
 
 
 def test_fit_writes_logs_and_checkpoints_and_says_how_to_go_on(run_dir):
@@ -356,28 +355,15 @@ def test_what_cannot_be_torn_down_was_stopped_all_the_same(monkeypatch, signal_,
 
 
 def test_ctrl_c_ends_cleanly_and_says_how_to_resume(tmp_path):
-    command = [sys.executable, "-u", str(ROOT / "train.py"), "fit", "--config", DEBUG, "--trainer.max_epochs=100000"]
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "COLUMNS": "80"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
-    )
-    checkpoint = tmp_path / "runs/debug/version_0/checkpoints/last.ckpt"
-    deadline = time.monotonic() + 300  # many times what it takes on an idle machine
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    assert "Traceback" not in stderr
-    assert (
+    (process,) = processes = start(tmp_path, 1, command_line, "fit", "--config", DEBUG, "--trainer.max_epochs=100000")
+    until((tmp_path / "runs/debug/version_0/checkpoints/last.ckpt").exists, processes)
+    os.kill(process.pid, signal.SIGINT)
+    assert finish(tmp_path, processes) == [130]
+    assert "Traceback" not in said(tmp_path)
+    line = (
         "the same command with --resume continues from its last checkpoint, runs/debug/version_0/checkpoints/last.ckpt"
-        in stderr
     )
+    assert line in said(tmp_path)
 
 
 def test_sigterm_to_a_whole_group_of_processes_ends_cleanly(tmp_path):

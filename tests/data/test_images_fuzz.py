@@ -70,7 +70,7 @@ def limit(monkeypatch):
 
 
 @settings(
-    max_examples=500, derandomize=True, deadline=None, database=None,
+    max_examples=200, derandomize=True, deadline=None, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(damaged())

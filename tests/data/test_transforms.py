@@ -68,7 +68,7 @@ def test_policies_of_timm_do_what_they_did_before_pillow_13(policy: str, in_chan
     options = {"interpolation": "bicubic", "hflip": 0, "mean": mean, "normalize": False}
     theirs = timm.data.create_transform((20, 24), is_training=True, auto_augment=policy, **options)
     policies = theirs.transforms[1:]  # after the crop
-    results = [ours(image, seed) for seed in range(300)]
+    results = [ours(image, seed) for seed in range(100)]
     bits = []
     monkeypatch.setattr(ImageOps, "posterize", lambda image, n: bits.append(n) or posterize_of_pillow_12(image, n))
     for seed, result in enumerate(results):
@@ -92,10 +92,9 @@ RAND = [("", 15, 8), ("-inc1", 15, 8), ("-inc1-t3a", 3, 8), ("-t3aw", 14, 14), (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("in_chans", [1, 3])
-@pytest.mark.parametrize("magnitude", range(11))
+@pytest.mark.parametrize("in_chans, magnitude", [(3, 0), (1, 4), (3, 10)])
 @pytest.mark.parametrize("options, operations, layers", RAND)
-def test_every_operation_of_randaugment_at_every_magnitude(
+def test_every_operation_of_randaugment_at_any_magnitude(
     options: str, operations: int, layers: int, magnitude: int, in_chans: int, monkeypatch
 ):
     """On photographs; exact magnitudes, and noise around them. Weighted sets draw each operation once an image."""
@@ -109,12 +108,11 @@ def test_every_operation_of_randaugment_at_every_magnitude(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("in_chans", [1, 3])
-@pytest.mark.parametrize("policy", ["v0", "v0r", "original", "originalr", "3a", *(f"augmix-m{m}" for m in range(11))])
-@pytest.mark.parametrize("noise", ["", "-mstd0.5", "-mstd3"])
+@pytest.mark.parametrize("in_chans, noise", [(3, ""), (1, "-mstd3")])
+@pytest.mark.parametrize("policy", ["v0", "v0r", "original", "originalr", "3a", "augmix-m0", "augmix-m10"])
 def test_every_other_policy_of_timm(policy: str, noise: str, in_chans: int):
     aug = Augmentation((32, 48), crop="none", auto_augment=policy + noise, mean=(0.4,) * in_chans)
-    check_on_photographs(train_transform("timm", aug, (0.0,), (1.0,)), in_chans, seeds=100)
+    check_on_photographs(train_transform("timm", aug, (0.0,), (1.0,)), in_chans, seeds=40)
 
 
 @pytest.mark.slow
@@ -123,7 +121,7 @@ def test_every_other_policy_of_timm(policy: str, noise: str, in_chans: int):
 def test_every_policy_of_torchvision(policy: str, in_chans: int):
     """Of which one has 14 operations at up to 31 magnitudes each."""
     aug = Augmentation((32, 48), crop="none", auto_augment=policy, mean=(0.4,) * in_chans)
-    check_on_photographs(train_transform("torchvision", aug, (0.0,), (1.0,)), in_chans, seeds=1000)
+    check_on_photographs(train_transform("torchvision", aug, (0.0,), (1.0,)), in_chans, seeds=200)
 
 
 def check_on_photographs(transform, in_chans: int, seeds: int) -> None:

@@ -47,8 +47,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("layer", [None, 0, 1, -1])
+@pytest.mark.parametrize("layer, masked", [(None, False), (None, True), (0, True), (-1, False)])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_map_is_that_of_the_whole_image(options, layer, masked, make, photo, tmp_path):
     model, image = make(**options), photo[:79, :95]

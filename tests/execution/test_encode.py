@@ -52,11 +52,10 @@ def check(model, image, tmp_path, tolerance, **arguments):
 def test_every_option(options, make, photo, tmp_path):
     model = make(**options)
     image = photo[100:153, 200:241, : model.in_chans]  # no whole patches
-    for band in (1, 5):
-        check(model, image, tmp_path, 1e-10, band_rows=band)
+    check(model, image, tmp_path, 1e-10, band_rows=5)
 
 
-@pytest.mark.parametrize("band", [*range(1, 16), 100])
+@pytest.mark.parametrize("band", [1, 2, 3, 4, 7, 14, 15, 100])
 def test_every_band(band, make, photo, tmp_path):
     check(make(), photo[:57, :30], tmp_path, 1e-10, band_rows=band)
     check(make(local_mixing="mlp", stem="conv"), photo[:57, :30], tmp_path, 1e-10, band_rows=band)

@@ -119,8 +119,7 @@ class Recorded:
         return self.image[rows]
 
 
-@pytest.mark.parametrize("pool", ["avg", "map", "avgmax"])
-@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("pool, moment", [("avg", "before"), ("map", "after"), ("avgmax", "before")])
 def test_stopped_at_every_band(pool, moment, make, image, tmp_path, monkeypatch):
     """By Ctrl-C right before or after the state is kept; with a .zarr grid."""
     model = make(dtype=torch.float32, global_pool=pool, depth=2)

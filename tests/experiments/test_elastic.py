@@ -13,11 +13,11 @@ LENS = ["--memory-len", "4", "--lens", "1", "4", "--test-lens", "1", "3", "4"]
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_command_runs_reports_and_skips(tmp_path, capfd, monkeypatch):
+def test_command_runs_reports_and_skips(preloaded, tmp_path, capfd, monkeypatch):
     words = [*TINY, *LENS, "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     assert main([*words, "--jobs", "2"]) == 0
     output = capfd.readouterr().out
-    assert "digits-nested-seed0: done" in output and "3 slots" in output
+    assert "2 of 2 runs ended, 0 of them failed" in output and "3 slots" in output
     report = json.loads((tmp_path / "out/elastic.json").read_text())
     assert {row["variant"]: list(row["accuracy"]) for row in report["runs"]} == {
         "plain": ["1", "3", "4"],

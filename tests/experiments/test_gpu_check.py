@@ -74,10 +74,10 @@ def test_the_script_runs_everything_in_small(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in (tmp_path / "pytest.log").read_text() and "0 failed" in (tmp_path / "check.log").read_text()
     found = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert len(found["layer"]) == 8 * 4 * 6 and len(found["models"]) == 4 * 2 * len(gpu_check.VARIANTS)
+    assert len(found["layer"]) == 8 * 4 * 6 and len(found["models"]) == 4 * 2 * len(gpu_check.VARIANTS[::5])
     assert all(row["ok"] for section in ("layer", "models") for row in found[section])
     if importlib.util.find_spec("triton"):
-        assert [row["ok"] for row in found["kernels"]] == [True] * 4
+        assert [row["ok"] for row in found["kernels"]] == [True] * 2
     else:
         assert "not installed" in found["kernels"][0]["skipped"]
     assert len(found["speed"]) == 15 and not any("error" in row for row in found["speed"])

@@ -33,7 +33,7 @@ def test_every_variant_trains_and_is_tested(task, tmp_path):
     write(tmp_path / task)
     runs = own_labels.plan(own_labels._parser().parse_args(["--tasks", task]))
     assert [run.variant for run in runs] == list(own_labels.VARIANTS[task])
-    for run in map(shrink, runs[:3]):
+    for run in map(shrink, runs[1:3]):
         result = own_labels.execute(run, str(tmp_path), tmp_path / "work" / run.work_name)
         assert result["steps"] == 2 and len(result["validation"]) == 2 and result["seconds"] > 0
         assert 0 <= result["test_map" if task == "bccd" else "test_miou"] <= 1
@@ -41,7 +41,7 @@ def test_every_variant_trains_and_is_tested(task, tmp_path):
         write_json(tmp_path / "runs" / f"{run.name}.json", {"task": task, "variant": run.variant, "seed": 0, **result})
     text = own_labels.write_report(tmp_path)
     written = json.loads((tmp_path / "results.json").read_text())["runs"]
-    assert set(written) == {run.name for run in runs[:3]} and all(name in text for name in written)
+    assert set(written) == {run.name for run in runs[1:3]} and all(name in text for name in written)
     assert len({row["parameters"] for row in written.values()}) > 1 and SPLITS["test"] > 0
 
 

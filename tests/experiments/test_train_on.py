@@ -8,14 +8,13 @@ from experiments.benchmarks import train_on
 
 
 @pytest.mark.slow
-def test_each_way_is_measured_once(tmp_path, capsys):
+def test_a_way_is_measured_once(tmp_path, capsys):
     out = tmp_path / "a.json"
-    words = ["--side", "96", "--model", "test_luna_vit", "--tasks", "segment", "--ways", "whole", "bands"]
+    words = ["--side", "96", "--model", "test_luna_vit", "--tasks", "segment", "--ways", "bands"]
     words += ["--out", str(out)]
     assert train_on.main(words) == 0
-    rows = json.loads(out.read_text())["rows"]
-    assert [row["train_on"] for row in rows] == ["whole", "bands"]
-    for row in rows:
-        assert row["peak_resident_bytes"] >= row["resident_bytes_before"] > 2**20 and row["loss"] > 0
-    assert capsys.readouterr().out.count("GB") == 2
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["train_on"] == "bands" and row["loss"] > 0
+    assert row["peak_resident_bytes"] >= row["resident_bytes_before"] > 2**20
+    assert capsys.readouterr().out.count("GB") == 1
     assert train_on.main(words) == 0 and capsys.readouterr().out == ""

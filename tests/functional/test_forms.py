@@ -167,8 +167,7 @@ def test_unknown_form_is_said():
         LunaAttention(C, H, pack_form="fast")
 
 
-@pytest.mark.parametrize("std", [1.0, 3.0])
-@pytest.mark.parametrize("tie_kv", [True, False])
+@pytest.mark.parametrize("std, tie_kv", [(1.0, True), (3.0, False)])
 @pytest.mark.parametrize("dim, heads, slots, patches", [(384, 6, 16, 196), (192, 3, 32, 333), (48, 4, 5, 37)])
 def test_bfloat16_error_is_at_most_that_of_the_projected_form_by_half(dim, heads, slots, patches, tie_kv, std):
     """Against float64, with the same bfloat16 weights and inputs; attention from soft (std 1) to sharp.

@@ -29,13 +29,15 @@ needs_kernels = pytest.mark.skipif(
 
 FILES = [__file__, str(Path(__file__).parents[1] / "layers" / "test_block_kernels.py")]
 
+MANY = 333 if DEVICE == "cuda" else 133  # several tiles, of which the last is not full
+
 # B, N, C, H, L, tied keys and values, masks, biases
 SHAPES = [
     (2, 1, 64, 1, 3, True, False, True),
     (2, 37, 64, 4, 5, False, True, False),
     (1, 70, 192, 3, 8, True, True, True),
-    (2, 333, 128, 2, 6, False, True, True),
-    (1, 333, 384, 1, 16, True, False, False),
+    (2, MANY, 128, 2, 6, False, True, True),
+    (1, MANY, 384, 1, 16, True, False, False),
     (1, 20, 64, 16, 64, True, False, True),
 ]
 LIMITS = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 8e-2}

@@ -208,9 +208,8 @@ def test_every_kind_of_tiff_is_read_alike(photometric: str, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 10))
-def test_every_kind_of_tiff_is_read_alike_in_other_draws(seed: int, tmp_path: Path):
-    differ(tmp_path / "a.tif", KINDS, seed)
+def test_every_kind_of_tiff_is_read_alike_in_another_draw(tmp_path: Path):
+    differ(tmp_path / "a.tif", KINDS, seed=2)
 
 
 @pytest.mark.parametrize("compression", ["jpeg", "tiff_lzma", "group4", "tiff_lzw", "tiff_adobe_deflate"])

@@ -69,11 +69,9 @@ VARIANTS = [
 def test_gradients_are_those_of_the_ordinary_step(variant):
     model, x = tiny(**variant), image(2, 3, 26, 19)  # 7 x 5 patches
     want = step(model, x)
-    for rows in (1, 2, 3, 7, 100):
+    for rows in (1, 3, 100, 0):
         set_band_checkpointing(model, rows)
         same(step(model, x), want)
-    set_band_checkpointing(model, 0)
-    same(step(model, x), want)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 30), (33, 3), (17, 18)])

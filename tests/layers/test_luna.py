@@ -93,7 +93,8 @@ def test_local_mixing_is_a_convolution_over_the_grid():
 
 
 @pytest.mark.parametrize(
-    "norm_first, tie_kv, memory_mlp", itertools.product([True, False], [True, False], ["none", "own", "shared"])
+    "norm_first, tie_kv, memory_mlp",
+    [(True, True, "none"), (True, False, "own"), (False, True, "shared"), (False, False, "none")],
 )
 @pytest.mark.parametrize("read", ["both", "memory", "patches"])
 def test_every_parameter_gets_a_gradient(norm_first, tie_kv, memory_mlp, read):

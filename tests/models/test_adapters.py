@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,18 @@ from luna_vision.execution import encode, set_band_checkpointing
 LORA_TARGETS = ["pack_q", "pack_kv", "unpack_q", "unpack_kv", "attn.proj", "fc1", "fc2"]
 OPTIONS = [
     {"pack_form": "absorbed", "unpack_form": "absorbed"},
-    {"pack_form": "absorbed", "unpack_form": "absorbed", "tie_kv": False, "memory_mlp": "shared"},
-    {"global_pool": "map"},
+    {"pack_form": "absorbed", "unpack_form": "absorbed", "tie_kv": False, "memory_mlp": "shared", "global_pool": "map"},
     {"mixer": "longformer"},
     {"mixer": "star"},
 ]
-IDS = ["tied", "untied", "map", "longformer", "star"]
+IDS = ["tied", "untied", "longformer", "star"]
+
+
+def each(tools: Iterable[str], everywhere: str) -> pytest.MarkDecorator:
+    """Every tool on the first of the options, and one of them on the others, too."""
+    cases = [(tool, 0) for tool in tools] + [(everywhere, i) for i in range(1, len(OPTIONS))]
+    params = [pytest.param(tool, OPTIONS[i], id=f"{tool}-{IDS[i]}") for tool, i in cases]
+    return pytest.mark.parametrize("tool, options", params)
 
 
 def make(**arguments: Any) -> nn.Module:
@@ -129,8 +135,7 @@ OF_TORCH = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=IDS)
-@pytest.mark.parametrize("tool", OF_TORCH)
+@each(OF_TORCH, everywhere="parametrized weight_norm")
 def test_what_torch_does_to_linear_layers_acts_in_every_execution(tool, options):
     model = OF_TORCH[tool](make(**options))
     model.train()(image())  # the old norms set the weight when the layer is called
@@ -176,7 +181,7 @@ def test_hooks_of_all_linear_layers_fire_as_in_a_plain_vit(options):
         assert {name: kinds for name, kinds in count(model).items() if not all(kinds)} == {}
 
 
-@pytest.mark.parametrize("options", [*OPTIONS, {"local_mixing": "attn"}, {"norm_first": False}], ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS[:2], {"local_mixing": "attn"}, {"norm_first": False}], ids=str)
 @pytest.mark.parametrize("side", [160, 1040])  # large enough to be added in place
 def test_what_hooks_keep_stays_as_it_was(side, options):
     """A captured output, as feature extraction has it, is not overwritten later."""
@@ -191,9 +196,9 @@ def test_what_hooks_keep_stays_as_it_was(side, options):
         torch.testing.assert_close(out, then, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("dtype", [torch.qint8, torch.float16])
-@pytest.mark.parametrize("options", OPTIONS, ids=IDS)
-def test_dynamic_quantisation(options, dtype):
+@each(["qint8", "float16"], everywhere="qint8")
+def test_dynamic_quantisation(tool, options):
+    dtype = getattr(torch, tool)
     model = torch.ao.quantization.quantize_dynamic(make(**options), {nn.Linear}, dtype=dtype)
     # qint8 also rounds what goes into a layer, to what its largest number allows: of a band this is another
     check_runs(model, called(model, **options), 1e-4 if dtype == torch.float16 else 0.2)
@@ -215,10 +220,9 @@ def with_lora(options: dict[str, Any], **config: Any) -> nn.Module:
     return peft.get_peft_model(make(**options), peft.LoraConfig(**config)).eval()
 
 
-@pytest.mark.parametrize("options", [*OPTIONS, {"global_pool": "token"}, {"norm_first": False}], ids=str)
-@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
-def test_lora_acts_merges_and_learns(options, dora):
-    model = with_lora(options, use_dora=dora)
+@each(["LoRA", "DoRA"], everywhere="LoRA")
+def test_lora_acts_merges_and_learns(tool, options):
+    model = with_lora(options, use_dora=tool == "DoRA")
     merged = copy.deepcopy(model).merge_and_unload()
     with torch.no_grad():
         assert (model(image()) - make(**options)(image())).abs().max() > 0.05
@@ -267,19 +271,18 @@ def test_lora_survives_saving_and_a_training_by_bands(tmp_path):
 # ---- torchao
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=IDS)
-@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig", "IntxWeightOnlyConfig"])
-def test_torchao_weights_are_dequantised(config, options):
+@each(["Int8WeightOnlyConfig", "Float8WeightOnlyConfig", "IntxWeightOnlyConfig"], everywhere="Int8WeightOnlyConfig")
+def test_torchao_weights_are_dequantised(tool, options):
     quantization = pytest.importorskip("torchao.quantization")
     model = make(**options)
-    quantization.quantize_(model, getattr(quantization, config)())
+    quantization.quantize_(model, getattr(quantization, tool)())
     plain = called(model, **options)
     with torch.no_grad():
         assert (plain(image()) - make(**options)(image())).abs().max() > 1e-3
     check_runs(model, plain)
 
     again = make(**options)
-    quantization.quantize_(again, getattr(quantization, config)())
+    quantization.quantize_(again, getattr(quantization, tool)())
     again.load_state_dict(model.state_dict())
     torch.testing.assert_close(again(image()), model(image()))
 
@@ -300,14 +303,13 @@ OFFLOADS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=IDS)
-@pytest.mark.parametrize("offload", OFFLOADS)
-def test_accelerate_offloads_a_model(offload, options, tmp_path):
+@each(OFFLOADS, everywhere="dispatch_model")
+def test_accelerate_offloads_a_model(tool, options, tmp_path):
     accelerate = pytest.importorskip("accelerate")
-    model, plain = OFFLOADS[offload](accelerate, make(**options), str(tmp_path)), make(**options)
+    model, plain = OFFLOADS[tool](accelerate, make(**options), str(tmp_path)), make(**options)
     with torch.no_grad():
         torch.testing.assert_close(model(image()), plain(image()), rtol=0, atol=1e-4)
-    if offload == "dispatch_model" and "mixer" not in options:
+    if tool == "dispatch_model" and "mixer" not in options:
         check_runs(model, plain)
     elif "mixer" not in options:  # the model's own weights, its memory, are there while it is called and no longer
         with pytest.raises(ValueError, match="dispatch_model"):
@@ -321,7 +323,6 @@ COMPILED = {
     "torchao": lambda options: torchao_int8(make(**options)),
     "weight_norm": lambda options: OF_TORCH["weight_norm"](make(**options)),
     "parametrized": lambda options: OF_TORCH["parametrized weight_norm"](make(**options)),
-    "prune": lambda options: OF_TORCH["prune"](make(**options)),
     "hook": lambda options: OF_TORCH["hook"](make(**options)),
 }
 
@@ -333,8 +334,7 @@ def torchao_int8(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [OPTIONS[0], *OPTIONS[3:]], ids=[IDS[0], *IDS[3:]])
-@pytest.mark.parametrize("tool", COMPILED)
+@each(COMPILED, everywhere="hook")
 def test_compiled_and_exported_models_call_the_layers(tool, options):
     torch._dynamo.reset()  # of models that were compiled before, this one is another version
     model, x = COMPILED[tool](options), image()

@@ -16,8 +16,9 @@ SIZES = [(1, 3, 160, 160), (3, 3, 50, 99), (2, 3, 300, 65), (1, 3, 17, 224)]
 
 @pytest.fixture
 def model():
+    """Of one block, which is enough for compilers, as they need minutes for more on two cores."""
     torch.manual_seed(0)
-    return timm.create_model("test_luna_vit", num_classes=5).eval()
+    return timm.create_model("test_luna_vit", num_classes=5, depth=1).eval()
 
 
 def check_compiled(model, backend, sizes):
@@ -30,9 +31,8 @@ def check_compiled(model, backend, sizes):
 
 
 @pytest.mark.slow
-def test_compile_fullgraph_with_inductor():
-    """One block is enough for the code generator, which needs minutes for more on two cores."""
-    check_compiled(timm.create_model("test_luna_vit", num_classes=5, depth=1).eval(), "inductor", SIZES[1:2])
+def test_compile_fullgraph_with_inductor(model):
+    check_compiled(model, "inductor", SIZES[1:2])
 
 
 @pytest.mark.slow
@@ -48,9 +48,9 @@ def test_compile_fullgraph_at_several_sizes_and_with_a_mask(model):
 @pytest.mark.parametrize(
     "name, options",
     [
-        ("test_luna_vit", {}),
-        ("luna_vit_small_paper", {}),
-        ("test_luna_vit", {"mlp": "swiglu", "local_mixing": "mlp", "memory_mlp": "shared"}),
+        ("test_luna_vit", {"depth": 2}),
+        ("luna_vit_small_paper", {"embed_dim": 64, "depth": 2, "num_heads": 2}),
+        ("test_luna_vit", {"depth": 2, "mlp": "swiglu", "local_mixing": "mlp", "memory_mlp": "shared"}),
     ],
     ids=str,
 )
@@ -64,9 +64,9 @@ def test_export_with_dynamic_batch_height_and_width(name, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pos_embed", ["fourier", "learn"])
-def test_onnx_with_dynamic_height_and_width(pos_embed, tmp_path):
-    model = timm.create_model("test_luna_vit", num_classes=5, pos_embed=pos_embed).eval()
+def test_onnx_with_dynamic_height_and_width(tmp_path):
+    """By timm's helper, with positions that are resampled; ours are in `tests/cli/test_export_command.py`."""
+    model = timm.create_model("test_luna_vit", num_classes=5, depth=1, pos_embed="learn").eval()
     path = str(tmp_path / "model.onnx")
     example = torch.randn(2, 3, 160, 96)
     onnx_export(model, path, example_input=example, use_dynamo=True, dynamic_size=True, check_forward=True)
@@ -83,7 +83,7 @@ def test_an_exported_graph_is_the_same_wherever_it_is_made():
     graphs = []
     for device in ("cpu", "cuda"):
         # with many slots, a GPU has another form than a CPU
-        model = timm.create_model("test_luna_vit", num_classes=5, depth=2, memory_len=40).to("meta").eval()
+        model = timm.create_model("test_luna_vit", num_classes=5, depth=1, memory_len=40).to("meta").eval()
         assert model.blocks[0].attn.prefers_absorbed_unpack == {"cpu": True, "cuda": False}
         with fake_cuda(), torch.no_grad():
             model, x = model.to_empty(device=device), torch.empty(2, 3, 160, 96, device=device)

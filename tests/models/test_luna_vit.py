@@ -67,10 +67,9 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-@pytest.mark.parametrize("norm_first", [True, False])
-def test_batch_of_sizes_equals_each_image_alone(variant, norm_first):
-    model = tiny(**variant, norm_first=norm_first)
+@pytest.mark.parametrize("variant", [*VARIANTS, {"norm_first": False, **VARIANTS[-1]}], ids=str)
+def test_batch_of_sizes_equals_each_image_alone(variant):
+    model = tiny(**{"depth": 2, **variant})
     sizes = [(48, 80), (64, 33), (5, 96)]
     batch = image(3, 3, 64, 96) * 100  # what lies outside an image must not matter
     valid = torch.zeros(3, 4, 6, dtype=torch.bool)
@@ -212,9 +211,8 @@ def test_pooling(pool):
     close(model.head(embedding), model(x))
 
 
-@pytest.mark.parametrize(
-    "pool, norm_first, memory_mlp", itertools.product([*POOLS, ""], [True, False], ["none", "own", "shared"])
-)
+@pytest.mark.parametrize("norm_first, memory_mlp", [(True, "none"), (True, "shared"), (False, "own")])
+@pytest.mark.parametrize("pool", [*POOLS, ""])
 def test_every_parameter_gets_a_gradient_whatever_the_head_reads(pool, norm_first, memory_mlp):
     model = tiny(global_pool=pool, norm_first=norm_first, memory_mlp=memory_mlp, init_values=0.1, depth=3).train()
     model(image(2, 3, 48, 64)).square().mean().backward()

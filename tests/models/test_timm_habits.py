@@ -73,8 +73,11 @@ def test_every_argument_of_timms_vit_is_known():
                 make(**{name: object()})
 
 
-@pytest.mark.parametrize("n", [1, 3, [0, 2], (1, 3)], ids=str)
-@pytest.mark.parametrize("options", [{}, {"reshape": True}, {"norm": True}, {"return_prefix_tokens": True}], ids=str)
+@pytest.mark.parametrize(
+    "n, options",
+    [(1, {}), (3, {"reshape": True}), ([0, 2], {"norm": True}), ((1, 3), {"return_prefix_tokens": True})],
+    ids=str,
+)
 def test_get_intermediate_layers_is_that_of_timm(n, options):
     model, vit = make(), timm.create_model("test_vit", img_size=96, depth=4)
     x = torch.rand(2, 3, 96, 96)
@@ -97,8 +100,13 @@ def to_grid(tensor: Tensor, height: int = 6, width: int = 10) -> Tensor:
     return tensor.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize("pool", ["avg", "token", "map"])
-@pytest.mark.parametrize("method", ["GradCAM", "GradCAMPlusPlus", "HiResCAM", "LayerCAM", "ScoreCAM"])
+@pytest.mark.parametrize(
+    "method, pool",
+    [
+        *((method, "avg") for method in ("GradCAM", "GradCAMPlusPlus", "HiResCAM", "LayerCAM", "ScoreCAM")),
+        *(("GradCAM", pool) for pool in ("token", "map")),
+    ],
+)
 def test_grad_cam(method, pool):
     import pytorch_grad_cam as cams
 

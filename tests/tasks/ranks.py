@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -25,6 +26,7 @@ def free_port() -> int:
 
 
 def _work(folder: str, variables: dict[str, str], function: Callable[..., Any], arguments: tuple) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     os.environ.update(variables)
     os.chdir(folder)
     output = os.open(f"rank{variables.get('RANK', 0)}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -4,11 +4,8 @@ import io
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
+from multiprocessing import Process
 from pathlib import Path
 
 import pytest
@@ -25,8 +22,7 @@ from luna_vision.tasks.resume import ExactResume, latest_complete, random_states
 from luna_vision.utils import files
 
 from .conftest import last_rows, tiny_trainer
-
-ROOT = Path(__file__).parents[2]
+from .ranks import DEBUG, command_line, finish, run, said, start, until
 
 
 class EveryMoment(ModelCheckpoint):
@@ -101,31 +97,40 @@ def fit(
     return task.state_dict(), last_rows(folder / "version_0" / "metrics.csv")
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, dict, dict]:
+    """A folder with the run in `whole` and the checkpoints of all its moments in `kept`; its weights and its rows."""
+    folder = tmp_path_factory.mktemp("plain")
+    return folder, *fit(folder / "whole", keep=folder / "kept")
+
+
 # with how many of the checkpoints are not to be resumed from, and which of the others are tried: each, every third
 CASES = {
-    "plain": ({}, 2, 1),  # after the last batch of an epoch
-    "workers": ({"num_workers": 2}, 2, 3),
-    "accumulation": ({"accumulate_grad_batches": 2}, 8, 3),  # and between the batches of an optimizer step
-    "validation within the epoch": ({"val_check_interval": 3}, 4, 1),  # and after a batch that it follows
-    "both": ({"val_check_interval": 3, "accumulate_grad_batches": 2}, 10, 1),  # and after it, where gradients wait
-    "an end within the epoch": ({"val_check_interval": 3, "max_steps": 9}, 4, 1),  # and once there is nothing to do
-    "no validation": ({"limit_val_batches": 0}, 2, 3),
-    "no rows of steps": ({"log_every_n_steps": 0}, 2, 3),
+    "plain": ({}, 2, 2),  # after the last batch of an epoch
+    "workers": ({"num_workers": 2}, 2, 5),
+    # between the batches of an optimizer step, after a validation within the epoch, and where gradients wait there
+    "accumulation": ({"val_check_interval": 3, "accumulate_grad_batches": 2}, 10, 1),
+    "an end within the epoch": ({"val_check_interval": 3, "max_steps": 9}, 4, 2),  # and once there is nothing to do
+    "no validation": ({"limit_val_batches": 0}, 2, 5),
+    "no rows of steps": ({"log_every_n_steps": 0}, 2, 5),
 }
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CASES)
-def test_any_checkpoint_leads_to_the_same_end(tmp_path, case):
+def test_any_checkpoint_leads_to_the_same_end(tmp_path, case, request):
     """Weights and what is logged, whether the run was cut off after a batch, a validation or an epoch."""
     arguments, inexact, every = CASES[case]
-    weights, rows = fit(tmp_path / "whole", keep=tmp_path / "kept", **arguments)
-    kept = sorted((tmp_path / "kept").glob("*.ckpt"))
+    if arguments:
+        folder, (weights, rows) = tmp_path, fit(tmp_path / "whole", keep=tmp_path / "kept", **arguments)
+    else:
+        folder, weights, rows = request.getfixturevalue("whole")
+    kept = sorted((folder / "kept").glob("*.ckpt"))
     exact = [path for path in kept if torch.load(path, weights_only=True)["callbacks"]["ExactResume"]["exact"]]
     assert len(kept) - len(exact) == inexact
     for path in exact[::every]:
         again = tmp_path / path.stem
-        shutil.copytree(tmp_path / "whole", again)  # with the rows of what will be done again
+        shutil.copytree(folder / "whole", again)  # with the rows of what will be done again
         ours, logged = fit(again, checkpoint=path, **arguments)
         assert logged == rows, path.name
         if path != exact[-1]:  # with nothing left to do, training does not end anew and leaves the raw weights in place
@@ -160,9 +165,10 @@ class StopAtStart(Callback):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_run_that_is_stopped_while_it_resumes_has_its_rows(tmp_path):
-    _, rows = fit(tmp_path / "run", keep=tmp_path / "kept")
-    path = sorted((tmp_path / "kept").glob("*-step9-batch.ckpt"))[0]
+def test_a_run_that_is_stopped_while_it_resumes_has_its_rows(whole, tmp_path):
+    folder, _, rows = whole
+    path = sorted((folder / "kept").glob("*-step9-batch.ckpt"))[0]
+    shutil.copytree(folder / "whole", tmp_path / "run")
     logged = tmp_path / "run" / "version_0" / "metrics.csv"
     before = logged.read_bytes()
     with logged.open("ab") as file:
@@ -174,15 +180,15 @@ def test_a_run_that_is_stopped_while_it_resumes_has_its_rows(tmp_path):
     assert logged.read_bytes().startswith(before)
 
 
-def test_without_the_callback_the_end_is_another(tmp_path):
+def test_without_the_callback_the_end_is_another(whole, tmp_path):
     """That the test above can fail: dropped paths are drawn from the generator whose state is kept."""
-    weights, _ = fit(tmp_path / "whole", keep=tmp_path / "kept")
-    path = sorted((tmp_path / "kept").glob("*-step4-batch.ckpt"))[0]
+    folder, weights, _ = whole
+    (path,) = (folder / "kept").glob("*-step4-batch.ckpt")
     spoiled = torch.load(path, weights_only=True)
     spoiled["callbacks"]["ExactResume"]["random"] = []
-    torch.save(spoiled, path)
-    shutil.copytree(tmp_path / "whole", tmp_path / "again")
-    ours, _ = fit(tmp_path / "again", checkpoint=path)
+    torch.save(spoiled, tmp_path / "spoiled.ckpt")
+    shutil.copytree(folder / "whole", tmp_path / "again")
+    ours, _ = fit(tmp_path / "again", checkpoint=tmp_path / "spoiled.ckpt")
     assert not all(torch.equal(ours[name], weights[name]) for name in weights)
 
 
@@ -274,9 +280,8 @@ def test_two_processes_are_not_at_work_on_one_run(unfinished, tmp_path):
 
 
 @pytest.mark.parametrize("other", ["config", "code", "processes", "moment", "unknown"])
-def test_a_checkpoint_of_another_run_says_what_differs(tmp_path, other):
-    fit(tmp_path / "first", keep=tmp_path / "kept", max_epochs=1)
-    (path,) = (tmp_path / "kept").glob("*-step4-batch.ckpt")
+def test_a_checkpoint_of_another_run_says_what_differs(whole, tmp_path, other):
+    (path,) = (whole[0] / "kept").glob("*-step11-batch.ckpt")
     checkpoint = torch.load(path, weights_only=True)
     state, words = checkpoint["callbacks"]["ExactResume"], other
     if other == "config":
@@ -292,14 +297,7 @@ def test_a_checkpoint_of_another_run_says_what_differs(tmp_path, other):
         words = "it does not say in what"
     torch.save(checkpoint, tmp_path / "other.ckpt")
     with pytest.warns(UserWarning, match=rf"other.ckpt is not of this run as it is now: .*{words}"):
-        fit(tmp_path / "second", checkpoint=tmp_path / "other.ckpt", max_epochs=1)
-
-
-def launch(folder: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-u", str(ROOT / "train.py"), "fit", "--config", str(ROOT / "configs" / "debug.yaml")]
-    command += ["--trainer.max_epochs=6", "--test_after_fit=false", *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, cwd=folder, text=True, env={**os.environ, "COLUMNS": "80"}, **pipes)
+        fit(tmp_path / "second", checkpoint=tmp_path / "other.ckpt")
 
 
 def end(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -310,25 +308,20 @@ def end(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 @pytest.mark.slow
 def test_a_run_that_was_killed_is_resumed(tmp_path):
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "killed").mkdir()
-    output, _ = launch(tmp_path / "whole").communicate(timeout=120)
-    assert "unfinished" not in output
-    stopped = 0
-    for sent, code, words in ((signal.SIGKILL, -9, []), (signal.SIGTERM, 143, ["--resume"])):
-        process = launch(tmp_path / "killed", *words)
-        last = tmp_path / "killed/runs/debug/version_0/checkpoints/last.ckpt"
+    words = ["fit", f"--config={DEBUG}", "--trainer.max_epochs=6", "--test_after_fit=false"]
+    run(tmp_path / "whole", 1, command_line, *words)
+    assert "unfinished" not in said(tmp_path / "whole")
+    last, stopped = tmp_path / "killed/runs/debug/version_0/checkpoints/last.ckpt", 0
+    for stop, code, more in ((Process.kill, -9, []), (Process.terminate, 143, ["--resume"])):
         before = last.stat().st_mtime_ns if last.exists() else 0
-        while process.poll() is None and (not last.exists() or last.stat().st_mtime_ns == before):
-            time.sleep(0.01)
-        process.send_signal(sent)
-        process.communicate(timeout=60)
-        stopped += process.returncode == code
+        (process,) = processes = start(tmp_path / "killed", 1, command_line, *words, *more)
+        until(lambda before=before: last.exists() and last.stat().st_mtime_ns != before, processes)
+        stop(process)
+        stopped += finish(tmp_path / "killed", processes) == [code]
     assert stopped
-    process = launch(tmp_path / "killed", "--resume")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert "resuming the unfinished run in runs/debug/version_0, from runs/debug/version_0/checkpoints/" in output
+    run(tmp_path / "killed", 1, command_line, *words, "--resume")
+    resuming = "resuming the unfinished run in runs/debug/version_0, from runs/debug/version_0/checkpoints/"
+    assert resuming in said(tmp_path / "killed")
     (weights, rows), (ours, logged) = end(tmp_path / "whole"), end(tmp_path / "killed")
     torch.testing.assert_close(ours, weights, rtol=0, atol=0)
     assert all(rows[key] == row for key, row in logged.items())

@@ -21,6 +21,7 @@ from luna_vision.tasks import (
 from luna_vision.tasks.dense import SegmentationTask
 
 from .conftest import tiny_task
+from .ranks import command_line, run
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "canvas_sequence_parallel.yaml"
@@ -51,17 +52,15 @@ def checkpoint(folder: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path, monkeypatch):
+def test_two_processes_train_as_one(tmp_path):
     """Four steps of optimizer, clipping and EMA, validation, and the test of the best checkpoint."""
     two, one = tmp_path / "two", tmp_path / "one"
+    words = ["fit", f"--config={CONFIG}", *SMALL]
     two.mkdir()
-    one.mkdir()
-    command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", str(CONFIG), *SMALL]
+    command = [sys.executable, str(ROOT / "train.py"), *words]  # whose second process Lightning starts
     done = subprocess.run(command, cwd=two, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    monkeypatch.chdir(one)
-    alone = ["--trainer.strategy=auto", "--trainer.devices=1"]
-    assert call(monkeypatch, "fit", "--config", str(CONFIG), *SMALL, *alone) == 0
+    run(one, 1, command_line, *words, "--trainer.strategy=auto", "--trainer.devices=1")
 
     got, want = checkpoint(two), checkpoint(one)
     assert got["global_step"] == want["global_step"] == 4
