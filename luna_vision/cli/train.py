@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -64,6 +66,9 @@ CALLBACKS = [
 
 # the default of Lightning's Timer is an enum, which jsonargparse could not write into a config.yaml
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_data(value.value))
+# jsonargparse reads 1e5 as a number, PyYAML does not: a folder of that name gets its quotes
+WHOLE_WITH_EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
+yaml.SafeDumper.add_implicit_resolver("tag:yaml.org,2002:float", WHOLE_WITH_EXPONENT, list("-+0123456789"))
 
 
 class _Parser(Hints, LightningArgumentParser):
@@ -134,10 +139,11 @@ class LunaCLI(LightningCLI):
             super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
-        """Refuse null where the type does not allow it: jsonargparse accepts it for any type."""
+        """Refuse a section that is none, and null where the type does not allow it: jsonargparse accepts both."""
         for section in ("model", "data", "trainer"):
-            if self._get(self.config, section) is None:
-                raise UserError(f"{section} must not be null")
+            value = self._get(self.config, section)
+            if not isinstance(value, Namespace):
+                raise UserError(f"{section} must be a section of options, got {json.dumps(value)}")
         for section in ("model", "data"):
             spec = self._get(self.config, section)
             given = spec.get("init_args", {})

@@ -27,8 +27,6 @@ PIXELS = "pixels"  # where config.json of an exported folder has these, which ti
 
 def check_model_name(name: str) -> None:
     """Raise an error that names similar models, or the known tags, unless timm knows this name."""
-    if not isinstance(name, str):  # YAML reads 1e400 as a number, which jsonargparse takes for a string
-        raise UserError(f"model_name must be a name, got {name!r}")
     architecture, tag = split_model_name_tag(name)
     if tag and timm.is_model(architecture) and name not in get_arch_pretrained_cfgs(architecture):
         known = ", ".join(sorted(get_arch_pretrained_cfgs(architecture)))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 
@@ -58,10 +58,11 @@ def exit_code(argv: list[str], monkeypatch) -> int:
 
 @pytest.mark.slow
 @settings(
-    max_examples=50, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
+    max_examples=50, derandomize=True, deadline=None, database=None, phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(key=st.sampled_from(KEYS), value=VALUES, misspelt=st.sampled_from([False] * 5 + [True]))
+@example(key="model.checkpoint", value="1e5", misspelt=False)  # PyYAML writes it without quotes
 def test_wrong_values(key, value, misspelt, monkeypatch, capsys):
     name = f"{key}s_" if misspelt else key
     code = exit_code(["fit", "--config", str(DEBUG), f"--{name}={value}"], monkeypatch)
@@ -118,6 +119,8 @@ def damaged(draw) -> bytes:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(content=damaged())
+@example(content=DEBUG.read_bytes().partition(b"\ntrainer:")[0] + b"\ntrainer: []")
+@example(content=DEBUG.read_bytes().partition(b"\ntrainer:")[0] + b"\ntrainer: 5")
 def test_damaged_files(content, monkeypatch, capsys):
     Path("config.yaml").write_bytes(content)
     code = exit_code(["fit", "--config", "config.yaml"], monkeypatch)

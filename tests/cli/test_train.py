@@ -192,7 +192,7 @@ def error_line(capsys) -> str:
             ["fit", "--config", DEBUG, "--data.init_args.batch=1"],
             "Option .batch. is not accepted; did you mean batch_size\\?.* --data.help CLASS",
         ),
-        (["fit", "--config", DEBUG, "--model.model_name=1e400"], "model_name must be a name, got inf"),
+        (["fit", "--config", DEBUG, "--model.model_name=1e5"], "unknown model name '1e5'"),
         (["fit", "--data", "ImageFolderDataModule", "--data.root", "photos"], "--data needs a --config"),
         (["fit", "--config", "missing.yaml"], "missing.yaml"),
         (["fit", "--config", DEBUG, "--model.model_name=luna_vit_tinny"], "did you mean luna_vit_tiny"),
