@@ -1,13 +1,19 @@
-"""Learning without labels, on CIFAR-10: `python -m experiments.unlabelled RUN --help`.
+"""Learning without labels: `python -m experiments.unlabelled RUN --help`.
 
-Runs of the commands of the package, in a folder of their own, each resumable by the same command, and what they are
-worth: nearest neighbours and a linear classifier on the frozen embeddings (all training images, the test images), and a
-linear classifier of CamVid's patches. All models have width 96, depth 6 and 64 patches of 4 x 4.
+Runs of the commands of the package, in a folder of their own, each resumable by the same command. The teacher is a
+softmax model that was trained with the labels of Tiny-ImageNet (configs/tiny_imagenet.yaml, with the mixer "softmax").
 
-    teacher      a softmax ViT with labels          distill, distill_tiny   its features, on images of CIFAR-10 or of
-    supervised   a Luna ViT with labels                                     Tiny-ImageNet, without labels
-    random       a Luna ViT as it begins            lejepa                  images of CIFAR-10 alone
-    finetune_X   trained further with labels        convert                 the teacher as a Luna ViT
+    convert      the teacher as a Luna ViT, on the images of Tiny-ImageNet without labels
+    scratch      a Luna ViT of the same shape with labels, on as many samples as the conversion
+
+These two are measured by their accuracy on the test images of Tiny-ImageNet. All others are models of width 96 and
+depth 6 with 64 patches of 4 x 4, and measured by nearest neighbours and a linear classifier on the frozen embeddings
+of CIFAR-10 (all training images, the test images), and by a linear classifier of CamVid's patches:
+
+    distill, distill_tiny    the teacher's features, on images of CIFAR-10 or of Tiny-ImageNet, without labels
+    lejepa                   images of CIFAR-10 alone
+    supervised, random       with the labels of CIFAR-10; a model as it begins
+    finetune_X               trained further with the labels of CIFAR-10
 
 `RUN=report` prints a table of all results.
 """
@@ -20,6 +26,10 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils.data import DataLoader, Subset
+from torchvision.datasets import ImageFolder
+
 import luna_vision
 from luna_vision.utils.files import write_json
 from luna_vision.utils.record import machine
@@ -29,16 +39,15 @@ from .command import Parser, at_least
 SHAPE = {"patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3, "stem": "patch"}
 CPU = ["--trainer.precision=bf16-mixed", "--model.compile=true", "--data.num_workers=0"]
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "unlabelled"
-RUNS = ("teacher", "supervised", "random", "distill", "distill_tiny", "lejepa", "convert")
-FINETUNED = tuple(f"finetune_{name}" for name in ("distill", "distill_tiny", "lejepa", "convert"))
+TINY = ("convert", "scratch")
+RUNS = (*TINY, "supervised", "random", "distill", "distill_tiny", "lejepa")
+FINETUNED = tuple(f"finetune_{name}" for name in ("distill", "distill_tiny", "lejepa"))
+STEPS = (300, 2400, 300)  # of the conversion, of 128 images: 8% of the 4.9 million that the teacher was trained on
 
 
 def weights_of(name: str, args: Namespace) -> Path:
     """The weights that a run leaves."""
-    out = args.out / f"{name}-seed{args.seed}"
-    if name == "convert":
-        return sorted(out.glob("[0-9]_*.safetensors"))[-1]
-    return out / "version_0" / "checkpoints" / "best.safetensors"
+    return args.out / f"{name}-seed{args.seed}" / "version_0" / "checkpoints" / "best.safetensors"
 
 
 def arguments(prefix: str = "model.model_kwargs", **kwargs: Any) -> list[str]:
@@ -49,46 +58,68 @@ def arguments(prefix: str = "model.model_kwargs", **kwargs: Any) -> list[str]:
 
 def command(name: str, args: Namespace) -> list[str]:
     """The words of `luna-vision` for a run."""
-    cifar, out = args.data / "cifar10", args.out / f"{name}-seed{args.seed}"
-    epochs = [f"--trainer.max_epochs={args.epochs}"]
-    every = [*CPU, f"--seed_everything={args.seed}", f"--data.seed={args.seed}", "--resume"]
-    teacher = weights_of("teacher", Namespace(**vars(args) | {"seed": 0}))
-    unlabelled = ["--out", str(out), "--labels", str(cifar), "--img-size", "32", "--batch-size", "128"]
+    cifar, tiny, out = args.data / "cifar10", args.data / "tiny_imagenet", args.out / f"{name}-seed{args.seed}"
+    configs = Path(__file__).parents[1] / "configs"
+    epochs, every = [f"--trainer.max_epochs={args.epochs}"], [*CPU, f"--seed_everything={args.seed}"]
+    every += [f"--data.seed={args.seed}"]
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(out.parent), "name": out.name}}
+    place = [f"--trainer.default_root_dir={out}", f"--name={out.name}", f"--trainer.logger={json.dumps(logger)}"]
     small = ["--data.augmentation=albumentations", "--data.val_fraction=0.02"]
-    if name in ("teacher", "supervised") or name.startswith("finetune_"):
-        kwargs: dict[str, Any] = {"mixer": "softmax"} if name == "teacher" else {"memory_len": 16}
+    if name == "convert":  # it resumes by itself
+        steps, sizes = map(str, STEPS), ["--sizes", "48", "64", "80"]
+        given = ["--vit", str(args.teacher), "--data", str(tiny / "train"), "--out", str(out), "--img-size", "64"]
+        return ["convert", *given, "--batch-size", "128", "--steps", *steps, *sizes, *small, *every]
+    if name == "scratch":
+        words = ["fit", "--config", str(configs / "tiny_imagenet.yaml"), f"--data.root={tiny}", *place]
+        length = [
+            f"--trainer.max_steps={sum(STEPS) * 128 // 512}",
+            "--trainer.max_epochs=-1",
+            "--model.warmup_epochs=1",
+        ]
+        return [*words, *length, *every, "--resume"]
+    every += ["--resume"]
+    unlabelled = ["--out", str(out), "--labels", str(cifar), "--img-size", "32", "--batch-size", "128"]
+    if name == "supervised" or name.startswith("finetune_"):
+        kwargs: dict[str, Any] = {"memory_len": 16}
         begin = []
         if name.startswith("finetune_"):
             start = weights_of(name.removeprefix("finetune_"), args)
             recorded = luna_vision.models.factory.training_checkpoint(start)["hyper_parameters"]["model_kwargs"]
-            kwargs, begin = (
-                {key: value for key, value in recorded.items() if key != "img_size"},
-                [
-                    f"--model.checkpoint={start}",
-                    "--model.lr=5e-4",
-                ],
-            )
-        config = Path(__file__).parents[1] / "configs" / "cifar10.yaml"
+            kwargs = {key: value for key, value in recorded.items() if key != "img_size"}
+            begin = [f"--model.checkpoint={start}", "--model.lr=5e-4"]
         data = ["--data=ImageFolderDataModule", f"--data.root={cifar}", "--data.crop_pct=null", "--data.batch_size=128"]
-        place = [f"--trainer.default_root_dir={out}", f"--name={out.name}"]
-        logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(out.parent), "name": out.name}}
-        words = [*data, *place, f"--trainer.logger={json.dumps(logger)}", "--test_after_fit=true", *begin]
+        words = [*data, *place, "--test_after_fit=true", *begin]
         recipe = ["--model.warmup_epochs=2", "--trainer.callbacks.decay=0.999", "--trainer.devices=1"]
-        return ["fit", "--config", str(config), *words, *recipe, *arguments(**kwargs), *epochs, *every]
+        return [
+            "fit",
+            "--config",
+            str(configs / "cifar10.yaml"),
+            *words,
+            *recipe,
+            *arguments(**kwargs),
+            *epochs,
+            *every,
+        ]
+    student = ["--model", "luna_vit_tiny", *arguments("model.init_args.model_kwargs", memory_len=16), *epochs, *every]
     if name.startswith("distill"):
-        images = cifar / "train" if name == "distill" else args.data / "tiny_imagenet" / "train"
-        student = arguments("model.init_args.model_kwargs", memory_len=16)
-        given = ["--data", str(images), "--teacher-checkpoint", str(teacher), *unlabelled, *small]
-        return ["distill", *given, "--model", "luna_vit_tiny", *student, *epochs, *every]
-    if name == "lejepa":
-        student = arguments("model.init_args.model_kwargs", memory_len=16)
-        views = ["--data.local_views=4", "--data.local_size=16", "--data.patch_size=4", "--data.val_fraction=0.02"]
-        given = ["--data", str(cifar / "train"), *unlabelled, *views, "--model.projector_hidden=512"]
-        return ["pretrain", *given, "--model", "luna_vit_tiny", *student, *epochs, *every]
-    given = ["--data", str(cifar / "train"), "--out", str(out), "--img-size", "32", "--batch-size", "128", *small]
-    steps = [str(max(1, round(share * args.epochs * 383))) for share in (0.15, 0.7, 0.15)]
-    every = [word for word in every if word != "--resume"]  # it resumes by itself
-    return ["convert", "--vit", str(teacher), *given, "--steps", *steps, "--sizes", "24", "32", "40", *every]
+        images = cifar if name == "distill" else tiny
+        given = ["--data", str(images / "train"), "--teacher-checkpoint", str(args.teacher), *unlabelled, *small]
+        return ["distill", *given, "--model.init_args.teacher_img_size=64", *student]
+    views = ["--data.local_views=4", "--data.local_size=16", "--data.patch_size=4", "--data.val_fraction=0.02"]
+    return ["pretrain", "--data", str(cifar / "train"), *unlabelled, *views, "--model.projector_hidden=512", *student]
+
+
+def top1(weights: Path, args: Namespace) -> float:
+    """The accuracy on the test images of Tiny-ImageNet."""
+    model, transform, names = luna_vision.load(weights)
+    images = ImageFolder(args.data / "tiny_imagenet" / "test", transform=transform)
+    if names != images.classes:
+        raise ValueError(f"the classes of {weights} are not those of {images.root}")
+    right, count = 0, args.images or len(images)
+    with torch.inference_mode():
+        for x, y in DataLoader(Subset(images, range(0, len(images), len(images) // count)), batch_size=250):
+            right += int((model(x).argmax(1) == y).sum())
+    return right / count
 
 
 def probe(weights: Path | None, args: Namespace) -> dict[str, Any]:
@@ -136,15 +167,27 @@ def run(words: list[str]) -> None:
 
 
 def report(results: Path) -> None:
-    """Print all results as a table in Markdown."""
+    """Print all results as tables in Markdown."""
+    found = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
     columns = ("run", "seed", "epochs", "kNN", "linear", "accuracy", "CamVid patches, mIoU", "hours")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for file in sorted(results.glob("*.json")):
-        found = json.loads(file.read_text())
-        scene = (found["camvid"] or {}).get("mean_iou")
-        shown = [found["probe"]["knn"], found["probe"]["linear"], found["test_acc1"], scene]
-        cells = ["" if value is None else f"{100 * value:.2f}" for value in shown]
-        print(f"| {found['run']} | {found['seed']} | {found['epochs']} | {' | '.join(cells)} | {found['hours']:.2f} |")
+    for run in found:
+        if run["run"] not in TINY:
+            shown = [
+                run["probe"]["knn"],
+                run["probe"]["linear"],
+                run["test_acc1"],
+                (run["camvid"] or {}).get("mean_iou"),
+            ]
+            cells = ["" if value is None else f"{100 * value:.2f}" for value in shown]
+            print(f"| {run['run']} | {run['seed']} | {run['epochs']} | {' | '.join(cells)} | {run['hours']:.2f} |")
+    print("\n| Tiny-ImageNet | seed | accuracy | agreement with the teacher | hours |\n|---|---|---|---|---|")
+    for run in found:
+        if run["run"] in TINY:
+            for name, accuracy in run["tiny_imagenet"].items():
+                agreement = run.get("conversion", {}).get(name, {}).get("agreement")
+                cells = f"{100 * accuracy:.2f} | {'' if agreement is None else f'{100 * agreement:.1f}'}"
+                print(f"| {run['run']}: {name} | {run['seed']} | {cells} | {run['hours']:.2f} |")
 
 
 def accuracy(name: str, args: Namespace) -> float | None:
@@ -161,6 +204,8 @@ def main() -> None:
     parser = Parser(prog="python -m experiments.unlabelled", description=__doc__.partition("\n")[0])
     parser.add_argument("run", choices=[*RUNS, *FINETUNED, "report"], metavar="RUN", help="see the file, or report")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder with cifar10, tiny_imagenet and camvid")
+    teacher = Path("runs/tiny_imagenet_softmax/version_0/checkpoints/best.safetensors")
+    parser.add_argument("--teacher", type=Path, default=teacher, help="its weights (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/unlabelled"), help="folder of the runs")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of weights and augmentation")
     parser.add_argument("--epochs", type=at_least(1), default=30, help="passes over 50,000 images")
@@ -181,22 +226,18 @@ def main() -> None:
     if words:
         run(words)
     hours = (time.perf_counter() - begin) / 3600
-    weights = weights_of(args.run, args) if words else None
-    result = {
-        "run": args.run,
-        "seed": args.seed,
-        "epochs": args.epochs,
-        "overrides": overrides,
-        "hours": hours,
-        "test_acc1": accuracy(args.run, args),
-        "probe": probe(weights, args),
-        "camvid": camvid(weights, args),
-        "machine": machine("cpu"),
-    }
+    weights, folder = weights_of(args.run, args) if words else None, args.out / f"{args.run}-seed{args.seed}"
+    result = {"run": args.run, "seed": args.seed, "overrides": overrides, "hours": hours}
     if args.run == "convert":
-        stages = json.loads((args.out / f"convert-seed{args.seed}" / "report.json").read_text())["stages"]
-        result["conversion"] = stages
-    write_json(args.results / f"{args.run}-seed{args.seed}.json", result)
+        stages = {file.stem[2:]: top1(file, args) for file in sorted(folder.glob("[0-9]_*.safetensors"))}
+        result["tiny_imagenet"] = {"teacher": top1(args.teacher, args)} | stages
+        result["conversion"] = json.loads((folder / "report.json").read_text())["stages"]
+    elif args.run == "scratch":
+        result["tiny_imagenet"] = {"luna": top1(weights, args)}
+    else:
+        result |= {"epochs": args.epochs, "test_acc1": accuracy(args.run, args)}
+        result |= {"probe": probe(weights, args), "camvid": camvid(weights, args)}
+    write_json(args.results / f"{args.run}-seed{args.seed}.json", result | {"machine": machine("cpu")})
 
 
 if __name__ == "__main__":

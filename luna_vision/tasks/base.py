@@ -266,11 +266,15 @@ class TimmTask(LightningModule):
 
     on_validation_start = on_test_start = on_predict_start = _load_starting_weights
 
+    def data_record(self, data: LightningDataModule) -> dict[str, Any]:
+        """What a checkpoint says of the data: how images are preprocessed, and the class names."""
+        return {"name": type(data).__name__, "cfg": data.timm_cfg()}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add how images are preprocessed, the class names, and the sums of the epoch so far."""
         data = self.trainer.datamodule
         if hasattr(data, "timm_cfg"):
-            checkpoint["data"] = {"name": type(data).__name__, "cfg": data.timm_cfg()}
+            checkpoint["data"] = self.data_record(data)
         _, done = next_batch(self.trainer)
         if done:  # else the next epoch begins with none
             training = {name: metric for name, metric in self.means.items() if name.startswith("train_")}

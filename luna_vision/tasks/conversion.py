@@ -136,11 +136,12 @@ class ConversionTask(FeatureDistillationTask):
         head = self.teacher.model.get_classifier()
         return head(g.to(next(head.parameters()).dtype))
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
+    def data_record(self, data: LightningDataModule) -> dict[str, Any]:
+        record = super().data_record(data)
         names = self.teacher.model.pretrained_cfg.get("label_names") if self.hparams.num_classes else None
-        if names is not None and "data" in checkpoint:
-            checkpoint["data"]["cfg"] |= {"num_classes": len(names), "label_names": list(names)}
+        if names is not None:
+            record["cfg"] |= {"num_classes": len(names), "label_names": list(names)}
+        return record
 
 
 class _AttentionParts(nn.Module):

@@ -184,7 +184,7 @@ def save_weights(task: TimmTask, data: Any, output: str | Path) -> None:
         data: the data module, whose preprocessing is recorded.
         output: the ``.safetensors`` file to write.
     """
-    training = {"hyper_parameters": dict(task.hparams), "data": {"name": type(data).__name__, "cfg": data.timm_cfg()}}
+    training = {"hyper_parameters": dict(task.hparams), "data": task.data_record(data)}
     _write_weights(task.model.state_dict(), training, output)
 
 
