@@ -6,9 +6,11 @@ import pytest
 import timm
 import torch
 
+import luna_vision
 from luna_vision.models.vit_init import load_vit, luna_arguments
 from luna_vision.tasks import ConversionTask
 from luna_vision.tasks.conversion import attention_residuals, relative_error, report, teacher_forced_errors
+from luna_vision.tasks.reporting import save_weights
 
 from .conftest import tiny_trainer
 from .test_feature_distillation import Photos, weights
@@ -63,6 +65,13 @@ def test_starts_from_the_weights_of_the_vit(tmp_path, kind):
     if hasattr(vit, "pos_embed") and isinstance(vit.pos_embed, torch.nn.Parameter):
         added = model.pos_embed(torch.zeros(1, 4, 4, 24)).flatten(1, 2)
         torch.testing.assert_close(added, vit.pos_embed[:, -16:], rtol=0, atol=0.02)
+
+
+def test_class_names_come_along(tmp_path):
+    task, names = convert(tmp_path, KINDS["shell"]), list("abcde")
+    task.teacher.model.pretrained_cfg = task.teacher.model.pretrained_cfg | {"label_names": names}
+    save_weights(task, Photos(), tmp_path / "0_initial.safetensors")  # a stage's checkpoint records the same
+    assert luna_vision.load(tmp_path / "0_initial.safetensors").class_names == names
 
 
 def test_residuals_are_those_of_the_attention(tmp_path):
