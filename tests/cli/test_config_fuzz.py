@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 
@@ -64,6 +64,7 @@ def exit_code(argv: list[str], monkeypatch) -> int:
 @given(key=st.sampled_from(KEYS), value=VALUES, misspelt=st.sampled_from([False] * 5 + [True]))
 @example(key="model.checkpoint", value="1e5", misspelt=False)  # PyYAML writes it without quotes
 def test_wrong_values(key, value, misspelt, monkeypatch, capsys):
+    assume(not (misspelt and value == "{}"))  # jsonargparse ignores a section of no options, whatever its name
     name = f"{key}s_" if misspelt else key
     code = exit_code(["fit", "--config", str(DEBUG), f"--{name}={value}"], monkeypatch)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
