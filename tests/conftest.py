@@ -4,6 +4,8 @@ import os
 import random
 from collections.abc import Callable
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes of two threads on two cores slow each other tenfold
+
 import numpy as np
 import pytest
 import torch
