@@ -63,8 +63,12 @@ def _parser() -> _Parser:
         "--data", required=True, type=Path, metavar="PATH", help="folder of the images and their labels"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the run is written")
-    parser.add_argument("--model", metavar="NAME", help="any of timm's models (default: luna_vit_tiny)")
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="weights to start from, of a training or timm's"
+        "--model",
+        metavar="NAME",
+        help="any of timm's models (default: luna_vit_tiny); luna_vit_nano_patch8 starts from the package's weights",
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="weights to start from, of a training or timm's (default: none)"
     )
     return parser

@@ -13,6 +13,7 @@ from ..data.dense import DenseDataModule
 from ..data.label_files import image_size
 from ..images.find import listed
 from ..models.factory import training_checkpoint
+from ..models.weights import SHIPPED
 from ..utils.checks import check_option
 from ..utils.errors import UserError
 from .recipe import loggers
@@ -33,7 +34,7 @@ def configuration(
         data: Folder of the images and their labels.
         out: Folder of the run.
         model: A name of timm; by default that of the checkpoint, else ``luna_vit_tiny``.
-        checkpoint: Weights to start from.
+        checkpoint: Weights to start from; by default those of the package, if it has some of the model.
 
     Raises:
         ValueError: The data is faulty.
@@ -45,14 +46,17 @@ def configuration(
     task_class, make = TASKS[task]
     module, data_args, model_args, said = make(data)
     trained = training_checkpoint(checkpoint).get("hyper_parameters", {}) if checkpoint else {}
-    same = model is None or model == trained.get("model_name")
+    name = model or trained.get("model_name", "luna_vit_tiny")
+    recorded = (trained.get("model_kwargs") or {}) if name == trained.get("model_name") else {}
+    ours = checkpoint is None and name in [shipped.partition(".")[0] for shipped in SHIPPED]
+    start = str(checkpoint) if checkpoint else "the weights of the package" if ours else "random weights"
     arguments = {
-        "model_name": model or trained.get("model_name", "luna_vit_tiny"),
-        "model_kwargs": {k: v for k, v in (trained.get("model_kwargs") or {}).items() if same and k != "img_size"},
+        "model_name": name,
+        "model_kwargs": {"pretrained": True} if ours else {k: v for k, v in recorded.items() if k != "img_size"},
         "checkpoint": str(checkpoint) if checkpoint else None,
         **model_args,
         "optimizer": "adamw",
-        "lr": 3e-4 if checkpoint else 1e-3,
+        "lr": 3e-4 if checkpoint or ours else 1e-3,
         "weight_decay": 0.05,
         "scheduler": "cosine",
         "warmup_epochs": 1,
@@ -87,7 +91,8 @@ def configuration(
             ],
         },
     }
-    return config, [f"recognised: {said}", f"{images} training images, classes: {listed(list(module.class_names), 20)}"]
+    counts = f"{images} training images, classes: {listed(list(module.class_names), 20)}"
+    return config, [f"recognised: {said}", counts, f"{name} starts from {start}"]
 
 
 Made = tuple[Any, dict[str, Any], dict[str, Any], str]  # data module, its arguments, those of the task, and words

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import yaml
 
 import luna_vision.tasks
@@ -70,6 +72,20 @@ def test_what_is_recognised(form, tmp_path, monkeypatch):
     assert cli.model.hparams.num_classes == 2
     if task == "segment":
         assert cli.model.hparams.background and cli.datamodule.background
+
+
+@pytest.mark.parametrize("form", ["folders", "voc", "masks"])
+def test_the_nano_model_starts_from_the_weights_of_the_package(form, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["luna-vision"])
+    task, write, _ = DATA[form]
+    write(Path("data"))
+    config, said = configuration(task, Path("data"), Path("runs/x"), "luna_vit_nano_patch8")
+    assert said[-1] == "luna_vit_nano_patch8 starts from the weights of the package"
+    Path("x.yaml").write_text(yaml.safe_dump(config))
+    model = build(["--config", "x.yaml"], run=False).model.model
+    memory = next(value for name, value in model.named_parameters() if name.endswith("memory"))
+    assert torch.equal(memory, timm.create_model("luna_vit_nano_patch8", pretrained=True).memory)
 
 
 @pytest.mark.slow
