@@ -195,11 +195,19 @@ def pack_absorbed(
     return clamp_fp16(project_values(z, row_sum, w).transpose(1, 2).flatten(2))
 
 
-def slot_scores(x: Tensor, m_key: Tensor, shift: Tensor | None = None) -> Tensor:
-    """X M_k^T, (B, N, S), of tokens (B, N, C) and the keys of S slots (B, S, C); `shift` (B, S) is added."""
+def _slots_first(x: Tensor, slots: int) -> bool:
+    """Whether the scores of an unpack are (B, S, N) instead of (B, N, S): a CPU's softmax over a last axis of fewer
+    than 16 numbers takes as long as both products."""
+    return slots < 16 and not _rows_of_slots(x)
+
+
+def slot_scores(x: Tensor, m_key: Tensor, shift: Tensor | None = None, slots_first: bool = False) -> Tensor:
+    """X M_k^T, (B, N, S), of tokens (B, N, C) and the keys of S slots (B, S, C); `shift` (B, S) is added. With
+    `slots_first`, (B, S, N)."""
+    a, b, axis = (m_key, x, 2) if slots_first else (x, m_key, 1)
     if shift is None:
-        return torch.bmm(x, m_key.transpose(1, 2))
-    return torch.baddbmm(shift[:, None, :], x, m_key.transpose(1, 2))
+        return torch.bmm(a, b.transpose(1, 2))
+    return torch.baddbmm(shift.unsqueeze(axis), a, b.transpose(1, 2))
 
 
 def weighted_slots(weights: Tensor, m_value: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -263,11 +271,16 @@ def unpack_absorbed(
                 return unpack_absorbed(x, packed, w, valid, dropout_p)
     H, L, b_out = w.heads, packed.shape[1], w.b_out
     m_key, shift, m_value = fold_slots(packed.to(x.dtype), w, dropout_p == 0.0)
-    scores = clamp_fp16(slot_scores(x, m_key, shift)).unflatten(2, (H, L))
+    slots_first = _slots_first(x, L)
+    axis = 1 if slots_first else 2
+    scores = clamp_fp16(slot_scores(x, m_key, shift, slots_first)).unflatten(axis, (H, L))
     if valid is not None:
-        scores = scores.masked_fill(~readable(valid)[:, None, None, :], float("-inf"))
-    weights = scores.softmax(dim=-1)
+        hidden = ~readable(valid).unsqueeze(1)
+        scores = scores.masked_fill(hidden.unsqueeze(3 if slots_first else 1), float("-inf"))
+    weights = scores.softmax(dim=axis + 1).flatten(axis, axis + 1)
+    if slots_first:
+        weights = weights.transpose(1, 2)
     if dropout_p == 0.0:
-        return weighted_slots(weights.flatten(2), m_value)
-    y = weighted_slots(F.dropout(weights, dropout_p).flatten(2), m_value)
+        return weighted_slots(weights, m_value)
+    y = weighted_slots(F.dropout(weights, dropout_p), m_value)
     return clamp_fp16(y if b_out is None else y + b_out.to(x.dtype))

@@ -30,11 +30,11 @@ def pair(tie_kv=True, pack_heads=None, **kwargs) -> list[LunaAttention]:
     return [layer.double() for layer in layers]
 
 
-def tokens(dtype=torch.float64):
+def tokens(dtype=torch.float64, slots=L):
     torch.manual_seed(1)
-    patch_valid, memory_valid = torch.rand(B, N) > 0.3, torch.rand(B, L) > 0.3
+    patch_valid, memory_valid = torch.rand(B, N) > 0.3, torch.rand(B, slots) > 0.3
     patch_valid[:, 0] = memory_valid[:, 0] = True
-    return torch.randn(B, N, C, dtype=dtype), torch.randn(B, L, C, dtype=dtype), patch_valid, memory_valid
+    return torch.randn(B, N, C, dtype=dtype), torch.randn(B, slots, C, dtype=dtype), patch_valid, memory_valid
 
 
 def outputs_and_gradients(layer, x, memory, *masks):
@@ -53,8 +53,9 @@ def test_forms_agree(tie_kv, pack_heads, masked):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-def test_forms_agree_without_biases():
-    x, memory, *masks = tokens()
+@pytest.mark.parametrize("slots", [L, 16])  # scores lie in memory in two ways
+def test_forms_agree_without_biases(slots):
+    x, memory, *masks = tokens(slots=slots)
     results = [outputs_and_gradients(f, x, memory, *masks) for f in pair(tie_kv=False, qkv_bias=False, proj_bias=False)]
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
@@ -91,7 +92,8 @@ def test_absorbed_dropout_equals_the_formula_with_the_same_weights_dropped(tie_k
     want = LF.naive_attend(q, k, v, masks[0], keeps[0].transpose(1, 2).reshape(B, H, L, N))
     torch.testing.assert_close(packed, want, rtol=1e-10, atol=1e-10)
     k, v = key_value(want, "unpack")
-    read = LF.naive_attend(LF.split_heads(layer.unpack_q(x), H), k, v, masks[1], keeps[1].transpose(1, 2))
+    keep = keeps[1].view(B, N, H, L).transpose(1, 2)
+    read = LF.naive_attend(LF.split_heads(layer.unpack_q(x), H), k, v, masks[1], keep)
     torch.testing.assert_close(y, layer.proj(read), rtol=1e-10, atol=1e-10)
 
 
