@@ -65,7 +65,8 @@ class Mlp(timm.layers.Mlp):
     ) -> Tensor:
         """Map (B, N, C) to (B, N, C); without local mixing, as for a memory, if `mix` is False."""
         if not torch.jit.is_scripting():
-            if rows := rows_at_once(self, x, mix):
+            rows = rows_at_once(self, x, mix)
+            if rows:
                 return in_parts(self, x, rows)
         x = self.act(self.fc1(x))
         if self.local is not None and mix:
@@ -122,7 +123,8 @@ class SwiGlu(nn.Module):
     ) -> Tensor:
         """Map (B, N, C) to (B, N, C); without local mixing, as for a memory, if `mix` is False."""
         if not torch.jit.is_scripting():
-            if rows := rows_at_once(self, x, mix):
+            rows = rows_at_once(self, x, mix)
+            if rows:
                 return in_parts(self, x, rows)
             if self._splits(x, mix):
                 gate, x = linear_halves(x, self.fc1.weight, self.fc1.bias)
