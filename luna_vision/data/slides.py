@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.utils.data import DataLoader
 
 from luna_vision.data.base import hold_out
@@ -60,10 +61,11 @@ class Slide:
         """
         self.row, self.data, self.flip = row, data, flip
 
-    def patches(self, model: LunaVit) -> PatchRows:
-        """Open the slide for a model.
+    def patches(self, model: LunaVit, group: ProcessGroup | None = None) -> PatchRows:
+        """Open the slide for a model, and for the processes that share it, if there is a group.
 
         Raises:
+            ValueError: It has fewer rows of patches than there are processes.
             UserError: There is no such part of it, or the mask leaves nothing of it.
             OSError: It cannot be read.
         """
@@ -77,7 +79,7 @@ class Slide:
                 grid_size = tuple(-(-length // s) for length, s in zip(image.shape, side, strict=False))
                 pixels.restrict(patch_mask(mask, image, grid_size, side), side)
             data.known_masks[known] = pixels.valid(side, 1)
-        return PatchRows(model, pixels, data.known_masks[known], self.flip)
+        return PatchRows(model, pixels, data.known_masks[known], self.flip, group)
 
 
 class SlideRows:

@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from luna_vision.execution.streamed import PatchRows, check_streamed, streamed_logits
 from luna_vision.images.pixels import Pixels, pixel_statistics
 from luna_vision.layers.patches import pad_to_patches
 
+from . import test_parallel
 from .conftest import OPTIONS, normalised
 from .test_mask import blobs
 
@@ -126,6 +128,47 @@ def test_few_rows_of_pixels_are_read_at_once_and_each_twice(make, photo):
     image = Watched(photo[:200, :64])
     streamed(make().train(), image, rows=2)
     assert image.most == 8 and (image.reads == 2).all()
+
+
+def strip_step(group: dist.ProcessGroup, options: dict, flip: tuple[bool, bool], masked: bool, store: Path) -> list:
+    """A step of processes that share an image, against that of one; the rows of pixels that this process read."""
+    model = test_parallel.make(**options).train()
+    image = np.random.default_rng(3).integers(0, 256, (79, 38, model.in_chans)).astype(np.uint8)
+    p, q = model.patch_embed.patch_size
+    valid = None
+    if masked:
+        valid = blobs(-(-79 // p), -(-38 // q), "blobs")
+        valid[0] = valid[-3:] = valid[:, -1] = False
+    want, watched = ordinary(model, image, valid, flip), Watched(image)
+    pixels = Pixels(watched, model.in_chans, *pixel_statistics(model), torch.float64)
+    model.zero_grad()
+    torch.manual_seed(5 + dist.get_rank(group))  # the first process's counts
+    logits = streamed_logits(model, PatchRows(model, pixels, valid, flip, group), rows=2, store=store)
+    F.cross_entropy(logits, torch.tensor([1])).backward()
+    same({"logits": logits.detach()} | test_parallel.average_gradients(model, group), want)
+    return np.flatnonzero(watched.reads).tolist()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"local_mixing": m, "stem": s} for m, s in (("none", "conv"), ("before", "conv"), ("attn", "patch"))),
+        *({"local_mixing": "mlp", "global_pool": g, "memory_mlp": "own"} for g in ("avg", "map", "both")),
+        *({"last_block": b, "local_mixing": "attn"} for b in ("patches", "both", "final_pack")),
+        *({"global_pool": "avgmax", "norm_first": False}, {"pack_by_row": True}, {"patch_size": (4, 6)}),
+    ],
+    ids=str,
+)
+def test_processes_that_share_an_image_take_the_step_of_one(options, ranks, tmp_path):
+    for count, flip, masked in ((2, (False, False), False), (3, (True, True), True)):
+        ranks.run(strip_step, count, options=options, flip=flip, masked=masked, store=tmp_path)
+
+
+def test_a_process_reads_its_own_rows_alone(ranks):
+    for flip in ((False, False), (True, False)):
+        how = {"options": {"stem": "patch", "patch_size": 4}, "flip": flip, "masked": False, "store": None}
+        first, second = ranks.run(strip_step, 2, **how)[:: -1 if flip[0] else 1]
+        assert first == list(range(40)) and second == list(range(40, 79))
 
 
 @pytest.mark.parametrize("on_disk", [True, False])
