@@ -82,7 +82,7 @@ class PatchRows:
             self.box = [(int(line[0]), int(line[-1]) + 1) for line in lines]
             grid = valid[tuple(slice(*ends) for ends in self.box)]
             grid = np.flip(grid, [axis for axis in (0, 1) if flip[axis]])
-            self.valid = torch.from_numpy(np.ascontiguousarray(grid)).view(1, -1).to(pixels.mean.device)
+            self.valid = torch.from_numpy(grid.copy()).view(1, -1).to(pixels.mean.device)
         self.grid_size = tuple(stop - start for start, stop in self.box)
         self.coords = grid_coords(self.grid_size, pixels.mean, self.valid)
         self.count = math.prod(self.grid_size) if self.valid is None else int(self.valid.sum())

@@ -74,6 +74,14 @@ def test_every_mask_and_band(kind, rows, make, photo, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_single_row_or_column_of_valid_patches_is_flipped(make, photo):
+    model, image = make().train(), photo[:47, :63]
+    for part in np.s_[3, 2:9], np.s_[2:9, 3], np.s_[3, 3]:
+        valid = np.zeros((12, 16), bool)
+        valid[part] = True
+        same(streamed(model, image, valid, (True, True)), ordinary(model, image, valid, (True, True)))
+
+
 @pytest.mark.parametrize("store", [True, False])
 def test_with_a_bfloat16_store_gradients_are_near_and_do_not_depend_on_the_bands(store, make, photo, tmp_path):
     model, image, valid = make().train(), photo[:47, :63], blobs(12, 16, "noise")
