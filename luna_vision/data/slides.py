@@ -32,6 +32,7 @@ from luna_vision.utils.checks import check_share
 from luna_vision.utils.errors import UserError
 
 NEEDED = ("path", "label")
+RECORDED = ("level", "mpp", "magnification", "bands", "channel")  # what a checkpoint says of the part of a file
 SPLITS = {name: split for split in ("train", "val", "test") for name in split_names(split)}
 
 
@@ -309,6 +310,11 @@ class SlideDataModule(PhotoDataModule):
     def _tensors(self, source: Source, split: str) -> SlideDataset:
         flips = self.flips if split == "train" else (0.0, 0.0)
         return SlideDataset(source, *self._arguments(split), data=self, flips=flips)
+
+    def timm_cfg(self) -> dict[str, Any]:
+        reads = {name: value for name in RECORDED if (value := getattr(self.choice, name)) is not None}
+        mask = {"mask": self.mask} if self.mask in MASK_WORDS else {}  # a file would stay behind
+        return super().timm_cfg() | {"slides": reads | mask}
 
     def reading(self) -> dict[str, Any]:
         return super().reading() | {"choice": self.choice.described(), "mask": self.mask}
