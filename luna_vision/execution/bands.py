@@ -122,7 +122,8 @@ def block_by_bands(
         rows: Rows of the patch grid in a band.
         store_dtype: Type in which x is kept for the backward pass; None keeps it as it is.
         store: A folder on a disk for x and, on a CPU, for all tensors of the size of x; x itself lies there already.
-        strip: The rows of this process; all if None.
+        strip: The rows of one image that this process computes, of which patches that are not valid are skipped, and
+            have no meaning in the result. None computes all rows and patches.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return block(x, memory, grid_size, patch_valid)
@@ -164,6 +165,7 @@ class _Bands:
         self.store_dtype, self.store = store_dtype or x.dtype, store
         self.height, self.columns = grid_size
         self.strip = strip or Strip(0, *grid_size)
+        self.skips = strip is not None and patch_valid is not None
         self.x_dtype, self.device = x.dtype, x.device
         self.keeps = torch.is_grad_enabled()
         self.context = kept_autocast(x)
@@ -201,13 +203,27 @@ class _Bands:
         top, bottom = self.around(start, stop, self.block.mix_halo)
         return self.mix(self.part(x, top, bottom).to(self.device, self.x_dtype), top, bottom, start, stop)
 
+    def places(self, start: int, stop: int) -> Tensor:
+        """Where the valid patches of the rows [start, stop) are among these, at least one place."""
+        places = self.part(self.valid, start, stop)[0].nonzero()[:, 0]
+        return places if len(places) else places.new_zeros(1)
+
     def pack(self, query: Tensor, mixed: Tensor, start: int, stop: int) -> PackState:
         """Pack rows [start, stop)."""
-        valid = self.part(self.valid, start, stop)
-        return self.block.pack_tile(self.block.norm_tile(mixed), query, valid, stop - start)
+        valid, rows = self.part(self.valid, start, stop), stop - start
+        if self.skips:
+            counts = [count for count in valid.view(rows, -1).sum(dim=1).tolist() if count]
+            places = self.places(start, stop)
+            mixed, valid, rows = mixed[:, places], None if counts else valid[:, places], counts or 1
+        return self.block.pack_tile(self.block.norm_tile(mixed), query, valid, rows)
 
     def unpack(self, mixed: Tensor, read: Tensor, top: int, bottom: int) -> Tensor:
         """Rows [top, bottom) after the block; its outer rows are not valid, as they lack their neighbours."""
+        if self.skips and not self.block.unpack_halo:  # each patch for itself
+            places = self.places(top, bottom)
+            x = mixed[:, places]
+            x = self.block.unpack_tile(x, self.block.norm_tile(x), read)
+            return x.new_zeros(mixed.shape).index_copy(1, places, x)
         grid_size, valid = (bottom - top, self.columns), self.part(self.valid, top, bottom)
         return self.block.unpack_tile(mixed, self.block.norm_tile(mixed), read, grid_size, valid)
 

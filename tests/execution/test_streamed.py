@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from luna_vision.execution.streamed import PatchRows, check_streamed, streamed_logits
 from luna_vision.images.pixels import Pixels, pixel_statistics
+from luna_vision.layers import LunaBlock
 from luna_vision.layers.patches import pad_to_patches
 
 from . import test_parallel
@@ -119,6 +120,28 @@ def test_missing_pixels_are_left_out_as_in_a_masked_step(make, photo):
     same(streamed(model, image, valid, rows=3), want)
 
 
+@pytest.mark.parametrize("local_mixing", ["none", "before"])
+def test_blocks_compute_the_valid_patches_alone(local_mixing, make, photo, monkeypatch):
+    model, image, valid = make(local_mixing=local_mixing).train(), photo[:79, :95], blobs(20, 24, "noise")
+    valid[4:9] = False  # a whole band, too
+    seen = []
+
+    def counted(name):
+        function = getattr(LunaBlock, name)
+
+        def count(block, x, *args):
+            seen.append(x.shape[1])
+            return function(block, x, *args)
+
+        monkeypatch.setattr(LunaBlock, name, count)
+
+    counted("pack_tile")
+    counted("unpack_tile")
+    streamed(model, image, valid, rows=2)
+    # both in both passes; of a band without any, one patch
+    assert sum(seen) <= 4 * len(model.stages()) * (valid.sum() + 3)
+
+
 class Watched:
     """An image that tells how many rows were asked for at once, and how often each was read."""
 
@@ -147,6 +170,7 @@ def strip_step(group: dist.ProcessGroup, options: dict, flip: tuple[bool, bool],
     if masked:
         valid = blobs(-(-79 // p), -(-38 // q), "blobs")
         valid[0] = valid[-3:] = valid[:, -1] = False
+        valid[6:12] = False  # of three processes, all that the second one has
     want, watched = ordinary(model, image, valid, flip), Watched(image)
     pixels = Pixels(watched, model.in_chans, *pixel_statistics(model), torch.float64)
     model.zero_grad()
