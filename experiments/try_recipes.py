@@ -255,7 +255,8 @@ def all_recipes() -> dict[str, list[Path]]:
     found = {path.stem: [path] for path in sorted(CONFIGS.glob("*.yaml"))}
     found = dict(sorted(found.items(), key=lambda item: "checkpoint: runs/" in item[1][0].read_text(encoding="utf-8")))
     overlays = sorted((CONFIGS / "overlays").glob("*.yaml"))
-    return found | {f"overlays/{path.stem}": [CONFIGS / "cifar10.yaml", path] for path in overlays}
+    under = {path: "slides" if path.stem == "sequence_parallel" else "cifar10" for path in overlays}
+    return found | {f"overlays/{path.stem}": [CONFIGS / f"{name}.yaml", path] for path, name in under.items()}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:

@@ -38,7 +38,8 @@ def load(path: str | os.PathLike) -> Loaded:
         logits = model(transform("photo.jpg")[None])
         class_names[logits.argmax()]
 
-    For a detector or a segmenter, images keep their size and have pixels in [0, 1]. The first name is "background",
+    For a model of whole slides, images keep their size; `luna_vision.execution.encode` reads files by rows. For a
+    detector or a segmenter, images keep their size, too, and have pixels in [0, 1]. The first name is "background",
     unless a segmenter was trained without one. A detector takes a list of images: ``model([transform("photo.jpg")])``.
 
     Args:
@@ -98,4 +99,5 @@ def _transform_of(model: nn.Module) -> EvalTransform | None:
     crop_pct = None if squash else cfg["crop_pct"]
     mean, std = (per_channel(name, cfg[name], in_chans) for name in ("mean", "std"))
     values = model_values(model.pretrained_cfg, mean)
-    return EvalTransform(in_chans, tuple(size), mean, std, crop_pct, cfg["interpolation"], values)
+    size = None if "slides" in model.pretrained_cfg else tuple(size)
+    return EvalTransform(in_chans, size, mean, std, crop_pct, cfg["interpolation"], values)

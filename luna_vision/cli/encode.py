@@ -11,6 +11,7 @@ from .common import Parser, add_model_options, add_speed_options, at_speed, load
 from .streaming import (
     IMAGE_HELP,
     add_streaming_options,
+    adopt_training,
     check_file,
     check_streaming,
     open_chosen,
@@ -73,6 +74,7 @@ def _parser() -> Parser:
 def main(words: list[str]) -> int:
     """Run the command. Returns the exit code: 1 if one of many images could not be used, 130 after Ctrl-C."""
     args = _parser().parse_args(words)
+    adopt_training(args)
     if args.out.suffix in ("", ".parquet"):
         return _many(args)
 

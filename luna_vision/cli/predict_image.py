@@ -10,6 +10,7 @@ from .common import DEVICES, Parser, add_speed_options, at_speed
 from .streaming import (
     IMAGE_HELP,
     add_streaming_options,
+    adopt_training,
     check_file,
     open_chosen,
     say_broken,
@@ -85,6 +86,7 @@ def _parser() -> Parser:
 def main(words: list[str]) -> int:
     """Run the command. Returns the exit code, 130 after Ctrl-C."""
     args = _parser().parse_args(words)
+    adopt_training(args)
 
     from ..images.maps import check_map
     from ..images.polygons import check_geojson

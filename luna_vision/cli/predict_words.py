@@ -69,17 +69,20 @@ def _options(run: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     hp, cfg = run["hyper_parameters"], image_cfg(run)
     in_chans, height, width = cfg["input_size"]
     squash = (cfg.get("crop_mode"), cfg["crop_pct"]) == ("squash", 1.0)
+    slides = cfg.get("slides")
     return {
+        "model": None if slides is None else "SlideTask",
         "model.model_name": hp["model_name"],
         "model.model_kwargs": {k: v for k, v in (hp.get("model_kwargs") or {}).items() if k != "pretrained"},
         "model.num_classes": hp["num_classes"],
         "model.in_chans": in_chans,
         "model.checkpoint": str(checkpoint),
-        "data": "ImageFolderDataModule",
+        "data": "ImageFolderDataModule" if slides is None else "SlideDataModule",
         "data.root": str(checkpoint.parent),  # has no training folder, so that the checkpoint says the classes
         "data.in_chans": in_chans,
         "data.img_size": [height, width],
         "data.mean": cfg["mean"],
         "data.std": cfg["std"],
-        "data.crop_pct": "null" if squash else cfg["crop_pct"],
+        **({"data.crop_pct": "null" if squash else cfg["crop_pct"]} if slides is None else {}),
+        **{f"data.{name}": value for name, value in (slides or {}).items()},
     }

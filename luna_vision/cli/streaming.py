@@ -9,6 +9,7 @@ from .common import Parser, add_statistics_options, add_value_options, at_least,
 
 __all__ = [
     "add_streaming_options",
+    "adopt_training",
     "check_file",
     "check_streaming",
     "open_chosen",
@@ -18,13 +19,18 @@ __all__ = [
 ]
 
 CHOICE = ("level", "mpp", "magnification", "region", "region_in", "bands", "channel", "series", "z", "t")
+ALTERNATIVES = (("level", "mpp", "magnification"), ("bands", "channel"), ("mask",))
+NO_MASK = "none"
 STORE_TYPES = ("float32", "bfloat16")
 IMAGE_HELP = "TIFF (tiled, pyramid, OME, GeoTIFF), slides of OpenSlide, .zarr, .npy; PNG, JPEG, ... are decoded whole"
 
 
 def add_streaming_options(parser: Parser, statistics: bool = True) -> None:
     """Add the options that `open_chosen` and `streaming_arguments` read, with mean and std if `statistics`."""
-    group = parser.add_argument_group("part of the image")
+    group = parser.add_argument_group(
+        "part of the image",
+        "Level or resolution, bands or channels, and the mask: by default as in training on slides.",
+    )
     group.add_argument("--level", type=at_least(0), metavar="N", help="of a pyramid; 0, the default, is the largest")
     group.add_argument("--mpp", type=float, metavar="X", help="micrometres of a pixel, in place of a level")
     group.add_argument("--magnification", type=float, metavar="X", help="of the objective, such as 20, likewise")
@@ -44,7 +50,7 @@ def add_streaming_options(parser: Parser, statistics: bool = True) -> None:
     group.add_argument("--t", type=at_least(0), metavar="N", help="likewise")
     group.add_argument(
         "--mask",
-        metavar="otsu|valid|FILE",
+        metavar="otsu|valid|FILE|none",
         help="leave out the rest: tissue by Otsu's threshold on a low level; what holds data by alpha, a mask or a "
         "number for no data of a GeoTIFF; an image that is 0 there; or polygons in GeoJSON",
     )
@@ -89,6 +95,24 @@ def check_streaming(args: Any) -> dict[str, Any]:
     choice = {name: getattr(args, name) for name in CHOICE}
     Choice(**choice)
     return choice
+
+
+def adopt_training(args: Any) -> None:
+    """Let options that are not given be those of a checkpoint's training on slides, and say so."""
+    from ..models.checkpoints import image_cfg, training_checkpoint
+    from ..utils.ranks import is_first
+
+    recorded = image_cfg(training_checkpoint(args.checkpoint)).get("slides", {}) if args.checkpoint else {}
+    taken = []
+    for group in ALTERNATIVES:
+        if all(getattr(args, name) is None for name in group):
+            for name in (name for name in group if name in recorded):
+                setattr(args, name, recorded[name])
+                value = recorded[name] if isinstance(recorded[name], list) else [recorded[name]]
+                taken.append(f"--{name} {' '.join(map(str, value))}")
+    if taken and is_first():
+        print(f"as in training: {' '.join(taken)}", file=sys.stderr)
+    args.mask = None if args.mask == NO_MASK else args.mask
 
 
 def open_chosen(args: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.utils.data import DataLoader
 
 from luna_vision.data.base import hold_out
@@ -31,6 +32,7 @@ from luna_vision.utils.checks import check_share
 from luna_vision.utils.errors import UserError
 
 NEEDED = ("path", "label")
+RECORDED = ("level", "mpp", "magnification", "bands", "channel")  # what a checkpoint says of the part of a file
 SPLITS = {name: split for split in ("train", "val", "test") for name in split_names(split)}
 
 
@@ -60,10 +62,11 @@ class Slide:
         """
         self.row, self.data, self.flip = row, data, flip
 
-    def patches(self, model: LunaVit) -> PatchRows:
-        """Open the slide for a model.
+    def patches(self, model: LunaVit, group: ProcessGroup | None = None) -> PatchRows:
+        """Open the slide for a model, and for the processes that share it, if there is a group.
 
         Raises:
+            ValueError: It has fewer rows of patches than there are processes.
             UserError: There is no such part of it, or the mask leaves nothing of it.
             OSError: It cannot be read.
         """
@@ -77,7 +80,7 @@ class Slide:
                 grid_size = tuple(-(-length // s) for length, s in zip(image.shape, side, strict=False))
                 pixels.restrict(patch_mask(mask, image, grid_size, side), side)
             data.known_masks[known] = pixels.valid(side, 1)
-        return PatchRows(model, pixels, data.known_masks[known], self.flip)
+        return PatchRows(model, pixels, data.known_masks[known], self.flip, group)
 
 
 class SlideRows:
@@ -307,6 +310,11 @@ class SlideDataModule(PhotoDataModule):
     def _tensors(self, source: Source, split: str) -> SlideDataset:
         flips = self.flips if split == "train" else (0.0, 0.0)
         return SlideDataset(source, *self._arguments(split), data=self, flips=flips)
+
+    def timm_cfg(self) -> dict[str, Any]:
+        reads = {name: value for name in RECORDED if (value := getattr(self.choice, name)) is not None}
+        mask = {"mask": self.mask} if self.mask in MASK_WORDS else {}  # a file would stay behind
+        return super().timm_cfg() | {"slides": reads | mask}
 
     def reading(self) -> dict[str, Any]:
         return super().reading() | {"choice": self.choice.described(), "mask": self.mask}

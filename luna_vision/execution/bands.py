@@ -18,9 +18,10 @@ Shapes: B batch, H', W' patch grid, N = H' * W' patches, n patches of a band, L 
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -28,9 +29,11 @@ from ..functional import PackState, autocasts
 from ..layers import LunaBlock
 from ..models import LunaVit
 from .check import check_model
+from .collectives import shared_sum, swap
+from .sequence_parallel import merge_over
 from .store import disk_tensor
 
-__all__ = ["block_by_bands", "check_bands", "set_band_checkpointing"]
+__all__ = ["Strip", "block_by_bands", "check_bands", "set_band_checkpointing"]
 
 
 def check_bands(model: LunaVit, execution: str = "band checkpointing") -> None:
@@ -65,6 +68,42 @@ def set_band_checkpointing(model: LunaVit, rows: int, store_dtype: torch.dtype |
     model.block_runner = partial(block_by_bands, rows=rows, store_dtype=store_dtype) if rows else None
 
 
+class Strip(NamedTuple):
+    """The rows [start, stop) of a patch grid that this process computes: all of them, unless processes share an image.
+
+    Then patches (B, n, C) are those of the strip and of a row of each neighbour. Whoever computes patches fetches these
+    rows; whoever computes gradients of them gives these back, and what is left there has no meaning.
+    """
+
+    start: int
+    stop: int
+    columns: int
+    group: dist.ProcessGroup | None = None
+    """The processes, from top to bottom."""
+
+    def bands(self, rows: int) -> Iterator[tuple[int, int]]:
+        """The strip in parts of so many rows."""
+        for start in range(self.start, self.stop, rows):
+            yield start, min(start + rows, self.stop)
+
+    def fetch(self, x: Tensor) -> None:
+        """Fill in the rows of the neighbours, from them."""
+        if self.group is None:
+            return
+        rows = x.unflatten(1, (-1, self.columns))
+        up, down = rows[:, self.start : self.start + 1], rows[:, self.stop - 1 : self.stop]
+        rows[:, : self.start], rows[:, self.stop :] = swap(up, down, 1, 1, 1, self.group)
+
+    def give_back(self, d_x: Tensor) -> None:
+        """Send the gradients of the neighbours' rows to them, and add theirs."""
+        if self.group is None:
+            return
+        rows = d_x.unflatten(1, (-1, self.columns))
+        above, below = swap(rows[:, : self.start], rows[:, self.stop :], 1, 1, 1, self.group)
+        rows[:, self.start : self.start + above.shape[1]] += above
+        rows[:, self.stop - below.shape[1] : self.stop] += below
+
+
 def block_by_bands(
     block: LunaBlock,
     x: Tensor,
@@ -74,6 +113,7 @@ def block_by_bands(
     rows: int,
     store_dtype: torch.dtype | None = None,
     store: Path | None = None,
+    strip: Strip | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`block(x, memory, grid_size, patch_valid)`, a few rows of patches at a time, in both passes.
 
@@ -82,11 +122,13 @@ def block_by_bands(
         rows: Rows of the patch grid in a band.
         store_dtype: Type in which x is kept for the backward pass; None keeps it as it is.
         store: A folder on a disk for x and, on a CPU, for all tensors of the size of x; x itself lies there already.
+        strip: The rows of one image that this process computes, of which patches that are not valid are skipped, and
+            have no meaning in the result. None computes all rows and patches.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return block(x, memory, grid_size, patch_valid)
     params = [p for p in block.parameters() if p.requires_grad]
-    bands = _Bands(block, grid_size, rows, patch_valid, store_dtype, store, x, params)
+    bands = _Bands(block, grid_size, rows, patch_valid, store_dtype, store, strip, x, params)
     return _ByBands.apply(bands, x, memory, *params)
 
 
@@ -115,12 +157,15 @@ class _Bands:
         patch_valid: Tensor | None,
         store_dtype: torch.dtype | None,
         store: Path | None,
+        strip: Strip | None,
         x: Tensor,
         params: list[Tensor],
     ) -> None:
         self.block, self.rows, self.valid, self.params = block, rows, patch_valid, params
         self.store_dtype, self.store = store_dtype or x.dtype, store
         self.height, self.columns = grid_size
+        self.strip = strip or Strip(0, *grid_size)
+        self.skips = strip is not None and patch_valid is not None
         self.x_dtype, self.device = x.dtype, x.device
         self.keeps = torch.is_grad_enabled()
         self.context = kept_autocast(x)
@@ -129,8 +174,7 @@ class _Bands:
         self.rng: list[Tensor] = []
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        for start in range(0, self.height, self.rows):
-            yield start, min(start + self.rows, self.height)
+        yield from self.strip.bands(self.rows)
 
     def zeros(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """A tensor of the size of x."""
@@ -159,13 +203,27 @@ class _Bands:
         top, bottom = self.around(start, stop, self.block.mix_halo)
         return self.mix(self.part(x, top, bottom).to(self.device, self.x_dtype), top, bottom, start, stop)
 
+    def places(self, start: int, stop: int) -> Tensor:
+        """Where the valid patches of the rows [start, stop) are among these, at least one place."""
+        places = self.part(self.valid, start, stop)[0].nonzero()[:, 0]
+        return places if len(places) else places.new_zeros(1)
+
     def pack(self, query: Tensor, mixed: Tensor, start: int, stop: int) -> PackState:
         """Pack rows [start, stop)."""
-        valid = self.part(self.valid, start, stop)
-        return self.block.pack_tile(self.block.norm_tile(mixed), query, valid, stop - start)
+        valid, rows = self.part(self.valid, start, stop), stop - start
+        if self.skips:
+            counts = [count for count in valid.view(rows, -1).sum(dim=1).tolist() if count]
+            places = self.places(start, stop)
+            mixed, valid, rows = mixed[:, places], None if counts else valid[:, places], counts or 1
+        return self.block.pack_tile(self.block.norm_tile(mixed), query, valid, rows)
 
     def unpack(self, mixed: Tensor, read: Tensor, top: int, bottom: int) -> Tensor:
         """Rows [top, bottom) after the block; its outer rows are not valid, as they lack their neighbours."""
+        if self.skips and not self.block.unpack_halo:  # each patch for itself
+            places = self.places(top, bottom)
+            x = mixed[:, places]
+            x = self.block.unpack_tile(x, self.block.norm_tile(x), read)
+            return x.new_zeros(mixed.shape).index_copy(1, places, x)
         grid_size, valid = (bottom - top, self.columns), self.part(self.valid, top, bottom)
         return self.block.unpack_tile(mixed, self.block.norm_tile(mixed), read, grid_size, valid)
 
@@ -200,6 +258,8 @@ class _ByBands(torch.autograd.Function):
             for start, stop in bands:
                 tile = bands.pack(query, bands.mixed(x, start, stop), start, stop)
                 state = tile if state is None else state.merge(tile)
+            if bands.strip.group is not None:
+                state = merge_over(state, bands.strip.group)
             bands.mark()
             new_memory, read = block.close_pack(memory, state)
             bands.mark()
@@ -211,6 +271,7 @@ class _ByBands(torch.autograd.Function):
                 if out is None:  # its type depends on autocast
                     out = bands.zeros(x.shape, rows.dtype)
                 bands.part(out, start, stop).copy_(bands.part(rows, start - top, stop - top))
+        bands.strip.fetch(out)
         ctx.bands = bands
         if bands.keeps:
             ctx.save_for_backward(bands.kept(x), memory, *state)
@@ -276,6 +337,8 @@ def _backward(
     add_grads(d_memory, found[:1])
     add_grads(d_params, found[3:])
     d_total, d_weighted = found[1:3]
+    if bands.strip.group is not None and d_total is not None:
+        d_total, d_weighted = (shared_sum(d, bands.strip.group) for d in (d_total, d_weighted))
 
     d_x, d_query = _pack_backward(bands, x, query, maximum, d_mixed, d_total, d_weighted, d_params)
     found = grads_of([(first, d_query)], [memory, *params])
@@ -346,4 +409,7 @@ def _pack_backward(
         below = bands.part(found[0], stop - top, bottom - top) if bottom > stop else None
         add_grads(d_query, found[1:2])
         add_grads(d_params, found[2:])
+    if below is not None:
+        bands.part(d_x, stop, bottom).add_(below)
+    bands.strip.give_back(d_x)
     return d_x, d_query[0]

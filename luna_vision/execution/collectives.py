@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["from_all", "mean_gradient", "own_gradient", "shared_max", "shared_sum", "with_neighbours"]
+__all__ = ["from_all", "mean_gradient", "own_gradient", "shared_max", "shared_sum", "swap", "with_neighbours"]
 
 
 def _reduce(x: Tensor, op: Any, group: dist.ProcessGroup) -> Tensor:
@@ -75,7 +75,7 @@ def shared_max(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return maximum + (read - read.detach())  # plus zero, which has the gradient
 
 
-def _swap(up: Tensor, down: Tensor, above: int, below: int, dim: int, group: dist.ProcessGroup) -> list[Tensor]:
+def swap(up: Tensor, down: Tensor, above: int, below: int, dim: int, group: dist.ProcessGroup) -> list[Tensor]:
     """Send `up` to the process before and `down` to the one after; receive `above` and `below` rows from them.
 
     At the ends of the group nothing is sent, and the tensor that would be received has no rows.
@@ -102,7 +102,7 @@ class _WithNeighbours(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dim: int, above: int, below: int, group: dist.ProcessGroup) -> Tensor:
         rows = x.shape[dim]
         up, down = x.narrow(dim, 0, below), x.narrow(dim, rows - above, above)
-        from_above, from_below = _swap(up, down, above, below, dim, group)
+        from_above, from_below = swap(up, down, above, below, dim, group)
         ctx.dim, ctx.above, ctx.below, ctx.group = dim, above, below, group
         ctx.sizes = from_above.shape[dim], rows, from_below.shape[dim]
         return torch.cat([from_above, x, from_below], dim=dim)
@@ -112,7 +112,7 @@ class _WithNeighbours(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         up, own, down = grad.split(ctx.sizes, dim=ctx.dim)
         # the neighbours got `below` rows from the top of x and `above` rows from its bottom
-        from_above, from_below = _swap(up, down, ctx.below, ctx.above, ctx.dim, ctx.group)
+        from_above, from_below = swap(up, down, ctx.below, ctx.above, ctx.dim, ctx.group)
         own = own.clone(memory_format=torch.contiguous_format)
         top, bottom = from_above.shape[ctx.dim], from_below.shape[ctx.dim]
         own.narrow(ctx.dim, 0, top).add_(from_above)

@@ -21,12 +21,21 @@ from ..functional import PackState
 from ..layers import LunaBlock
 from ..layers.patches import pad_to_patches
 from ..layers.pos_embed import grid_coords
+from ..models import LunaVit
 from ..models.luna_vit import initial_memory, join_tokens
 from ..models.pooling import Pool
 from .check import check_model
 from .collectives import from_all, largest, mean_gradient, own_gradient, shared_max, shared_sum, with_neighbours
 
-__all__ = ["SequenceParallel", "StripFeatures", "merge_over", "row_ranges", "split_rows"]
+__all__ = [
+    "SequenceParallel",
+    "StripFeatures",
+    "merge_over",
+    "row_ranges",
+    "same_random",
+    "share_pool",
+    "split_rows",
+]
 
 Group = dist.ProcessGroup | DeviceMesh | None
 
@@ -95,14 +104,34 @@ def merge_over(state: PackState, group: dist.ProcessGroup) -> PackState:
     return PackState(maximum, sums[..., 0], sums[..., 1:])
 
 
-def share_pool(pool: Pool, x: Tensor, group: dist.ProcessGroup) -> None:
-    """Add the other processes' patches to a pool that has read this process's patches x (B, n, C)."""
+def share_pool(pool: Pool, group: dist.ProcessGroup, x: Tensor | None = None) -> None:
+    """Add the other processes' patches to a pool that has read this process's.
+
+    Args:
+        pool: The pool.
+        group: The processes.
+        x: The patches (B, n, C), among which equal maxima share the gradient; None for equal shares of the processes.
+    """
     if "sum" in pool.parts:
         pool.parts["sum"] = shared_sum(pool.parts["sum"], group)
     if "max" in pool.parts:
-        pool.parts["max"] = shared_max(x, group)
+        pool.parts["max"] = shared_max(pool.parts["max"][:, None] if x is None else x, group)
     if "maximum" in pool.parts:
         pool.parts |= merge_over(PackState(**pool.parts), group)._asdict()
+
+
+@contextmanager
+def same_random(model: LunaVit, group: dist.ProcessGroup | None, device: torch.device) -> Iterator[None]:
+    """Let all processes of a group draw the same random numbers, seeded by the first one; without a group, nothing."""
+    draws = model.head_drop.p > 0 or any(isinstance(m, DropPath) and m.drop_prob > 0 for m in model.modules())
+    if group is None or not (model.training and draws):
+        yield
+        return
+    seed = torch.randint(2**62, (1,)).to(device)
+    dist.broadcast(seed, dist.get_global_rank(group, 0), group=group)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int(seed))
+        yield
 
 
 @dataclass
@@ -191,7 +220,7 @@ class SequenceParallel(nn.Module):
         strip = own_gradient(strip, self.group)
         if memory is not None:
             memory = mean_gradient(memory, self.group)
-        with self._same_random(strip.device):
+        with same_random(model, self.group, strip.device):
             x = self._embed(strip, start, height)
             columns = x.shape[2]
             memory = initial_memory(model.learned_memory(), memory, x.flatten(1, 2))
@@ -205,7 +234,7 @@ class SequenceParallel(nn.Module):
             pool = model.new_pool()
             if pool.reads_patches:
                 pool.add(x)
-                share_pool(pool, x, self.group)
+                share_pool(pool, self.group, x)
             embedding = pool.finish(memory, height * columns)
             embedding = None if embedding is None else model.head_drop(embedding)
             logits = model.head(embedding) if embedding is not None and model.num_classes else None
@@ -257,20 +286,6 @@ class SequenceParallel(nn.Module):
                 "sequence parallelism trains with drop_path_rate and drop_rate only: pos_drop_rate, patch_drop_rate, "
                 "proj_drop_rate and attn_drop_rate must be 0"
             )
-
-    @contextmanager
-    def _same_random(self, device: torch.device) -> Iterator[None]:
-        """Let all processes draw the same random numbers, seeded by the first process."""
-        model = self.model
-        draws = model.head_drop.p > 0 or any(isinstance(m, DropPath) and m.drop_prob > 0 for m in model.modules())
-        if not (model.training and draws):
-            yield
-            return
-        seed = torch.randint(2**62, (1,)).to(device)
-        dist.broadcast(seed, dist.get_global_rank(self.group, 0), group=self.group)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(int(seed))
-            yield
 
     def _embed(self, strip: Tensor, start: int, height: int) -> Tensor:
         """The patches (B, rows, W', C) of a strip that begins at row `start` of the patch grid."""

@@ -8,12 +8,14 @@ and one that leaves it. With a folder as `store`, all of them lie on the disk.
 Shapes: H', W' patch grid, N = H' * W' patches, n patches of a band, L memory slots, C width, K classes.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -23,8 +25,9 @@ from ..layers.patches import pad_to_patches
 from ..layers.pos_embed import grid_coords
 from ..models import LunaVit
 from ..models.luna_vit import initial_memory
-from .bands import add_grads, block_by_bands, check_bands, grads_of, kept_autocast, leaf, zeros
+from .bands import Strip, add_grads, block_by_bands, check_bands, grads_of, kept_autocast, leaf, zeros
 from .plan import BAND_PATCHES
+from .sequence_parallel import row_ranges, same_random, share_pool
 
 __all__ = ["PatchRows", "check_streamed", "streamed_logits"]
 
@@ -40,11 +43,13 @@ def check_streamed(model: nn.Module) -> None:
 
 class PatchRows:
     """The patches of an image, embedded a few rows at a time from its pixels: those that a mask leaves, and around them
-    what is needed for a rectangle.
+    what is needed for a rectangle. Processes that share an image have a strip of it each, and a row of each neighbour.
 
     Attributes:
-        grid_size: H', W' of the rectangle.
+        grid_size: H', W' of the rectangle, or of this process's part of it.
         valid: (1, N) bool, the patches to look at; None if all are.
+        count: How many of them the whole image has.
+        strip: The rows that this process computes.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class PatchRows:
         pixels: Pixels,
         valid: np.ndarray | None = None,
         flip: tuple[bool, bool] = (False, False),
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         """
         Args:
@@ -60,6 +66,10 @@ class PatchRows:
             pixels: The image, of whose patches outside `valid` no pixel is read.
             valid: (h, w) bool, the patches of the whole image to look at; None for all.
             flip: Upside down, and from left to right. The image is padded to whole patches before.
+            group: The processes that share the image.
+
+        Raises:
+            ValueError: There are fewer rows of patches than processes.
         """
         self.model, self.pixels, self.flip = model, pixels, flip
         self.side = model.patch_embed.patch_size
@@ -72,9 +82,25 @@ class PatchRows:
             self.box = [(int(line[0]), int(line[-1]) + 1) for line in lines]
             grid = valid[tuple(slice(*ends) for ends in self.box)]
             grid = np.flip(grid, [axis for axis in (0, 1) if flip[axis]])
-            self.valid = torch.from_numpy(np.ascontiguousarray(grid)).view(1, -1).to(pixels.mean.device)
+            self.valid = torch.from_numpy(grid.copy()).view(1, -1).to(pixels.mean.device)
         self.grid_size = tuple(stop - start for start, stop in self.box)
         self.coords = grid_coords(self.grid_size, pixels.mean, self.valid)
+        self.count = math.prod(self.grid_size) if self.valid is None else int(self.valid.sum())
+        self.strip = Strip(0, *self.grid_size)
+        if group is not None:
+            self._keep_strip(group)
+
+    def _keep_strip(self, group: dist.ProcessGroup) -> None:
+        """Leave the other processes' rows to them."""
+        (height, columns), p = self.grid_size, self.side[0]
+        start, stop = (end // p for end in row_ranges(height * p, p, dist.get_world_size(group))[dist.get_rank(group)])
+        top, bottom = max(start - 1, 0), min(stop + 1, height)
+        first, last = self.box[0]
+        self.box[0] = (last - bottom, last - top) if self.flip[0] else (first + top, first + bottom)
+        self.valid = self.part(self.valid, top, bottom)
+        self.coords = self.coords[0][..., top:bottom], self.coords[1]
+        self.grid_size = bottom - top, columns
+        self.strip = Strip(start - top, stop - top, columns, group)
 
     def part(self, x: Tensor | None, start: int, stop: int) -> Tensor | None:
         """Rows [start, stop) of the patches (1, N, C), or of the mask (1, N)."""
@@ -111,7 +137,8 @@ def streamed_logits(
 
     Args:
         model: For which `check_streamed` holds.
-        image: Its patches.
+        image: Its patches. If processes share them, all must call this together, and gradients, averaged over the
+            processes, are those of the mean of their losses (`SequenceParallel`).
         rows: Rows of patches in a band; those of about 4,096 patches if None.
         store_dtype: Type in which the inputs of blocks are kept for the backward pass, by default that of the patches.
             With `torch.bfloat16`, gradients are computed at inputs that are rounded to 8 bits.
@@ -124,15 +151,19 @@ def streamed_logits(
     bands = _Rows(model, image, rows or max(1, BAND_PATCHES // image.grid_size[1]), store)
     x = _Embed.apply(bands, *bands.parameters("patch_embed", "pos_embed"))
     memory = initial_memory(model.learned_memory(), None, x)
-    for block in model.stages():
-        x, memory = block_by_bands(block, x, memory, image.grid_size, image.valid, bands.rows, store_dtype, store)
-    pool = model.new_pool()
-    if pool.reads_patches:
-        bands.pooled = []
-        parts = _Pool.apply(bands, x, *bands.parameters("norm", "attn_pool"))
-        pool = model.new_pool(dict(zip(bands.pooled, parts, strict=True)))
-    count = x.shape[1] if image.valid is None else int(image.valid.sum())
-    return model.head(model.head_drop(pool.finish(model.norm(memory), count)))
+    how = {"rows": bands.rows, "store_dtype": store_dtype, "store": store, "strip": image.strip}
+    group = image.strip.group
+    with same_random(model, group, x.device):
+        for block in model.stages():
+            x, memory = block_by_bands(block, x, memory, image.grid_size, image.valid, **how)
+        pool = model.new_pool()
+        if pool.reads_patches:
+            bands.pooled = []
+            parts = _Pool.apply(bands, x, *bands.parameters("norm", "attn_pool"))
+            pool = model.new_pool(dict(zip(bands.pooled, parts, strict=True)))
+            if group is not None:
+                share_pool(pool, group)
+        return model.head(model.head_drop(pool.finish(model.norm(memory), image.count)))
 
 
 class _Rows:
@@ -144,9 +175,7 @@ class _Rows:
         self.pooled: list[str] = []
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        height = self.image.grid_size[0]
-        for start in range(0, height, self.rows):
-            yield start, min(start + self.rows, height)
+        yield from self.image.strip.bands(self.rows)
 
     def parameters(self, *names: str) -> list[Tensor]:
         """The parameters of parts of the model that are trained."""
@@ -176,6 +205,7 @@ class _Embed(torch.autograd.Function):
             x = bands.image.embed(start, stop)
             out = bands.zeros(x.dtype) if out is None else out
             bands.image.part(out, start, stop).copy_(x)
+        bands.image.strip.fetch(out)
         bands.image.pixels.check_broken()
         return out
 

@@ -271,8 +271,8 @@ class Listed(NamedTuple):
 def read_list(path: str | os.PathLike) -> list[Listed]:
     """The lines of a CSV file with a column "path" and, if wanted, "mask" and "region" ("X Y WIDTH HEIGHT").
 
-    Paths are relative to the folder of the file; "otsu" and "valid" are masks, too. Empty cells are none, and other
-    columns are for others.
+    Paths are relative to the folder of the file; "otsu" and "valid" are masks, too. Empty cells are none, rows without
+    any are skipped, and other columns are for others.
 
     Raises:
         UserError: It is no such file.
@@ -282,12 +282,18 @@ def read_list(path: str | os.PathLike) -> list[Listed]:
     found = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, restval="", strict=True)
-            if "path" not in (rows.fieldnames or ()):
-                raise UserError(f"{path} must have a column path, got {', '.join(rows.fieldnames or ()) or 'nothing'}")
-            for row in rows:
-                cells = {name: (row.get(name) or "").strip() for name in Listed._fields}
-                where = f"{path} line {rows.line_num}"
+            reader = csv.reader(file, strict=True)
+            rows = ([cell.strip() for cell in row] for row in reader)
+            header = next(rows, [])
+            if "path" not in header:
+                raise UserError(f"{path} must have a column path, got {', '.join(header) or 'nothing'}")
+            for row in filter(any, rows):
+                where = f"{path} line {reader.line_num}"
+                if len(row) != len(header):
+                    raise UserError(
+                        f"{where} has {len(row)} cells and the header {len(header)}: a cell with a comma takes quotes"
+                    )
+                cells = dict.fromkeys(Listed._fields, "") | dict(zip(header, row, strict=True))
                 if not cells["path"]:
                     raise UserError(f"{where} has no path")
                 mask = cells["mask"] or None

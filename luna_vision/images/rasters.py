@@ -16,7 +16,7 @@ from .regions import Georeference, Source
 
 __all__ = ["has_rasterio", "open_raster"]
 
-# only the file itself is opened, and nothing beside it
+# Only the file itself is opened, and what is named here: beside it GDAL would open anything, and follow it anywhere.
 ENVIRONMENT = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_PAM_ENABLED": "NO", "GDAL_CACHEMAX": 64}
 
 
@@ -43,11 +43,12 @@ def open_raster(path: Path, driver: str = "GTiff") -> Source | None:
         with rasterio.Env(**ENVIRONMENT), warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             data = rasterio.open(path, driver=driver)
-            sizes = [(data.height, data.width)]
-            factors = [data.overviews(i) for i in data.indexes]
-            if all(factor == factors[0] for factor in factors):
-                levels = [rasterio.open(path, driver=driver, overview_level=i) for i in range(len(factors[0]))]
-                sizes += [(level.height, level.width) for level in levels]
+            levels = _overviews(data, path, driver)
+            beside = Path(f"{path}.ovr")
+            if not levels and driver == "GTiff" and beside.is_file():
+                coarser = rasterio.open(beside, driver=driver)
+                levels = [coarser, *_overviews(coarser, beside, driver)] if _fits(coarser, data) else []
+            sizes = [(level.height, level.width) for level in (data, *levels)]
     except RasterioError as error:
         if driver != "GTiff":
             return None
@@ -83,6 +84,23 @@ def open_raster(path: Path, driver: str = "GTiff") -> Source | None:
         lossy=lossy,
         valid=open_valid if says else None,
     )
+
+
+def _overviews(data: Any, path: Path, driver: str) -> list[Any]:
+    """The overviews in a file, if all bands have the same."""
+    import rasterio
+
+    factors = [data.overviews(i) for i in data.indexes]
+    count = len(factors[0]) if all(factor == factors[0] for factor in factors) else 0
+    return [rasterio.open(path, driver=driver, overview_level=i) for i in range(count)]
+
+
+def _fits(coarser: Any, data: Any) -> bool:
+    """Whether a file has overviews of this one, and not of what it was, and says what holds data where this does."""
+    factor = round(data.width / coarser.width)
+    size = -(-data.height // factor), -(-data.width // factor)
+    names = "dtypes", "nodata", "colorinterp", "mask_flag_enums"
+    return coarser.shape == size and all(getattr(coarser, name) == getattr(data, name) for name in names)
 
 
 class RasterImage:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -219,7 +220,9 @@ def _level(source: Source, choice: Choice) -> tuple[int, float]:
     """The level that is read, and by how much it is shrunk."""
     count = len(source.sizes)
     if choice.level is not None and choice.level >= count:
-        raise UserError(f"cannot read {source.name}: it has levels 0 to {count - 1}, got {choice.level}")
+        beside = f"{source.name}.ovr"
+        hint = f" ({beside} is not of this file, or takes a GeoTIFF and rasterio)" if Path(beside).is_file() else ""
+        raise UserError(f"cannot read {source.name}: it has levels 0 to {count - 1}, got {choice.level}{hint}")
     if choice.mpp is not None:
         if source.mpp is None:
             raise UserError(f"{source.name} does not say how many micrometres a pixel has: give a level, not mpp")

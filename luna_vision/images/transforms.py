@@ -125,7 +125,7 @@ class EvalTransform:
 
     Attributes:
         in_chans: C: 1 (grey) or 3 (RGB), to which images are converted, or the number of their bands.
-        size: Height and width of the result in pixels. None leaves the image at its own, with pixels in [0, 1].
+        size: Height and width of the result in pixels. None leaves the image at its own.
         mean, std, crop_pct, interpolation: As in `eval_transform`.
         values: Likewise; by default as `Values` has it. A fill of "mask" is "mean" here: there is a tensor alone.
 
@@ -150,7 +150,7 @@ class EvalTransform:
         values = self.values or Values(mean=self.mean)
         image = to_channels(image, self.in_chans, replace(values, fill="mean") if values.fill == MASK else values)
         if self.size is None:
-            return to_tensor(image)
+            return SeededTransform(lambda image, seed: image, self.mean, self.std)(image)
         return eval_transform(self.size, self.mean, self.std, self.crop_pct, self.interpolation)(image)
 
 

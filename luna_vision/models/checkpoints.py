@@ -23,7 +23,9 @@ _logger = logging.getLogger(__name__)
 
 # the keys about images that are taken from a checkpoint, see `timm_cfg` of the data modules
 IMAGE_CFG = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "num_classes", "label_names")
-PIXEL_CFG = ("value_range", "nodata", "fill")  # likewise, of numbers in files, see `luna_vision.images.values`
+# likewise, of numbers in files, see `luna_vision.images.values`; and, only of images of any size, that are not resized,
+# the part of a file and the mask, as `luna_vision.data.SlideDataModule` has them
+PIXEL_CFG = ("value_range", "nodata", "fill", "slides")
 # where the detectors and segmenters of `luna_vision.downstream` have their backbone
 BODIES = ("backbone.pyramid_backbone.body.", "backbone.body.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from typing import Any
 
 import torch
@@ -12,19 +13,21 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from luna_vision.data.slides import Slide
 from luna_vision.execution.collectives import from_all
 from luna_vision.execution.sequence_parallel import SequenceParallel, split_rows
 
 from .base import leaves_missing
 from .classification import ClassificationTask
+from .slides import SlideTask
 
 
 class SequenceParallelStrategy(DDPStrategy):
     """DDP in which ``processes`` neighbouring processes share each image, and compute a strip of it each.
 
     A classification task trains, validates and tests as on one process with the same batch, up to rounding. n processes
-    work on n / ``processes`` batches at a time. All that share an image load it, and move their strip to their device.
-    See docs/sequence_parallel.md.
+    work on n / ``processes`` batches at a time. All that share an image load it, and move their strip to their device;
+    of a slide they read their strip alone. See docs/sequence_parallel.md.
 
     Args:
         processes: How many processes share an image.
@@ -68,9 +71,11 @@ class SequenceParallelStrategy(DDPStrategy):
 
     def _check_task(self) -> None:
         task = self.lightning_module
-        if type(task) is not ClassificationTask:  # others use batches differently
-            raise ValueError(f"sequence parallelism trains a ClassificationTask, got {type(task).__name__}")
-        if leaves_missing(task.trainer.datamodule):
+        if type(task) not in (ClassificationTask, SlideTask):  # others use batches differently
+            raise ValueError(
+                f"sequence parallelism trains a ClassificationTask or a SlideTask, got {type(task).__name__}"
+            )
+        if not isinstance(task, SlideTask) and leaves_missing(task.trainer.datamodule):
             raise ValueError("sequence parallelism takes no mask of missing pixels: give another fill than 'mask'")
         if task.mix is not None:
             raise ValueError("sequence parallelism cannot mix images: set mixup and cutmix to 0")
@@ -86,25 +91,34 @@ class SequenceParallelStrategy(DDPStrategy):
 
     def setup(self, trainer: Trainer) -> None:
         # Replaces forward, so that weights keep their names. Callbacks, which may copy the model, are set up by now.
-        self.lightning_module.model.forward = self._parallel.forward
+        if isinstance(self.lightning_module, SlideTask):
+            self.lightning_module.group = self._parallel.group
+        else:
+            self.lightning_module.model.forward = self._parallel.forward
         self._compared = False
         super().setup(trainer)
 
     def teardown(self) -> None:
         if self.lightning_module is not None:
             vars(self.lightning_module.model).pop("forward", None)
+            vars(self.lightning_module).pop("group", None)
         super().teardown()
 
     def batch_to_device(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         images, *rest = batch
         if not self._compared:
             self._compare(images)
-        strip = split_rows(images, self.lightning_module.model.patch_embed.patch_size, self._mesh["seq"])
-        return super().batch_to_device([strip.contiguous(), *rest], *args, **kwargs)
+        if isinstance(images, Tensor):
+            images = split_rows(images, self.lightning_module.model.patch_embed.patch_size, self._mesh["seq"])
+            images = images.contiguous()
+        return super().batch_to_device([images, *rest], *args, **kwargs)
 
-    def _compare(self, images: Tensor) -> None:
+    def _compare(self, images: Tensor | list[Slide]) -> None:
         """Check in the first batch that the processes of an image have the same image."""
-        (total,) = struct.unpack("q", struct.pack("d", float(images.sum(dtype=torch.float64))))
+        if isinstance(images, Tensor):
+            (total,) = struct.unpack("q", struct.pack("d", float(images.sum(dtype=torch.float64))))
+        else:
+            total = zlib.crc32(repr([(slide.row, slide.flip) for slide in images]).encode())
         sums = from_all([total], self._mesh["seq"].get_group(), self.root_device)
         if any(other != sums[0] for other in sums):
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from luna_vision.data.slides import Slide
 from luna_vision.execution.streamed import check_streamed, streamed_logits
@@ -37,6 +38,7 @@ class SlideTask(ClassificationTask):
     """
 
     outcome = None  # a slide is no picture to draw
+    group: ProcessGroup | None = None  # of `SequenceParallelStrategy`: the processes that share a slide
     not_sharded = "slides"
 
     def __init__(
@@ -71,7 +73,7 @@ class SlideTask(ClassificationTask):
         store = None if hp.store is None else Path(hp.store)
         dtype = torch.bfloat16 if hp.store_dtype == "bfloat16" else None
         found = [
-            streamed_logits(self.model, image.patches(self.model), hp.band_rows or None, dtype, store)
+            streamed_logits(self.model, image.patches(self.model, self.group), hp.band_rows or None, dtype, store)
             for image in images
         ]
         return torch.cat(found)

@@ -95,14 +95,16 @@ def test_each_image_has_the_row_that_it_has_alone(slides, weights, model, tmp_pa
 
 def test_a_list_has_masks_and_regions_of_its_own(slides, weights, model, tmp_path):
     tifffile.imwrite(slides / "mask.png.tif", np.kron(np.eye(2, dtype=np.uint8), np.ones((40, 32), np.uint8)))
-    lines = ["path,label,mask,region,split", "a.tif,x,,,train", "b.tif,y,mask.png.tif,,", "b.tif,y,,8 4 40 50,val"]
+    shutil.move(slides / "a.tif", slides / 'a, "1".tif')
+    lines = ["path,label,mask,region,split", '"a, ""1"".tif",x,,,train', "b.tif,y,mask.png.tif,,", ",,,,"]
+    lines += ['b.tif,y,,"8,4,40,50",val']
     (slides / "list.csv").write_text("\n".join(lines))
     out = tmp_path / "o.parquet"
     assert main([str(slides / "list.csv"), *weights, "--out", str(out)]) == 0
     rows = pq.read_table(out).to_pylist()
     image = slides / "b.tif"
     wanted = (
-        encode(model, open_image(slides / "a.tif"), progress=False),
+        encode(model, open_image(slides / 'a, "1".tif'), progress=False),
         encode(model, open_image(image), mask=slides / "mask.png.tif", progress=False),
         encode(model, open_image(image, region=(8, 4, 40, 50)), progress=False),
     )
@@ -206,6 +208,9 @@ def test_a_program_under_torchrun_may_call_one_process_alone(name, slides, photo
         (["{tmp}/bad.csv"], "bad.csv must have a column path, got name, region"),
         (["{tmp}/list.csv"], "list.csv line 2: region must be X Y WIDTH HEIGHT, got '1 2 3'"),
         (["{tmp}/empty.csv"], "empty.csv lists no images"),
+        (["{tmp}/few.csv"], "few.csv line 4 has 1 cells and the header 2"),
+        (["{tmp}/many.csv"], "many.csv line 3 has 3 cells and the header 2: a cell with a comma takes quotes"),
+        (["{tmp}/unnamed.csv"], "unnamed.csv line 2 has no path"),
         (["{tmp}/nothing"], "there is no image file or folder {tmp}/nothing"),
     ],
     ids=str,
@@ -217,6 +222,9 @@ def test_mistakes(change, message, slides, weights, tmp_path, capsys):
     (tmp_path / "bad.csv").write_text("name,region\na.tif,\n")
     (tmp_path / "list.csv").write_text("path,region\na.tif,1 2 3\n")
     (tmp_path / "empty.csv").write_text("path,region\n")
+    (tmp_path / "few.csv").write_text("path,mask\na.tif,\n,\na.tif\n")
+    (tmp_path / "many.csv").write_text("path,mask\na.tif,otsu\na, b.tif,\n")
+    (tmp_path / "unnamed.csv").write_text("path,mask\n,otsu\n")
     change = [word.format(tmp=tmp_path) for word in change]
     image = [] if change[-1].endswith(("csv", "nothing", "/slides")) else [str(slides / "a.tif")]
     with pytest.raises(SystemExit) as stop:

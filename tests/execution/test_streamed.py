@@ -5,12 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from luna_vision.execution.streamed import PatchRows, check_streamed, streamed_logits
 from luna_vision.images.pixels import Pixels, pixel_statistics
+from luna_vision.layers import LunaBlock
 from luna_vision.layers.patches import pad_to_patches
 
+from . import test_parallel
 from .conftest import OPTIONS, normalised
 from .test_mask import blobs
 
@@ -72,6 +75,14 @@ def test_every_mask_and_band(kind, rows, make, photo, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_single_row_or_column_of_valid_patches_is_flipped(make, photo):
+    model, image = make().train(), photo[:47, :63]
+    for part in np.s_[3, 2:9], np.s_[2:9, 3], np.s_[3, 3]:
+        valid = np.zeros((12, 16), bool)
+        valid[part] = True
+        same(streamed(model, image, valid, (True, True)), ordinary(model, image, valid, (True, True)))
+
+
 @pytest.mark.parametrize("store", [True, False])
 def test_with_a_bfloat16_store_gradients_are_near_and_do_not_depend_on_the_bands(store, make, photo, tmp_path):
     model, image, valid = make().train(), photo[:47, :63], blobs(12, 16, "noise")
@@ -109,6 +120,28 @@ def test_missing_pixels_are_left_out_as_in_a_masked_step(make, photo):
     same(streamed(model, image, valid, rows=3), want)
 
 
+@pytest.mark.parametrize("local_mixing", ["none", "before"])
+def test_blocks_compute_the_valid_patches_alone(local_mixing, make, photo, monkeypatch):
+    model, image, valid = make(local_mixing=local_mixing).train(), photo[:79, :95], blobs(20, 24, "noise")
+    valid[4:9] = False  # a whole band, too
+    seen = []
+
+    def counted(name):
+        function = getattr(LunaBlock, name)
+
+        def count(block, x, *args):
+            seen.append(x.shape[1])
+            return function(block, x, *args)
+
+        monkeypatch.setattr(LunaBlock, name, count)
+
+    counted("pack_tile")
+    counted("unpack_tile")
+    streamed(model, image, valid, rows=2)
+    # both in both passes; of a band without any, one patch
+    assert sum(seen) <= 4 * len(model.stages()) * (valid.sum() + 3)
+
+
 class Watched:
     """An image that tells how many rows were asked for at once, and how often each was read."""
 
@@ -126,6 +159,48 @@ def test_few_rows_of_pixels_are_read_at_once_and_each_twice(make, photo):
     image = Watched(photo[:200, :64])
     streamed(make().train(), image, rows=2)
     assert image.most == 8 and (image.reads == 2).all()
+
+
+def strip_step(group: dist.ProcessGroup, options: dict, flip: tuple[bool, bool], masked: bool, store: Path) -> list:
+    """A step of processes that share an image, against that of one; the rows of pixels that this process read."""
+    model = test_parallel.make(**options).train()
+    image = np.random.default_rng(3).integers(0, 256, (79, 38, model.in_chans)).astype(np.uint8)
+    p, q = model.patch_embed.patch_size
+    valid = None
+    if masked:
+        valid = blobs(-(-79 // p), -(-38 // q), "blobs")
+        valid[0] = valid[-3:] = valid[:, -1] = False
+        valid[6:12] = False  # of three processes, all that the second one has
+    want, watched = ordinary(model, image, valid, flip), Watched(image)
+    pixels = Pixels(watched, model.in_chans, *pixel_statistics(model), torch.float64)
+    model.zero_grad()
+    torch.manual_seed(5 + dist.get_rank(group))  # the first process's counts
+    logits = streamed_logits(model, PatchRows(model, pixels, valid, flip, group), rows=2, store=store)
+    F.cross_entropy(logits, torch.tensor([1])).backward()
+    same({"logits": logits.detach()} | test_parallel.average_gradients(model, group), want)
+    return np.flatnonzero(watched.reads).tolist()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"local_mixing": m, "stem": s} for m, s in (("none", "conv"), ("before", "conv"), ("attn", "patch"))),
+        *({"local_mixing": "mlp", "global_pool": g, "memory_mlp": "own"} for g in ("avg", "map", "both")),
+        *({"last_block": b, "local_mixing": "attn"} for b in ("patches", "both", "final_pack")),
+        *({"global_pool": "avgmax", "norm_first": False}, {"pack_by_row": True}, {"patch_size": (4, 6)}),
+    ],
+    ids=str,
+)
+def test_processes_that_share_an_image_take_the_step_of_one(options, ranks, tmp_path):
+    for count, flip, masked in ((2, (False, False), False), (3, (True, True), True)):
+        ranks.run(strip_step, count, options=options, flip=flip, masked=masked, store=tmp_path)
+
+
+def test_a_process_reads_its_own_rows_alone(ranks):
+    for flip in ((False, False), (True, False)):
+        how = {"options": {"stem": "patch", "patch_size": 4}, "flip": flip, "masked": False, "store": None}
+        first, second = ranks.run(strip_step, 2, **how)[:: -1 if flip[0] else 1]
+        assert first == list(range(40)) and second == list(range(40, 79))
 
 
 @pytest.mark.parametrize("on_disk", [True, False])

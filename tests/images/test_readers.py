@@ -259,6 +259,45 @@ def test_a_raster_is_what_tifffile_reads(raster, monkeypatch):
     np.testing.assert_array_equal(all_of(image)[30:], BANDS.transpose(1, 2, 0)[30:])
 
 
+@pytest.mark.parametrize("more", [{"nodata": 0}, {"photometric": "RGB", "alpha": "YES"}], ids=str)
+def test_overviews_beside_a_raster_are_its_levels(more, raster):
+    rasterio = pytest.importorskip("rasterio")
+    beside = raster.with_name("b.tif")
+    with rasterio.open(raster) as inside:
+        how = {name: value for name, value in inside.profile.items() if name != "nodata"} | more
+    with rasterio.open(beside, "w", **how) as file:
+        file.write(BANDS)
+    with rasterio.Env(TIFF_USE_OVR=True), rasterio.open(beside, "r+") as file:
+        file.build_overviews([2, 4])
+        want = [file.read(out_shape=(4, *size)) for size in ((75, 100), (38, 50))]
+    assert Path(f"{beside}.ovr").is_file()
+    for level in (1, 2):
+        bands = want[level - 1][: 3 if "alpha" in more else 4].transpose(1, 2, 0)
+        np.testing.assert_array_equal(all_of(open_image(beside, level)), bands)
+    assert all_of(open_image(beside, 1).valid).shape == (75, 100)
+    with pytest.raises(ValueError, match=r"has levels 0 to 2, got 3"):
+        open_image(beside, 3)
+
+    old = Path(f"{beside}.ovr").read_bytes()
+    with rasterio.open(beside, "w", **how | {"width": 90}) as file:
+        file.write(BANDS[:, :, :90])
+    Path(f"{beside}.ovr").write_bytes(old)
+    assert open_image(beside).shape[:2] == (150, 90)
+    with pytest.raises(ValueError, match=r"has levels 0 to 0, got 1 \(.*b.tif.ovr is not of this file"):
+        open_image(beside, 1)
+    Path(f"{beside}.ovr").write_bytes(b"<VRTDataset/>")
+    with pytest.raises(ValueError, match=r"cannot read .*b.tif.ovr"):
+        open_image(beside)
+
+
+def test_overviews_beside_a_tiff_that_is_read_without_rasterio_are_named(raster, monkeypatch):
+    raster.with_name("a.tif.ovr").write_bytes(b"")
+    assert open_image(raster, 2).shape == (38, 50, 4)  # of the file itself
+    monkeypatch.setattr("luna_vision.images.formats.has_rasterio", lambda: False)
+    with pytest.raises(ValueError, match=r"levels 0 to 2, got 3 \(.*a.tif.ovr is .* takes a GeoTIFF and rasterio\)"):
+        open_image(raster, 3)
+
+
 def test_bands_and_regions_of_a_raster(raster):
     for choice in ({"bands": [3, 2, 1]}, {"channel": ["red", "green", "blue"]}):
         for region in ({"region": (20, 40, 100, 60)}, {"region": (500200, 5199600, 1000, 600), "region_in": "map"}):

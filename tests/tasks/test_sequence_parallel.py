@@ -1,5 +1,6 @@
 """Training on strips: the same as on one process, by the command line, and what is refused."""
 
+import csv
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from luna_vision.tasks import (
     sequence_parallel,
 )
 from luna_vision.tasks.dense import SegmentationTask
+from tests.labelled import write_slides
 
 from .conftest import tiny_task
 from .ranks import command_line, run
@@ -71,6 +73,30 @@ def test_two_processes_train_as_one(tmp_path):
     assert re.search(r"test accuracy: +[01]\.\d{4} with runs/canvas_sequence_parallel", done.stdout)
 
 
+@pytest.mark.slow
+def test_two_processes_train_on_slides_as_one(tmp_path):
+    write_slides(tmp_path / "slides.csv")
+    small = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 8, "pretrained": False}
+    words = ["fit", f"--config={ROOT / 'configs/slides.yaml'}", f"--data.root={tmp_path / 'slides.csv'}"]
+    words += [f"--model.init_args.model_kwargs.{name}={value}" for name, value in small.items()]
+    words += ["--model.optimizer=sgd", "--model.lr=1e-1", "--model.warmup_epochs=0", "--model.store_dtype=float32"]
+    words += ["--trainer.accelerator=cpu", "--trainer.precision=64-true", "--trainer.max_epochs=1"]
+    words += ["--trainer.accumulate_grad_batches=3", "--trainer.log_every_n_steps=1"]
+    run(tmp_path / "two", 2, command_line, *words, f"--config={ROOT / 'configs/overlays/sequence_parallel.yaml'}")
+    run(tmp_path / "one", 1, command_line, *words)
+    got, want = ({}, {})
+    for folder, found in (("two", got), ("one", want)):
+        version = tmp_path / folder / "runs/slides/version_0"
+        content = torch.load(version / "checkpoints/last.ckpt", map_location="cpu", weights_only=True)
+        found |= content["state_dict"] | {"steps": torch.tensor(content["global_step"])}
+        with open(version / "metrics.csv", newline="") as file:
+            losses = [row[name] for row in csv.DictReader(file) for name in row if name.endswith("loss") and row[name]]
+        found["losses"] = torch.tensor([float(loss) for loss in losses], dtype=torch.float64)
+    assert got.keys() == want.keys() and want["steps"] == 3 and len(want["losses"]) > 2
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_the_processes_of_an_image_have_the_same_part_of_the_data(monkeypatch):
     strategy = SequenceParallelStrategy(2)
     monkeypatch.setattr(SequenceParallelStrategy, "world_size", 6)
@@ -117,10 +143,10 @@ def distilled() -> DistillationTask:
         (
             lambda: SegmentationTask("test_luna_vit", num_classes=3),
             TrainerFn.FITTING,
-            "trains a ClassificationTask, got SegmentationTask",
+            "trains a ClassificationTask or a SlideTask, got SegmentationTask",
         ),
-        (sequences, TrainerFn.FITTING, "trains a ClassificationTask, got SequenceTask"),
-        (distilled, TrainerFn.FITTING, "trains a ClassificationTask, got DistillationTask"),
+        (sequences, TrainerFn.FITTING, "trains a ClassificationTask or a SlideTask, got SequenceTask"),
+        (distilled, TrainerFn.FITTING, "trains a ClassificationTask or a SlideTask, got DistillationTask"),
     ],
 )
 def test_what_strips_do_not_fit_is_refused(task, fn, message, monkeypatch):

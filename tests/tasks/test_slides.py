@@ -1,17 +1,24 @@
 """Training on whole slides: from the table to predictions, the ordinary task's numbers, and mistakes in a line."""
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
+import luna_vision
+from luna_vision.cli.encode import main as encode_command
+from luna_vision.cli.predict_words import with_weights
 from luna_vision.cli.train import build
 from luna_vision.data import SlideDataModule
+from luna_vision.execution import encode
+from luna_vision.images import open_image
 from luna_vision.images.transforms import eval_transform
-from luna_vision.tasks import ClassificationTask, SlideTask
+from luna_vision.tasks import ClassificationTask, SlideTask, export_weights
 from tests.labelled import write_slides
 
 from .conftest import SyntheticData, tiny_trainer
@@ -52,6 +59,58 @@ def test_a_run_trains_tests_and_predicts(tmp_path, monkeypatch):
     new = ["--data.init_args.predict_path=new", "--out", "new.csv"]
     build(["predict", *words, "--ckpt_path", str(checkpoints / "best.ckpt"), *new])
     assert len(Path("new.csv").read_text().splitlines()) == 1 + len(list(Path("new").iterdir()))
+
+
+def test_weights_that_are_moved_say_how_slides_were_read(tmp_path, monkeypatch, capfd):
+    """`load`, `predict` and `encode` do as the run did, with level, mask and normalisation of the training."""
+    rng, rows = np.random.default_rng(0), ["path,label,split"]
+    for i in range(4):
+        photo = rng.integers(0, 60, (96, 128, 3)).astype(np.uint8) + 160
+        photo[: 20 + 10 * i, 30:90, 1] = 20  # what is colourful is tissue
+        with tifffile.TiffWriter(tmp_path / f"{i}.tif") as tiff:
+            tiff.write(photo, photometric="rgb", tile=(16, 16), subifds=1)
+            tiff.write(photo[::2, ::2], photometric="rgb", tile=(16, 16), subfiletype=1)
+        rows.append(f"{i}.tif,{'ab'[i % 2]},{'train' if i < 2 else 'val'}")
+    (tmp_path / "slides.csv").write_text("\n".join(rows))
+    how = {"mean": [0.6, 0.5, 0.7], "std": [0.2, 0.3, 0.1]}
+    data = SlideDataModule(str(tmp_path / "slides.csv"), level=1, mask="otsu", **how)
+    trainer, ours = tiny_trainer(tmp_path, max_epochs=1), task()
+    trainer.fit(ours, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "best.ckpt")
+    (tmp_path / "moved").mkdir()
+    weights = tmp_path / "moved" / "mine.safetensors"
+    export_weights(tmp_path / "best.ckpt", weights)
+    slide, want = str(tmp_path / "3.tif"), {}
+    data.predict_path = slide
+    want = trainer.predict(ours, datamodule=data)[0]
+    monkeypatch.chdir(tmp_path / "moved")
+
+    model, transform, names = luna_vision.load(weights)
+    assert names == ["a", "b"]
+    whole = tifffile.imread(slide, level=0)
+    torch.testing.assert_close(
+        transform(whole), eval_transform((96, 128), how["mean"], how["std"])(Image.fromarray(whole))
+    )
+    found = encode(model, open_image(slide, level=1), mask="otsu", progress=False)
+    assert 0 < found.patch_valid.float().mean() < 1
+    torch.testing.assert_close(found.logits.softmax(0).max(), want["probabilities"][0, 0])
+
+    assert encode_command([slide, f"--checkpoint={weights}", "--out=a.npz", "--device=cpu"]) == 0
+    assert "as in training: --level 1 --mask otsu" in capfd.readouterr().err
+    with np.load("a.npz") as file:
+        np.testing.assert_allclose(file["logits"], found.logits, rtol=1e-4, atol=1e-5)
+    own = ["--level=0", "--mask=none", "--out=b.npz"]
+    assert encode_command([slide, f"--checkpoint={weights}", *own, "--device=cpu"]) == 0
+    assert "as in training" not in capfd.readouterr().err
+    with np.load("b.npz") as file:
+        assert "patch_valid" not in file and json.loads(str(file["about"]))["grid_size"] == [12, 16]
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    build(with_weights(["predict", slide, f"--checkpoint={weights}", "--out=c.csv", "--trainer.accelerator=cpu"]))
+    with open("c.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["label1"] == names[want["labels"][0, 0]]
+    assert float(row["probability1"]) == pytest.approx(float(want["probabilities"][0, 0]), abs=1e-5)
 
 
 def test_logits_and_gradients_are_those_of_the_ordinary_task(tmp_path):
