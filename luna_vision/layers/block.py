@@ -27,7 +27,7 @@ from ..functional.kernels import Norm, kernels_pay
 from ..utils.checks import check_option
 from .local_mixing import LocalMixing
 from .luna import LunaAttention
-from .mlp import Mlp, SwiGlu
+from .mlp import Mlp, SwiGlu, rows_of_parts
 from .plain import has_hooks, is_plain_norm
 
 __all__ = ["LOCAL_MIXING", "MEMORY_MLP", "MLPS", "READ", "LunaBlock", "MixerBlock"]
@@ -507,21 +507,30 @@ class LunaBlock(Shell):
     @torch.jit.ignore
     def tile_numbers(self, memory_len: int) -> int:
         """How many numbers a patch takes at most on its way through a block, for planning."""
-        C, hidden = self.dim, 0 if self.mlp is None else self.mlp.fc1.out_features
+        C, in_mlp = self.dim, 0
         unpack, pack = self.attn.num_heads * memory_len, self.attn.pack_heads * memory_len
-        mixes_hidden = self.mlp is not None and self.mlp.local is not None
+        if self.mlp is not None:
+            mixes = self.mlp.local is not None
+            in_mlp = 2 * C if self._mlp_rows() else (4 if mixes else 2) * self.mlp.fc1.out_features
         return max(
             3 * C + 3 * unpack,
             6 * C,  # the projected form: queries, what was read, and its heads joined
-            4 * C + (4 if mixes_hidden else 2) * hidden,  # x, what the attention sees, the residual, the norm; the MLP
+            4 * C + in_mlp,  # x, what the attention sees, the residual, the norm; the MLP
             6 * C + 3 * pack,  # a band and its rows that waited, the convolution and its copy, the norm; scores
         )
 
     @torch.jit.ignore
     def small_numbers(self, memory_len: int) -> int:
-        """How many numbers a block makes that do not depend on the patches: folded matrices, the state of a pack."""
+        """How many numbers a block makes that do not depend on the patches: folded matrices, the state of a pack, and
+        the hidden layer of an MLP that maps patches part by part."""
         slots = memory_len * max(self.attn.num_heads, self.attn.pack_heads)
-        return 8 * slots * self.dim + 8 * self.dim**2
+        hidden = 0 if self.mlp is None else self.mlp.fc1.out_features
+        return 8 * slots * self.dim + 8 * self.dim**2 + 2 * 2 * self._mlp_rows() * hidden
+
+    @torch.jit.ignore
+    def _mlp_rows(self) -> int:
+        """How many patches the MLP maps at a time, without gradients; 0 for all."""
+        return 0 if self.mlp is None or self.mlp.local is not None else rows_of_parts(self.mlp)
 
     def _norm_memory(self, memory: Tensor) -> Tensor:
         """What the attention sees of the memory."""

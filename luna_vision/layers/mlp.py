@@ -3,6 +3,7 @@
 Shapes: B batch, N patches, C width, H', W' patch grid with N = H' * W'.
 """
 
+import math
 from typing import Any
 
 import timm.layers
@@ -20,25 +21,29 @@ ROWS = 256  # patches for each thread of a CPU, whose hidden layer stays in its 
 
 
 @torch.jit.ignore
-def rows_at_once(mlp: nn.Module, x: Tensor, mix: bool) -> int:
-    """How many patches of (B, N, C) an MLP maps at a time; 0 for all.
+def rows_of_parts(mlp: nn.Module) -> int:
+    """How many patches an MLP on a CPU maps at a time where it maps many, without gradients; 0 for all.
 
-    Without gradients on a CPU, the hidden layers of many patches would be written to fresh pages of memory and read
-    again: mapping them part by part is up to a third faster, and takes no memory that grows with the image. Not where
-    hooks watch the layers, or others have replaced them.
+    The hidden layers of many patches would be written to fresh pages of memory and read again: mapping them part by
+    part is up to a third faster, and takes no memory that grows with the image. Not where hooks watch the layers, or
+    others have replaced them, or the hidden layer is mixed.
     """
-    if isinstance(x, torch.fx.Proxy) or not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return 0
-    rows = ROWS * max(2, torch.get_num_threads())
-    mixes = mlp.local is not None and mix
-    if mixes or x.shape[:-1].numel() <= 2 * rows or is_hooked(mlp.act):
-        return 0
-    return rows if is_plain(mlp.fc1) and is_plain(mlp.fc2) else 0
+    plain = is_plain(mlp.fc1) and is_plain(mlp.fc2) and not is_hooked(mlp.act)
+    return ROWS * max(2, torch.get_num_threads()) if plain and mlp.fc1.weight.is_cpu else 0
 
 
-def in_parts(mlp: nn.Module, x: Tensor, rows: int) -> Tensor:
-    """An MLP of (B, N, C), so many patches at a time."""
-    return torch.cat([mlp.forward(part, mix=False) for part in x.flatten(0, -2).split(rows)]).view(x.shape)
+@torch.jit.ignore
+def splits_rows(mlp: nn.Module, x: Tensor, mix: bool) -> bool:
+    """Whether to map (B, N, C) part by part."""
+    if isinstance(x, torch.fx.Proxy) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return (mlp.local is None or not mix) and x.shape[:-1].numel() > 2 * (rows_of_parts(mlp) or math.inf)
+
+
+def in_parts(mlp: nn.Module, x: Tensor) -> Tensor:
+    """An MLP of (B, N, C), part by part."""
+    parts = x.flatten(0, -2).split(rows_of_parts(mlp))
+    return torch.cat([mlp.forward(part, mix=False) for part in parts]).view(x.shape)
 
 
 class Mlp(timm.layers.Mlp):
@@ -65,9 +70,8 @@ class Mlp(timm.layers.Mlp):
     ) -> Tensor:
         """Map (B, N, C) to (B, N, C); without local mixing, as for a memory, if `mix` is False."""
         if not torch.jit.is_scripting():
-            rows = rows_at_once(self, x, mix)
-            if rows:
-                return in_parts(self, x, rows)
+            if splits_rows(self, x, mix):
+                return in_parts(self, x)
         x = self.act(self.fc1(x))
         if self.local is not None and mix:
             x = clamp_fp16(x + self.local(x, grid_size, patch_valid))
@@ -123,9 +127,8 @@ class SwiGlu(nn.Module):
     ) -> Tensor:
         """Map (B, N, C) to (B, N, C); without local mixing, as for a memory, if `mix` is False."""
         if not torch.jit.is_scripting():
-            rows = rows_at_once(self, x, mix)
-            if rows:
-                return in_parts(self, x, rows)
+            if splits_rows(self, x, mix):
+                return in_parts(self, x)
             if self._splits(x, mix):
                 gate, x = linear_halves(x, self.fc1.weight, self.fc1.bias)
                 x = clamp_fp16(self.act(gate) * x)

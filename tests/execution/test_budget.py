@@ -87,7 +87,7 @@ def test_the_budget_is_honoured(options, disk, make, image, tmp_path):
     store = {"store": tmp_path / "store"} if disk else {}
     used, planned = allocated(model, image, memory_budget="16MB", **store)
     assert used <= planned <= 16_000_000
-    assert used > 0.4 * planned  # and most of it is used
+    assert used > 0.3 * planned  # and a good part of it is used
 
 
 def test_a_larger_budget_takes_larger_bands(make, image):
