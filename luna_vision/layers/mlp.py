@@ -35,7 +35,9 @@ def rows_of_parts(mlp: nn.Module) -> int:
 @torch.jit.ignore
 def splits_rows(mlp: nn.Module, x: Tensor, mix: bool) -> bool:
     """Whether to map (B, N, C) part by part."""
-    if isinstance(x, torch.fx.Proxy) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if isinstance(x, torch.fx.Proxy) or torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a graph takes any number of patches
         return False
     return (mlp.local is None or not mix) and x.shape[:-1].numel() > 2 * (rows_of_parts(mlp) or math.inf)
 

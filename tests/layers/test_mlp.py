@@ -56,3 +56,15 @@ def test_local_mixing_inside_sees_the_whole_grid(kind):
     whole = mlp(x, (40, 33)).detach()
     with torch.inference_mode():
         torch.testing.assert_close(mlp(x, (40, 33)), whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [Mlp, SwiGlu])
+def test_a_graph_takes_any_number_of_patches(kind):
+    mlp, (few, many) = kind(C, HIDDEN).eval(), (torch.randn(1, n, C) for n in (2, MANY))
+    with torch.no_grad():
+        traced = torch.jit.trace(mlp, many, check_trace=False)
+        shapes = {"x": {1: torch.export.Dim.DYNAMIC}}
+        exported = torch.export.export(mlp, (many,), dynamic_shapes=shapes)
+        for x in (few, many):
+            torch.testing.assert_close(traced(x), mlp(x))
+            torch.testing.assert_close(exported.module()(x), mlp(x))
