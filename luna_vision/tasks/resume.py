@@ -289,8 +289,11 @@ def take_tuned(trainer: Trainer, task: LightningModule, data: LightningDataModul
     tuners = [callback for callback in trainer.callbacks if isinstance(callback, TUNERS)]
     tuned = read_checkpoint(checkpoint)["callbacks"].get(ExactResume.__name__, {}).get("tuned") if tuners else None
     trainer.callbacks = [callback for callback in trainer.callbacks if callback not in tuners]
-    if tuned is not None:
-        task.hparams.lr, data.batch_size = float(tuned["lr"]), int(tuned["batch_size"])
+    tuned = tuned or {}
+    if tuned.get("lr") is not None:
+        task.hparams.lr = float(tuned["lr"])
+    if tuned.get("batch_size") is not None:  # of a data module that has one
+        data.batch_size = int(tuned["batch_size"])
 
 
 def log_dir(trainer: Trainer) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch import callbacks as lightning
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from luna_vision.cli import train as cli
 from luna_vision.tasks.callbacks import check_tools
 from luna_vision.tasks.checkpoints import read_checkpoint
+from luna_vision.tasks.resume import take_tuned
 from luna_vision.utils.errors import UserError
 
 from .conftest import tiny_task, tiny_trainer
@@ -140,6 +142,15 @@ def test_a_resumed_run_keeps_the_values_that_were_found(tuner):
     assert built.datamodule.batch_size == whole.datamodule.batch_size != 16 or tuner == "LearningRateFinder"
     assert whole.model.hparams.lr != 1e-3 or tuner == "BatchSizeFinder"
     assert len(watch.batches) == 10 and watch.batches[-1] == watched.batches[-1]
+
+
+def test_a_checkpoint_of_data_without_a_batch_size_is_resumed(tmp_path):
+    task, data, path = tiny_task(), LightningDataModule(), tmp_path / "last.ckpt"
+    torch.save({"callbacks": {"ExactResume": {"tuned": {"lr": 0.5, "batch_size": None}}}}, path)
+    trainer = tiny_trainer(tmp_path, callbacks=[lightning.LearningRateFinder()])
+    take_tuned(trainer, task, data, str(path))
+    assert task.hparams.lr == 0.5 and not hasattr(data, "batch_size")
+    assert not any(isinstance(callback, lightning.LearningRateFinder) for callback in trainer.callbacks)
 
 
 def test_the_starting_weights_are_those_of_the_file_with_a_tuner():
