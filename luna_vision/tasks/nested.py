@@ -48,10 +48,11 @@ class NestedMemory(Callback):
         if stage != "fit":
             return
         self.models = [m for m in pl_module.modules() if isinstance(m, LunaVit) and m.memory is not None]
-        full = {model.memory.shape[1] for model in self.models}
-        if len(full) != 1:
-            raise ValueError("NestedMemory trains Luna ViTs with memories of one length, and the task has none")
-        self.full = full.pop()
+        lens = sorted({model.memory.shape[1] for model in self.models})
+        if len(lens) != 1:
+            found = f"the lengths {', '.join(map(str, lens))}" if lens else "none"
+            raise ValueError(f"NestedMemory trains Luna ViTs with memories of one length, and the task has {found}")
+        self.full = lens[0]
         powers = [2**i for i in range(self.full.bit_length()) if 2**i < self.full]
         self.choices = [*powers, self.full] if self.lens is None else self.lens
         if max(self.choices) != self.full:

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -102,6 +103,14 @@ def test_models_without_a_memory_are_said(tmp_path):
     model = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "mixer": "softmax"}
     with pytest.raises(ValueError, match="trains Luna ViTs with memories of one length, and the task has none"):
         fit(tmp_path, NestedMemory(), task=tiny_task(model_kwargs=model))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_memories_of_several_lengths_are_said(tmp_path):
+    task = tiny_task()
+    task.teacher = timm.create_model("test_luna_vit", memory_len=4)
+    with pytest.raises(ValueError, match="the lengths 4, 8"):
+        fit(tmp_path, NestedMemory(), task=task)
 
 
 @pytest.mark.parametrize("arguments", [{"lens": []}, {"lens": [0, 2]}, {"seed": -1}])
