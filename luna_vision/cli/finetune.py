@@ -46,7 +46,7 @@ def main(words: list[str]) -> int | None:
     if own.model is not None:
         check_model_name(own.model)
     check_folder(own.out)
-    config, said = configuration(own.task, own.data, own.out, own.model, own.checkpoint)
+    config, said = configuration(own.task, own.data, own.out, own.model, own.checkpoint, own.ignore_index)
     path = own.out / "finetune.yaml"
     command = shlex.join(["luna-vision", "finetune", *words])
     head = "\n".join(f"# {printable(line)}" for line in (f"Written by {command}", *said, f"Again: fit --config {path}"))
@@ -70,5 +70,13 @@ def _parser() -> _Parser:
     )
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="weights to start from, of a training or timm's (default: none)"
+    )
+    # an option of `fit` that decides which classes there are
+    parser.add_argument(
+        "--data.ignore_index",
+        dest="ignore_index",
+        type=yaml.safe_load,
+        metavar="NUMBER",
+        help="number, or colour, of pixels that have no label",
     )
     return parser

@@ -25,7 +25,12 @@ IMAGES_SEEN = 20_000  # in a whole run, roughly
 
 
 def configuration(
-    task: str, data: Path, out: Path, model: str | None = None, checkpoint: Path | None = None
+    task: str,
+    data: Path,
+    out: Path,
+    model: str | None = None,
+    checkpoint: Path | None = None,
+    ignore_index: int | list[int] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """The complete configuration of a run, and what was recognised, in words.
 
@@ -35,16 +40,19 @@ def configuration(
         out: Folder of the run.
         model: A name of timm; by default that of the checkpoint, else ``luna_vit_tiny``.
         checkpoint: Weights to start from; by default those of the package, if it has some of the model.
+        ignore_index: Of `SegmentationDataModule`, if it is given.
 
     Raises:
-        ValueError: The data is faulty.
+        ValueError: The data is faulty, or has no masks to ignore a number of.
         FileNotFoundError: It is not there.
     """
     check_option("task", task, TASKS)
     if not data.exists():
         raise FileNotFoundError(f"--data: there is no {data}")
     task_class, make = TASKS[task]
-    module, data_args, model_args, said = make(data)
+    if ignore_index is not None and task != "segment":
+        raise UserError(f"--data.ignore_index is a number in masks, and {task} has none")
+    module, data_args, model_args, said = make(data) if ignore_index is None else make(data, ignore_index)
     trained = training_checkpoint(checkpoint).get("hyper_parameters", {}) if checkpoint else {}
     name = model or trained.get("model_name", "luna_vit_tiny")
     recorded = (trained.get("model_kwargs") or {}) if name == trained.get("model_name") else {}
@@ -133,18 +141,26 @@ def _detect(root: Path) -> Made:
     return module, data | _size_options(module, [image.size for image in labels.images]), model, said
 
 
-def _segment(root: Path) -> Made:
-    module = SegmentationDataModule(str(root))
+def _segment(root: Path, ignore_index: int | list[int] | None = None) -> Made:
+    ignored = {} if ignore_index is None else {"ignore_index": ignore_index}
+    module = SegmentationDataModule(str(root), **ignored)
     source = module.source("train")
-    data: dict[str, Any] = {"format": module.format, "background": module.background, "val_fraction": 0.1}
+    data = {"format": module.format, "background": module.background, "val_fraction": 0.1, **ignored}
+    unnamed = ""
     if module.format == "masks":
         coding = module.coding
         data |= {"classes": coding.names, "values": [v if isinstance(v, int) else list(v) for v in coding.values]}
+        if coding.names == list(map(str, coding.values)) and not ignored:
+            last = coding.names[-1]
+            unnamed = (
+                f"; no file names the classes: each number is one, also {last}, which has {int(source.pixels[-1]):,} "
+                f"pixels, unless --data.ignore_index {last} leaves it out"
+            )
     else:
         data |= {"classes": module.class_names}
     background = "the first class is the background" if module.background else "no background"
     kind = "masks" if module.format == "masks" else f"outlines in the format {module.format}"
-    said = f"{kind}, {source.where}; {background}"
+    said = f"{kind}, {source.where}; {background}{unnamed}"
     options = _size_options(module, _sizes(source))
     return module, data | options, {"stride": 4, "pyramid_channels": 128}, said
 

@@ -119,8 +119,8 @@ class LabelFaults:
         """How many were found."""
         return sum(map(len, self.found.values()))
 
-    def settle(self, sound: int) -> None:
-        """Say what was found beside this number of sound entries.
+    def settle(self, sound: int, hint: str = "") -> None:
+        """Say what was found beside this number of sound entries, and how to mend it.
 
         Raises:
             SampleError: There are faults, more than may be left out.
@@ -128,7 +128,7 @@ class LabelFaults:
         if not self.found:
             return
         kinds = (f"{len(at)} x {kind} ({listed(at, 3)})" for kind, at in self.found.items())
-        text = printable(f"faults in the labels of {self.name}: {'; '.join(kinds)}")
+        text = printable(f"faults in the labels of {self.name}: {'; '.join(kinds)}{hint}")
         entries = sound + self.count
         if self.max_error_share is None:
             raise SampleError(f"{text}. on_error=skip leaves them out")

@@ -2,6 +2,7 @@
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property, partial
@@ -61,8 +62,8 @@ class Coding(NamedTuple):
     def colors(self) -> bool:
         return bool(self.values) and not isinstance(self.values[0], int)
 
-    def decode(self, numbers: np.ndarray) -> tuple[np.ndarray, list[Any]]:
-        """The class of each pixel as uint8, `IGNORE` where it has none, and the values that mean nothing.
+    def decode(self, numbers: np.ndarray) -> tuple[np.ndarray, Counter[Any]]:
+        """The class of each pixel as uint8, `IGNORE` where it has none, and how many have each value without a class.
 
         Args:
             numbers: (H, W) integers, or (H, W, 3) uint8 where values are colours.
@@ -77,9 +78,10 @@ class Coding(NamedTuple):
         keys, classes = keys[order], np.array(classes)[order]
         at = np.searchsorted(keys, flat).clip(max=len(keys) - 1)
         found = keys[at] == flat
-        unknown = np.unique(flat[~found]).tolist()
+        values, counts = (part.tolist() for part in np.unique(flat[~found], return_counts=True))
         if self.colors:
-            unknown = [(value >> 16, value >> 8 & 255, value & 255) for value in unknown]
+            values = [(value >> 16, value >> 8 & 255, value & 255) for value in values]
+        unknown = Counter(dict(zip(values, counts, strict=True)))
         return np.where(found, classes[at], IGNORE).astype(np.uint8), unknown
 
 
@@ -117,10 +119,14 @@ class MaskSource:
         pairs: Files of an image and of its mask.
         coding: What the pixels of masks mean.
         where: In words, where they are.
+
+    Attributes:
+        unknown: Pixels of each value that is no class, of all masks that `mask` has read.
     """
 
     def __init__(self, pairs: Sequence[tuple[str, str]], coding: Coding, where: str) -> None:
         self.pairs, self.coding, self.where = pairs, coding, where
+        self.unknown: Counter[Any] = Counter()
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -133,6 +139,7 @@ class MaskSource:
         path = self.pairs[index][1]
         mask, unknown = self.coding.decode(read_mask(path, self.coding.colors))
         if unknown:
+            self.unknown += unknown
             raise SampleError(f"mask {path} has values that are no class: {listed(list(map(str, unknown)), 5)}")
         check_image_size(size, mask.shape, f"its mask {path}")
         return mask
@@ -330,7 +337,12 @@ class SegmentationDataModule(DenseDataModule):
                 faults.add("faulty mask", str(error))
                 continue
             counts += np.bincount(mask.ravel(), minlength=IGNORE + 1)
-        faults.settle(len(scanned) - faults.count)
+        hint = ""
+        if isinstance(source, MaskSource) and source.unknown:
+            (value, pixels), *_ = source.unknown.most_common(1)
+            shown = str(value) if isinstance(value, int) else f"'{list(value)}'"
+            hint = f". {shown} has {pixels:,} pixels and no name: --data.ignore_index {shown} leaves them out"
+        faults.settle(len(scanned) - faults.count, hint)
         source.pixels = counts[: len(names)]
         total = max(int(counts.sum()), 1)
         shares = [f"{label} {counts[i] / total:.1%}" for i, label in enumerate(names) if counts[i]]

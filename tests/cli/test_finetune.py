@@ -15,6 +15,7 @@ from luna_vision.cli.finetune_config import TASKS as MADE
 from luna_vision.cli.finetune_config import configuration
 from luna_vision.cli.main import main
 from luna_vision.cli.train import build
+from luna_vision.images.decode import SampleError
 from luna_vision.utils.errors import UserError
 from tests.labelled import NAMES, scenes, write_coco, write_labels, write_masks, write_voc, write_yolo
 
@@ -88,6 +89,24 @@ def test_the_nano_model_starts_from_the_weights_of_the_package(form, tmp_path, m
     assert torch.equal(memory, timm.create_model("luna_vit_nano_patch8", pretrained=True).memory)
 
 
+def test_a_number_without_a_name_is_said_and_can_be_ignored(tmp_path):
+    """As in CamVid, where pixels that nobody has labelled have the number after the last class."""
+    write_masks(tmp_path)
+    pixels = sum(int((one.mask == 2).sum()) for one in scenes("train").values())
+    (tmp_path / "classes.txt").write_text(f"background\n{NAMES[0]}\n")
+    with pytest.raises(SampleError, match=f"2 has {pixels:,} pixels and no name: --data.ignore_index 2"):
+        configuration("segment", tmp_path, tmp_path / "x")
+    config, _ = configuration("segment", tmp_path, tmp_path / "x", ignore_index=2)
+    arguments = config["data"]["init_args"]
+    assert arguments["values"] == [0, 1] and arguments["ignore_index"] == 2
+    (tmp_path / "classes.txt").unlink()  # then the numbers are the names
+    config, said = configuration("segment", tmp_path, tmp_path / "x")
+    assert config["data"]["init_args"]["values"] == [0, 1, 2]
+    assert f"{pixels:,} pixels" in said[0] and "--data.ignore_index 2" in said[0]
+    config, said = configuration("segment", tmp_path, tmp_path / "x", ignore_index=2)
+    assert config["data"]["init_args"]["values"] == [0, 1] and "ignore_index" not in said[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["folders", "table", "voc", "colors"])
 def test_from_files_to_files(form, run, tmp_path):
@@ -140,6 +159,7 @@ def test_from_files_to_files(form, run, tmp_path):
         (["--task", "classify", "--data", ".", "--out", "x", "--model", "luna_vit_tyni"], "did you mean"),
         (["--task", "classify", "--data", ".", "--out", "x", "--checkpoint", "gone.pt"], "there is no file gone.pt"),
         (["--task", "classify", "--data", ".", "--out", "x", "word"], "unknown word 'word'"),
+        (["--task", "classify", "--data", ".", "--out", "x", "--data.ignore_index", "2"], "classify has none"),
     ],
 )
 def test_mistakes(words, message, run):
