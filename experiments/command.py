@@ -1,13 +1,17 @@
-"""The command line of the experiments."""
+"""What the scripts share: the command line, tables, and where a number was measured."""
 
 import argparse
 import contextlib
+import datetime
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
-__all__ = ["Parser", "at_least", "quiet_lightning"]
+from luna_vision.utils.record import machine
+
+__all__ = ["Parser", "at_least", "json_file", "markdown_table", "measured_on", "quiet_lightning"]
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -34,6 +38,24 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return whole_number
+
+
+def json_file(text: str) -> Path:
+    """An argument type: a file whose name ends in .json."""
+    if not text.endswith(".json"):
+        raise argparse.ArgumentTypeError(f"must end in .json, got {text!r}")
+    return Path(text)
+
+
+def measured_on(device: str = "cpu") -> dict[str, Any]:
+    """The date and the machine, for a file of results."""
+    return {"date": datetime.date.today().isoformat(), "machine": machine(device)}
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)])
 
 
 @contextlib.contextmanager

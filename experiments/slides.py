@@ -10,7 +10,6 @@ the images for validation. Each runs in a process of its own, whose peak of resi
 """
 
 import csv
-import datetime
 import multiprocessing
 import sys
 import time
@@ -31,10 +30,10 @@ from luna_vision.images import find_images, open_image
 from luna_vision.images.pixels import Pixels, pixel_statistics
 from luna_vision.tasks.checkpoints import best_checkpoint
 from luna_vision.utils.files import write_json
-from luna_vision.utils.record import machine, read_json
+from luna_vision.utils.record import read_json
 
-from .benchmarks.gigapixel import peak_resident
-from .command import Parser, at_least
+from .benchmarks.jobs import Job, peak_resident
+from .command import Parser, at_least, json_file, measured_on
 
 __all__ = ["GatedAttention", "main", "make_slides", "one_stage", "two_stages"]
 
@@ -42,7 +41,6 @@ MODEL = "luna_vit_nano_patch8"
 CONFIG = Path(__file__).parents[1] / "configs" / "slides.yaml"
 VEHICLES = ("airplane", "automobile", "ship", "truck")
 OF_DATA = ("side", "photo", "photos", "train", "val", "test", "seed")
-Job = dict[str, Any]
 
 
 def make_slides(job: Job) -> Path:
@@ -231,7 +229,7 @@ def _parser() -> Parser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=at_least(1), default=1, help="of the CPU")
     parser.add_argument("--work", default="runs/slides", help="folder of the images and the checkpoints")
-    parser.add_argument("--out", type=Path, default=Path("runs/slides/slides.json"), metavar="FILE", help=".json")
+    parser.add_argument("--out", type=json_file, default="runs/slides/slides.json", metavar="FILE", help=".json")
     return parser
 
 
@@ -239,8 +237,6 @@ def main(argv: list[str] | None = None) -> int:
     """Do what the command line says."""
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.out.suffix != ".json":
-        parser.error(f"--out must end in .json, got {args.out}")
     if not Path(args.root, "cifar10", "train").is_dir():
         parser.error(f"there is no folder {Path(args.root, 'cifar10', 'train')}")
     if args.photos * (2 * args.photo) ** 2 > max(args.side - args.photo, 0) ** 2:
@@ -255,8 +251,7 @@ def main(argv: list[str] | None = None) -> int:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             row = {"way": way, **pool.submit(WAYS[way], job).result(), "config": config}
         rows.append(row)
-        about = {"date": datetime.date.today().isoformat(), "machine": machine()}
-        write_json(args.out, {**about, "rows": rows})
+        write_json(args.out, {**measured_on(), "rows": rows})
         test, peak = row["test"], row["peak_resident_bytes"] / 1e9
         spent = "resumed" if "resumed" in row else f"{row['seconds']:.0f} s"
         print(

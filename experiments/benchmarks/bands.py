@@ -6,32 +6,24 @@ whose peak of resident memory is then that of the step: `plain`, with `set_grad_
 """
 
 import argparse
-import datetime
-import json
-import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from experiments.command import Parser, at_least
+from experiments.command import Parser, at_least, json_file
 from luna_vision.execution import set_band_checkpointing
 from luna_vision.models import LunaVit
-from luna_vision.utils.files import write_json
-from luna_vision.utils.record import machine
 
 from .cell import Spec
-from .gigapixel import peak_resident
+from .jobs import Job, measure_all, peak_resident
 
 __all__ = ["estimate", "main", "measure"]
 
 WAYS = ("plain", "checkpointing", "bands")
 STORE_TYPES = {"float32": None, "bfloat16": torch.bfloat16}
 BAND_PATCHES = 2**12  # as many as a band of streaming has
-WORKER = "import json, sys; from experiments.benchmarks.bands import measure; measure(json.loads(sys.argv[1]))"
 
 
 def estimate(model: LunaVit, side: int, store_bytes: int, rows: int | None = None) -> int:
@@ -63,8 +55,8 @@ def default_rows(model: LunaVit, side: int) -> int:
     return max(1, BAND_PATCHES // -(-side // model.patch_embed.patch_size[1]))
 
 
-def measure(job: dict[str, Any]) -> None:
-    """Do one step, and print what it took as JSON: what the worker processes run."""
+def measure(job: Job) -> Job:
+    """Do one step: what it took."""
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
     model = Spec.parse(job["model"]).create().train()
@@ -93,17 +85,7 @@ def measure(job: dict[str, Any]) -> None:
         result["estimated_bytes"] = estimate(
             model, job["side"], 2 if job["store_dtype"] == "bfloat16" else 4, job["rows"]
         )
-    print(json.dumps(result))
-
-
-def run_job(job: dict[str, Any], code: str = WORKER) -> dict[str, Any]:
-    """`measure` in a process of its own, whose last line is the result; what went wrong, if it was killed for its
-    memory."""
-    worker = subprocess.run([sys.executable, "-c", code, json.dumps(job)], capture_output=True, text=True)
-    if worker.returncode:
-        last = worker.stderr.strip().rsplit("\n", 1)[-1] or f"ended with exit code {worker.returncode}"
-        return {**job, "error": last}
-    return {**job, **json.loads(worker.stdout.strip().rsplit("\n", 1)[-1])}
+    return result
 
 
 def _parser() -> Parser:
@@ -123,11 +105,11 @@ def _parser() -> Parser:
     parser.add_argument("--autocast", action="store_true", help="to bfloat16")
     parser.add_argument("--repeats", type=at_least(1), default=1, help="of each, taking turns")
     parser.add_argument("--threads", type=at_least(1), default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--out", type=Path, metavar="FILE", help=".json")
+    parser.add_argument("--out", type=json_file, metavar="FILE", help=".json")
     return parser
 
 
-def jobs(args: argparse.Namespace, model: LunaVit) -> list[dict[str, Any]]:
+def jobs(args: argparse.Namespace, model: LunaVit) -> list[Job]:
     """What is to be measured of a model, in turns."""
     common = {name: getattr(args, name) for name in ("store_dtype", "autocast", "threads")}
     common["model"] = args.model.text
@@ -147,28 +129,10 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print and write; returns the exit code: 1 if something could not be measured."""
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.out is not None and args.out.suffix != ".json":
-        parser.error(f"--out must end in .json, got {args.out}")
     model = args.model.create(device="meta")
     if not isinstance(model, LunaVit):
         parser.error(f"--model must be a Luna ViT, which has bands, got {args.model.text}")
-    rows: list[dict[str, Any]] = []
-    if args.out is not None and args.out.exists():
-        rows = [row for row in json.loads(args.out.read_text(encoding="utf-8"))["rows"] if "error" not in row]
-    for job in jobs(args, model):
-        if any(all(row.get(name) == value for name, value in job.items()) for row in rows):
-            continue
-        row = run_job(job)
-        rows.append(row)
-        what = f"{job['side']} px, {job['way']}"
-        if "error" in row:
-            print(f"{what}: {row['error']}", flush=True)
-        else:
-            peak, seconds = row["peak_resident_bytes"] / 1e9, row["seconds"]
-            print(f"{what}: {seconds:.1f} s, peak resident memory {peak:.2f} GB", flush=True)
-        if args.out is not None:
-            about = {"date": datetime.datetime.now().isoformat(timespec="seconds"), "machine": machine()}
-            write_json(args.out, {**about, "rows": rows})
+    rows = measure_all(measure, jobs(args, model), args.out, "{0[side]} px, {0[way]}".format)
     return int(any("error" in row for row in rows))
 
 

@@ -7,7 +7,6 @@ repeats are interleaved.
 import argparse
 import ast
 import os
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +22,8 @@ from torch import Tensor, nn
 import luna_vision  # noqa: F401  registers the models
 from luna_vision.utils.cost import count_macs, saved_bytes
 from luna_vision.utils.device import allow_tf32
+
+from .jobs import peak_resident
 
 __all__ = ["Spec", "build", "gemm_rate", "run_cell"]
 
@@ -106,11 +107,7 @@ def _peak_memory(device: str) -> int:
     """Peak of the process (resident) or of the GPU, bytes."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):  # not Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident()
 
 
 def _reset_peak(device: str) -> int:

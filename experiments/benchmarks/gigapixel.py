@@ -1,8 +1,6 @@
 """A very large image through a Luna ViT, out of core: `python -m experiments.benchmarks.gigapixel --help`."""
 
-import datetime
 import math
-import resource
 import statistics
 import sys
 import tempfile
@@ -17,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
-from experiments.command import Parser, at_least
+from experiments.command import Parser, at_least, json_file, measured_on
 from luna_vision.downstream.pyramid import PyramidBackbone
 from luna_vision.downstream.segmentation import FCN
 from luna_vision.downstream.whole import segment
@@ -26,9 +24,9 @@ from luna_vision.execution.checkpoint import Checkpoint
 from luna_vision.images import open_image
 from luna_vision.images.pixels import Pixels, pixel_statistics
 from luna_vision.utils.files import write_json
-from luna_vision.utils.record import machine
 
 from .cell import Spec
+from .jobs import peak_resident
 
 __all__ = ["Mosaic", "main", "write_tiff"]
 
@@ -97,15 +95,6 @@ def write_tiff(image: Mosaic, path: Path) -> None:
 
     kind = {"shape": image.shape, "dtype": image.dtype, "tile": (image.PIECE, image.PIECE), "photometric": "rgb"}
     tifffile.imwrite(path, pieces(), bigtiff=True, **kind)
-
-
-def peak_resident() -> int:
-    """The most memory that this process has had resident, bytes."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _pixels(model: nn.Module, side: int) -> Tensor:
@@ -186,7 +175,7 @@ def _parser() -> Parser:
     parser.add_argument("--store-dtype", choices=STORE_TYPES, help="type in which they are kept")
     parser.add_argument("--band-rows", type=at_least(1), metavar="N", help="rows of patches at a time")
     parser.add_argument("--threads", type=at_least(1), help="CPU threads; torch's choice if left out")
-    parser.add_argument("--out", type=Path, metavar="FILE", help=".json")
+    parser.add_argument("--out", type=json_file, metavar="FILE", help=".json")
     parser.add_argument("--model", type=Spec.parse, default="luna_vit_tiny", metavar="NAME[,ARG=VALUE...]")
     parser.add_argument(
         "--classes", type=at_least(2), metavar="K", help="with a segmentation head, whose map is written"
@@ -200,8 +189,6 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print and write; returns the exit code."""
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.out is not None and args.out.suffix != ".json":
-        parser.error(f"--out must end in .json, got {args.out}")
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.store is not None and (args.store / Checkpoint.STATE).exists():
@@ -238,8 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     report = {
         "command": f"python -m experiments.benchmarks.gigapixel {' '.join(sys.argv[1:] if argv is None else argv)}",
-        "date": datetime.datetime.now().isoformat(timespec="seconds"),
-        "machine": machine(args.device),
+        **measured_on(args.device),
         "threads": torch.get_num_threads(),
         "model": args.model.text,
         **({"classes": args.classes} if args.classes else {}),

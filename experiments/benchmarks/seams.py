@@ -11,12 +11,12 @@ the score of everything.
 """
 
 import argparse
-import datetime
 import importlib
 import json
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,15 +29,13 @@ from torch import nn
 from torchvision.ops import box_iou
 
 import luna_vision
-from experiments.command import Parser, at_least
+from experiments.command import Parser, at_least, markdown_table
 from luna_vision.data.canvas_module import ITEM_SOURCES
 from luna_vision.downstream.boxes import detect
 from luna_vision.downstream.whole import segment
-from luna_vision.utils.files import save_figure, write_json, write_text
-from luna_vision.utils.record import machine, read_json
+from luna_vision.utils.files import save_figure, write_text
 
-from .bands import run_job
-from .gigapixel import peak_resident
+from .jobs import Job, measure_all, peak_resident
 
 __all__ = ["Scene", "draw_scene", "main", "measure"]
 
@@ -46,7 +44,6 @@ WAYS = ("whole", "rows", "tiles", "windows")
 SHAPES = {"segment": (16, 48), "detect": (5, 28)}  # items on a training canvas, and their side in px
 CLASSES = 10
 SCORE = 0.5  # of objects that count as found
-WORKER = "import json, sys; from experiments.benchmarks.seams import measure; measure(json.loads(sys.argv[1]))"
 
 
 class Scene(NamedTuple):
@@ -186,10 +183,17 @@ def matched(scene: Scene, boxes: np.ndarray, labels: np.ndarray, scores: np.ndar
 
 
 @torch.inference_mode()
-def measure(job: dict[str, Any]) -> None:
-    """Answer the scenes of a job, and print scores, seconds and memory as JSON: what the worker processes run."""
+def measure(job: Job, checkpoints: dict[str, str], root: str, pictures: tuple[int, Path]) -> Job:
+    """Answer the scenes of a job: scores, seconds and memory.
+
+    Args:
+        job: One of `jobs`.
+        checkpoints: By task.
+        root: Holds FashionMNIST/raw.
+        pictures: The side of scenes of which a part is drawn, and the folder for it.
+    """
     torch.set_num_threads(job["threads"])
-    model = luna_vision.load(job["checkpoint"])[0].eval()
+    model = luna_vision.load(checkpoints[job["task"]])[0].eval()
     if job["way"] == "rows":
         for module in model.modules():
             if isinstance(module, luna_vision.LunaVit):
@@ -201,7 +205,7 @@ def measure(job: dict[str, Any]) -> None:
         found |= {"pixels": np.zeros((CLASSES + 1, CLASSES + 1), np.int64)}
         found |= {"near": np.zeros_like(found["pixels"])}
     for index in range(job["scenes"]):
-        scene = draw_scene(job["root"], job["task"], job["side"], index)
+        scene = draw_scene(root, job["task"], job["side"], index)
         found["resident_bytes_before"] = max(found["resident_bytes_before"], peak_resident() if not index else 0)
         started = time.perf_counter()
         if job["task"] == "segment":
@@ -210,8 +214,8 @@ def measure(job: dict[str, Any]) -> None:
             pixels, near = confusion(scene.mask, answer, SHAPES["segment"][1])
             found["pixels"] += pixels
             found["near"] += near
-            if job["crops"] and not index:
-                _save_crop(Path(job["crops"]), scene, answer, job["way"])
+            if job["side"] == pictures[0] and not index:
+                _save_crop(pictures[1], scene, answer, job["way"])
         else:
             answer = _objects(model, scene.image, job["way"])
             found["seconds"] += time.perf_counter() - started
@@ -221,7 +225,7 @@ def measure(job: dict[str, Any]) -> None:
     if job["task"] == "segment":
         found |= {"miou": mean_iou(found["pixels"]), "miou_near": mean_iou(found["near"])}
         found |= {name: found[name].tolist() for name in ("pixels", "near")}
-    print(json.dumps(found))
+    return found
 
 
 def _crop(scene: Scene) -> tuple[slice, slice]:
@@ -268,7 +272,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The results, as Markdown."""
     heads = ["scene, px", "way", "mIoU, %", "near lines, %", "items found, %", "cut items, %", "wrong finds"]
     heads += ["s, classes", "s, objects", "GB, classes", "GB, objects"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = []
     by = {(row["task"], row["side"], row["way"]): row for row in rows if "error" not in row}
     for side in sorted({side for _, side, _ in by}):
         for way in WAYS:
@@ -283,8 +287,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                 cells[4] = f"{boxes['wrong']}"
                 cells[6], cells[8] = _cost(boxes)
             if masks or boxes:
-                lines.append(f"| {side} | {way} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+                lines.append([str(side), way, *cells])
+    return markdown_table(heads, lines) + "\n"
 
 
 def _parser() -> Parser:
@@ -304,16 +308,14 @@ def _parser() -> Parser:
     return parser
 
 
-def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
+def jobs(args: argparse.Namespace) -> list[Job]:
     """What is to be measured: the ways at each side, whole alone at the largest."""
     found = []
     for task, checkpoint in (("segment", args.segmenter), ("detect", args.detector)):
         for side in [*args.sides, *args.whole_sides] if checkpoint else []:
             for way in args.ways if side in args.sides else ["whole", "rows"]:
                 scenes = max(1, (8192 // side) ** 2)
-                crops = str(args.out) if task == "segment" and side == min(args.sides) else None
-                job = {"task": task, "way": way, "side": side, "scenes": scenes, "threads": args.threads}
-                found.append(job | {"checkpoint": checkpoint, "root": args.root, "crops": crops})
+                found.append({"task": task, "way": way, "side": side, "scenes": scenes, "threads": args.threads})
     return found
 
 
@@ -323,19 +325,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.segmenter and not args.detector:
         parser.error("give --segmenter, --detector or both")
-    out = args.out / "seams.json"
-    rows = [row for row in read_json(out).get("rows", []) if "error" not in row]
-    for job in jobs(args):
-        named = {name: job[name] for name in ("task", "way", "side", "scenes", "threads")}
-        if any(all(row.get(name) == value for name, value in named.items()) for row in rows):
-            continue
-        answer = run_job(job, WORKER)
-        rows.append(named | {name: value for name, value in answer.items() if name not in job})
-        said = rows[-1].get("error", f"{answer.get('seconds', 0):.0f} s")
-        print(f"{job['task']}, {job['side']} px, {job['way']}: {said}", flush=True)
-        write_json(
-            out, {"date": datetime.datetime.now().isoformat(timespec="seconds"), "machine": machine(), "rows": rows}
-        )
+    how = {"checkpoints": {"segment": args.segmenter, "detect": args.detector}, "root": args.root}
+    answer = partial(measure, **how, pictures=(min(args.sides), args.out))
+    rows = measure_all(answer, jobs(args), args.out / "seams.json", "{0[task]}, {0[side]} px, {0[way]}".format)
     write_text(args.out / "seams.md", table(rows))
     print(table(rows))
     if all((args.out / f"{name}.png").exists() for name in ("scene", "truth", *WAYS)):

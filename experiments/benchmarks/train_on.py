@@ -6,34 +6,28 @@ of the training: reading, augmentation, forward, backward, optimizer and its sta
 """
 
 import argparse
-import datetime
 import json
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from PIL import Image
 
-from experiments.command import Parser, at_least, quiet_lightning
+from experiments.command import Parser, at_least, json_file, quiet_lightning
 from luna_vision.data import DetectionDataModule, SegmentationDataModule
 from luna_vision.data.dense import TRAIN_ON
 from luna_vision.tasks import DetectionTask, SegmentationTask
-from luna_vision.utils.files import write_json
-from luna_vision.utils.record import machine, read_json
 
-from .bands import run_job
-from .gigapixel import peak_resident
+from .jobs import Job, measure_all, peak_resident
 
 __all__ = ["main", "measure"]
 
 TASKS = ("detect", "segment")
 CLASSES = 11  # as CamVid has, without a background
-WORKER = "import json, sys; from experiments.benchmarks.train_on import measure; measure(json.loads(sys.argv[1]))"
 
 
 def write_data(task: str, root: Path, side: int) -> None:
@@ -67,8 +61,8 @@ def write_data(task: str, root: Path, side: int) -> None:
     (root / "train.json").write_text(json.dumps(content))
 
 
-def measure(job: dict[str, Any]) -> None:
-    """Train for a step, and print what it took as JSON: what the worker processes run."""
+def measure(job: Job) -> Job:
+    """Train for a step: what it took."""
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder, quiet_lightning():
@@ -87,8 +81,7 @@ def measure(job: dict[str, Any]) -> None:
         trainer.fit(task, data)
         seconds = time.perf_counter() - started
         loss = float(trainer.callback_metrics["train_loss"])
-    found = {"peak_resident_bytes": peak_resident(), "resident_bytes_before": before, "seconds": seconds, "loss": loss}
-    print(json.dumps(found))
+    return {"peak_resident_bytes": peak_resident(), "resident_bytes_before": before, "seconds": seconds, "loss": loss}
 
 
 def _parser() -> Parser:
@@ -102,11 +95,11 @@ def _parser() -> Parser:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--ways", nargs="+", choices=TRAIN_ON, default=list(TRAIN_ON), help="of train_on")
     parser.add_argument("--threads", type=at_least(1), default=1, help="of the CPU")
-    parser.add_argument("--out", type=Path, metavar="FILE", help=".json")
+    parser.add_argument("--out", type=json_file, metavar="FILE", help=".json")
     return parser
 
 
-def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
+def jobs(args: argparse.Namespace) -> list[Job]:
     """What is to be measured."""
     common = {"model": args.model, "side": args.side, "threads": args.threads}
     return [{**common, "task": task, "train_on": way} for task in args.tasks for way in args.ways]
@@ -114,22 +107,8 @@ def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print and write; returns the exit code: 1 if something could not be measured."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    if args.out is not None and args.out.suffix != ".json":
-        parser.error(f"--out must end in .json, got {args.out}")
-    rows = [] if args.out is None else [row for row in read_json(args.out).get("rows", []) if "error" not in row]
-    for job in jobs(args):
-        if any(all(row.get(name) == value for name, value in job.items()) for row in rows):
-            continue
-        row = run_job(job, WORKER)
-        rows.append(row)
-        what = f"{job['task']}, {job['side']} px, {job['train_on']}"
-        said = row["error"] if "error" in row else f"peak resident memory {row['peak_resident_bytes'] / 1e9:.2f} GB"
-        print(f"{what}: {said}", flush=True)
-        if args.out is not None:
-            about = {"date": datetime.datetime.now().isoformat(timespec="seconds"), "machine": machine()}
-            write_json(args.out, {**about, "rows": rows})
+    args = _parser().parse_args(argv)
+    rows = measure_all(measure, jobs(args), args.out, "{0[task]}, {0[side]} px, {0[train_on]}".format)
     return int(any("error" in row for row in rows))
 
 
