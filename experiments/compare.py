@@ -184,15 +184,15 @@ def plan(args: argparse.Namespace) -> list[Run]:
     for seed in dict.fromkeys(args.seeds):
         for task in dict.fromkeys(args.tasks):
             for variant in dict.fromkeys(variants):
-                config = describe(args, task, suite[variant], seed, args.split)
-                if variant != "luna" and config == describe(args, task, suite.get("luna", {}), seed, args.split):
+                config = run_config(args, task, suite[variant], seed, args.split)
+                if variant != "luna" and config == run_config(args, task, suite.get("luna", {}), seed, args.split):
                     continue  # what it sets is this task's default: it would be luna again
                 if seed == args.seeds[0] or variant in repeated:
                     runs.append(Run(task, variant, seed, config))
     return runs
 
 
-def describe(args: argparse.Namespace, task: str, variant: Config, seed: int, split: str = "test") -> Config:
+def run_config(args: argparse.Namespace, task: str, variant: Config, seed: int, split: str = "test") -> Config:
     """The configuration of a run, with the defaults of the model and of its mixer written out.
 
     Raises:

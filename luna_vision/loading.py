@@ -5,15 +5,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from timm.data.model_config import resolve_input_data_config
-from timm.models import load_state_dict
 from torch import nn
 
 from .downstream.detection import detector_of
 from .downstream.segmentation import has_background, segmenter_of
 from .images.transforms import EvalTransform, per_channel
 from .images.values import model_values
-from .models import unwrap_state_dict
-from .models.checkpoints import PIXEL_CFG, differences
+from .models.checkpoints import PIXEL_CFG, differing_weights, read_weights
 from .models.factory import LOCAL, load_model, training_checkpoint
 
 __all__ = ["Loaded", "load"]
@@ -74,8 +72,8 @@ def _load_dense(path: Path, run: dict[str, Any]) -> Loaded:
     started = ("pretrained", "checkpoint_path")  # the weights before training
     kwargs = {name: value for name, value in (hp["model_kwargs"] or {}).items() if name not in started}
     model = (detector_of if "detector" in hp else segmenter_of)(hp | {"model_kwargs": kwargs})
-    weights = unwrap_state_dict(load_state_dict(str(path)))
-    if differing := differences(model.state_dict(), weights):  # the defaults of a model may have changed since
+    weights = read_weights(path)
+    if differing := differing_weights(model.state_dict(), weights):  # the defaults of a model may have changed since
         raise ValueError(f"{str(path)!r} does not fit {hp['model_name']} as it is built now: {differing}")
     model.load_state_dict(weights)
     cfg = run.get("data", {}).get("cfg", {})

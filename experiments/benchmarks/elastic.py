@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.command import Parser, at_least
-from experiments.compare import SUITES, TASKS, describe
+from experiments.compare import SUITES, TASKS, run_config
 from experiments.plots import cell, error_bars, figure_file
 from experiments.runs import Run, add_run_arguments, do_runs, evaluate, finished, make_data, train
 from luna_vision.utils.files import write_json, write_text
@@ -35,7 +35,7 @@ def plan(args: argparse.Namespace) -> list[Run]:
         raise ValueError(f"--lens must have the whole memory, {args.memory_len}, among them, got {args.lens}")
     runs = []
     for seed in dict.fromkeys(args.seeds):
-        config = describe(args, args.task, SUITES["ablation"]["luna"] | {"memory_len": args.memory_len}, seed)
+        config = run_config(args, args.task, SUITES["ablation"]["luna"] | {"memory_len": args.memory_len}, seed)
         config["test_images"] = {"1": config["test_images"]["1"]}
         config["test_lens"] = sorted(set(args.test_lens))
         for variant in args.only:

@@ -13,7 +13,14 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from luna_vision.data.faults import check_fault_policy
-from luna_vision.data.images import PredictDataset, Source, StreamDataset, TransformedDataset, describe, known_labels
+from luna_vision.data.images import (
+    PredictDataset,
+    Source,
+    StreamDataset,
+    TransformedDataset,
+    describe_split,
+    known_labels,
+)
 from luna_vision.data.sampling import EpochLoader, EpochSampler, EvalSampler, next_batch
 from luna_vision.data.sizes import BatchDataset, SizeSampler, height_width, parse_sizes, patches_of
 from luna_vision.data.transforms import Augmentation, check_masks, train_transform
@@ -260,7 +267,7 @@ class ImageDataModule(LightningDataModule):
             return
         for split in STAGE_SPLITS[stage]:
             dataset = self.dataset(split)
-            self._say(describe(split, dataset, self.num_classes))
+            self._say(describe_split(split, dataset, self.num_classes))
         if unused := self.unused():
             self._say(f"not used of {self.root}: {listed(unused)}")
         if stage == "fit":

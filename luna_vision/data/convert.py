@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from luna_vision.data.folders import ClassFolder, numbered
-from luna_vision.data.images import describe
+from luna_vision.data.images import describe_split
 from luna_vision.data.shards import CLASSES, need
 from luna_vision.data.webdataset_module import INFO
 from luna_vision.images.find import class_folders, listed, split_folder, unused_folders
@@ -98,7 +98,7 @@ def convert(
     classes = class_folders(folders["train"])
     sources = {split: ClassFolder(at, numbered(classes)) for split, at in folders.items()}
     for split, source in sources.items():
-        say(describe(split, source, len(classes)))
+        say(describe_split(split, source, len(classes)))
     if unused := unused_folders(folder, folders.values()):
         say(f"not used of {folder}: {listed(unused)}")
     counts, infos = {}, {}

@@ -142,7 +142,7 @@ def known_labels(source: Any) -> np.ndarray | None:
     return None if targets is None else np.asarray(targets)
 
 
-def describe(split: str, source: Any, num_classes: int | None) -> str:
+def describe_split(split: str, source: Any, num_classes: int | None) -> str:
     """One line about a split: its images and classes (if it has any), where they are, and what was left out.
 
     ``source`` is a source or a dataset of one, a part of either, a stream, or None. A source may have the attributes

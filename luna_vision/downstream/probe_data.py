@@ -17,7 +17,7 @@ from luna_vision.data import (
     ImageFolderDataModule,
     TimmDataModule,
 )
-from luna_vision.data.images import TransformedDataset, describe, known_labels
+from luna_vision.data.images import TransformedDataset, describe_split, known_labels
 from luna_vision.images.find import listed
 from luna_vision.utils.errors import arguments_of
 
@@ -87,7 +87,7 @@ def open_data(
         source = sources[split]
         if source is None or isinstance(source, IterableDataset):
             raise ValueError(f"{data} has no {split} images" if source is None else f"{data} must not be a stream")
-        say(describe(split, source, module.num_classes))
+        say(describe_split(split, source, module.num_classes))
         dataset = TransformedDataset(
             source, module.eval_transform, module.in_chans, module.num_classes, name=f"{data} {split}"
         )

@@ -94,7 +94,7 @@ def load_weights(
         raise IsADirectoryError(f"checkpoint {str(path)!r} is a folder")
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
-    state_dict = read_checkpoint(path)
+    state_dict = read_weights(path)
     body = _body(state_dict)
     cfg = dict(model.pretrained_cfg, state_dict=body or state_dict, source="", num_classes=model.num_classes)
     _keep_own_head(model, cfg, str(path), say, fresh_head)
@@ -111,12 +111,12 @@ def load_weights(
             in_chans=get_model_input_config(model)["input_size"][0],
         )
     except Exception as error:  # timm's filters raise nearly anything for a file that is not timm's
-        differing = differences(model.state_dict(), cfg["state_dict"]) or " ".join(str(error).split())
+        differing = differing_weights(model.state_dict(), cfg["state_dict"]) or " ".join(str(error).split())
         raise ValueError(f"{str(path)!r} does not fit {type(model).__name__}: {differing}") from error
     say(f"weights loaded from {path}")
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a file, unwrapped; a ValueError where the file is no checkpoint of tensors and plain data."""
     try:
         return unwrap_state_dict(read_state_dict(str(path)))
@@ -133,7 +133,7 @@ def _body(state_dict: dict) -> dict:
     return {}
 
 
-def differences(own: dict, given: dict) -> str:
+def differing_weights(own: dict, given: dict) -> str:
     """The differences of two state dicts in names and shapes, in one line with up to three names of each kind."""
     kinds = {
         "missing": [name for name in own if name not in given],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..layers import POS_EMBEDS
 from ..layers.mlp import SwiGlu
-from .checkpoints import read_checkpoint, unwrap_state_dict
+from .checkpoints import read_weights, unwrap_state_dict
 from .luna_vit import LunaVit
 
 
@@ -37,7 +37,7 @@ def _vit_state_dict(source: str | os.PathLike | dict) -> dict[str, Tensor]:
     if isinstance(source, dict):
         state = source
     elif Path(source).is_file():
-        return read_checkpoint(source)
+        return read_weights(source)
     elif timm.is_model(str(source).split(".")[0]):
         try:
             state = timm.create_model(str(source), pretrained=True).state_dict()

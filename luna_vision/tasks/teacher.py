@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from luna_vision.data.sizes import height_width
 from luna_vision.images.transforms import per_channel
-from luna_vision.models.checkpoints import read_checkpoint
+from luna_vision.models.checkpoints import read_weights
 from luna_vision.models.factory import build_model, check_model_name, load_model, training_checkpoint
 from luna_vision.utils.errors import one_line
 
@@ -293,7 +293,7 @@ def _classes(name: str, checkpoint: str) -> int:
     if not Path(checkpoint).is_file():
         raise FileNotFoundError(f"checkpoint {checkpoint!r} does not exist")
     cfg = get_pretrained_cfg(name)
-    weight = read_checkpoint(checkpoint).get(f"{cfg.classifier if cfg else 'head'}.weight")
+    weight = read_weights(checkpoint).get(f"{cfg.classifier if cfg else 'head'}.weight")
     return 0 if weight is None else len(weight)
 
 
