@@ -9,8 +9,8 @@ Shapes: n patches, C width.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +22,10 @@ from luna_vision.data import eval_transform
 from luna_vision.utils.files import write_json
 
 from .command import Parser, at_least
-from .larger_sides import load
-from .runs import finished, provenance
+from .larger_sides import load, parse_models
+from .runs import provenance
 
-__all__ = ["fit", "main", "score"]
+__all__ = ["fit", "main", "probe", "score"]
 
 NUM_CLASSES = 11
 HEIGHT, WIDTH = 180, 240  # to which scenes are resized, or the next smaller whole number of patches, pixels
@@ -39,11 +39,13 @@ def patch_labels(mask: np.ndarray, side: int) -> Tensor:
 
 
 @torch.no_grad()
-def patches(model: nn.Module, config: dict[str, Any], root: Path, split: str, scenes: int) -> tuple[Tensor, Tensor]:
+def patches(
+    model: nn.Module, mean: Sequence[float], std: Sequence[float], root: Path, split: str, scenes: int
+) -> tuple[Tensor, Tensor]:
     """Patches (n, C) of scenes that are spread over a split, and their classes (n)."""
-    args, side = config["data"]["args"], config["model"]["patch_size"]
+    side = model.patch_embed.patch_size[0]
     height, width = (length // side * side for length in (HEIGHT, WIDTH))
-    transform = eval_transform((height, width), args["mean"], args["std"])
+    transform = eval_transform((height, width), mean, std)
     files = sorted((root / split).glob("*.png"))
     scenes = min(scenes, len(files))
     xs, ys = [], []
@@ -84,30 +86,41 @@ def score(predicted: Tensor, y: Tensor) -> dict[str, float]:
     }
 
 
+def probe(
+    model: nn.Module, mean: Sequence[float], std: Sequence[float], root: Path, scenes: int
+) -> dict[str, float] | None:
+    """How well a linear classifier names the patches of a frozen model; None without the data.
+
+    Args:
+        model: A Luna ViT with square patches, in eval mode.
+        mean, std: By which images are normalised, by channel.
+        root: Folder of CamVid.
+        scenes: For training, and for validation, at most.
+    """
+    if not (root / "train").is_dir():
+        return None
+    x, y = patches(model, mean, std, root, "train", scenes)
+    held, labels = patches(model, mean, std, root, "val", scenes)
+    centre, spread = x.mean(0), x.std(0).clamp(min=1e-6)
+    weight, bias = fit((x - centre) / spread, y)
+    return score(F.linear((held - centre) / spread, weight, bias).argmax(-1), labels)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line says."""
     parser = Parser(
         prog="python -m experiments.dense_probe",
         description="Fit a linear classifier to the patches of trained models of experiments.compare, on CamVid.",
     )
-    parser.add_argument("--only", nargs="+", required=True, metavar="NAME", help="variants")
-    parser.add_argument("--task", default="cifar10", help="that they were trained on")
     parser.add_argument("--scenes", type=at_least(1), default=120, help="for training, and for validation, at most")
     parser.add_argument("--camvid", type=Path, default=Path("data/camvid"), help="folder of CamVid")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare/results"), help="folder of the results")
-    parser.add_argument("--work", type=Path, default=Path("runs/compare/work"), help="folder of the checkpoints")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    found = [r for r in finished(args.out) if r["task"] == args.task and r["variant"] in args.only]
-    if not found:
-        parser.error(f"no results of {', '.join(args.only)} on {args.task} in {args.out}")
+    args, found = parse_models(parser, argv)
+    if not (args.camvid / "train").is_dir():
+        parser.error(f"there is no CamVid in {args.camvid}")
     for result in found:
-        model, config = load(result, args.work), result["config"]
-        x, y = patches(model, config, args.camvid, "train", args.scenes)
-        mean, std = x.mean(0), x.std(0)
-        weight, bias = fit((x - mean) / std, y)
-        x, y = patches(model, config, args.camvid, "val", args.scenes)
-        scores = score(F.linear((x - mean) / std, weight, bias).argmax(-1), y)
+        config = result["config"]
+        data = config["data"]["args"]
+        scores = probe(load(result, args.work), data["mean"], data["std"], args.camvid, args.scenes)
         name = f"{args.task}-{result['variant']}-seed{result['seed']}"
         about = {"scenes": args.scenes, "config": config, **provenance()}
         write_json(args.out / "dense_probe" / f"{name}.json", {**scores, **about})

@@ -5,7 +5,7 @@ changed at a time that may be to blame. Nothing is trained. The images are those
 change is tested on the same ones.
 """
 
-import json
+import argparse
 import math
 import sys
 from collections.abc import Callable
@@ -22,13 +22,14 @@ from luna_vision.layers.local_mixing import LocalMixing
 from luna_vision.layers.luna import LunaAttention
 from luna_vision.mixers.softmax import SoftmaxMixer
 from luna_vision.utils.files import write_json
+from luna_vision.utils.record import read_json
 
 from .command import Parser, at_least
 from .measure import build_model
 from .plots import cell
 from .runs import Run, finished, make_data
 
-__all__ = ["CHANGES", "main"]
+__all__ = ["CHANGES", "load", "main", "parse_models"]
 
 Change = Callable[[nn.Module, int], None]
 
@@ -76,18 +77,8 @@ def coarse_mixing(model: nn.Module, scale: int) -> None:
     """Run the convolutions on the mean patches of a grid as fine as in training, and interpolate what they give."""
     for module in model.modules():
         if isinstance(module, LocalMixing):
-            conv = module.conv
-            module.conv = _Coarse(conv, scale)
-
-
-class _Coarse(nn.Module):
-    def __init__(self, conv: nn.Module, scale: int) -> None:
-        super().__init__()
-        self.conv, self.scale = conv, scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(F.avg_pool2d(x, self.scale))
-        return F.interpolate(y, scale_factor=self.scale, mode="bilinear")
+            shrink, enlarge = nn.AvgPool2d(scale), nn.Upsample(scale_factor=scale, mode="bilinear")
+            module.conv = nn.Sequential(shrink, module.conv, enlarge)
 
 
 def no_mixing(model: nn.Module, scale: int) -> None:
@@ -157,28 +148,34 @@ def load(result: dict[str, Any], work: Path) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def parse_models(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, list[dict[str, Any]]]:
+    """The command line with the arguments that choose trained models, and the results of these."""
+    parser.add_argument("--only", nargs="+", required=True, metavar="NAME", help="variants")
+    parser.add_argument("--task", default="cifar10", help="that they were trained on")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare/results"), help="folder of the results")
+    parser.add_argument("--work", type=Path, default=Path("runs/compare/work"), help="folder of the checkpoints")
+    args = parser.parse_args(argv)
+    found = [r for r in finished(args.out) if r["task"] == args.task and r["variant"] in args.only]
+    if not found:
+        parser.error(f"no results of {', '.join(args.only)} on {args.task} in {args.out}")
+    torch.set_num_threads(1)
+    return args, found
+
+
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line says."""
     parser = Parser(
         prog="python -m experiments.larger_sides",
         description="Test trained models of experiments.compare on larger images, with one thing changed at a time.",
     )
-    parser.add_argument("--only", nargs="+", required=True, metavar="NAME", help="variants")
     parser.add_argument("--changes", nargs="+", choices=list(CHANGES), default=list(CHANGES), metavar="CHANGE")
-    parser.add_argument("--task", default="cifar10", help="of the models")
     parser.add_argument("--scale", type=at_least(2), default=4, help="of the side of training")
     parser.add_argument("--images", type=at_least(1), default=1000, help="at most")
     parser.add_argument("--root", default="data", help="folder of the data")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare/results"), help="folder of the results")
-    parser.add_argument("--work", type=Path, default=Path("runs/compare/work"), help="folder of the checkpoints")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    found = [r for r in finished(args.out) if r["task"] == args.task and r["variant"] in args.only]
-    if not found:
-        parser.error(f"no results of {', '.join(args.only)} on {args.task} in {args.out}")
+    args, found = parse_models(parser, argv)
     for result in found:
         path = args.out / "larger_sides" / f"{args.task}-{result['variant']}-seed{result['seed']}-x{args.scale}.json"
-        rows = json.loads(path.read_text(encoding="utf-8"))["changes"] if path.exists() else {}
+        rows = read_json(path).get("changes", {})
         dataset = make_data(result["config"], args.root, args.scale).dataset("val")
         images = min(args.images, len(dataset))
         spread = Subset(dataset, [i * len(dataset) // images for i in range(images)])

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
@@ -23,7 +22,7 @@ from luna_vision.models.factory import training_checkpoint
 from luna_vision.utils.files import write_json, write_text
 
 from .command import Parser, at_least
-from .dense_probe import fit, patches, score
+from .dense_probe import probe
 from .measure import build_model
 from .plots import cell, figure_file
 from .runs import Run, add_run_arguments, configuration, do_runs, evaluate, finished, make_data, train
@@ -93,21 +92,11 @@ def execute(run: Run, root: str, work: Path) -> dict[str, Any]:
         return {
             "knn": found.knn,
             "linear": found.linear.accuracy,
-            "camvid": _patches(model, config, Path(root, "camvid")),
+            "camvid": probe(model, args["mean"], args["std"], Path(root, "camvid"), config["scenes"]),
         }
     overlays = [{"model": {"init_args": {"checkpoint": config["file"]}}}] if config["weights"] else []
     cli, training = train(run, root, work, overlays)
     return {"accuracy": evaluate(cli, make_data(config, root), images or 10_000, split="test"), **training}
-
-
-def _patches(model: nn.Module, config: dict[str, Any], root: Path) -> dict[str, float] | None:
-    """What a linear classifier makes of the patches of CamVid's scenes; None without the data."""
-    if not (root / "train").is_dir():
-        return None
-    (x, y), (held, labels) = (patches(model, config, root, split, config["scenes"]) for split in ("train", "val"))
-    mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
-    weight, bias = fit((x - mean) / std, y)
-    return score(F.linear((held - mean) / std, weight, bias).argmax(-1), labels)
 
 
 def write_report(out: Path) -> str:

@@ -18,6 +18,7 @@ of CIFAR-10 (all training images, the test images), and by a linear classifier o
 `RUN=report` prints a table of all results.
 """
 
+import csv
 import json
 import subprocess
 import sys
@@ -34,7 +35,8 @@ import luna_vision
 from luna_vision.utils.files import write_json
 from luna_vision.utils.record import machine
 
-from .command import Parser, at_least
+from . import dense_probe
+from .command import Parser, at_least, markdown_table
 
 SHAPE = {"patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3, "stem": "patch"}
 CPU = ["--trainer.precision=bf16-mixed", "--model.compile=true", "--data.num_workers=0"]
@@ -139,11 +141,6 @@ def probe(weights: Path | None, args: Namespace) -> dict[str, Any]:
 
 def camvid(weights: Path | None, args: Namespace) -> dict[str, float] | None:
     """How well a linear classifier names CamVid's patches; None without the data."""
-    from .dense_probe import fit, patches, score
-
-    root = args.data / "camvid"
-    if not (root / "train").is_dir():
-        return None
     if weights is None:
         model = luna_vision.models.factory.load_model(
             "luna_vit_tiny", SHAPE | {"memory_len": 16, "num_classes": 0, "global_pool": "both"}, device="cpu"
@@ -151,12 +148,7 @@ def camvid(weights: Path | None, args: Namespace) -> dict[str, float] | None:
     else:
         model = luna_vision.load(weights).model
     cfg = model.pretrained_cfg
-    config = {"data": {"args": {"mean": cfg["mean"], "std": cfg["std"]}}, "model": {"patch_size": SHAPE["patch_size"]}}
-    (x, y), (held, labels) = (patches(model, config, root, split, args.scenes) for split in ("train", "val"))
-    mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
-    weight, bias = fit((x - mean) / std, y)
-    predicted = (((held - mean) / std) @ weight.T + bias).argmax(1)
-    return score(predicted, labels)
+    return dense_probe.probe(model, cfg["mean"], cfg["std"], args.data / "camvid", args.scenes)
 
 
 def run(words: list[str]) -> None:
@@ -170,30 +162,26 @@ def report(results: Path) -> None:
     """Print all results as tables in Markdown."""
     found = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
     columns = ("run", "seed", "epochs", "kNN", "linear", "accuracy", "CamVid patches, mIoU", "hours")
-    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    rows, tiny = [], []
     for run in found:
-        if run["run"] not in TINY:
-            shown = [
-                run["probe"]["knn"],
-                run["probe"]["linear"],
-                run["test_acc1"],
-                (run["camvid"] or {}).get("mean_iou"),
-            ]
-            cells = ["" if value is None else f"{100 * value:.2f}" for value in shown]
-            print(f"| {run['run']} | {run['seed']} | {run['epochs']} | {' | '.join(cells)} | {run['hours']:.2f} |")
-    print("\n| Tiny-ImageNet | seed | accuracy | agreement with the teacher | hours |\n|---|---|---|---|---|")
-    for run in found:
+        seed, hours = str(run["seed"]), f"{run['hours']:.2f}"
         if run["run"] in TINY:
             for name, accuracy in run["tiny_imagenet"].items():
                 agreement = run.get("conversion", {}).get(name, {}).get("agreement")
-                cells = f"{100 * accuracy:.2f} | {'' if agreement is None else f'{100 * agreement:.1f}'}"
-                print(f"| {run['run']}: {name} | {run['seed']} | {cells} | {run['hours']:.2f} |")
+                shown = "" if agreement is None else f"{100 * agreement:.1f}"
+                tiny.append([f"{run['run']}: {name}", seed, f"{100 * accuracy:.2f}", shown, hours])
+            continue
+        mean_iou = (run["camvid"] or {}).get("mean_iou")
+        shares = [run["probe"]["knn"], run["probe"]["linear"], run["test_acc1"], mean_iou]
+        cells = ["" if share is None else f"{100 * share:.2f}" for share in shares]
+        rows.append([run["run"], seed, str(run["epochs"]), *cells, hours])
+    print(markdown_table(columns, rows))
+    print()
+    print(markdown_table(("Tiny-ImageNet", "seed", "accuracy", "agreement with the teacher", "hours"), tiny))
 
 
 def accuracy(name: str, args: Namespace) -> float | None:
     """The accuracy on the test images that a run with labels has logged."""
-    import csv
-
     files = sorted((args.out / f"{name}-seed{args.seed}").glob("version_*/metrics.csv"))
     rows = [row for file in files for row in csv.DictReader(file.open(newline="")) if row.get("test_acc1")]
     return float(rows[-1]["test_acc1"]) if rows else None
