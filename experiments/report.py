@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from luna_vision.utils.files import save_figure, write_json, write_text
 
+from .command import markdown_table
 from .plots import wilson
 
 Rows = dict[str, list[dict[str, Any]]]  # by task
@@ -24,8 +25,10 @@ NOTE = (
 
 def collect(out: Path, tasks: Sequence[str], variants: Sequence[str]) -> Rows:
     """A row for each task and variant that has a result, a measurement or an error."""
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "runs").glob("*.json"))]
-    measured = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "measured").glob("*.json"))]
+    results, measured = (
+        [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / folder).glob("*.json"))]
+        for folder in ("runs", "measured")
+    )
     rows: Rows = {}
     for task in tasks:
         for variant in variants:
@@ -70,13 +73,14 @@ def markdown(rows: Rows, titles: dict[str, tuple[str, str]]) -> str:
         images = {s: a["images"] for row in mine for s, a in row["accuracy"].items()}
         heads = ["variant", "seeds", *(f"{sides[s]} px{' mosaics' if s == 'mosaic' else ''}" for s in sides)]
         heads += ["parameters (M)", "GMACs", "step (ms)", "images/s", "saved (MB)"]
-        lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        table = []
         for row in mine:
             cells = [f"`{row['variant']}`", str(len(row["seeds"])), *(_accuracy(row, s) for s in sides)]
             cells += [_number(row["params"], 1e-6, 2), _number(row["macs"], 1e-9, 3)]
             cells += [_number(row["step_seconds"], 1e3, 0), _number(row["images_per_s"], 1, 1)]
             cells += [_number(row["saved_bytes"], 1e-6, 1)]
-            lines.append(f"| {' | '.join(cells)} |")
+            table.append(cells)
+        lines = [markdown_table(heads, table)]
         for row in mine:
             for seed, error in row["errors"].items():
                 lines.append(f"\n`{row['variant']}`, seed {seed}, failed: {error}")

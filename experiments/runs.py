@@ -31,10 +31,9 @@ from torch.utils.data import DataLoader, Subset
 import luna_vision.data
 from luna_vision.cli.train import LunaCLI, build
 from luna_vision.data import ImageDataModule
-from luna_vision.utils.files import write_json
-from luna_vision.utils.record import machine
+from luna_vision.utils.files import write_json, write_text
 
-from .command import Parser, at_least, quiet_lightning
+from .command import Parser, at_least, markdown_table, measured_on, quiet_lightning
 from .mosaics import mosaic_dataset
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -292,8 +291,9 @@ def evaluate(
 
 def provenance(device: str = "cpu") -> dict[str, Any]:
     """Where and with what a number came about."""
-    about = {**machine(device), "lightning": lightning.__version__, "threads": torch.get_num_threads()}
-    return {"date": datetime.date.today().isoformat(), "machine": about}
+    about = measured_on(device)
+    about["machine"] |= {"lightning": lightning.__version__, "threads": torch.get_num_threads()}
+    return about
 
 
 def say(name: str, text: str) -> None:
@@ -328,6 +328,16 @@ def add_folder_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--out", type=Path, default=Path(f"runs/{name}/results"), help="folder of the results")
     parser.add_argument("--work", type=Path, default=Path(f"runs/{name}/work"), help="folder of the checkpoints")
     parser.add_argument("--report-only", action="store_true", help="only make the report from what there is")
+
+
+def write_table(
+    out: Path, name: str, heads: Sequence[str], rows: Sequence[Sequence[str]], about: str, results: list[dict[str, Any]]
+) -> str:
+    """Write `NAME.md`, a table and a sentence about it, and `NAME.json`, the results; returns the text."""
+    text = f"{markdown_table(heads, rows)}\n\n{about}\n"
+    write_text(out / f"{name}.md", text)
+    write_json(out / f"{name}.json", {"date": datetime.date.today().isoformat(), "runs": results})
+    return text
 
 
 def do_runs(

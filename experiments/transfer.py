@@ -7,7 +7,6 @@ task "cifar10" of `experiments.compare`, with as many steps for all, and a third
 """
 
 import argparse
-import datetime
 import hashlib
 import sys
 from pathlib import Path
@@ -19,13 +18,12 @@ from torch import nn
 
 from luna_vision.downstream.probe import open_data, probe_model
 from luna_vision.models.factory import training_checkpoint
-from luna_vision.utils.files import write_json, write_text
 
 from .command import Parser, at_least
 from .dense_probe import probe
 from .measure import build_model
 from .plots import cell, figure_file
-from .runs import Run, add_run_arguments, configuration, do_runs, evaluate, finished, make_data, train
+from .runs import Run, add_run_arguments, configuration, do_runs, evaluate, finished, make_data, train, write_table
 
 __all__ = ["execute", "main", "plan"]
 
@@ -106,17 +104,16 @@ def write_report(out: Path) -> str:
         return f"no results in {out / 'runs'} yet"
     names = [name for name in ("luna", "luna-random", "softmax", "softmax-random") if any(name == v for _, v in done)]
     heads = ["start", "kNN", "linear", "CamVid patches, %", "mIoU", "fine-tuned, 64 px", "fine-tuned, 128 px"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = []
     for name in names:
         frozen = done.get(("frozen", name), {})
         scene = frozen.get("camvid") or {}
         shares = [frozen.get("knn"), frozen.get("linear"), scene.get("accuracy"), scene.get("mean_iou")]
         cells = ["-" if share is None else f"{100 * share:.1f}" for share in shares]
         cells += [cell(done.get((kind, name), {}).get("accuracy")) for kind in ("finetune64", "finetune128")]
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    text = "\n".join([*lines, "", "In %, of test images; in brackets, the 95% interval of the binomial (Wilson).", ""])
-    write_text(out / "transfer.md", text)
-    write_json(out / "transfer.json", {"date": datetime.date.today().isoformat(), "runs": list(done.values())})
+        rows.append([f"`{name}`", *cells])
+    about = "In %, of test images; in brackets, the 95% interval of the binomial (Wilson)."
+    text = write_table(out, "transfer", heads, rows, about, list(done.values()))
     kinds = {kind for kind, _ in done}
     columns = {"kNN": "knn", "linear": "linear", "64 px": "finetune64", "128 px": "finetune128"}
     # the kinds that were run

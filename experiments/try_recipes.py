@@ -1,4 +1,4 @@
-"""Try every config on real photographs: `python experiments/try_recipes.py DATA`.
+"""Try every config on real photographs: `python -m experiments.try_recipes DATA`.
 
 DATA is a folder with the images of CIFAR-10 (cifar10/{train,test}/<class>/*.png) and of Tiny-ImageNet
 (tiny_imagenet/{train,val}/<class>/*.png) as image folders, and Fashion-MNIST as torchvision lays it out
@@ -13,8 +13,6 @@ where the task is one of classification. The model is the config's, narrow and s
 batches; what else is changed stands in the result. What is done is not done again: a second call goes on.
 """
 
-import argparse
-import datetime
 import hashlib
 import json
 import multiprocessing
@@ -39,7 +37,9 @@ from luna_vision.cli import export
 from luna_vision.cli import train as cli
 from luna_vision.data import convert
 from luna_vision.utils.files import write_json
-from luna_vision.utils.record import machine, read_json
+from luna_vision.utils.record import read_json
+
+from .command import Parser, markdown_table, measured_on
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -260,29 +260,29 @@ def all_recipes() -> dict[str, list[Path]]:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    lines = ["| config | samples | at | steps, after a resume | seconds | outcome |", "|---|---|---|---|---|---|"]
+    lines = []
     for name, row in rows.items():
         samples = row.get("samples", {"read": "", "last_shape": []})
         shape = " x ".join(map(str, samples["last_shape"][-3:]))
         reached = f"{row.get('steps', '')}, {row.get('steps_after_resume', '')}"
         seconds = f"{sum(row['seconds'].values()):.0f}"
-        lines.append(f"| {name} | {samples['read']} | {shape} | {reached} | {seconds} | {row.get('error', 'ok')} |")
-    return "\n".join(lines)
+        lines.append([name, str(samples["read"]), shape, reached, seconds, row.get("error", "ok")])
+    return markdown_table(["config", "samples", "at", "steps, after a resume", "seconds", "outcome"], lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", type=Path, metavar="DATA", help="with cifar10, tiny_imagenet and FashionMNIST")
-    parser.add_argument("--work", type=Path, help="folder for converted data and runs (DATA/try_recipes)")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/recipes.json"), help="(%(default)s)")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="of each config (%(default)s)")
+    parser.add_argument("--work", type=Path, help="folder for converted data and runs; DATA/try_recipes if left out")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/recipes.json"), help="results")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="of each config")
     parser.add_argument("--only", nargs="+", choices=all_recipes(), metavar="NAME", help="these alone, done or not")
     args = parser.parse_args()
     work = (args.work or args.data / "try_recipes").absolute()
     prepare(args.data.absolute(), work)
     accept_sums(work / "data")
     result = read_json(args.out) or {"recipes": {}}
-    result |= {"date": datetime.date.today().isoformat(), "machine": machine()}
+    result |= measured_on()
     result["versions"] = {name: version(name) for name in LIBRARIES}
     for name, files in all_recipes().items():
         known = result["recipes"].get(name)

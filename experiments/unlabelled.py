@@ -33,10 +33,9 @@ from torchvision.datasets import ImageFolder
 
 import luna_vision
 from luna_vision.utils.files import write_json
-from luna_vision.utils.record import machine
 
 from . import dense_probe
-from .command import Parser, at_least, markdown_table
+from .command import Parser, at_least, markdown_table, measured_on
 
 SHAPE = {"patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3, "stem": "patch"}
 CPU = ["--trainer.precision=bf16-mixed", "--model.compile=true", "--data.num_workers=0"]
@@ -225,7 +224,7 @@ def main() -> None:
     else:
         result |= {"epochs": args.epochs, "test_acc1": accuracy(args.run, args)}
         result |= {"probe": probe(weights, args), "camvid": camvid(weights, args)}
-    write_json(args.results / f"{args.run}-seed{args.seed}.json", result | {"machine": machine("cpu")})
+    write_json(args.results / f"{args.run}-seed{args.seed}.json", result | measured_on())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ be told than which items there were.
 """
 
 import argparse
-import datetime
 import sys
 import time
 from pathlib import Path
@@ -22,10 +21,9 @@ from torch.utils.data import DataLoader
 
 from experiments.command import Parser, at_least
 from experiments.plots import cell, figure_file
-from experiments.runs import Run, add_run_arguments, configuration, do_runs, finished, make_data, train
+from experiments.runs import Run, add_run_arguments, configuration, do_runs, finished, make_data, train, write_table
 from luna_vision.data.canvas_module import ITEM_SOURCES
 from luna_vision.tasks import SequenceTask
-from luna_vision.utils.files import write_json, write_text
 
 __all__ = ["evaluate_memories", "execute", "main", "plan"]
 
@@ -93,18 +91,13 @@ def write_report(out: Path) -> str:
     done = finished(out)
     if not done:
         return f"no results in {out / 'runs'} yet"
-    lines = [f"| training | seed | {' | '.join(TESTS.values())} |", "|---" * (len(TESTS) + 2) + "|"]
-    for result in done:
-        cells = [cell(result["accuracy"][name]) for name in TESTS]
-        lines.append(f"| {result['variant']} | {result['seed']} | {' | '.join(cells)} |")
+    rows = [[one["variant"], str(one["seed"]), *(cell(one["accuracy"][name]) for name in TESTS)] for one in done]
     items = {result["config"]["data"]["args"]["num_items"] for result in done}
     chance = ", ".join(f"{100 / n:.0f}% with {n} items" for n in sorted(items))
     about = (
         f"Test accuracy in %, and the 95% interval of the binomial (Wilson). Knowing the items alone gives {chance}."
     )
-    text = "\n".join([*lines, "", about, ""])
-    write_text(out / "carry.md", text)
-    write_json(out / "carry.json", {"date": datetime.date.today().isoformat(), "runs": done})
+    text = write_table(out, "carry", ["training", "seed", *TESTS.values()], rows, about, done)
     with figure_file(out / "carry.png") as axes:
         for result in done:
             samples, shares = zip(*((point["samples"], 100 * point["acc1"]) for point in result["curve"]), strict=True)

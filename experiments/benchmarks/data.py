@@ -4,7 +4,6 @@ The images are random parts of scikit-learn's two sample photographs, written as
 usual size in ImageNet. They stay in the page cache: it is reading and decoding that is measured, not the disk.
 """
 
-import datetime
 import importlib.metadata
 import itertools
 import statistics
@@ -22,7 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
-from experiments.command import Parser, at_least
+from experiments.command import Parser, at_least, markdown_table, measured_on
 from luna_vision.data import (
     AUGMENTATIONS,
     ImageDataModule,
@@ -32,7 +31,6 @@ from luna_vision.data import (
 )
 from luna_vision.data.convert import convert
 from luna_vision.utils.files import write_json, write_text
-from luna_vision.utils.record import machine
 
 __all__ = ["main", "make_photographs", "measure", "table"]
 
@@ -91,17 +89,15 @@ def table(result: dict[str, Any]) -> str:
     rates = {(row["source"], row["augmentation"]): row["images_per_second"] for row in result["rows"]}
     sources, augmentations = (list(dict.fromkeys(key[i] for key in rates)) for i in (0, 1))
     about, side = result["machine"], result["img_size"]
-    lines = [
+    said = (
         f"Images a second on one core of {about['cpu']}: {result['images']} JPEG files of {SIZE[0]} x {SIZE[1]} pixels "
         f"({result['mean_bytes'] / 1000:.0f} kB) to {side} x {side}, in one process; median "
-        f"of {result['repeats']}.",
-        "",
-        "| source | " + " | ".join(augmentations) + " |",
-        "|---|" + "---|" * len(augmentations),
-    ]
-    lines += [f"| {s} | " + " | ".join(f"{rates[s, a]:.0f}" for a in augmentations) + " |" for s in sources]
+        f"of {result['repeats']}."
+    )
+    rows = [[source, *(f"{rates[source, a]:.0f}" for a in augmentations)] for source in sources]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return "\n".join([*lines, "", f"torch {about['torch']}, timm {about['timm']}, {versions}; {result['date']}."])
+    made_with = f"torch {about['torch']}, timm {about['timm']}, {versions}; {result['date']}."
+    return "\n\n".join([said, markdown_table(["source", *augmentations], rows), made_with])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -123,8 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     words = " ".join(sys.argv[1:] if argv is None else argv)
     result: dict[str, Any] = {
         "command": f"python -m experiments.benchmarks.data {words}".strip(),
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
+        **measured_on(),
         "versions": {name: version for name in LIBRARIES if (version := _version(name))},
         **{name: getattr(args, name) for name in ("images", "img_size", "repeats")},
     }
@@ -133,12 +128,7 @@ def main(argv: list[str] | None = None) -> None:
         result["mean_bytes"] = make_photographs(root, args.images)
         for source in set(args.sources) - {"folder"}:
             convert(root, Path(folder, source), source, shard_megabytes=4)
-        settings = {
-            "img_size": args.img_size,
-            "batch_size": 32,
-            "num_workers": 0,
-            "drop_last": False,
-        }
+        settings = {"img_size": args.img_size, "batch_size": 32, "num_workers": 0, "drop_last": False}
         cells = {
             (source, augmentation): SOURCES[source](
                 str(Path(folder, source)), augmentation=augmentation, val_fraction=0, **settings

@@ -6,7 +6,6 @@ asked for, without any training in between. Shell, data, schedule and budget are
 """
 
 import argparse
-import datetime
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ from typing import Any
 from experiments.command import Parser, at_least
 from experiments.compare import SUITES, TASKS, run_config
 from experiments.plots import cell, error_bars, figure_file
-from experiments.runs import Run, add_run_arguments, do_runs, evaluate, finished, make_data, train
-from luna_vision.utils.files import write_json, write_text
+from experiments.runs import Run, add_run_arguments, do_runs, evaluate, finished, make_data, train, write_table
 
 __all__ = ["execute", "main", "plan"]
 
@@ -66,14 +64,9 @@ def write_report(out: Path) -> str:
     if not done:
         return f"no results in {out / 'runs'} yet"
     lens = sorted({int(slots) for result in done for slots in result["accuracy"]})
-    lines = [f"| training | seed | {' | '.join(f'{n} slots' for n in lens)} |", "|---" * (len(lens) + 2) + "|"]
-    for result in done:
-        cells = [cell(result["accuracy"].get(str(slots))) for slots in lens]
-        lines.append(f"| {result['variant']} | {result['seed']} | {' | '.join(cells)} |")
+    rows = [[one["variant"], str(one["seed"]), *(cell(one["accuracy"].get(str(n))) for n in lens)] for one in done]
     about = "Test accuracy in %, and the 95% interval of the binomial (Wilson), of one model each, by the slots in use."
-    text = "\n".join([*lines, "", about, ""])
-    write_text(out / "elastic.md", text)
-    write_json(out / "elastic.json", {"date": datetime.date.today().isoformat(), "runs": done})
+    text = write_table(out, "elastic", ["training", "seed", *(f"{n} slots" for n in lens)], rows, about, done)
     with figure_file(out / "elastic.png") as axes:
         for result in done:
             tests, i = list(result["accuracy"].values()), VARIANTS.index(result["variant"])

@@ -4,24 +4,21 @@
 """
 
 import argparse
-import datetime
 import itertools
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from experiments.command import Parser
+from experiments.command import Parser, json_file, measured_on
 from luna_vision import functional as LF
 from luna_vision.layers import LunaAttention
 from luna_vision.utils.files import write_json
-from luna_vision.utils.record import machine
 
 __all__ = ["fit", "main", "regret"]
 
@@ -130,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
     parser.add_argument("--seconds", type=float, default=0.4, help="of timing for one pair")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=json_file, help="JSON file to write")
     parser.add_argument("--fit-only", action="store_true", help="fit the constants to the rows that --out has")
     args = parser.parse_args(argv)
     if args.fit_only and not (args.out and args.out.is_file()):
@@ -145,10 +142,9 @@ def main(argv: list[str] | None = None) -> None:
         fitted[part] = {**cost._asdict(), "mean_regret": mean, "largest_regret": worst}
         print(f"{part}: {cost}; slower than the better form by {mean - 1:.1%} on average, {worst - 1:.0%} at most")
     if args.out and not args.fit_only:
-        result = {"date": datetime.date.today().isoformat(), "machine": machine(args.device), "dtype": args.dtype}
-        result |= {"batch": args.batch, "compiled": args.compiled}
-        result["threads"] = torch.get_num_threads()
-        write_json(args.out, {**result, "constants": fitted, "rows": rows})
+        about = {name: getattr(args, name) for name in ("dtype", "batch", "compiled")}
+        about |= {"threads": torch.get_num_threads(), "constants": fitted}
+        write_json(args.out, {**measured_on(args.device), **about, "rows": rows})
 
 
 if __name__ == "__main__":

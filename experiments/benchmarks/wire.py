@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import luna_vision  # noqa: F401  registers the models
-from experiments.command import Parser, at_least
+from experiments.command import Parser, at_least, markdown_table
 
 __all__ = ["Traffic", "image_traffic", "layer_traffic", "ring_attention"]
 
@@ -122,8 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     patches, P = rows * columns, args.processes
     one = layer_traffic(model.blocks[0], model.memory_len, columns)
     print(f"{args.model}, {args.side} x {args.side} pixels, {rows} x {columns} = {patches:,} patches, {P} processes\n")
-    print("| each process sends | type | forward, a layer | backward, a layer | all layers, both |")
-    print("|---|---|---|---|---|")
+    table = []
     for name in ("bf16", "fp32"):
         itemsize, depth = DTYPES[name], len(model.blocks)
         state, halo = ([f(t) for t in one] for f in (lambda t: Traffic(t.reduced), lambda t: Traffic(0, t.sent)))
@@ -133,7 +132,12 @@ def main(argv: list[str] | None = None) -> None:
             ("Luna: rows to two neighbours", [t.bytes_sent(P, itemsize) for t in halo]),
             ("ring attention: keys, values", ring),
         ):
-            print(f"| {label} | {name} | {_size(parts[0])} | {_size(parts[1])} | {_size(depth * sum(parts))} |")
+            table.append([label, name, *map(_size, (*parts, depth * sum(parts)))])
+    print(
+        markdown_table(
+            ["each process sends", "type", "forward, a layer", "backward, a layer", "all layers, both"], table
+        )
+    )
 
 
 if __name__ == "__main__":

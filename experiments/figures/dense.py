@@ -4,7 +4,6 @@ The checkpoints are those that `python train.py fit --config configs/canvas_dete
 `configs/canvas_segmentation.yaml` leave. The pictures show the first canvases of the test set.
 """
 
-import argparse
 import warnings
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch, Rectangle
 
+from experiments.command import Parser
 from luna_vision.data import CanvasDetectionDataModule, CanvasSegmentationDataModule
 from luna_vision.tasks import DetectionTask, SegmentationTask
 from luna_vision.utils.files import save_figure
@@ -84,12 +84,12 @@ KINDS = {
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", default="data", help="folder of Fashion-MNIST (default: data)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="(default: both)")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", default="data", help="folder of Fashion-MNIST")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     for name in KINDS:
         checkpoint = Path(f"runs/canvas_{name}/version_0/checkpoints/best.ckpt")
-        parser.add_argument(f"--{name}", type=Path, default=checkpoint, help=f"(default: {checkpoint})")
+        parser.add_argument(f"--{name}", type=Path, default=checkpoint, help="its checkpoint")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", module="lightning")
     for name in args.kinds:

@@ -6,7 +6,6 @@ one thread. Later runs only embed, probe and draw. The embeddings of the neighbo
 numbers of the probes go to docs/results/probe.json.
 """
 
-import argparse
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,12 +16,12 @@ from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
+from experiments.command import Parser, measured_on
 from experiments.runs import CONFIGS, fit
 from luna_vision.data import FashionMNISTDataModule
 from luna_vision.downstream.embed import Settings, embed_images
 from luna_vision.downstream.probe import knn_accuracy, linear_probe_accuracy, open_data, probe_model
 from luna_vision.utils.files import save_figure, write_json
-from luna_vision.utils.record import machine
 
 FOLDER = Path("runs/embeddings")
 DOCS = Path(__file__).parents[2] / "docs"
@@ -94,8 +93,8 @@ def draw_probes(found: dict[str, dict[str, float]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", default="data", help="folder of Fashion-MNIST (default: data)")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", default="data", help="folder of Fashion-MNIST")
     args = parser.parse_args()
     torch.set_num_threads(1)
     cli, _ = fit([CONFIGS / "embeddings.yaml", {"data": {"init_args": {"root": args.root}}}], FOLDER)
@@ -107,7 +106,7 @@ def main() -> None:
     draw_neighbours(trained, cli.datamodule)
     models = {"pixels": None, "random weights": random, "after two epochs": trained}
     found = {name: probe(model, args.root) for name, model in models.items()}
-    write_json(DOCS / "results" / "probe.json", {"images": PROBED, "top1": found, "machine": machine()})
+    write_json(DOCS / "results" / "probe.json", {**measured_on(), "images": PROBED, "top1": found})
     draw_probes(found)
 
 

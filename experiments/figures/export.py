@@ -4,7 +4,6 @@ One file, written once, takes all these sizes. Each time is the median of `REPEA
 PyTorch and onnxruntime take turns and have the same number of threads. The numbers go to docs/results/export.json.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -16,9 +15,9 @@ import timm
 import torch
 
 import luna_vision  # noqa: F401  (registers the models)
+from experiments.command import Parser, measured_on
 from luna_vision.export import export_onnx
 from luna_vision.utils.files import save_figure, write_json
-from luna_vision.utils.record import machine
 
 DOCS = Path(__file__).parents[2] / "docs"
 MODEL = "luna_vit_small"
@@ -62,8 +61,8 @@ def draw(rows: list[dict[str, float]], threads: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2, help="of both (default: 2)")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2, help="of both")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -75,8 +74,8 @@ def main() -> None:
         options.intra_op_num_threads = args.threads
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         rows = [measure(model, session, side) for side in SIDES]
-    about = {"model": MODEL, "threads": args.threads, "onnxruntime": onnxruntime.__version__, "machine": machine()}
-    write_json(DOCS / "results" / "export.json", {**about, "rows": rows})
+    about = {"model": MODEL, "threads": args.threads, "onnxruntime": onnxruntime.__version__}
+    write_json(DOCS / "results" / "export.json", {**measured_on(), **about, "rows": rows})
     draw(rows, args.threads)
 
 
