@@ -19,35 +19,11 @@ from luna_vision.models import LunaVit
 from .cell import Spec
 from .jobs import Job, measure_all, peak_resident
 
-__all__ = ["estimate", "main", "measure"]
+__all__ = ["main", "measure"]
 
 WAYS = ("plain", "checkpointing", "bands")
 STORE_TYPES = {"float32": None, "bfloat16": torch.bfloat16}
 BAND_PATCHES = 2**12  # as many as a band of streaming has
-
-
-def estimate(model: LunaVit, side: int, store_bytes: int, rows: int | None = None) -> int:
-    """Bytes that a step in bands holds at its fullest, when the backward pass begins, beyond Python and the libraries.
-
-    The pixels, the input of every block as it is stored, and four times the patches in float32: the last block's
-    output, the same joined to the memory, and the two gradients that the final norm turns into each other. Then
-    parameters and their gradients, and the band in work: what autograd keeps of a block, about 14 times the width and
-    three times the MLP's hidden layer for each patch.
-
-    Args:
-        model: A Luna ViT.
-        side: Of the image, pixels.
-        store_bytes: Of a number, as the inputs are stored.
-        rows: Of a band; those of about 4,096 patches if None.
-    """
-    p, q = model.patch_embed.patch_size
-    columns, width = -(-side // q), model.embed_dim
-    patches = -(-side // p) * columns
-    rows = default_rows(model, side) if rows is None else rows
-    pixels = 4 * model.in_chans * side * side
-    kept = patches * width * (len(model.blocks) * store_bytes + 4 * 4)
-    band = min(patches, rows * columns) * 4 * (14 * width + 3 * model.blocks[0].hidden)
-    return pixels + kept + 2 * 4 * sum(x.numel() for x in model.parameters()) + band
 
 
 def default_rows(model: LunaVit, side: int) -> int:
@@ -73,7 +49,7 @@ def measure(job: Job) -> Job:
     loss.backward()
     seconds = time.perf_counter() - started
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-    result = {
+    return {
         "seconds": seconds,
         "forward_seconds": forward,
         "peak_resident_bytes": peak_resident(),
@@ -81,11 +57,6 @@ def measure(job: Job) -> Job:
         "loss": loss.item(),
         "gradient_norm": float(norm),
     }
-    if job["way"] == "bands":
-        result["estimated_bytes"] = estimate(
-            model, job["side"], 2 if job["store_dtype"] == "bfloat16" else 4, job["rows"]
-        )
-    return result
 
 
 def _parser() -> Parser:
@@ -113,16 +84,12 @@ def jobs(args: argparse.Namespace, model: LunaVit) -> list[Job]:
     """What is to be measured of a model, in turns."""
     common = {name: getattr(args, name) for name in ("store_dtype", "autocast", "threads")}
     common["model"] = args.model.text
-    cells = [(way, args.side) for way in args.ways] + [("bands", side) for side in args.large_side]
-
-    def rows(way: str, side: int) -> int:
-        return (args.rows or default_rows(model, side)) if way == "bands" else 0
-
-    return [
-        {**common, "way": way, "side": side, "rows": rows(way, side), "repeat": i}
-        for i in range(args.repeats)
-        for way, side in cells
-    ]
+    found = []
+    for i in range(args.repeats):
+        for way, side in [*((way, args.side) for way in args.ways), *(("bands", side) for side in args.large_side)]:
+            rows = (args.rows or default_rows(model, side)) if way == "bands" else 0
+            found.append({**common, "way": way, "side": side, "rows": rows, "repeat": i})
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
