@@ -5,10 +5,11 @@ import contextlib
 import datetime
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from luna_vision.cli.common import at_least
 from luna_vision.utils.record import machine
 
 __all__ = ["Parser", "at_least", "json_file", "markdown_table", "measured_on", "quiet_lightning"]
@@ -27,17 +28,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: object) -> NoReturn:
         self.exit(2, f"error: {' '.join(str(message).split())}\n")
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """An argument type: a whole number of at least `least`."""
-
-    def whole_number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
-        return int(text)
-
-    return whole_number
 
 
 def json_file(text: str) -> Path:

@@ -25,7 +25,7 @@ from luna_vision.utils.files import write_json
 from luna_vision.utils.record import read_json
 
 from .command import Parser, at_least
-from .measure import build_model
+from .measure import fresh_model
 from .plots import cell
 from .runs import Run, finished, make_data
 
@@ -142,7 +142,7 @@ def correct(model: nn.Module, loader: DataLoader) -> int:
 def load(result: dict[str, Any], work: Path) -> nn.Module:
     """The trained model of a result, in eval mode."""
     run = Run(result["task"], result["variant"], result["seed"], result["config"])
-    model = build_model(run.config)
+    model = fresh_model(run.config)
     state = load_state_dict(str(work / run.work_name / "checkpoints" / "last.ckpt"), use_ema=False)
     model.load_state_dict({name.removeprefix("model."): value for name, value in state.items() if "model." in name})
     return model.eval().requires_grad_(False)

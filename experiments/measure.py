@@ -70,7 +70,7 @@ def measure(runs: Sequence[Run], out: Path, rounds: int) -> int:
     return failed
 
 
-def build_model(config: Config, **kwargs: Any) -> nn.Module:
+def fresh_model(config: Config, **kwargs: Any) -> nn.Module:
     """The model of a configuration, freshly initialised, in training mode."""
     torch.manual_seed(config["seed"])
     in_chans = config["data"]["args"]["in_chans"]
@@ -80,11 +80,11 @@ def build_model(config: Config, **kwargs: Any) -> nn.Module:
 
 def cost(config: Config) -> dict[str, Any]:
     """Parameters, multiply-adds of an image, and bytes that autograd keeps for a training step."""
-    model, side = build_model(config), config["model"]["img_size"]
+    model, side = fresh_model(config), config["model"]["img_size"]
     images = torch.randn(config["batch_size"], model.in_chans, side, side)
     return {
         "params": sum(p.numel() for p in model.parameters()),
-        "macs": count_macs(build_model(config, device="meta"), side, side),
+        "macs": count_macs(fresh_model(config, device="meta"), side, side),
         "saved_bytes": saved_bytes(lambda: model(images), model),
         "batch_size": config["batch_size"],
     }
@@ -93,7 +93,7 @@ def cost(config: Config) -> dict[str, Any]:
 def training_step(config: Config) -> Callable[[], None]:
     """A whole training step on random images: forward, backward, clipping and the optimizer's step."""
     device = torch.device(config.get("accelerator", "cpu"))
-    model, hp = build_model(config).to(device), config["optimization"]
+    model, hp = fresh_model(config).to(device), config["optimization"]
     optimizer = build_optimizer(model, hp["optimizer"], hp["lr"], hp["weight_decay"], None, {})
     images = torch.randn(config["batch_size"], model.in_chans, *[config["model"]["img_size"]] * 2, device=device)
     targets = torch.arange(config["batch_size"], device=device) % model.num_classes

@@ -21,7 +21,7 @@ from luna_vision.models.factory import training_checkpoint
 
 from .command import Parser, at_least
 from .dense_probe import probe
-from .measure import build_model
+from .measure import fresh_model
 from .plots import cell, figure_file
 from .runs import Run, add_run_arguments, configuration, do_runs, evaluate, finished, make_data, train, write_table
 
@@ -69,7 +69,7 @@ def _run(args: argparse.Namespace, kind: str, name: str, weights: Path | None) -
 
 def begin(config: dict[str, Any]) -> nn.Module:
     """The model of a configuration with its weights, without the head of their classes."""
-    model = build_model(config).eval()
+    model = fresh_model(config).eval()
     if config["weights"]:
         state = {key: x for key, x in load_file(config["file"]).items() if not key.startswith("head.")}
         missing, other = model.load_state_dict(state, strict=False)

@@ -14,7 +14,7 @@ from experiments.command import Parser, at_least
 from experiments.plots import figure_file
 from experiments.runs import Config, Run, do_runs
 
-from .train_runs import config_parser, configuration, fit_and_test, make_data, write_results
+from .train_runs import config_parser, fit_and_test, recipe_config, recipe_data, write_results
 
 __all__ = ["draw", "execute", "main", "plan"]
 
@@ -28,11 +28,11 @@ STUDENTS: dict[str, Config] = {
 
 def plan(args: argparse.Namespace) -> list[Run]:
     """The runs, the teacher first."""
-    teacher = Run("fashion_mnist", "teacher", 0, configuration("fashion_mnist_teacher", {}, epochs=args.epochs))
+    teacher = Run("fashion_mnist", "teacher", 0, recipe_config("fashion_mnist_teacher", {}, epochs=args.epochs))
     runs = [teacher]
     for seed in range(args.seeds):
         for name, overlay in STUDENTS.items():
-            config = configuration("fashion_mnist_distill", overlay, seed, args.epochs)
+            config = recipe_config("fashion_mnist_distill", overlay, seed, args.epochs)
             runs.append(Run("fashion_mnist", name, seed, {**config, "teacher": teacher.work_name}))
     return runs
 
@@ -80,8 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     """Do what the command line says; returns the exit code: 1 if a run failed."""
     parser = _parser()
     args = parser.parse_args(argv)
-    code = do_runs(parser, args, lambda args: plan(args)[:1], execute, write_report, make_data)
-    return code or do_runs(parser, args, plan, execute, write_report, make_data)
+    code = do_runs(parser, args, lambda args: plan(args)[:1], execute, write_report, recipe_data)
+    return code or do_runs(parser, args, plan, execute, write_report, recipe_data)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from experiments.command import Parser
 from experiments.plots import error_bars, figure_file
 from experiments.runs import Config, Run, do_runs, evaluate
 
-from .train_runs import config_parser, configuration, fit_and_test, make_data, write_results
+from .train_runs import config_parser, fit_and_test, recipe_config, recipe_data, write_results
 
 __all__ = ["draw", "execute", "main", "plan"]
 
@@ -26,19 +26,19 @@ TEST_CANVASES = {1: 2000, 2: 1000, 4: 500}  # at each multiple of the side
 
 def plan(args: argparse.Namespace) -> list[Run]:
     """The two runs."""
-    configs = {name: configuration("canvas_progressive", overlay, 0, args.epochs) for name, overlay in VARIANTS.items()}
+    configs = {name: recipe_config("canvas_progressive", overlay, 0, args.epochs) for name, overlay in VARIANTS.items()}
     return [Run("canvas_progressive", name, 0, config) for name, config in configs.items()]
 
 
 def execute(run: Run, root: str, work: Path) -> dict[str, Any]:
     """Train, or go on from the checkpoint in `work`, and test at each side. An epoch of both is as many batches as all
     images make at the sides of the config."""
-    steps = len(make_data(run.config, root).train_dataloader())
+    steps = len(recipe_data(run.config, root).train_dataloader())
     cli, result = fit_and_test(run, root, work, [{"trainer": {"limit_train_batches": steps}}])
     given, larger = run.config["recipe"]["data"]["init_args"], {}
     for scale, canvases in TEST_CANVASES.items():
         changes = {"side": given["side"] * scale, "num_test": min(canvases, given["num_test"]), "train_sizes": None}
-        found = evaluate(cli, make_data(run.config, root, **changes), canvases, scale)
+        found = evaluate(cli, recipe_data(run.config, root, **changes), canvases, scale)
         larger[str(scale)] = {"side": found["side"], "canvases": found["images"], "accuracy": found["accuracy"]}
     return {**result, "larger": larger}
 
@@ -79,7 +79,7 @@ def _parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line says; returns the exit code: 1 if a run failed."""
     parser = _parser()
-    return do_runs(parser, parser.parse_args(argv), plan, execute, write_report, make_data)
+    return do_runs(parser, parser.parse_args(argv), plan, execute, write_report, recipe_data)
 
 
 if __name__ == "__main__":

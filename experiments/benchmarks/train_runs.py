@@ -12,7 +12,7 @@ from experiments.command import Parser, at_least
 from experiments.runs import Config, LunaCLI, Run, add_folder_arguments, finished, fit
 from luna_vision.utils.files import write_json
 
-__all__ = ["config_parser", "configuration", "fit_and_test", "make_data", "write_results"]
+__all__ = ["config_parser", "recipe_config", "fit_and_test", "recipe_data", "write_results"]
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -25,7 +25,7 @@ def config_parser(name: str, description: str) -> Parser:
     return out
 
 
-def configuration(name: str, overlay: Config, seed: int = 0, epochs: int | None = None) -> Config:
+def recipe_config(name: str, overlay: Config, seed: int = 0, epochs: int | None = None) -> Config:
     """Everything that the numbers of a run depend on: a config of the project, and what is laid over it."""
     recipe = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
     seeded: Config = {"seed_everything": seed, "data": {"init_args": {"seed": seed}}}
@@ -34,7 +34,7 @@ def configuration(name: str, overlay: Config, seed: int = 0, epochs: int | None 
     return {"recipe": recipe, "overlays": [overlay, seeded], "seed": seed}
 
 
-def make_data(config: Config, root: str, **changes: Any) -> LightningDataModule:
+def recipe_data(config: Config, root: str, **changes: Any) -> LightningDataModule:
     """The data module of a recipe."""
     data = config["recipe"]["data"]
     arguments = {**data["init_args"], "root": root, **changes}

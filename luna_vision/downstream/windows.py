@@ -171,7 +171,7 @@ def read_windows(
         ValueError: The model fails on all images of the first window of all that has any.
     """
     values = values or pixel_values(extractor, settings, paths)
-    dataset = ImageFiles(paths, image_transform(extractor, settings, values), extractor.in_chans, settings.max_pixels)
+    dataset = FileTensors(paths, image_transform(extractor, settings, values), extractor.in_chans, settings.max_pixels)
     order = range(start, len(paths) if stop is None else stop)
     loader = DataLoader(dataset, batch_size=None, sampler=order, num_workers=settings.workers)
     window, images, pixels, worked = Window(start, start), {}, 0, start > 0
@@ -258,7 +258,7 @@ def extract(
     window.features, window.failures = dict(sorted(found.items())), dict(sorted(window.failures.items()))
 
 
-class ImageFiles(Dataset):
+class FileTensors(Dataset):
     """The normalised image (channels, height, width) of each file, or a string: the reason why there is none."""
 
     def __init__(self, paths: Sequence[str], transform: SeededTransform, in_chans: int, max_pixels: int) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from luna_vision.data.images import PredictDataset
-from luna_vision.downstream.windows import ImageFiles
+from luna_vision.downstream.windows import FileTensors
 from luna_vision.images.decode import SampleError, read_image, to_channels
 from luna_vision.images.transforms import eval_transform
 from luna_vision.images.values import Raster
@@ -93,12 +93,12 @@ def test_any_file_is_an_image_or_named(file: Path, content: bytes):
                 # Pillow does not convert some modes, and of other bands none is left out
                 bands = 1 if image is None or isinstance(image, Image.Image) else image.array.shape[2]
                 assert image is None or bands not in (1, 3) or image.mode in ("LAB", "HSV")
-                assert isinstance(ImageFiles([str(file)], TRANSFORMS[in_chans], in_chans, 40_000)[0], str)
+                assert isinstance(FileTensors([str(file)], TRANSFORMS[in_chans], in_chans, 40_000)[0], str)
             else:
                 assert name == str(file) and pixels.dtype == torch.float32 and pixels.shape == (in_chans, 8, 8)
                 assert pixels.isfinite().all() and pixels.abs().max() <= 1.001
                 array = np.asarray(to_channels(image, in_chans))
                 deep = isinstance(image, Raster)
                 assert array.dtype == (np.float32 if deep else np.uint8) and array.shape[:2] == image.size[::-1]
-                embedded = ImageFiles([str(file)], TRANSFORMS[in_chans], in_chans, 40_000)[0]
+                embedded = FileTensors([str(file)], TRANSFORMS[in_chans], in_chans, 40_000)[0]
                 torch.testing.assert_close(embedded, pixels, rtol=0, atol=0)

@@ -14,7 +14,7 @@ import torch
 
 from experiments import compare, runs
 from experiments.compare import SUITES, TASKS, execute, main, plan
-from experiments.measure import build_model
+from experiments.measure import fresh_model
 from experiments.runs import Ledger, make_data, measured_path, result_path, unfinished
 from luna_vision.mixers import LongformerMixer
 from luna_vision.utils.files import write_json
@@ -176,7 +176,7 @@ def test_order_of_runs_makes_partial_results_useful():
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_variant_is_a_model(suite):
     for run in plan(arguments("--suite", suite, "--width", "64")):  # strided attention needs two heads
-        build_model(run.config, device="meta")
+        fresh_model(run.config, device="meta")
 
 
 def test_a_result_says_what_its_mixer_was_built_with():

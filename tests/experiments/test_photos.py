@@ -10,7 +10,7 @@ from PIL import Image
 from experiments import compare, dense_probe
 from experiments.compare import SUITES, plan
 from experiments.larger_sides import CHANGES
-from experiments.measure import build_model
+from experiments.measure import fresh_model
 from experiments.mosaics import Mosaics
 from experiments.runs import evaluate, make_data
 from luna_vision.data.datasets import ArraySource
@@ -87,7 +87,7 @@ def test_every_change_acts_on_the_model(variant):
     config = plan(arguments("--tasks", "cifar10", "--only", variant))[0].config
     image, outputs = torch.randn(2, 3, 64, 64), {}
     for name, change in CHANGES.items():
-        model = build_model(config).eval().requires_grad_(False)
+        model = fresh_model(config).eval().requires_grad_(False)
         for module in model.modules():
             if isinstance(module, torch.nn.Conv2d):
                 torch.nn.init.normal_(module.weight, std=0.2)
@@ -103,7 +103,7 @@ def test_every_change_acts_on_the_model(variant):
 
 def test_variants_of_the_suite_are_models_and_data():
     for run in plan(arguments("--tasks", "cifar10", "tiny_imagenet")):
-        build_model(run.config, device="meta")
+        fresh_model(run.config, device="meta")
         make_data(run.config, "nowhere")
     assert set(SUITES["photos"]) >= {"luna", "softmax"}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experiments.benchmarks import distillation, progressive
-from experiments.benchmarks.train_runs import configuration
+from experiments.benchmarks.train_runs import recipe_config
 from experiments.runs import Run
 from luna_vision.utils.files import write_json
 
@@ -26,7 +26,7 @@ def shrink(config: dict, **data) -> dict:
 
 def test_distillation(tmp_path, monkeypatch):
     def small(name, *args, **kwargs):
-        config = shrink(configuration(name, *args, **kwargs))
+        config = shrink(recipe_config(name, *args, **kwargs))
         digits = {"img_size": 28, "in_chans": 1, "batch_size": 16}
         config["recipe"]["data"] = {"class_path": "luna_vision.data.DigitsDataModule", "init_args": digits}
         config["recipe"]["trainer"]["limit_train_batches"] = 2
@@ -35,7 +35,7 @@ def test_distillation(tmp_path, monkeypatch):
             arguments["teacher_kwargs"]["embed_dim"] = 16
         return config
 
-    monkeypatch.setattr(distillation, "configuration", small)
+    monkeypatch.setattr(distillation, "recipe_config", small)
     runs = distillation.plan(distillation._parser().parse_args(["--seeds", "2"]))
     students = ["targets", "logits", "logits-and-layers"]
     assert [(run.variant, run.seed) for run in runs] == [("teacher", 0), *((s, i) for i in (0, 1) for s in students)]
