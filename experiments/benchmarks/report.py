@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.command import markdown_table
 from luna_vision.utils.files import save_figure
 
 __all__ = ["exponent", "plot", "short_name", "table"]
@@ -32,39 +33,36 @@ def exponent(pixels: list[float], seconds: list[float]) -> float:
 def table(result: dict[str, Any], baselines: list[str]) -> str:
     """Markdown: for each type, mode and size a row for each model. A ratio above 1 says how many times the model is
     faster than the baseline."""
-    lines = []
+    parts = []
     rows = sorted(result["rows"], key=lambda r: [str(r[k]) for k in GROUP] + [r["height"] * r["width"]])
     for key, group in groupby(rows, key=lambda r: tuple(r[k] for k in GROUP)):
         group = list(group)
         dtype, device, execution, mode, batch, allocator = key
         used = [b for b in baselines if any(r["model"] == b for r in group)]
         memory = "saved for backward (MB)" if mode == "training" else "peak memory (MB)"
-        lines += [
-            f"\n### {dtype}, {device}, {execution}, {mode}, batch {batch}, allocator: {allocator}\n",
-            "| pixels | model | ms | quartiles | images/s | "
-            + "".join(f"{short_name(b)} / it | " for b in used)
-            + f"{memory} | GMACs | share of GEMM rate |",
-            "|---|---|---|---|---|" + "---|" * (len(used) + 3),
-        ]
+        heads = ["pixels", "model", "ms", "quartiles", "images/s", *(f"{short_name(b)} / it" for b in used)]
+        heads += [memory, "GMACs", "share of GEMM rate"]
+        lines = []
         for (height, width), sized in groupby(group, key=lambda r: (r["height"], r["width"])):
             sized = list(sized)
             seconds = {r["model"]: r.get("seconds") for r in sized}
             for r in sized:
-                lines.append(_line(r, height, width, used, seconds, result["gemm_macs_per_second"]))
-    return "\n".join(lines)
+                cells = _cells(r, used, seconds, result["gemm_macs_per_second"])
+                cells += [""] * (len(heads) - 2 - len(cells))
+                lines.append([f"{height} x {width}", short_name(r["model"]), *cells])
+        parts.append(f"\n### {dtype}, {device}, {execution}, {mode}, batch {batch}, allocator: {allocator}\n")
+        parts.append(markdown_table(heads, lines))
+    return "\n".join(parts)
 
 
-def _line(
-    r: dict[str, Any], height: int, width: int, used: list[str], seconds: dict[str, Any], gemm: dict[str, float]
-) -> str:
-    start = f"| {height} x {width} | {short_name(r['model'])} | "
+def _cells(r: dict[str, Any], used: list[str], seconds: dict[str, Any], gemm: dict[str, float]) -> list[str]:
     if not r.get("seconds"):
-        return start + f"{r.get('error', 'not measured')} | " + " | " * (len(used) + 5)
+        return [r.get("error", "not measured")]
     ratios = [f"{seconds[b] / r['seconds']:.2f}" if seconds.get(b) else "-" for b in used]
     passes = 3 if r["mode"] == "training" else 1  # the backward pass computes twice what the forward pass does
     share = passes * r["macs"] * r["batch_size"] / r["seconds"] / gemm[f"{r['dtype']}/{r['device']}"]
     memory = r.get("saved_bytes", r["peak_bytes"])
-    cells = [
+    return [
         f"{1e3 * r['seconds']:.4g}",
         " to ".join(f"{1e3 * q:.4g}" for q in r["quartiles"]),
         f"{r['batch_size'] / r['seconds']:.3g}",
@@ -73,7 +71,6 @@ def _line(
         f"{r['macs'] / 1e9:.1f}",
         f"{share:.0%}",
     ]
-    return start + " | ".join(cells) + " |"
 
 
 def plot(result: dict[str, Any], folder: Path) -> list[Path]:
