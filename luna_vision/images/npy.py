@@ -8,7 +8,7 @@ import numpy as np
 
 __all__ = ["MAGIC", "read_header", "read_npy"]
 
-MAGIC = b"\x93NUMPY"
+MAGIC = np.lib.format.MAGIC_PREFIX
 
 
 def read_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype, int]:
@@ -37,11 +37,11 @@ def read_npy(file: BinaryIO, max_pixels: int) -> np.ndarray:
     Raises:
         ValueError: As `read_header`, or it is no image, or has more pixels.
     """
-    shape, dtype, start = read_header(file)
+    shape, dtype, _ = read_header(file)
     if len(shape) not in (2, 3) or 0 in shape or dtype.kind not in "buif":
         raise ValueError(f"an image has shape (height, width) or (height, width, bands), got {shape} of {dtype}")
     if shape[0] * shape[1] > max_pixels:
         raise ValueError(f"{shape[1]} x {shape[0]} pixels are more than max_pixels={max_pixels}")
-    file.seek(start)
-    array = np.frombuffer(file.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
-    return array.astype(dtype.newbyteorder("="))
+    file.seek(0)
+    array = np.lib.format.read_array(file, allow_pickle=False)
+    return array.astype(dtype.newbyteorder("="), copy=False)
