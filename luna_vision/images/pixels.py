@@ -84,6 +84,8 @@ class Pixels:
             raise ValueError(f"{self.name} has numbers of type {self.dtype}: integers and floating point are read")
         self.values = values or Values(mean=tuple(mean))
         self.top, self.nodata = getattr(image, "top", None), getattr(image, "nodata", None)
+        # whether its numbers go through floating point, and not through Pillow's 8 bits
+        self.deep = self.dtype != np.uint8 or not self.values.keeps_8_bits or self.nodata is not None
         if self.values.value_range is None:
             try:
                 type_range(self.dtype, self.top)  # which refuses what no range is known of
@@ -91,7 +93,7 @@ class Pixels:
                 raise UserError(f"{self.name}: {error}") from error
         self.levels = Levels(self.name, default=self.values.value_range is None)
         self.image, self.shape, self.channels, self.in_chans = image, shape, channels, in_chans
-        self.step = _rows_of_chunks(image)
+        self.step = _chunk_side(image, 0, 0)
         self.shift = getattr(image, "chunk_shift", 0)
         check_option("on_error", on_error, ON_ERROR)
         self.on_error = on_error
@@ -115,7 +117,7 @@ class Pixels:
     def band_bytes(self, rows: int, columns: int) -> int:
         """What `rows` needs at most for so many rows, padded to so many columns."""
         raw, unit = self.channels * self.dtype.itemsize, self.in_chans * self.out["dtype"].itemsize
-        if self.dtype != np.uint8 or not self.values.keeps_8_bits or self.nodata is not None:
+        if self.deep:
             # in the widest type that they go through, with a mask of what is missing
             raw += self.channels * (4 if self.dtype.itemsize <= 2 or self.dtype == np.float32 else 8)
         return rows * columns * (2 * raw + 3 * unit)
@@ -199,7 +201,7 @@ class Pixels:
             return self._read(start, stop, None)
         out = np.zeros((stop - start, *self.shape[1:]), self.dtype)
         edges = np.flatnonzero(np.diff(occupied.astype(np.int8), prepend=0, append=0)).reshape(-1, 2) * across
-        chunk = _columns_of_chunks(self.image)
+        chunk = _chunk_side(self.image, 1, 1)
         parts: list[list[int]] = []
         for left, right in edges.tolist():
             right = min(right, self.shape[1])
@@ -226,7 +228,7 @@ class Pixels:
         """Pixels tile by tile; those of broken tiles are a number that is not missing."""
         windows = hasattr(self.image, "window")
         left, right = (0, self.shape[1]) if columns is None else (columns.start, columns.stop)
-        across = _columns_of_chunks(self.image) if windows else self.shape[1]
+        across = _chunk_side(self.image, 1, 1) if windows else self.shape[1]
         shift = getattr(self.image, "column_shift", 0) if windows else 0
         out = np.full((stop - start, right - left, *self.shape[2:]), self._number(), self.dtype)
         for top, bottom in _cells(start, stop, self.step, self.shift, self.shape[0]):
@@ -280,8 +282,7 @@ class Pixels:
             UserError: As `rows`.
         """
         stop = start + len(array)
-        deep = array.dtype != np.uint8 or not self.values.keeps_8_bits or self.nodata is not None
-        if deep:
+        if self.deep:
             array = array if array.ndim == 3 else array[:, :, None]
             array = self._to_unit(self._blanked(array, start, left), stop)
         else:
@@ -289,7 +290,7 @@ class Pixels:
         array = np.require(array, requirements=["C", "W"])  # a copy of what is read-only, which PyTorch does not like
         x = to_device(torch.from_numpy(array), torch.device(self.out["device"])).permute(2, 0, 1)
         x = x.to(self.out["dtype"], memory_format=torch.contiguous_format, copy=True)
-        if not deep:
+        if not self.deep:
             x.div_(255)
         return self._without_broken(x.sub_(self.mean).div_(self.std)[None], start, left)
 
@@ -358,20 +359,12 @@ class Pixels:
         return unit
 
 
-def _rows_of_chunks(image: Any) -> int:
-    """How many rows are stored together, 0 if nothing is said; dask lists those of every chunk."""
-    chunks = getattr(image, "chunks", None)
-    if not chunks:
-        return 0
-    return max(map(int, chunks[0])) if isinstance(chunks[0], Sequence) else int(chunks[0])
-
-
-def _columns_of_chunks(image: Any) -> int:
-    """How many columns are stored together, 1 if nothing is said."""
+def _chunk_side(image: Any, axis: int, default: int) -> int:
+    """How many rows (axis 0) or columns (axis 1) are stored together; dask lists those of every chunk."""
     chunks = getattr(image, "chunks", None) or ()
-    if len(chunks) < 2:
-        return 1
-    return max(map(int, chunks[1])) if isinstance(chunks[1], Sequence) else int(chunks[1])
+    if len(chunks) <= axis:
+        return default
+    return max(map(int, chunks[axis])) if isinstance(chunks[axis], Sequence) else int(chunks[axis])
 
 
 def _cells(start: int, stop: int, step: int, shift: int, end: int) -> Iterator[tuple[int, int]]:

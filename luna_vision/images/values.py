@@ -363,6 +363,12 @@ def _warn(kind: str, text: str) -> None:
     logger.warning(printable(text + more))
 
 
+def _thinned(array: np.ndarray) -> np.ndarray:
+    """Evenly spread pixels of (H, W, c), about `SAMPLE_VALUES` numbers."""
+    step = max(1, math.isqrt(array.size // SAMPLE_VALUES))
+    return array[step // 2 :: step, step // 2 :: step]
+
+
 def percentile_range(
     rasters: Iterable[Raster], nodata: float | None = None, percentiles: tuple[float, float] = PERCENTILES
 ) -> tuple[float, float]:
@@ -380,9 +386,7 @@ def percentile_range(
     """
     found = []
     for raster in rasters:
-        array = raster.array
-        step = max(1, math.isqrt(array.size // SAMPLE_VALUES))
-        array = array[step // 2 :: step, step // 2 :: step]
+        array = _thinned(raster.array)
         good = np.isfinite(array)
         for number in {raster.nodata, nodata} - {None}:
             if (gone := missing(array, number)) is not None:
@@ -416,8 +420,7 @@ def channel_statistics(
     leave = replace(values, fill=MASK, mean=(math.nan,) * in_chans)
     sums, counts = np.zeros((2, in_chans)), np.zeros(in_chans)
     for raster in rasters:
-        step = max(1, math.isqrt(raster.array.size // SAMPLE_VALUES))
-        array = raster.array[step // 2 :: step, step // 2 :: step]
+        array = _thinned(raster.array)
         unit = to_unit(array, in_chans, leave, raster.top, raster.nodata, dtype=np.float64).reshape(-1, in_chans)
         there = ~np.isnan(unit).all(axis=0)
         if there.any():
