@@ -8,18 +8,16 @@ from functools import cache
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, TiffImagePlugin
+from PIL import Image
 
-__all__ = ["Deep", "deep_numbers", "georeference", "has_heif", "nodata_of", "open_image_file", "orientation_of"]
+__all__ = ["Deep", "deep_numbers", "has_heif", "nodata_of", "open_image_file", "orientation_of", "parse_nodata"]
 
 PROGRAMS = ("EPS", "WMF")  # which Pillow hands to Ghostscript and to Windows
-ORIENTATION = 0x0112  # of EXIF
+ORIENTATION = 274  # of EXIF and TIFF
+NODATA = 42113  # of GDAL, text
 _BIT_DEPTH, _COLOUR = 24, 25  # of a PNG, where they are in the file
 _SIZ = b"\xff\x4f\xff\x51"  # what a JPEG 2000 codestream begins with
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT, _EXTRA_SAMPLES, _SAMPLES = 258, 262, 339, 338, 277
-_NODATA = 42113
-# the tags of GeoTIFF (OGC 19-008r4): pixel scale, tie points, transformation, and the three of the coordinate system
-GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
 
 
 class Deep(NamedTuple):
@@ -85,34 +83,18 @@ def orientation_of(image: Image.Image) -> int:
     return Image.Image.getexif(image).get(ORIENTATION, 1)  # not the PNG's own, which decodes
 
 
-def georeference(path: str | os.PathLike) -> TiffImagePlugin.ImageFileDirectory_v2 | None:
-    """Where a GeoTIFF lies on the earth, as tags that Pillow writes into a TIFF of the same pixels.
-
-    None for any other file, and for one that is stored turned: its tags are of the image as stored. Of a TIFF of
-    several pages, the first one counts.
-    """
-    with open(path, "rb") as file:
-        head = file.read(8)
-        if head[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-            return None
-        found = TiffImagePlugin.ImageFileDirectory_v2(head + (file.read(8) if 43 in head[2:4] else b""))
-        file.seek(found.next)
-        found.load(file)
-    kept = TiffImagePlugin.ImageFileDirectory_v2()
-    for tag in GEO_TAGS:
-        if tag in found:
-            kept.tagtype[tag] = found.tagtype[tag]
-            kept[tag] = found[tag]
-    return kept if len(kept) and found.get(ORIENTATION, 1) == 1 else None
-
-
 def nodata_of(image: Image.Image) -> float | None:
     """The number that GDAL's tag of a TIFF names for no data, where it is one of the numbers that Pillow gives."""
     if image.format != "TIFF" or image.mode in ("P", "PA", "CMYK", "YCbCr", "LAB"):
         return None
+    return parse_nodata(image.tag_v2.get(NODATA))
+
+
+def parse_nodata(text: Any) -> float | None:
+    """The number in a tag for no data; None without one."""
     try:
-        return float(str(image.tag_v2.get(_NODATA)).strip("\0 "))
-    except ValueError:  # there is none
+        return float(str(text).strip("\0 "))
+    except ValueError:
         return None
 
 

@@ -18,10 +18,19 @@ from PIL import Image
 
 from ..utils.errors import UserError
 
-__all__ = ["Choice", "Frame", "Georeference", "Source", "opened"]
+__all__ = ["Choice", "Frame", "Georeference", "Source", "opened", "positive"]
 
 SAME = 0.02  # resolutions that differ by less are taken as one: scanners say 0.2527 of 0.25
 LEVELS_AT = 0.05  # and a level as near as that stands for what was asked for
+
+
+def positive(text: str | None, unit: float | None = 1.0) -> float | None:
+    """The number in a text, times a unit; None if it is not above 0 and finite, or if either is missing."""
+    try:
+        number = float(text) * unit
+    except (TypeError, ValueError):
+        return None
+    return number if 0 < number < math.inf else None
 
 
 @dataclass(frozen=True)
@@ -147,7 +156,8 @@ class Choice:
     def described(self) -> str:
         """What tells two choices of one file apart; of the default and a level, the level alone."""
         others = {name: value for name, value in vars(self).items() if name != "level" and value is not None}
-        others.pop("region_in", None) if self.region is None else None
+        if self.region is None:
+            del others["region_in"]
         return " ".join([str(self.level or 0), *(f"{name}={value}" for name, value in others.items())])
 
 

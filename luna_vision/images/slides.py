@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..utils.errors import one_line
-from .regions import Source
+from .regions import Source, positive
 
 __all__ = ["open_slide", "vendor_of"]
 
@@ -41,22 +41,14 @@ def open_slide(path: Path) -> Source:
     except openslide.OpenSlideError as error:
         raise ValueError(f"cannot read {path}: {one_line(error)}") from error
     properties = slide.properties
-    mpp = [_number(properties.get(f"openslide.mpp-{axis}")) for axis in "xy"]
+    mpp = [positive(properties.get(f"openslide.mpp-{axis}")) for axis in "xy"]
     return Source(
         [(height, width) for width, height in slide.level_dimensions],
         lambda level: SlideImage(slide, level, path),
         str(path),
         None if None in mpp else sum(mpp) / 2,
-        _number(properties.get("openslide.objective-power")),
+        positive(properties.get("openslide.objective-power")),
     )
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        number = float(text)
-    except (TypeError, ValueError):
-        return None
-    return number if 0 < number < float("inf") else None
 
 
 class SlideImage:
@@ -74,7 +66,7 @@ class SlideImage:
         width, height = slide.level_dimensions[level]
         self.shape, self.dtype = (height, width, 3), np.dtype(np.uint8)
         sides = (slide.properties.get(f"openslide.level[{level}].tile-{side}") for side in ("height", "width"))
-        self.chunks = tuple(min(int(_number(side) or ROWS), 1024) for side in sides)
+        self.chunks = tuple(min(int(positive(side) or ROWS), 1024) for side in sides)
         self.held_bytes = 3 * 4 * self.chunks[0] * width  # as OpenSlide has it, on its background, and in colour
         self.background = f"#{slide.properties.get('openslide.background-color', 'FFFFFF')}"
 

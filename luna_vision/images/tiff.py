@@ -20,12 +20,14 @@ from typing import Any, BinaryIO
 from xml.etree import ElementTree
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from .limits import pixel_limit
+from .pillow import NODATA, ORIENTATION, parse_nodata
+from .regions import positive
 from .values import Raster
 
-__all__ = ["NotReadHere", "Turn", "is_tiff", "missing_library", "open_tiff", "read_tiff"]
+__all__ = ["NotReadHere", "Turn", "georeference", "is_tiff", "missing_library", "open_tiff", "read_tiff"]
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 LIBRARIES = ("tifffile", "imagecodecs")
@@ -39,9 +41,11 @@ SAMPLES = {WHITE_IS_0: 1, BLACK_IS_0: 1, RGB: 3, PALETTE: 1, CMYK: 4, YCBCR: 3}
 ALPHA = (1, 2, 999)  # multiplied into the colours, not multiplied, and what Corel Draw calls the latter
 # kinds of series that only say that there are several pages, and not that these are one image
 PAGES = ("generic", "uniform")
-INK_SET, NODATA, ORIENTATION, X_RESOLUTION, RESOLUTION_UNIT = 332, 42113, 274, 282, 296
+INK_SET, X_RESOLUTION, RESOLUTION_UNIT = 332, 282, 296
 CENTIMETRE = 3
-GEOREFERENCE = (33550, 34264)  # tags of GeoTIFF: the scale of a pixel, or a matrix
+# tags of GeoTIFF (OGC 19-008r4): the scale of a pixel, or a matrix; with tie points and the coordinate system
+GEOREFERENCE = (33550, 34264)
+GEO_TAGS = (*GEOREFERENCE, 33922, 34735, 34736, 34737)
 
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what it says of damaged tags is no news to users
 
@@ -131,6 +135,27 @@ def is_tiff(head: bytes) -> bool:
     return head[:4] in MAGIC
 
 
+def georeference(path: str | os.PathLike) -> TiffImagePlugin.ImageFileDirectory_v2 | None:
+    """Where a GeoTIFF lies on the earth, as tags that Pillow writes into a TIFF of the same pixels.
+
+    None for any other file, and for one that is stored turned: its tags are of the image as stored. Of a TIFF of
+    several pages, the first one counts.
+    """
+    with open(path, "rb") as file:
+        head = file.read(8)
+        if not is_tiff(head):
+            return None
+        found = TiffImagePlugin.ImageFileDirectory_v2(head + (file.read(8) if 43 in head[2:4] else b""))
+        file.seek(found.next)
+        found.load(file)
+    kept = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag in GEO_TAGS:
+        if tag in found:
+            kept.tagtype[tag] = found.tagtype[tag]
+            kept[tag] = found[tag]
+    return kept if len(kept) and found.get(ORIENTATION, 1) == 1 else None
+
+
 def missing_library() -> str:
     """The first of the libraries that this takes and that is not installed; empty if all are."""
     return next((name for name in LIBRARIES if importlib.util.find_spec(name) is None), "")
@@ -180,7 +205,8 @@ def open_tiff(
     check_axes(axes, source.shape, at)
     samples = source.shape[axes.index("C")] if "C" in axes else 1
     first = tiff.pages.first
-    kind = _kind(page, samples, _nodata(page.tags) if NODATA in page.tags else _nodata(first.tags))
+    nodata = (page if NODATA in page.tags else first).tags.valueof(NODATA)
+    kind = _kind(page, samples, parse_nodata(nodata))
     if page.compression in tifffile.TIFF.IMAGE_COMPRESSIONS:
         page.decode = _checked(page.decode, math.prod(page.chunks))
     orientation = (page if ORIENTATION in page.tags else first).tags.valueof(ORIENTATION, 1)
@@ -263,22 +289,14 @@ def _resolution(page: Any, ome: str, number: int) -> tuple[float | None, float |
     """
     if (pixels := _ome_pixels(ome, number)) is not None:
         unit = MICROMETRES.get(pixels.get("PhysicalSizeXUnit", "\u00b5m"))
-        return _positive(pixels.get("PhysicalSizeX"), unit), None
+        return positive(pixels.get("PhysicalSizeX"), unit), None
     found = dict(re.findall(r"(MPP|AppMag)\s*=\s*([\d.]+)", page.description or ""))
     if "MPP" in found:
-        return _positive(found["MPP"]), _positive(found.get("AppMag"))
+        return positive(found["MPP"]), positive(found.get("AppMag"))
     if page.tags.valueof(RESOLUTION_UNIT, 2) == CENTIMETRE:
         across = page.tags.valueof(X_RESOLUTION, (0, 1))
         return (1e4 * across[1] / across[0] if across[0] and across[1] else None), None
     return None, None
-
-
-def _positive(text: str | None, unit: float | None = 1.0) -> float | None:
-    try:
-        number = float(text) * unit
-    except (TypeError, ValueError):
-        return None
-    return number if 0 < number < math.inf else None
 
 
 def _channels(page: Any, ome: str, number: int) -> tuple[str, ...]:
@@ -286,14 +304,6 @@ def _channels(page: Any, ome: str, number: int) -> tuple[str, ...]:
     pixels = _ome_pixels(ome, number)
     parts = [] if pixels is None else [part for part in pixels if part.tag.endswith("}Channel")]
     return tuple(part.get("Name", "") for part in parts)
-
-
-def _nodata(tags: Any) -> float | None:
-    """GDAL's number that stands for no data, which is text."""
-    try:
-        return float(str(tags.valueof(NODATA)).strip("\0 "))
-    except ValueError:
-        return None
 
 
 def _kind(page: Any, samples: int, nodata: float | None) -> Kind:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from luna_vision.downstream.detection import coco_content
 from luna_vision.downstream.segmentation import mask_numbers
-from luna_vision.images.pillow import georeference
+from luna_vision.images.tiff import georeference
 from luna_vision.utils.errors import UserError
 from luna_vision.utils.files import check_folder, check_output, new_file, open_own, write_text
 from luna_vision.utils.text import csv_cell, utf8

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, seed_everything
 from PIL import Image, TiffImagePlugin
 
 from luna_vision.data import DetectionDataModule, ImageFolderDataModule, MultiLabelDataModule, SegmentationDataModule
-from luna_vision.images.pillow import GEO_TAGS, georeference
+from luna_vision.images.tiff import GEO_TAGS, georeference
 from luna_vision.tasks import ClassificationTask, DetectionTask, MultiLabelTask, PredictionWriter, SegmentationTask
 from luna_vision.tasks.prediction_files import Journal
 from luna_vision.utils.errors import UserError
