@@ -169,7 +169,7 @@ class ChunkedImage:
         self.dtype = np.dtype(array.dtype) if kind is None else kind.dtype
         self.top, self.nodata = (None, None) if kind is None else (kind.top, kind.nodata)
         self.chunks = (array.chunks[axes.index(rows)], array.chunks[axes.index(columns)])
-        self.encoded, self.identity = encoded, ""
+        self.encoded = encoded
         self.held_bytes = self._held_bytes()
 
     def _held_bytes(self) -> int:
@@ -335,7 +335,7 @@ class NpyImage:
             raise
         except Exception as error:  # numpy parses the header as Python's text
             raise ValueError(f"cannot read {path}: {one_line(error)}") from error
-        self.path, self.identity = path, ""
+        self.path = path
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         start, stop, _ = rows.indices(self.shape[0])
@@ -368,7 +368,7 @@ class PillowImage:
         except Exception as error:  # of a damaged header, nearly anything
             raise OSError(f"cannot read {path}: {one_line(error)}") from error
         self.path, self.deep, self.turn, self.numbers = path, deep, Turn.of(turned), None
-        self.identity, self.loaded = "", False
+        self.loaded = False
         mode = self.image.mode
         self.grey, self.nodata = mode in GREY, nodata_of(self.image)
         height, width = self.image.size[::-1] if not self.turn.transposed else self.image.size
