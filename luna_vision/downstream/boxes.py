@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
-from torchvision.ops import clip_boxes_to_image, nms, remove_small_boxes, roi_align
+from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes, roi_align
 from torchvision.ops.poolers import LevelMapper
 
 from luna_vision.execution.encode import Encoded, encode
@@ -158,12 +158,6 @@ class BoxSink(SquareSink):
         if not loaded:
             return {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
         return {name: torch.from_numpy(np.concatenate([one[name] for one in loaded])) for name in NAMES}
-
-    def sync(self) -> None:
-        pass  # `end_row` waits for the disk
-
-    def close(self) -> None:
-        pass
 
     def is_finished(self) -> bool:
         return not self.partial.exists()
@@ -346,14 +340,8 @@ def box_sink(model: nn.Module, size: tuple[int, int], partial: Path, take: Calla
 
 def _suppressed(found: Found, threshold: float) -> Found:
     """What non-maximum suppression leaves of each label, the most certain first."""
-    boxes, scores, labels = (found[name] for name in NAMES)
-    kept = []
-    for label in labels.unique():
-        own = (labels == label).nonzero()[:, 0]
-        # in float64: far from the origin, float32 has few digits for small boxes
-        kept.append(own[nms(boxes[own].double(), scores[own].double(), threshold)])
-    kept = torch.cat(kept) if kept else labels
-    kept = kept[scores[kept].argsort(descending=True, stable=True)]
+    # in float64: far from the origin, float32 has few digits for small boxes
+    kept = batched_nms(found["boxes"].double(), found["scores"].double(), found["labels"], threshold)
     return {name: found[name][kept] for name in NAMES}
 
 

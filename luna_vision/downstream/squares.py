@@ -111,6 +111,12 @@ class SquareSink(Sink):
                 return
             self._next()
 
+    def sync(self) -> None:
+        pass  # what is finished is in files, which survive a kill
+
+    def close(self) -> None:
+        pass
+
     def finish(self) -> None:
         pass  # all squares were done with the last row
 

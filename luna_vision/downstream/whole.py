@@ -149,12 +149,6 @@ class _Maps(PixelSink):
                 shares *= valid
             self.probabilities.write(top, left, shares.to(torch.uint8).cpu().numpy())
 
-    def sync(self) -> None:
-        pass  # tiles are files, which survive a kill
-
-    def close(self) -> None:
-        pass
-
     def is_finished(self) -> bool:
         return all(one.is_finished() for one in self.maps) and (self.polygons is None or self.polygons.exists())
 
