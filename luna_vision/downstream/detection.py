@@ -15,6 +15,8 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
+from luna_vision.utils.checks import check_option
+
 from .pyramid import PyramidBackbone
 
 __all__ = ["DETECTORS", "build_detector", "coco_content", "detector_of"]
@@ -89,8 +91,7 @@ def build_detector(
     Raises:
         ValueError: An unknown detector or argument, or anchors that do not fit the strides.
     """
-    if detector not in DETECTORS:
-        raise ValueError(f"detector must be one of {', '.join(map(repr, DETECTORS))}, got {detector!r}")
+    check_option("detector", detector, DETECTORS)
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1 (the background does not count), got {num_classes}")
     if anchor_sizes is not None and len(anchor_sizes) != len(backbone.strides):

@@ -21,16 +21,13 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-import luna_vision
 from luna_vision.images import find_files
-from luna_vision.utils.device import product_dtype
 from luna_vision.utils.files import check_output
-from luna_vision.utils.fingerprint import describe
 from luna_vision.utils.progress import progress_bar
 from luna_vision.utils.ranks import ALONE, Ranks
 
 from .features import Extractor
-from .parts import WRITERS, PartFolder, window_columns
+from .parts import WRITERS, PartFolder, describe_model, window_columns
 from .windows import Settings, data_config, pixel_values, read_windows
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
@@ -170,10 +167,7 @@ def _about(extractor: Extractor, files: list[str], settings: Settings) -> dict[s
         config |= {"crop_pct": None, "crop_mode": None}
     names = "\0".join(map(os.path.abspath, files))
     return {
-        "luna_vision": luna_vision.__version__,
-        "model": getattr(extractor.model, "pretrained_cfg", {}).get("architecture", extractor.name),
-        **describe(extractor.model),
-        "dtype": str(product_dtype(extractor.device, extractor.dtype)).removeprefix("torch."),
+        **describe_model(extractor.model),
         "images": hashlib.sha256(os.fsencode(names)).hexdigest(),
         **config,
         **{name: getattr(settings, name) for name in ("max_size", "img_size", "memory", "grid", "max_pixels")},

@@ -22,18 +22,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-import luna_vision
 from luna_vision.execution.check import check_model
 from luna_vision.execution.encode import Encoded, encode
 from luna_vision.images.find import Listed
 from luna_vision.images.formats import open_image
-from luna_vision.utils.device import product_dtype
 from luna_vision.utils.errors import is_check, one_line
-from luna_vision.utils.fingerprint import describe
 from luna_vision.utils.progress import progress_bar
 from luna_vision.utils.ranks import ALONE, Ranks
 
-from .parts import PartFolder
+from .parts import PartFolder, describe_model
 
 __all__ = ["concerns_image", "encode_files", "encode_row", "row_of"]
 
@@ -197,13 +194,9 @@ def _check_free(files: Sequence[dict[str, Path]], overwrite: bool) -> None:
 
 def _about(model: nn.Module, items: Sequence[Listed], options: dict[str, Any]) -> dict[str, Any]:
     """Everything that the rows depend on, up to rounding."""
-    parameter = next(model.parameters())
     images = json.dumps([(os.path.abspath(path), *own) for path, *own in items])
     return {
-        "luna_vision": luna_vision.__version__,
-        "model": model.pretrained_cfg.get("architecture", type(model).__name__),
-        **describe(model),
-        "dtype": str(product_dtype(parameter.device, parameter.dtype)).removeprefix("torch."),
+        **describe_model(model),
         "images": hashlib.sha256(os.fsencode(images)).hexdigest(),
         **{name: str(value) for name, value in options.items() if name not in NOT_OF_THE_RESULT},
     }

@@ -108,20 +108,18 @@ class Extractor:
         missing = any(bool(image.isnan().any()) for image in images)
         if missing and self.patch_size is None:
             raise ValueError(no_masks(self.name))
+        alike = len({image.shape for image in images}) <= 1
         if isinstance(images, Tensor):
             batch = images
-            if not missing:
-                return batch, None
-        elif len({image.shape for image in images}) == 1:
-            # a single image, which may be large, is not copied
+        elif alike:  # a single image, which may be large, is not copied
             batch = torch.stack(list(images)) if len(images) > 1 else images[0].unsqueeze(0)
-            if not missing:
-                return batch, None
         else:
             height, width = (max(side) for side in zip(*(image.shape[1:] for image in images), strict=True))
             batch = torch.full((len(images), self.in_chans, height, width), torch.nan)
             for i, image in enumerate(images):
                 batch[i, :, : image.shape[1], : image.shape[2]] = image
+        if alike and not missing:
+            return batch, None
         batch, valid = split_missing(batch, self.patch_size)
         return batch, None if valid.all() else valid
 

@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
+from torch import nn
 
+import luna_vision
+from luna_vision.utils.device import product_dtype
 from luna_vision.utils.files import check_own, new_file, new_folder, remove_own, write_json
+from luna_vision.utils.fingerprint import describe
 from luna_vision.utils.ranks import ALONE, Ranks
 from luna_vision.utils.text import printable, utf8
 
@@ -20,7 +24,7 @@ from .windows import Window
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["WRITERS", "PartFolder", "as_table", "window_columns"]
+__all__ = ["WRITERS", "PartFolder", "as_table", "describe_model", "window_columns"]
 
 ABOUT = "about.json"
 KNOWN = r"\.?(about|part-\d{12})(\.[0-9a-f]{8}\.partial)?\.(json|npz)"  # all files of the folder
@@ -152,6 +156,17 @@ class PartFolder:
         self.done |= {*index, *failed}
         self.rows += len(index)
         self.failures += zip(failed, part["reason"].tolist(), strict=True)
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """What a run records of its model, and of the package."""
+    parameter = next(model.parameters())
+    return {
+        "luna_vision": luna_vision.__version__,
+        "model": getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__),
+        **describe(model),
+        "dtype": str(product_dtype(parameter.device, parameter.dtype)).removeprefix("torch."),
+    }
 
 
 def window_columns(window: Window) -> dict[str, np.ndarray]:
