@@ -148,8 +148,8 @@ class Ledger(Callback):
     """Keeps the curve and the seconds of training, in the checkpoint too, and prints a line after each piece of a run.
 
     Attributes:
-        curve: Samples so far, and the means of loss and accuracy over a piece.
-        validation: Accuracies, if there is a validation.
+        curve: Samples so far, and the means of loss and, of classifiers, accuracy over a piece.
+        validation: Accuracies, mean average precisions or mean IoUs, if there is a validation.
         seconds: Of training, and of what lies between its batches.
         samples: That were trained on.
     """
@@ -180,21 +180,25 @@ class Ledger(Callback):
         now = time.perf_counter()
         self.seconds, self._since = self.seconds + now - self._since, now
         self.samples += len(batch[0])
-        self.sums += torch.stack([trainer.callback_metrics[f"train_{name}"].detach() for name in ("loss", "acc1")])
+        found = {name: trainer.callback_metrics.get(f"train_{name}") for name in ("loss", "acc1")}
+        self.sums += torch.stack([torch.zeros_like(found["loss"]) if x is None else x.detach() for x in found.values()])
         piece = self._steps // min(PIECES, self._steps)
         if trainer.global_step % piece:
             return
         loss, accuracy = (self.sums / piece).tolist()
-        self.curve.append({"samples": self.samples, "loss": loss, "acc1": accuracy})
+        classifies = found["acc1"] is not None
+        self.curve.append({"samples": self.samples, "loss": loss, **({"acc1": accuracy} if classifies else {})})
         self.sums = torch.zeros_like(self.sums)
         left = self.seconds / trainer.global_step * (self._steps - trainer.global_step)
         left = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
         step = f"step {trainer.global_step}/{self._steps}"
-        say(Path(trainer.default_root_dir).name, f"{step}, training accuracy {accuracy:.3f}, {left} left")
+        score = f"training accuracy {accuracy:.3f}" if classifies else f"training loss {loss:.3f}"
+        say(Path(trainer.default_root_dir).name, f"{step}, {score}, {left} left")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self.validation.append(float(trainer.callback_metrics["val_acc1"]))
+            scores = (trainer.callback_metrics.get(name) for name in ("val_acc1", "val_map", "val_miou"))
+            self.validation.append(next(float(score) for score in scores if score is not None))
 
 
 def make_data(config: Config, root: str, scale: int = 1, download: bool = False) -> ImageDataModule:
