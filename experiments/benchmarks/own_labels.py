@@ -20,7 +20,7 @@ from experiments.command import Parser, at_least
 from experiments.plots import figure_file
 from experiments.runs import Config, Run, do_runs, fit
 
-from .train_runs import config_parser, configuration, make_data, write_results
+from .train_runs import config_parser, recipe_config, recipe_data, write_results
 
 __all__ = ["draw", "execute", "main", "plan"]
 
@@ -49,7 +49,7 @@ def plan(args: argparse.Namespace) -> list[Run]:
         for task in args.tasks:
             for name in VARIANTS[task] if args.only is None else [v for v in VARIANTS[task] if v in args.only]:
                 overlay = {"model": VARIANTS[task][name]} if VARIANTS[task][name] else {}
-                config = configuration(task, overlay, seed, args.epochs)
+                config = recipe_config(task, overlay, seed, args.epochs)
                 if name == SOFTMAX:
                     config["recipe"]["model"]["init_args"]["model_kwargs"]["mixer"] = "softmax"
                 runs.append(Run(task, name, seed, config))
@@ -58,7 +58,7 @@ def plan(args: argparse.Namespace) -> list[Run]:
 
 def data_of(config: Config, root: str) -> LightningDataModule:
     """The data module of a run; its recipe says which folder in `root` it has."""
-    return make_data(config, str(folder_of(config, root)))
+    return recipe_data(config, str(folder_of(config, root)))
 
 
 def folder_of(config: Config, root: str) -> Path:
