@@ -36,6 +36,7 @@ from luna_vision.utils.files import write_json
 
 from . import dense_probe
 from .command import Parser, at_least, markdown_table, measured_on
+from .plots import figure_file
 
 SHAPE = {"patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3, "stem": "patch"}
 CPU = ["--trainer.precision=bf16-mixed", "--model.compile=true", "--data.num_workers=0"]
@@ -157,14 +158,27 @@ def run(words: list[str]) -> None:
     subprocess.run([sys.executable, "-c", start, *words], check=True)
 
 
+def draw_conversion(result: dict[str, Any], out: Path) -> None:
+    """The error of each block's attention after each stage, and the accuracies."""
+    with figure_file(out) as axes:
+        for name, stage in result["conversion"].items():
+            errors = stage["block_errors"]
+            label = f"{name}: top-1 {100 * result['tiny_imagenet'][name]:.1f}%"
+            axes.plot(range(1, len(errors) + 1), errors, marker=".", label=label)
+        axes.set(xlabel="block", ylabel="error of its attention, relative", ylim=(0, None))
+        axes.set_title(f"the softmax model: top-1 {100 * result['tiny_imagenet']['teacher']:.1f}%", fontsize="medium")
+
+
 def report(results: Path) -> None:
-    """Print all results as tables in Markdown."""
+    """Print all results as tables in Markdown, and draw the conversion."""
     found = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
     columns = ("run", "seed", "epochs", "kNN", "linear", "accuracy", "CamVid patches, mIoU", "hours")
     rows, tiny = [], []
     for run in found:
         seed, hours = str(run["seed"]), f"{run['hours']:.2f}"
         if run["run"] in TINY:
+            if run["run"] == "convert":
+                draw_conversion(run, results / f"convert-seed{seed}.png")
             for name, accuracy in run["tiny_imagenet"].items():
                 agreement = run.get("conversion", {}).get(name, {}).get("agreement")
                 shown = "" if agreement is None else f"{100 * agreement:.1f}"
