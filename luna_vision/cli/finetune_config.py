@@ -57,7 +57,7 @@ def configuration(
     name = model or trained.get("model_name", "luna_vit_tiny")
     recorded = (trained.get("model_kwargs") or {}) if name == trained.get("model_name") else {}
     ours = checkpoint is None and name in [shipped.partition(".")[0] for shipped in SHIPPED]
-    start = str(checkpoint) if checkpoint else "the weights of the package" if ours else "random weights"
+    start = str(checkpoint) if checkpoint else "the weights of the package" if ours else None
     arguments = {
         "model_name": name,
         "model_kwargs": {"pretrained": True} if ours else {k: v for k, v in recorded.items() if k != "img_size"},
@@ -100,7 +100,8 @@ def configuration(
         },
     }
     counts = f"{images} training images, classes: {listed(list(module.class_names), 20)}"
-    return config, [f"recognised: {said}", counts, f"{name} starts from {start}"]
+    begins = [f"{name} starts from {start}"] if start else []  # else an option of `fit` may say from what
+    return config, [f"recognised: {said}", counts, *begins]
 
 
 Made = tuple[Any, dict[str, Any], dict[str, Any], str]  # data module, its arguments, those of the task, and words

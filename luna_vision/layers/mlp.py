@@ -25,8 +25,8 @@ def rows_of_parts(mlp: nn.Module) -> int:
     """How many patches an MLP on a CPU maps at a time where it maps many, without gradients; 0 for all.
 
     The hidden layers of many patches would be written to fresh pages of memory and read again: mapping them part by
-    part is up to a third faster, and takes no memory that grows with the image. Not where hooks watch the layers, or
-    others have replaced them, or the hidden layer is mixed.
+    part is faster, and takes no memory that grows with the image. Not where hooks watch the layers, or others have
+    replaced them, or the hidden layer is mixed.
     """
     plain = is_plain(mlp.fc1) and is_plain(mlp.fc2) and not is_hooked(mlp.act)
     return ROWS * max(2, torch.get_num_threads()) if plain and mlp.fc1.weight.is_cpu else 0
