@@ -1,12 +1,14 @@
 """Slides with one label each, in one stage and in two: `python -m experiments.slides --help`.
 
-Each image is a field of 4,096 pixels with a dozen photographs of CIFAR-10, enlarged, at places that no tile knows of.
-They are of animals; the label is whether one of them, a 256th of the image, is of a vehicle.
+Each image is an empty field of 4,096 pixels with a dozen photographs of CIFAR-10, enlarged, at places that no tile
+knows of, and has a mask of them, as slides have of tissue. They are of animals; the label is whether some of them, each
+a 256th of the image, are of vehicles.
 
 One stage: a Luna ViT on the whole image, end to end (configs/slides.yaml). Two stages: the same model with the same
-weights, frozen, on tiles; then attention pooling of the tiles, which is trained (Ilse et al., "Attention-based Deep
-Multiple Instance Learning", ICML 2018, arXiv 1802.04712, gated, equation 9). Both choose their epoch by the accuracy on
-the images for validation. Each runs in a process of its own, whose peak of resident memory is measured.
+weights, frozen, on the tiles that have a part of a photograph; then attention pooling of the tiles, which is trained
+(Ilse et al., "Attention-based Deep Multiple Instance Learning", ICML 2018, arXiv 1802.04712, gated, equation 9). Both
+choose their epoch by the accuracy on the images for validation. Each runs in a process of its own, whose peak of
+resident memory is measured.
 """
 
 import csv
@@ -40,7 +42,7 @@ __all__ = ["GatedAttention", "main", "make_slides", "one_stage", "two_stages"]
 MODEL = "luna_vit_nano_patch8"
 CONFIG = Path(__file__).parents[1] / "configs" / "slides.yaml"
 VEHICLES = ("airplane", "automobile", "ship", "truck")
-OF_DATA = ("side", "photo", "photos", "train", "val", "test", "seed")
+OF_DATA = ("side", "photo", "photos", "rare", "train", "val", "test", "seed")
 
 
 def make_slides(job: Job) -> Path:
@@ -58,37 +60,36 @@ def make_slides(job: Job) -> Path:
             fifth = len(some) // 5 if split != "test" else 0
             files[name] = some[:fifth] if split == "val" else some[fifth:]
         for i in range(job[split]):
-            name = f"{split}_{i:04}.tif"
-            array = draw(np.random.default_rng((job["seed"], part, i)), files, i % 2, job)
-            tifffile.imwrite(folder / name, array, tile=(256, 256), photometric="rgb", compression="zlib")
-            rows.append((name, ("no", "yes")[i % 2], split))
+            name = f"{split}_{i:04}"
+            field, mask = draw(np.random.default_rng((job["seed"], part, i)), files, i % 2, job)
+            tifffile.imwrite(folder / f"{name}.tif", field, tile=(256, 256), photometric="rgb", compression="zlib")
+            Image.fromarray(mask).save(folder / f"{name}.png")
+            rows.append((f"{name}.tif", ("no", "yes")[i % 2], f"{name}.png", split))
     with open(table, "w", newline="") as file:
-        csv.writer(file).writerows([("path", "label", "split"), *rows])
+        csv.writer(file).writerows([("path", "label", "mask", "split"), *rows])
     return table
 
 
-def draw(rng: np.random.Generator, files: dict[str, list[str]], label: int, job: Job) -> np.ndarray:
-    """An image (side, side, 3) uint8 with its photographs, none over another."""
+def draw(rng: np.random.Generator, files: dict[str, list[str]], label: int, job: Job) -> tuple[np.ndarray, np.ndarray]:
+    """An image (side, side, 3) uint8 with its photographs, none over another, and where they are (side, side)."""
     side, photo = job["side"], job["photo"]
     animals = [name for name in files if name not in VEHICLES]
     names = rng.choice(animals, job["photos"]).tolist()
     if label:
-        names[0] = rng.choice([name for name in files if name in VEHICLES])
-
-    def enlarged(name: str, side: int) -> Image.Image:
-        image = Image.open(files[name][rng.integers(len(files[name]))]).convert("RGB")
-        return image.resize((side, side), Image.Resampling.BICUBIC)
-
-    field = enlarged(rng.choice(animals), side)
+        names[: job["rare"]] = rng.choice([name for name in files if name in VEHICLES], job["rare"])
     pairs = np.triu_indices(len(names), 1)
     while True:
         places = rng.integers(0, side - photo + 1, (len(names), 2))
         gaps = abs(places[:, None] - places[None]).max(2)
         if gaps[pairs].min() >= photo:
             break
-    for name, place in zip(names, places, strict=True):
-        field.paste(enlarged(name, photo), tuple(place.tolist()))
-    return np.asarray(field)
+    field, mask = np.full((side, side, 3), 255, np.uint8), np.zeros((side, side), np.uint8)
+    for name, (x, y) in zip(names, places, strict=True):
+        image = Image.open(files[name][rng.integers(len(files[name]))]).convert("RGB")
+        inside = slice(y, y + photo), slice(x, x + photo)
+        field[inside] = image.resize((photo, photo), Image.Resampling.BICUBIC)
+        mask[inside] = 255
+    return field, mask
 
 
 def accuracy(right: list[bool]) -> dict[str, Any]:
@@ -150,15 +151,19 @@ class GatedAttention(nn.Module):
 
 
 @torch.no_grad()
-def tile_features(model: nn.Module, path: Path, side: int) -> Tensor:
-    """The embeddings (n, C) of all tiles of an image, those at its edges padded with zeros."""
-    image = open_image(path)
+def tile_features(model: nn.Module, path: Path, mask: Path, side: int) -> Tensor:
+    """The embeddings (n, C) of the tiles of an image in which its mask has a pixel, those at its edges padded with
+    zeros."""
+    image, there = open_image(path), torch.from_numpy(np.array(Image.open(mask)))
     pixels = Pixels(image, 3, *pixel_statistics(model))
     found = []
     for start in range(0, image.shape[0], side):
-        x = pixels.rows(start, min(start + side, image.shape[0]))
-        x = F.pad(x, (0, -x.shape[3] % side, 0, -x.shape[2] % side))
-        found.append(model(x[0].unflatten(2, (-1, side)).permute(2, 0, 1, 3)))
+        stop = min(start + side, image.shape[0])
+        missing = -image.shape[1] % side
+        some = F.pad(there[start:stop], (0, missing)).unflatten(1, (-1, side)).amax((0, 2)) > 0
+        if some.any():
+            x = F.pad(pixels.rows(start, stop), (0, missing, 0, start + side - stop))
+            found.append(model(x[0].unflatten(2, (-1, side)).permute(2, 0, 1, 3)[some]))
     return torch.cat(found)
 
 
@@ -172,7 +177,7 @@ def two_stages(job: Job) -> Job:
     bags: dict[str, list[tuple[Tensor, int]]] = {"train": [], "val": [], "test": []}
     with open(table, newline="") as file:
         for row in csv.DictReader(file):
-            features = tile_features(model, table.parent / row["path"], job["tile"])
+            features = tile_features(model, *(table.parent / row[name] for name in ("path", "mask")), job["tile"])
             bags[row["split"]].append((features, int(row["label"] == "yes")))
     embedded = time.perf_counter() - started
     every = torch.cat([h for h, _ in bags["train"]])
@@ -215,6 +220,9 @@ def _parser() -> Parser:
     parser.add_argument("--side", type=at_least(1), default=4096, help="of an image, pixels")
     parser.add_argument("--photo", type=at_least(1), default=256, help="side of a photograph in it, pixels")
     parser.add_argument("--photos", type=at_least(2), default=12, help="in an image")
+    parser.add_argument(
+        "--rare", type=at_least(1), default=3, help="photographs of vehicles in an image with the label"
+    )
     parser.add_argument("--tile", type=at_least(1), default=256, help="side of the tiles of two stages, pixels")
     parser.add_argument("--patch-size", type=at_least(1), default=32, help="of the model, pixels; its own is 8")
     for split, count in (("train", 128), ("val", 32), ("test", 64)):
@@ -241,6 +249,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"there is no folder {Path(args.root, 'cifar10', 'train')}")
     if args.photos * (2 * args.photo) ** 2 > max(args.side - args.photo, 0) ** 2:
         parser.error(f"{args.photos} photographs of {args.photo} pixels are too many for a side of {args.side}")
+    if args.rare > args.photos:
+        parser.error(f"--rare {args.rare} is more than --photos {args.photos}")
     config = {name: value for name, value in vars(args).items() if name not in ("ways", "out", "root", "work")}
     rows = read_json(args.out).get("rows", [])
     for way in args.ways:

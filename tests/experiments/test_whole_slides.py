@@ -26,7 +26,7 @@ def photos(tmp_path):
 
 def test_labels(photos):
     words = ["--root", str(photos), "--work", str(photos / "work"), "--side", "256", "--photo", "24"]
-    args = _parser().parse_args([*words, "--photos", "5", "--train", "4", "--val", "2", "--test", "2"])
+    args = _parser().parse_args([*words, "--photos", "5", "--rare", "2", "--train", "4", "--val", "2", "--test", "2"])
     table = make_slides(vars(args))
     with open(table, newline="") as file:
         rows = list(csv.DictReader(file))
@@ -34,11 +34,16 @@ def test_labels(photos):
     for row in rows:
         image = open_image(table.parent / row["path"])
         pixels = np.asarray(image[0 : image.shape[0]])
-        found = [bool((pixels == color).all(axis=2).any()) for name, color in CLASSES.items() if name in VEHICLES]
-        assert image.shape == (256, 256, 3) and any(found) == (row["label"] == "yes")
+        sizes = {name: int((pixels == color).all(axis=2).sum()) for name, color in CLASSES.items()}
+        vehicles = sum(size for name, size in sizes.items() if name in VEHICLES)
+        assert image.shape == (256, 256, 3) and vehicles == 2 * 24**2 * (row["label"] == "yes")
+        mask = np.asarray(Image.open(table.parent / row["mask"]))
+        assert sum(sizes.values()) == 5 * 24**2 and ((pixels != 255).any(axis=2) == (mask == 255)).all()
 
 
-@pytest.mark.parametrize("words", [["--out", "a.txt"], ["--root", "gone"], ["--photo", "2000"], ["--ways", "none"]])
+@pytest.mark.parametrize(
+    "words", [["--out", "a.txt"], ["--root", "gone"], ["--photo", "2000"], ["--rare", "13"], ["--ways", "none"]]
+)
 def test_mistakes(words, photos, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--root", str(photos), *words])
