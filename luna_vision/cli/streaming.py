@@ -19,7 +19,6 @@ __all__ = [
 ]
 
 CHOICE = ("level", "mpp", "magnification", "region", "region_in", "bands", "channel", "series", "z", "t")
-ALTERNATIVES = (("level", "mpp", "magnification"), ("bands", "channel"), ("mask",))
 NO_MASK = "none"
 STORE_TYPES = ("float32", "bfloat16")
 IMAGE_HELP = "TIFF (tiled, pyramid, OME, GeoTIFF), slides of OpenSlide, .zarr, .npy; PNG, JPEG, ... are decoded whole"
@@ -99,17 +98,15 @@ def check_streaming(args: Any) -> dict[str, Any]:
 
 def adopt_training(args: Any) -> None:
     """Let options that are not given be those of a checkpoint's training on slides, and say so."""
+    from ..images.regions import as_in_training
     from ..models.checkpoints import image_cfg, training_checkpoint
     from ..utils.ranks import is_first
 
     recorded = image_cfg(training_checkpoint(args.checkpoint)).get("slides", {}) if args.checkpoint else {}
     taken = []
-    for group in ALTERNATIVES:
-        if all(getattr(args, name) is None for name in group):
-            for name in (name for name in group if name in recorded):
-                setattr(args, name, recorded[name])
-                value = recorded[name] if isinstance(recorded[name], list) else [recorded[name]]
-                taken.append(f"--{name} {' '.join(map(str, value))}")
+    for name, value in as_in_training(recorded, vars(args)).items():
+        setattr(args, name, value)
+        taken.append(f"--{name} {' '.join(map(str, value if isinstance(value, list) else [value]))}")
     if taken and is_first():
         print(f"as in training: {' '.join(taken)}", file=sys.stderr)
     args.mask = None if args.mask == NO_MASK else args.mask

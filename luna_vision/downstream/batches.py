@@ -23,6 +23,7 @@ from luna_vision.execution.check import check_model
 from luna_vision.execution.encode import encode
 from luna_vision.images.decode import SampleError, to_channels
 from luna_vision.images.find import Listed, region_of
+from luna_vision.images.regions import as_in_training
 from luna_vision.models.factory import load_model
 from luna_vision.utils.device import products_in, settle_dtype
 from luna_vision.utils.errors import UserError, one_line
@@ -105,9 +106,11 @@ class Encoder:
         """
         Args:
             checkpoint, model, arguments, device, dtype: As of `Embedder`.
-            choice: Arguments of `luna_vision.images.open_image`, such as {"mpp": 0.5}.
+            choice: Arguments of `luna_vision.images.open_image`, such as {"mpp": 0.5}; by default as in the training
+                of the checkpoint on slides.
             **how: Arguments of `luna_vision.execution.encode`, such as memory_budget="16GB", but no files: rows that
-                are computed at the same time would share them.
+                are computed at the same time would share them. The mask is by default that of the training on slides;
+                "none" looks at all patches.
 
         Raises:
             ValueError, OSError: As `load_model`, or a model that cannot stream.
@@ -116,6 +119,10 @@ class Encoder:
             raise UserError(f"{' and '.join(files)} would be shared by all rows: leave out")
         self.model, self.choice, self.how = load_model(model, arguments, checkpoint, device), choice or {}, how
         check_model(self.model, "streaming")
+        own = as_in_training(self.model.pretrained_cfg.get("slides") or {}, self.choice | how)
+        mask = own.pop("mask", how.get("mask"))
+        self.mask = None if mask == "none" else mask
+        self.choice = self.choice | own
         self.dtype, size = settle_dtype(self.model, dtype), self.model.patch_embed.patch_size
         with products_in(self.model, self.dtype):
             one = encode(self.model, _image(size, self.model.pretrained_cfg, self.model.in_chans), progress=False)
@@ -129,7 +136,7 @@ class Encoder:
         for i, path in enumerate(batch["path"]):
             try:
                 mask, region = (_text(batch[name][i]) if name in batch else "" for name in ("mask", "region"))
-                item = Listed(str(path), mask or self.how.get("mask"), region_of(region, path) if region else None)
+                item = Listed(str(path), mask or self.mask, region_of(region, path) if region else None)
                 with products_in(self.model, self.dtype):
                     rows[i] = as_table(encode_row(self.model, item, self.choice, **self.how))
             except (OSError, ValueError, MemoryError) as error:

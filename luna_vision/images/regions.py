@@ -7,7 +7,7 @@ Shapes: H, W pixels of the image that is read, c bands.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,18 @@ from PIL import Image
 
 from ..utils.errors import UserError
 
-__all__ = ["Choice", "Frame", "Georeference", "Source", "opened", "positive"]
+__all__ = ["Choice", "Frame", "Georeference", "Source", "as_in_training", "opened", "positive"]
 
 SAME = 0.02  # resolutions that differ by less are taken as one: scanners say 0.2527 of 0.25
+ALTERNATIVES = (("level", "mpp", "magnification"), ("bands", "channel"), ("mask",))
 LEVELS_AT = 0.05  # and a level as near as that stands for what was asked for
+
+
+def as_in_training(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """How a training read its slides, where nothing else is given: what is recorded of each group of alternatives of
+    which all are None or missing in `given`."""
+    open_groups = [group for group in ALTERNATIVES if all(given.get(name) is None for name in group)]
+    return {name: recorded[name] for group in open_groups for name in group if name in recorded}
 
 
 def positive(text: str | None, unit: float | None = 1.0) -> float | None:

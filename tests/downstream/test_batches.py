@@ -1,6 +1,7 @@
 """Models on batches of columns, alone and by Ray Data: the rows of one process, and a killed worker costs nothing."""
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -11,11 +12,12 @@ import tifffile
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
+from luna_vision.downstream import batches
 from luna_vision.downstream.batches import Embedder, Encoder
 from luna_vision.downstream.embed import Settings, embed_images
 from luna_vision.execution import encode
 from luna_vision.images import open_image
-from luna_vision.models.factory import PIXELS
+from luna_vision.models.factory import PIXELS, load_model
 
 
 @pytest.fixture
@@ -68,6 +70,23 @@ def test_a_batch_of_paths(how, model, slides):
     assert failed[0]["error"] and failed[0]["region"] == "2 3 20 17"
     nothing = encoder({"path": slides[2:3], "patient": [7]})
     assert nothing.num_rows == 1 and nothing.schema.equals(table.schema)
+
+
+@pytest.mark.parametrize("given", [None, {"bands": [2, 2, 1]}])
+def test_paths_are_read_as_the_slides_of_training_unless_told_otherwise(given, how, slides, monkeypatch):
+    def load(*args, **kwargs):
+        model = load_model(*args, **kwargs)
+        model.pretrained_cfg = model.pretrained_cfg | {"slides": {"bands": [3, 2, 1], "mask": "otsu"}}
+        return model
+
+    monkeypatch.setattr(batches, "load_model", load)
+    for words, mask in (({}, "otsu"), ({"mask": "none"}, None)):
+        encoder = Encoder(**how, choice=given, **words)
+        (row,) = encoder({"path": slides[:1]}).to_pylist()
+        image = open_image(slides[0], **given or {"bands": [3, 2, 1]})
+        want = encode(encoder.model, image, mask=mask, progress=False)
+        assert row["embedding"] == want.embedding.tolist()
+        assert row["patches"] == (math.prod(want.grid_size) if mask is None else int(want.patch_valid.sum()))
 
 
 def test_a_batch_of_images(how, tiny, model, photos, pictures):
