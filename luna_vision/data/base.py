@@ -168,7 +168,7 @@ class ImageDataModule(LightningDataModule):
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
         check_share(random_erasing=random_erasing)
-        check_at_least(1, batch_size=batch_size, in_chans=in_chans)
+        check_at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size or batch_size, in_chans=in_chans)
         check_at_least(0, num_workers=num_workers, seed=seed)
         check_fault_policy(on_error, max_error_share)
         self.max_error_share = max_error_share if on_error == "skip" else None
@@ -183,7 +183,7 @@ class ImageDataModule(LightningDataModule):
         self._to_predict: list[str] | None = None
         self.finished: set[str] = set()
         self.crop_pct = crop_pct
-        self._measure = mean == DATA
+        self._measure = self._measured = mean == DATA  # whether to measure it still, and at all
         if isinstance(mean, str) and (not self._measure or std is not None):
             raise ValueError(f"mean must be numbers, or {DATA!r} without std, got {mean!r} and std {std}")
         self.mean = per_channel("mean", self.MEAN if self._measure else mean or self.MEAN, in_chans)
@@ -286,9 +286,8 @@ class ImageDataModule(LightningDataModule):
         Args:
             cfg: What `timm_cfg` has given when it was written.
         """
-        if known := self._measure and "mean" in cfg:
-            self.mean = tuple(cfg["mean"])
-        self._measure = self._measure and not known
+        if known := self._measured and "mean" in cfg:  # also where it has been measured anew
+            self.mean, self._measure = tuple(cfg["mean"]), False
         self.set_values(model_values(cfg, self.mean, **self._given), cfg["std"] if known else None)
         self._percentile = self._percentile and "value_range" not in cfg
 
@@ -401,7 +400,8 @@ class ImageDataModule(LightningDataModule):
 
     def reading(self) -> dict[str, Any]:
         """The options that the pixels of evaluation depend on, as plain data."""
-        return {"img_size": list(self.img_size), "crop_pct": self.crop_pct, "in_chans": self.in_chans, **self._given}
+        shape = {"img_size": list(self.img_size), "crop_pct": self.crop_pct, "in_chans": self.in_chans}
+        return shape | {"mean": list(self.mean), "std": list(self.std)} | self._given
 
     def predict_dataloader(self) -> DataLoader:
         self.find_values()

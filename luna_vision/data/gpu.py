@@ -1,7 +1,9 @@
 """A data set that fits on the GPU: it stays there as uint8, and is augmented there, a whole batch at once."""
 
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +23,7 @@ from luna_vision.data.images import Source, TransformedDataset
 from luna_vision.data.sampling import sample_seed
 from luna_vision.data.transforms import Augmentation
 from luna_vision.images.transforms import eval_transform
-from luna_vision.images.values import MASK
+from luna_vision.images.values import MASK, Values
 from luna_vision.utils.errors import one_line
 
 DRAWS = 14  # random numbers for each image and epoch, see `augment_batch`
@@ -152,6 +154,11 @@ class GpuDataModule(ImageFolderDataModule):
         pixels = eval_transform(self.img_size, zeros, ones, self.crop_pct, values=self.values)
         as_it_is = (*self.img_size, self.in_chans) if self.crop_pct in (None, 1) else ()
         return ResidentDataset(source, pixels, *arguments, split=split, threads=self._threads, as_it_is=as_it_is)
+
+    def set_values(self, values: Values, std: Sequence[float] | None = None) -> None:
+        if replace(values, mean=()) != replace(self.values, mean=()):
+            self._datasets.clear()  # their pixels mean something else
+        super().set_values(values, std)
 
     def _loader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
         loader = super()._loader(dataset, *args, **kwargs)

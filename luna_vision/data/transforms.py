@@ -70,10 +70,11 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         check_option("crop", self.crop, ("resized", "pad", "none"))
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(f"crop_scale must be 0 < smallest <= largest <= 1, got {self.crop_scale}")
-        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            raise ValueError(f"crop_ratio must be 0 < smallest <= largest, got {self.crop_ratio}")
+        for name, most in (("crop_scale", 1), ("crop_ratio", math.inf)):
+            found = getattr(self, name)
+            if len(found) != 2 or not 0 < found[0] <= found[1] <= most:
+                bound = " <= 1" if most == 1 else ""
+                raise ValueError(f"{name} must be 0 < smallest <= largest{bound}, got {found}")
         check_share(hflip=self.hflip)
         for name in ("crop_padding", "rotate", "color_jitter"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -103,7 +104,8 @@ class _Albumentations:
         array = np.asarray(image)
         mask = {} if missing is None else {"mask": missing.astype(np.uint8)}
         done = self.compose(image=array[:, :, None] if array.ndim == 2 else array, **mask)
-        return done["image"] if missing is None else (done["image"], done["mask"] > 0)
+        image = done["image"].clip(0, 1) if _deep(image) else done["image"]  # where it was resized, it overshoots
+        return image if missing is None else (image, done["mask"] > 0)
 
 
 def albumentations_backend(aug: Augmentation) -> ImageTransform:

@@ -1,6 +1,7 @@
 """Images without labels: any folder, shards, or random regions of large TIFFs and slides; one view or many."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,10 @@ class MultiCrop:
         """What the numbers of files mean."""
         return self.parts[0][0].values
 
-    @values.setter
-    def values(self, values: Values) -> None:
+    def set_values(self, values: Values, std: Sequence[float]) -> None:
+        """Change what the numbers of files mean, and how they are normalised, for all views."""
         for transform, _ in self.parts:
-            transform.values = values
+            transform.set_values(values, std)
 
     def __call__(self, image: Image.Image | np.ndarray, seed: int = 0) -> list[Tensor]:
         """For each size, its views (V, C, H, W)."""

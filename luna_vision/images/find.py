@@ -177,6 +177,7 @@ def find_images(
             files.append(str(root))
         else:
             raise FileNotFoundError(f"there is no image file or folder {root}")
+    files = list(dict.fromkeys(files))  # a file may also lie in a folder that was named
     if not files:
         where = ", ".join(map(str, roots)) or "an empty list"
         raise ValueError(f"no images ({listed(IMG_EXTENSIONS)} suffixes) in {where}{'; '.join(left_out)}")

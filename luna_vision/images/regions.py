@@ -20,7 +20,6 @@ from ..utils.errors import UserError
 
 __all__ = ["Choice", "Frame", "Georeference", "Source", "as_in_training", "opened", "positive"]
 
-SAME = 0.02  # resolutions that differ by less are taken as one: scanners say 0.2527 of 0.25
 ALTERNATIVES = (("level", "mpp", "magnification"), ("bands", "channel"), ("mask",))
 LEVELS_AT = 0.05  # and a level as near as that stands for what was asked for
 

@@ -136,7 +136,7 @@ def parse_value_range(option: str | Sequence[float | str] | None) -> tuple[float
 
 
 def parse_fill(option: float | str | None) -> float | str | None:
-    """A fill, as options and checkpoints have it: "mean", "error", a number, or None if not given.
+    """A fill, as options and checkpoints have it: "mean", "error", "mask", a number, or None if not given.
 
     Raises:
         UserError: It is none of these.

@@ -32,6 +32,7 @@ class TimeBudget(Callback):
             raise ValueError(f"max_seconds must be above 0, got {max_seconds}")
         self.max_seconds, self.used = max_seconds, 0.0
         self._planned: int | None = None
+        self._since: float | None = None  # the end of the last epoch, or the start
 
     def setup(self, trainer: Trainer, pl_module: TimmTask, stage: str) -> None:
         if stage == "fit":
@@ -67,7 +68,8 @@ class TimeBudget(Callback):
         self._plan(trainer, pl_module, trainer.strategy.broadcast(done + max(more, 0)))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"used": self.used, "planned": self._planned, "max_seconds": self.max_seconds}
+        since = 0.0 if self._since is None else time.perf_counter() - self._since
+        return {"used": self.used + since, "planned": self._planned, "max_seconds": self.max_seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.used = state_dict["used"]

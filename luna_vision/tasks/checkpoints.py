@@ -120,18 +120,21 @@ class BestCheckpoint(ModelCheckpoint):
     """Keep the best checkpoint in ``checkpoints/best.ckpt``: Lightning's ModelCheckpoint with other defaults.
 
     Args:
-        monitor: the metric to maximise; by default the task's ``headline``, of the validation.
-        mode: "min" to minimise it.
+        monitor: the metric; by default the task's ``headline``, of the validation.
+        mode: "max" or "min"; by default "min" for a loss.
         filename: without its ending.
         **kwargs: the other arguments of ModelCheckpoint.
     """
 
-    def __init__(self, monitor: str | None = None, mode: str = "max", filename: str = "best", **kwargs) -> None:
-        super().__init__(monitor=monitor, mode=mode, filename=filename, **kwargs)
+    def __init__(self, monitor: str | None = None, mode: str | None = None, filename: str = "best", **kwargs) -> None:
+        super().__init__(monitor=monitor, mode=mode or "max", filename=filename, **kwargs)
+        self._given_mode = mode
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.monitor is None:
             self.monitor = pl_module.headline[0].replace("test_", "val_")
+        if self._given_mode is None and self.monitor.endswith("loss") and self.mode == "max":
+            self.mode, self.kth_value = "min", torch.tensor(math.inf)
         super().setup(trainer, pl_module, stage)
 
     @property

@@ -45,6 +45,7 @@ class OnlineProbe(Callback):
         cfg = trainer.datamodule.timm_cfg()
         arguments: dict[str, Any] = {"num_workers": 0, "in_chans": pl_module.hparams.in_chans}
         arguments |= {"img_size": list(cfg["input_size"][1:]), "mean": list(cfg["mean"]), "std": list(cfg["std"])}
+        arguments |= {name: cfg[name] for name in ("value_range", "nodata", "fill") if name in cfg}
         arguments |= {} if self.root is None else {"root": self.root}
         self.data = open_data(self.name, arguments, *self.limits)
 

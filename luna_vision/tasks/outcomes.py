@@ -108,8 +108,13 @@ class Outcome:
 class ClassOutcome(Outcome):
     """Of images with one label: targets are its number, and what is found are logits (K,)."""
 
+    def __init__(self, task: TimmTask, names: list[str]) -> None:
+        super().__init__(task, names)
+        self._single = task.hparams.get("loss") == "bce"  # each class has a probability of its own
+
     def add(self, target: Tensor, found: Tensor) -> Rated:
-        probabilities = found.float().softmax(0)
+        found = found.float()
+        probabilities = found.sigmoid() if self._single else found.softmax(0)
         confidence, label = probabilities.max(0)
         self._confuse(target, label)
         self.calibration.add(confidence, label == target)

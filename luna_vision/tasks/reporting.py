@@ -60,6 +60,9 @@ class PredictionWriter(BasePredictionWriter):
             raise ValueError(f"overlays are of boxes and masks, which {type(pl_module).__name__} does not find")
         path = Path(self.output or Path(trainer.log_dir or trainer.default_root_dir) / form.default)
         self._files = (data.files_to_predict() if hasattr(data, "files_to_predict") else None) or []
+        folders = [Path(folder).resolve() for folder in (None if form.suffix else path, self.overlays) if folder]
+        if within := [file for file in self._files if set(Path(file).resolve().parents) & {*folders}]:
+            raise UserError(f"predictions could replace images such as {within[0]}: give another folder")
         if 0 < len(self._files) < trainer.world_size:
             raise UserError(f"{trainer.world_size} processes cannot share {len(self._files)} images: start fewer")
         # the folder of a run is a new one each time

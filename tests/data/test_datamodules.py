@@ -187,6 +187,7 @@ def test_statistics_by_channel():
         ({"img_size": 0}, "img_size must be a positive side or"),
         ({"img_size": [8, 8, 8]}, "img_size must be a positive side or"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"eval_batch_size": -1}, "eval_batch_size must be at least 1, got -1"),
         ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"val_fraction": 1.0}, r"val_fraction must be in \[0, 1\), got 1.0"),

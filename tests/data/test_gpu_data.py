@@ -188,3 +188,21 @@ def test_what_is_no_file_of_arrays(tmp_path):
 def test_what_has_no_place_here_is_refused(file, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         module(file, **options)
+
+
+@pytest.mark.parametrize("how", ["percentile", "checkpoint"])
+def test_a_range_that_is_known_late_counts(how, tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        at = tmp_path / "train" / ("cat", "dog")[number % 2]
+        at.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(1000, 2000, (SIDE, SIDE), np.uint16)).save(at / f"{number}.png")
+    found = []
+    for kind in (ImageFolderDataModule, GpuDataModule):
+        data = module(tmp_path, kind, in_chans=1, value_range="percentile" if how == "percentile" else None)
+        data.setup("fit")
+        if how == "checkpoint":
+            data.adopt_values(data.timm_cfg() | {"value_range": (1000, 2000)})
+        found.append(batches(data, "val")[0][0])
+    assert found[0].std() > 0.5
+    torch.testing.assert_close(*found, rtol=0, atol=0.01)  # they are kept in 8 bits

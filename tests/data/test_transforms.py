@@ -15,6 +15,7 @@ from timm.data.auto_augment import AugmentOp
 from luna_vision.data import AUGMENTATIONS, train_transform
 from luna_vision.data.transforms import TORCHVISION_POLICIES, Augmentation, AugmentationError
 from luna_vision.images.transforms import eval_transform, to_tensor
+from luna_vision.images.values import Values
 
 
 def photo(height: int, width: int, in_chans: int = 3) -> Image.Image:
@@ -209,6 +210,7 @@ def test_unknown_names_list_the_options():
     [
         ({"crop_scale": (0.0, 1.0)}, "crop_scale must be 0 < smallest"),
         ({"crop_scale": (0.9, 0.5)}, "crop_scale must be 0 < smallest"),
+        ({"crop_scale": (0.5,)}, "crop_scale must be 0 < smallest"),
         ({"crop_ratio": (2.0, 1.0)}, "crop_ratio must be 0 < smallest"),
         ({"hflip": 1.5}, "hflip must be in"),
         ({"rotate": -1}, "rotate must be finite and not negative, got -1"),
@@ -225,3 +227,14 @@ def test_amounts_out_of_range(argument: dict, message: str):
 def test_crop_pct_out_of_range():
     with pytest.raises(ValueError, match=r"crop_pct must be in \(0, 1\], got 1.5"):
         eval_transform((8, 8), (0.5,), (0.5,), crop_pct=1.5)
+
+
+@pytest.mark.parametrize("backend", ["albumentations", "torchvision"])
+def test_pixels_of_many_levels_stay_in_their_range(backend):
+    """Also where a crop is enlarged, which overshoots at edges."""
+    image = np.indices((12, 12)).sum(0, keepdims=True).transpose(1, 2, 0) % 2 * np.float32(1)
+    aug = Augmentation((32, 48), crop_scale=(0.2, 0.5), color_jitter=0.0, mean=(0.4,))
+    transform = train_transform(backend, aug, (0.0,), (1.0,), values=Values(mean=(0.4,)))
+    for seed in range(5):
+        result = transform(image, seed)
+        assert 0 <= result.min() and 1 >= result.max() > 0.99

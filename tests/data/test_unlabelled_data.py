@@ -56,6 +56,17 @@ def test_all_images_of_a_folder_are_taken_once(photos):
     assert not {"num_classes", "label_names"} & data.timm_cfg().keys()
 
 
+def test_views_are_normalised_as_measured_or_as_a_checkpoint_says(photos):
+    views = {"global_views": 2, "local_views": 1}
+    data, plain = module(photos, **views, mean="data"), module(photos, **views, mean=[0.0] * 3, std=[1.0] * 3)
+    assert data.mean == module(photos, mean="data").mean != plain.mean
+    mean, std = (0.2, 0.3, 0.4), (0.5, 0.5, 0.25)
+    data.adopt_values(data.timm_cfg() | {"mean": mean, "std": std})
+    for images, expected in zip(epoch(data)[0], epoch(plain)[0], strict=True):
+        found = images * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+        torch.testing.assert_close(found, expected)
+
+
 def test_views_have_their_sizes_and_differ(photos):
     data = module(photos, global_views=2, local_views=3, img_size=28)
     large, small = epoch(data)[0]

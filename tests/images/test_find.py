@@ -32,6 +32,7 @@ def test_hidden_names_are_skipped_and_counted(tmp_path: Path):
     assert find_images(tmp_path / ".Trash-0" / "files") == [
         str(tmp_path / ".Trash-0" / "files" / "old.png")
     ]  # asked for
+    assert len(find_images([str(tmp_path), str(tmp_path / "a.png")])) == 2
 
 
 def test_only_regular_files_are_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

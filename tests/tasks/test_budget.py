@@ -1,7 +1,7 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 
 from luna_vision.tasks import TimeBudget
 
@@ -60,6 +60,13 @@ def test_a_resumed_run_has_the_time_that_is_left(tmp_path, monkeypatch):
     assert state["used"] == pytest.approx(first.now, abs=1)
     trainer = run(tmp_path, monkeypatch, second, budget, ckpt_path=kept.last_model_path)
     assert second.now == pytest.approx(100 - first.now, abs=2 * trainer.num_training_batches)
+
+
+def test_the_time_within_an_epoch_counts(tmp_path, monkeypatch):
+    clock, budget, used = Clock(lambda step: 1.0), TimeBudget(60.0), []
+    seen = LambdaCallback(on_train_batch_end=lambda *args: used.append(budget.state_dict()["used"] - clock.now))
+    run(tmp_path, monkeypatch, clock, budget, callbacks=[seen])
+    assert used == pytest.approx([0.0] * len(used))
 
 
 def test_a_resumed_run_keeps_its_plan(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -11,7 +12,14 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from luna_vision.models.factory import load_model
-from luna_vision.tasks import ClassificationTask, FeatureDistillationTask, NestedMemory, OnlineProbe, export_weights
+from luna_vision.tasks import (
+    ClassificationTask,
+    FeatureDistillationTask,
+    NestedMemory,
+    OnlineProbe,
+    export_weights,
+    online_probe,
+)
 from luna_vision.tasks.feature_distillation import feature_losses, mix, to_grid
 from luna_vision.tasks.unlabelled import EffectiveRank, slot_ranks
 
@@ -240,6 +248,18 @@ def test_labelled_images_are_probed(vit_file, tmp_path):
     trainer = tiny_trainer(tmp_path, max_epochs=1, callbacks=[callback])
     trainer.fit(task, Photos(in_chans=1))
     assert 0 <= trainer.callback_metrics["val_knn_acc1"] <= 1 and trainer.callback_metrics["val_linear_acc1"] > 0.2
+
+
+def test_numbers_of_labelled_images_mean_what_they_mean_in_training(monkeypatch):
+    cfg, given = Photos(in_chans=1).timm_cfg() | {"value_range": (0, 4000), "nodata": -1, "fill": "mean"}, {}
+    monkeypatch.setattr(online_probe, "open_data", lambda name, arguments, *limits: given.update(arguments))
+    trainer = SimpleNamespace(is_global_zero=True, datamodule=SimpleNamespace(timm_cfg=lambda: cfg))
+    OnlineProbe("imagefolder").setup(trainer, SimpleNamespace(hparams=SimpleNamespace(in_chans=1)), "fit")
+    assert {name: given[name] for name in ("value_range", "nodata", "fill")} == {
+        "value_range": (0, 4000),
+        "nodata": -1,
+        "fill": "mean",
+    }
 
 
 # ---- ranks

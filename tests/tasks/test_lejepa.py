@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from scipy.integrate import quad
 from torch import Tensor
 
-from luna_vision.tasks import LeJEPATask
+from luna_vision.tasks import BestCheckpoint, LeJEPATask
 from luna_vision.tasks.lejepa import sigreg, unit_directions
 
 from .conftest import tiny_trainer
@@ -138,6 +139,15 @@ def test_it_trains_every_weight(tmp_path):
     assert metrics["train_loss"] == pytest.approx(
         float(metrics["train_agreement_loss"] + metrics["train_sigreg_loss"]), rel=1e-5
     )
+
+
+def test_the_best_weights_are_those_of_the_lowest_loss(tmp_path):
+    losses, best = [], BestCheckpoint(dirpath=tmp_path)
+    seen = LambdaCallback(on_validation_end=lambda trainer, _: losses.append(trainer.callback_metrics["val_loss"]))
+    tiny_trainer(tmp_path, max_epochs=4, callbacks=[best, seen], enable_checkpointing=True).fit(
+        pretrain(lr=0.5), views()
+    )
+    assert best.best_model_score == min(losses) < max(losses)
 
 
 def test_mistakes_are_one_line():

@@ -153,6 +153,21 @@ def test_overlays(make, tmp_path, new, monkeypatch):
         assert difference.shape == (*one.mask.shape, 3) and difference.max() > 60
 
 
+@pytest.mark.parametrize("option", ["output", "overlays"])
+def test_no_image_is_replaced(option, tmp_path, new):
+    task, data = segmentation(tmp_path / "data", new)
+    before, folders = content(new), {"output": tmp_path / "found", "overlays": tmp_path / "drawn", option: tmp_path}
+    with pytest.raises(UserError, match="could replace images such as .*: give another folder"):
+        predict(task, data, folders["output"], overlays=str(folders["overlays"]))
+    assert content(new) == before
+
+
+def test_predictions_of_other_statistics_do_not_go_on(tmp_path, new):
+    _, data = classification(tmp_path / "data", new)
+    other = ImageFolderDataModule(root=data.root, **QUIET, img_size=32, mean=[0.1] * 3, predict_path=str(new))
+    assert data.reading() != other.reading()
+
+
 def test_overlays_need_boxes_or_masks(tmp_path, new):
     task, data = classification(tmp_path / "data", new)
     with pytest.raises(ValueError, match="overlays are of boxes and masks"):

@@ -130,6 +130,9 @@ def test_pixels_and_images_are_counted_as_scikit_learn_does():
     for label, own in zip(labels, logits, strict=True):
         outcome.add(label, own)
     assert (outcome.confusion == confusion_matrix(labels, logits.argmax(1), labels=range(6))).all()
+    for loss, probabilities in (("ce", logits[0].softmax(0)), ("bce", logits[0].sigmoid())):  # those of predictions
+        outcome = ClassOutcome(tiny_task(loss=loss), list("abcdef"))
+        assert outcome.add(labels[0], logits[0]).score == pytest.approx(float(probabilities[labels[0]]))
 
 
 def test_boxes_are_matched_once_and_to_their_own_class_first():
