@@ -100,6 +100,7 @@ def _convert(args: Any, overrides: list[str]) -> None:
 
     source = {"vit": name, "weights": describe(vit)["weights"], "memory_len": args.memory_len}
     result = _known(args.out / "report.json", source)
+    write_json(args.out / "report.json", result)  # first, so that a start of another ViT is never taken for this one's
     start = args.out / "0_initial.safetensors"
     if not start.exists():
         load_vit(task.model, vit)

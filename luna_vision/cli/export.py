@@ -89,6 +89,7 @@ def main(words: list[str]) -> None:
 
 def _normalise(model: "nn.Module", args: "Namespace") -> None:
     """Put --mean and --std into the model's configuration, with a note where they are not known."""
+    from ..images.transforms import per_channel
     from ..models.factory import knows_its_images
 
     if args.checkpoint and not (args.mean and args.std) and not knows_its_images(**model_options(args)):
@@ -98,13 +99,8 @@ def _normalise(model: "nn.Module", args: "Namespace") -> None:
             file=sys.stderr,
         )
     for name in ("mean", "std"):
-        values = getattr(args, name)
-        if values is None:
-            continue
-        if len(values) not in (1, model.in_chans) or (name == "std" and min(values) <= 0):
-            above = " above 0" if name == "std" else ""
-            raise UserError(f"--{name} takes 1 or {model.in_chans} numbers{above}, got {' '.join(map(str, values))}")
-        model.pretrained_cfg = model.pretrained_cfg | {name: tuple(values)}
+        if (values := getattr(args, name)) is not None:
+            model.pretrained_cfg = model.pretrained_cfg | {name: per_channel(name, values, model.in_chans)}
 
 
 def _report(args: "Namespace", checks: "list[Check]") -> None:

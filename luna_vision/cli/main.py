@@ -59,7 +59,7 @@ def _run(name: str, *words: str) -> int | None:
         hint = f"did you mean {close[0]}?" if close else "luna-vision --help lists them"
         raise UserError(f"there is no command {name!r}; {hint}")
     of_image = name == "predict" and is_of_image(words)
-    if not of_image and (text := short_help([name, *words])):
+    if name in TRAINING and not of_image and (text := short_help([name, *words])):
         print(text)
         return 0
     try:

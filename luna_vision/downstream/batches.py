@@ -69,7 +69,10 @@ class Embedder:
         side = self.settings.img_size
         size = (side, side) if side else resolve_data_config(pretrained_cfg=loaded.pretrained_cfg)["input_size"][1:]
         image = _image(size, loaded.pretrained_cfg, self.extractor.in_chans, self.settings.nodata)
-        self.none = self._window([image])[1].slice(0, 0)
+        window, table = self._window([image])
+        if table is None:
+            raise UserError(window.failures[0])
+        self.none = table.slice(0, 0)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> "pa.Table":
         """The columns of the batch but "image", with "embedding" and, where wanted, "memory", "grid", "grid_shape"."""

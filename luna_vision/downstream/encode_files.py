@@ -15,6 +15,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -164,8 +165,9 @@ def encode_files(
     if not ranks.first:
         return []
     parts.finish([item.path for item in items], keep=bool(every))
-    if store is not None and store.is_dir() and not any(store.iterdir()):
-        store.rmdir()
+    if store is not None:
+        with suppress(OSError):  # it is not empty, or has another use
+            store.rmdir()
     return [(items[i].path, reason) for i, reason in sorted(every.items())]
 
 

@@ -118,9 +118,10 @@ def data_config(extractor: Extractor, settings: Settings) -> dict[str, Any]:
     """
     # not given the model itself, for which timm would warn about statistics of three channels for a grey model
     config = resolve_data_config(pretrained_cfg=getattr(extractor.model, "pretrained_cfg", {}))
+    given = {name: getattr(settings, name) for name in ("mean", "std")}
+    given = {name: config[name] if numbers is None else numbers for name, numbers in given.items()}
     return {
-        "mean": per_channel("mean", settings.mean or config["mean"], extractor.in_chans),
-        "std": per_channel("std", settings.std or config["std"], extractor.in_chans),
+        **{name: per_channel(name, given[name], extractor.in_chans) for name in given},
         "crop_pct": config["crop_pct"],
         "crop_mode": config["crop_mode"],
     }

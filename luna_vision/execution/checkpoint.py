@@ -7,6 +7,7 @@ the disk, and the next band does not change the rows it is computed from, so bot
 
 import json
 import pickle
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,5 +94,5 @@ class Checkpoint:
         """Remove both files, and the folder if it is empty then."""
         self.patches.unlink(missing_ok=True)  # first: a state without patches is of a finished run
         self.path.unlink(missing_ok=True)
-        if not any(self.folder.iterdir()):
+        with suppress(OSError):  # it has other files, is the working directory, or where a disk is mounted
             self.folder.rmdir()

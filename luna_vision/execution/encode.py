@@ -138,7 +138,7 @@ def encode(
     model.eval()
     parameter = next(model.parameters())
     store_dtype = parameter.dtype if store_dtype is None else store_dtype
-    _check_arguments(image, store_dtype, band_rows)
+    _check_arguments(store_dtype, band_rows, attention, attention_layer)
     sink = None if grid is None else grid if isinstance(grid, Sink) else _grid_file(Path(grid), image)
     looks = None if attention is None else _attention(Path(attention), model, attention_layer, image)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
@@ -234,11 +234,15 @@ def encode(
     return result
 
 
-def _check_arguments(image: Any, store_dtype: torch.dtype, band_rows: int | None) -> None:
+def _check_arguments(
+    store_dtype: torch.dtype, band_rows: int | None, attention: Path | None, attention_layer: int | None
+) -> None:
     if store_dtype not in STORE_TYPES:
         raise ValueError(f"store_dtype must be one of {', '.join(map(str, STORE_TYPES))}, got {store_dtype}")
     if band_rows is not None and band_rows < 1:
         raise ValueError(f"band_rows must be at least 1, got {band_rows}")
+    if attention_layer is not None and attention is None:
+        raise ValueError(f"attention_layer {attention_layer} chooses a block of attention, which is not given")
 
 
 def _grid_file(path: Path, image: Any) -> Grid:

@@ -74,6 +74,14 @@ def _weights_by_row(scores: Tensor, valid: Tensor | None, rows: int | list[int])
     return (scores.softmax(dim=-1) * count).flatten(-2)
 
 
+def _sums(weights: Tensor, x: Tensor) -> Tensor:
+    """Sums of x (..., n, D) with weights (..., S, n) from 0 to n that sum to n at most, in float32 or wider."""
+    shrink = 1.0
+    if x.dtype == torch.float16:  # whose range ends at 65,504: sum as many numbers as fit, by a power of two
+        shrink = 2.0 ** -max(0, x.shape[-2].bit_length() - 10)
+    return upcast((weights * shrink).to(x.dtype) @ x) / shrink
+
+
 def tile_absorbed(
     queries: Tensor, x: Tensor, w: Projections, valid: Tensor | None = None, rows: Rows = None
 ) -> PackState:
@@ -94,8 +102,7 @@ def tile_absorbed(
         scores = torch.bmm(queries.to(x.dtype), x.transpose(1, 2))
         maximum, weights = _weights(scores.view(B, w.heads, S // w.heads, -1), valid, rows)
         total = weights.sum(dim=-1)
-        z = torch.bmm(weights.flatten(1, 2).to(x.dtype), x)
-        return PackState(maximum, total, project_values(upcast(z), total.flatten(1), w))
+        return PackState(maximum, total, project_values(_sums(weights.flatten(1, 2), x), total.flatten(1), w))
 
 
 def tile_projected(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, rows: Rows = None) -> PackState:
@@ -103,4 +110,4 @@ def tile_projected(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None,
     with no_autocast(q):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         maximum, weights = _weights(scores, valid, rows)
-        return PackState(maximum, weights.sum(dim=-1), upcast(weights.to(v.dtype) @ v))
+        return PackState(maximum, weights.sum(dim=-1), _sums(weights, v))

@@ -36,8 +36,7 @@ def pixel_statistics(
     config = resolve_data_config(pretrained_cfg=getattr(model, "pretrained_cfg", {}))
     out = []
     for name, given in (("mean", mean), ("std", std)):
-        values = config[name] if given is None else (given,) if isinstance(given, int | float) else tuple(given)
-        out.append(per_channel(name, values, model.in_chans))
+        out.append(per_channel(name, config[name] if given is None else given, model.in_chans))
     return out[0], out[1]
 
 

@@ -34,13 +34,13 @@ ImageTransform = Callable[..., Any]
 ALL = 1 - 1e-5  # the share of missing pixels, up to rounding, by which a resized pixel is missing
 
 
-def per_channel(name: str, values: Sequence[float], in_chans: int) -> tuple[float, ...]:
+def per_channel(name: str, values: Sequence[float] | float, in_chans: int) -> tuple[float, ...]:
     """Bring statistics to ``in_chans`` numbers: one is repeated, three are averaged where there are not three channels.
 
     Raises:
         ValueError: Another number of them, one that is not finite, or a standard deviation that is not above 0.
     """
-    values = tuple(float(v) for v in values)
+    values = (float(values),) if isinstance(values, int | float) else tuple(map(float, values))
     counts = sorted({1, 3, in_chans})
     if len(values) not in counts or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
         allowed = " or ".join(map(str, counts))

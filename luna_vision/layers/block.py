@@ -357,6 +357,8 @@ class LunaBlock(Shell):
                 return self._forward_kernels(x, memory, grid_size, patch_valid, memory_valid)
             if self.pack_by_row:
                 return self._forward_by_row(x, memory, grid_size, patch_valid, memory_valid)
+        elif self.pack_by_row:
+            raise ValueError("TorchScript does not pack by row: set_pack_by_row(False), or use torch.export")
         x = self.mix_tile(x, grid_size, patch_valid)
         h = self.norm_tile(x)
         packed = self.attn.pack(h, self._norm_memory(memory), patch_valid)

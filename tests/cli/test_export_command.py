@@ -318,8 +318,8 @@ MISTAKES = [
     (["--format", "hf", "--out", "folder.pt2"], "folder.pt2 is not empty: give --overwrite"),
     (["--format", "torch-export", "--out", "there.pt2/a.pt2"], "cannot write into there.pt2: "),
     (["--format", "hf", "--out", "it", "--memory"], "are for graphs, not for --format hf"),
-    (["--format", "hf", "--out", "it", "--mean", "1", "2"], "--mean takes 1 or 3 numbers, got 1.0 2.0"),
-    (["--format", "hf", "--out", "it", "--std", "0"], "--std takes 1 or 3 numbers above 0, got 0.0"),
+    (["--format", "hf", "--out", "it", "--mean", "1", "2"], "mean must be 1 or 3 finite numbers, got (1.0, 2.0)"),
+    (["--format", "hf", "--out", "it", "--std", "0"], "std must be 1 or 3 finite numbers, above 0, got (0.0,)"),
     (
         ["--format", "torch-export", "--out", "a.pt2", "--model-args", "num_classes=0", "--output", "logits"],
         "no logits",

@@ -68,6 +68,7 @@ def test_the_short_help_of_training_says_how_to_see_all(name):
         assert word in text
     assert ("--out FILE" in text) == (name == "predict") and ("--resume" in text) == (name == "fit")
     assert not short_help([name]) and not short_help(["embed", "--help"])
+    assert "--out" in console("embed", name, "--help").stdout  # a folder of this name
 
 
 # ---------------------------------------------------------------- options

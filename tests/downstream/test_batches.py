@@ -166,6 +166,11 @@ def test_ray_embeds_decoded_images(ray, how, model, photos, tmp_path):
     np.testing.assert_allclose(np.stack(found), want.embedding, rtol=1e-4, atol=1e-5)
 
 
+def test_a_size_that_the_model_does_not_take_is_one_line():
+    with pytest.raises(ValueError, match="96"):
+        Embedder(model="vit_tiny_patch16_224", img_size=96, device="cpu")
+
+
 @pytest.mark.parametrize("kind", [Embedder, Encoder])
 def test_models_of_other_bands_and_without_zeros(kind, tiny, tmp_path):
     model = tiny(in_chans=4, num_classes=0)

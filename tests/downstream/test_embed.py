@@ -539,3 +539,10 @@ def test_nothing_is_written_if_no_image_can_be_used(photos, weights, tmp_path, c
     assert main([str(photos / "00.png"), "--out", str(tmp_path / "out.npz"), *weights]) == 1
     assert "is not written: it would be empty" in capsys.readouterr().out
     assert not list(tmp_path.glob("out*"))
+
+
+def test_statistics_may_be_one_number_also_zero(tiny, photos):
+    model = tiny()
+    for mean, std in ((0.5, 0.25), (0.0, 1.0)):
+        one, each = (Settings(mean=a, std=b) for a, b in ((mean, std), ([mean] * 3, [std] * 3)))
+        np.testing.assert_array_equal(*(embed_images(model, photos, settings).embedding for settings in (one, each)))

@@ -108,3 +108,5 @@ def test_the_command(photo, tmp_path):
         main([*words, str(tmp_path / "m.png")])
     with pytest.raises(ValueError, match="attention_layer 9 does not exist: the model has 4, 0 to 3"):
         main([*words, str(tmp_path / "n.tif"), "--attention-layer", "9"])
+    with pytest.raises(ValueError, match="attention_layer 1 chooses a block of attention, which is not given"):
+        main([*words[:-1], "--attention-layer", "1"])

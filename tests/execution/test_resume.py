@@ -255,6 +255,14 @@ def test_a_full_disk(what, make, image, tmp_path, monkeypatch):
     same(run(model, image, folder), run(model, image, None))
 
 
+def test_the_store_may_be_the_working_directory(make, image, tmp_path, monkeypatch):
+    """Which cannot be removed."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run(make(dtype=torch.float32), image, Path("."), tmp_path / "grid.npy")
+    assert list(Path(".").iterdir()) == []
+
+
 def test_a_result_that_cannot_be_saved_leaves_the_store(make, image, tmp_path):
     """As on a disk that is too full for it: the same call does the last step again, and reads no pixels for it."""
     model, folder, grid, read, saved = make(dtype=torch.float32), tmp_path / "store", tmp_path / "grid.npy", [], []

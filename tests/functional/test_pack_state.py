@@ -141,3 +141,13 @@ def test_bfloat16_patches_are_summed_in_float32(form):
     got = attn.pack_tile(x.bfloat16(), attn.pack_query(memory.bfloat16())).finish()
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("rows", [None, 4])
+@pytest.mark.parametrize("form", FORMS)
+def test_many_patches_stay_in_the_range_of_float16(form, rows):
+    attn = layer(form=form).half()
+    x, memory = torch.full((1, 80_000, C), 2.0, dtype=torch.float16), torch.zeros(1, L, C, dtype=torch.float16)
+    query = attn.pack_query(memory)
+    found = attn.pack_tile(x, query, rows=rows).finish()
+    torch.testing.assert_close(found, attn.pack_tile(x[:, :8], query).finish(), rtol=2e-3, atol=2e-3)

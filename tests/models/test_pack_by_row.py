@@ -77,3 +77,5 @@ def test_mistakes():
         make(attn_drop_rate=0.1).set_pack_by_row()
     with pytest.raises(ValueError, match="pack_by_row"):
         make(pack_by_row=True).get_attention_maps(torch.randn(1, 3, 8, 8, dtype=torch.float64))
+    with pytest.raises(torch.jit.Error, match="TorchScript does not pack by row"):
+        torch.jit.script(make(pack_by_row=True))(torch.randn(1, 3, 32, 32, dtype=torch.float64))
