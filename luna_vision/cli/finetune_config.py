@@ -127,8 +127,6 @@ def _detect(root: Path) -> Made:
     labels = source.labels
     data = {"format": module.format, "class_names": module.class_names, "val_fraction": 0.1}
     boxes = np.concatenate([image.boxes for image in labels.images])
-    if not len(boxes):
-        raise UserError(f"{labels.where} has no boxes")
     sides = np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
     anchors = [max(8, int(side)) for side in np.quantile(sides, (0.15, 0.5, 0.85)).round()]
     model = {

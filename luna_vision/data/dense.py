@@ -17,7 +17,7 @@ from torch import Tensor
 from luna_vision.data.base import ImageDataModule
 from luna_vision.data.faults import LabelFaults
 from luna_vision.data.images import Source, TransformedDataset
-from luna_vision.data.label_files import Format, LabelSet, Place, recognise
+from luna_vision.data.label_files import Format, LabelSet, Place, label_file_of, recognise
 from luna_vision.data.sampling import repeated, sample_seed
 from luna_vision.images.decode import SampleError
 from luna_vision.images.find import listed
@@ -289,7 +289,8 @@ class DenseDataModule(ImageDataModule):
         """The labels of a split in a file of objects.
 
         Raises:
-            UserError: The file is broken, has neither images nor classes, or other classes than those given.
+            UserError: The file is broken, has no images, no classes, or other classes than those given; or no training
+                image has an object.
             SampleError: It has faults, more than may be left out.
         """
         known = self._names if split == "train" else self.class_names
@@ -298,6 +299,9 @@ class DenseDataModule(ImageDataModule):
         faults.settle(len(labels.images) + int(labels.counts.sum()))
         if not labels.images or not labels.names:
             raise UserError(f"{place.labels} has no {'images' if labels.names else 'classes'}")
+        if split == "train" and not labels.counts.any():
+            where = label_file_of(labels.images[0].file).parent if self.format == "yolo" else place.labels
+            raise UserError(f"not one of {len(labels.images)} training images has an object, by the labels in {where}")
         if known is not None and labels.names != known:
             raise UserError(f"classes must be those of {place.labels}, {listed(labels.names)}, got {listed(known)}")
         return labels

@@ -430,9 +430,10 @@ def read_yolo(place: Place, names: list[str] | None, faults: LabelFaults, masks:
 
 def label_file_of(image: str) -> Path:
     """YOLO's text file of an image: in ``labels`` in place of the last folder ``images``, else beside it."""
-    before, found, after = image.rpartition(f"{os.sep}images{os.sep}")
-    path = f"{before}{os.sep}labels{os.sep}{after}" if found else image
-    return Path(path).with_suffix(".txt")
+    *folders, name = Path(image).with_suffix(".txt").parts
+    if "images" in folders:
+        folders[-1 - folders[::-1].index("images")] = "labels"
+    return Path(*folders, name)
 
 
 def _yolo_object(words: list[str], where: str, classes: int, objects: _Objects, masks: bool) -> None:

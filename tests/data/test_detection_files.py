@@ -194,6 +194,24 @@ def test_images_without_objects_stay(tmp_path):
     assert data.dataset("train")[0][1]["boxes"].shape == (0, 4)
 
 
+@pytest.mark.parametrize("root", [".", "data.yaml"])
+def test_labels_are_found_from_a_relative_root(root, tmp_path, monkeypatch):
+    write_yolo(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert DetectionDataModule(root, **QUIET).source("train").labels.counts.sum() == 16
+
+
+@pytest.mark.parametrize("form, where", [("coco", "train.json"), ("yolo", "labels.train")])
+def test_training_without_any_object_is_a_mistake(form, where, tmp_path):
+    WRITERS[form](tmp_path)
+    for file in tmp_path.glob("labels/train/*"):
+        file.unlink()
+    if form == "coco":
+        (tmp_path / "train.json").write_text(json.dumps(coco_of(scenes("train")) | {"annotations": []}))
+    with pytest.raises(UserError, match=f"not one of 8 training images has an object, .*{where}$"):
+        DetectionDataModule(tmp_path, class_names=NAMES if form == "yolo" else None, **QUIET).setup("fit")
+
+
 def test_validation_is_held_out_where_there_is_none(tmp_path):
     write_coco(tmp_path)
     (tmp_path / "val.json").unlink()
