@@ -103,6 +103,23 @@ def test_an_ignored_number_and_classes_without_a_background(tmp_path):
         np.testing.assert_array_equal(mask, np.where(truth == 2, 255, truth))
 
 
+@pytest.mark.parametrize("form", ["numbers", "names", "colors"])
+def test_the_ignored_value_is_no_class(form, tmp_path):
+    write_masks(tmp_path, "colors" if form == "colors" else "index")
+    if form == "numbers":
+        (tmp_path / "classes.txt").unlink()
+    data = SegmentationDataModule(tmp_path, **QUIET, ignore_index=[0, 0, 0] if form == "colors" else 0)
+    data.setup("fit")
+    assert not data.background and data.class_names == (["1", "2"] if form == "numbers" else NAMES)
+    for name, mask in masks_of(data, "val").items():
+        np.testing.assert_array_equal(mask, np.array([255, 0, 1])[scenes("val")[name].mask])
+
+
+def test_255_is_a_class_where_values_have_it(tmp_path):
+    options = {"classes": ["brick", "background"], "values": [0, 255]}
+    assert SegmentationDataModule(write_masks(tmp_path), **QUIET, **options).class_names == ["brick", "background"]
+
+
 @pytest.mark.parametrize("options", [{}, {"train_on": "crops", "crop_size": 40, "scale": [0.6, 1.5], "vflip": 0.5}])
 def test_masks_move_along_with_the_image(options, tmp_path):
     data = SegmentationDataModule(write_masks(tmp_path), **QUIET, color_jitter=0.0, **options)
