@@ -326,6 +326,8 @@ class SegmentationDataModule(DenseDataModule):
         else:
             source = OutlineSource(self.read_labels(place, split), self.background)
             names = ["background"] * self.background + source.labels.names
+            if len(names) > IGNORE:
+                raise UserError(f"masks hold {IGNORE} classes with the background, got {len(names)} in {source.where}")
         self._scan(source, names, split)
         return source
 

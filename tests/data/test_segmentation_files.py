@@ -3,6 +3,7 @@
 import json
 import logging
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,20 @@ def test_masks_of_outlines(form, tmp_path):
     without = SegmentationDataModule(tmp_path, **QUIET, background=False)
     for name, mask in masks_of(without, "val").items():
         np.testing.assert_array_equal(mask, np.array([255, 1, 0])[scenes("val")[name].mask])
+
+
+@pytest.mark.parametrize("background, most", [(True, 254), (False, 255)])
+def test_outlines_of_more_classes_than_a_mask_holds(background, most, tmp_path):
+    write_coco(tmp_path)
+    for count in (most, most + 1):
+        content = coco_of(scenes("train"))
+        content["categories"] += [{"id": 10 + i, "name": f"thing {i}"} for i in range(count - 2)]
+        (tmp_path / "train.json").write_text(json.dumps(content))
+        data = SegmentationDataModule(tmp_path, **QUIET, background=background)
+        refused = pytest.raises(UserError, match="masks hold 255 classes") if count > most else nullcontext()
+        with warnings.catch_warnings(), refused:
+            warnings.simplefilter("ignore")
+            data.source("train")
 
 
 def test_small_objects_lie_over_large_ones_and_crowds_are_ignored(tmp_path):
