@@ -154,6 +154,7 @@ def find_coco(root: Path, split: str) -> Place | None:
         files = [root / f"{name}.json", root / name / "_annotations.coco.json"]
         files += sorted(path for start in ("", "instances_") for path in root.glob(f"annotations/{start}{name}*.json"))
         found += [path for path in files if path.is_file()]
+    found = list(dict.fromkeys(found))  # val*.json is instances_valid.json, too
     if len(found) > 1:
         raise UserError(f"{listed(list(map(str, found)))} are all for {split}: keep one of them in {root}")
     if not found:

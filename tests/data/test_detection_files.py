@@ -242,6 +242,15 @@ def test_other_layouts(layout, tmp_path):
     assert len(data.dataset("train")) == 8 and len(data.dataset("val")) == 2
 
 
+@pytest.mark.parametrize("name", ["val2017", "valid", "validation"])
+def test_validation_in_annotations_is_found_once(name, tmp_path):
+    write_coco(tmp_path)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "val.json").rename(tmp_path / f"annotations/instances_{name}.json")
+    (tmp_path / "val").rename(tmp_path / name)
+    assert len(DetectionDataModule(tmp_path, **QUIET).source("val")) == 2
+
+
 def test_given_classes_are_those_of_a_file_that_numbers_them_itself(tmp_path):
     write_yolo(tmp_path)
     assert DetectionDataModule(tmp_path, class_names=NAMES, **QUIET).source("train").labels.names == NAMES
