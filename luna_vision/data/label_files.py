@@ -119,18 +119,18 @@ def split_names(split: str) -> Sequence[str]:
     return VAL_NAMES if split == "val" else (split,)
 
 
-def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
-    """The header and the rows of a CSV file, without white space around cells and without empty rows.
+def read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header and the numbered rows of a CSV file, without white space around cells and without empty rows.
 
     Raises:
         UserError: It is no such file, or has no rows, or fewer than two columns, or two of the same name.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
+            rows = [(number, [cell.strip() for cell in row]) for number, row in enumerate(csv.reader(file), 1)]
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path} is no CSV table: {one_line(error)}") from error
-    header, *rows = [row for row in rows if any(row)] or [[]]
+    (_, header), *rows = [row for row in rows if any(row[1])] or [(1, [])]
     if len(header) < 2 or len(set(header)) < len(header) or not rows:
         raise UserError(f"{path} must have a header with two or more different columns, and rows below it")
     return header, rows

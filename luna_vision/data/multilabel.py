@@ -62,11 +62,12 @@ def read_table(
         UserError: It is no such table.
     """
     header, rows = read_csv(path)
+    _, first = rows[0]
     folders = [path.parent, path.parent / path.stem, path.parent / "images", path.parent / path.stem / "images"]
-    folder = next((folder for folder in folders if (folder / rows[0][0]).is_file()), path.parent)
+    folder = next((folder for folder in folders if (folder / first[0]).is_file()), path.parent)
     kept: list[tuple[str, list[str]]] = []
     seen: set[str] = set()
-    for number, row in enumerate(rows, 2):
+    for number, row in rows:
         where, name = f"{path.name} row {number}", row[0]
         if len(row) != len(header):
             faults.add(COLUMNS, where)

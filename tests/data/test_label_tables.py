@@ -67,6 +67,13 @@ def test_faults_are_counted_and_named_and_left_out(kind, tmp_path, caplog):
     assert kind in caplog.text and len(data.dataset("train")) == (3 if "cell" in kind else 2)
 
 
+def test_a_faulty_row_is_named_by_its_number_in_the_file(tmp_path):
+    write_labels(tmp_path)
+    (tmp_path / "train.csv").write_text("\nfile,labels\n\ntrain_0.png,a\n,\ngone.png,b\n")
+    with pytest.raises(SampleError, match="train.csv row 6: gone.png"):
+        MultiLabelDataModule(str(tmp_path), **QUIET).setup("fit")
+
+
 def test_a_label_that_training_lacks(tmp_path):
     write_labels(tmp_path)
     (tmp_path / "val.csv").write_text("file,labels\nval_0.png,brick|moss\n")
