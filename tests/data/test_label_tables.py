@@ -81,6 +81,19 @@ def test_a_label_that_training_lacks(tmp_path):
         MultiLabelDataModule(str(tmp_path), **QUIET).setup("fit")
 
 
+def test_a_table_that_lacks_a_class_of_training(tmp_path):
+    write_labels(tmp_path, "columns")
+    (tmp_path / "val.csv").write_text("file,leaf\nval_0.png,1\n")
+    with pytest.raises(UserError, match="val.csv has no column brick, but leaf"):
+        MultiLabelDataModule(str(tmp_path), **QUIET).setup("fit")
+
+
+def test_a_list_without_any_label_is_no_column(tmp_path):
+    write_labels(tmp_path)
+    (tmp_path / "val.csv").write_text("file,labels\nval_0.png,\n")
+    assert MultiLabelDataModule(str(tmp_path), **QUIET).table("val").matrix.tolist() == [[0, 0]]
+
+
 @pytest.mark.parametrize("text", ["", "file\na.png\n", "file,labels\n", "file,a,a\nx.png,1,0\n", "\0"])
 def test_no_table(text, tmp_path):
     (tmp_path / "train.csv").write_text(text)
