@@ -101,15 +101,18 @@ class DenseTransform:
     Args:
         values: What the numbers of files mean, see `luna_vision.images.values`.
         target: Makes the target of a `Truth`.
-        steps: albumentations' transforms, drawn anew for each seed; none leave image and truth as they are.
+        steps: albumentations' transforms, drawn anew for each seed, after which crowds are left out; None leaves image
+            and truth as they are.
     """
 
-    def __init__(self, values: Values, target: Callable[[Truth], Any], steps: Sequence[A.BasicTransform] = ()) -> None:
+    def __init__(
+        self, values: Values, target: Callable[[Truth], Any], steps: Sequence[A.BasicTransform] | None = None
+    ) -> None:
         self.values, self.target = values, target
         boxes = A.BboxParams(
             "pascal_voc", label_fields=["labels"], min_width=1, min_height=1, min_visibility=MIN_VISIBLE, clip=True
         )
-        self.compose = A.Compose(list(steps), bbox_params=boxes) if steps else None
+        self.compose = None if steps is None else A.Compose(list(steps), bbox_params=boxes)
 
     def set_values(self, values: Values, std: Sequence[float]) -> None:
         """Change what the numbers of files mean; models of boxes and masks normalise by themselves."""

@@ -174,16 +174,17 @@ def test_an_image_of_another_size_than_its_labels_say(tmp_path):
     assert data.dataset("train")[0][0].shape[1:] == data.dataset("train")[1][0].shape[1:] == (48, 64)
 
 
-def test_crowds_are_not_trained_on_and_scores_ignore_them(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"hflip": 0.0, "color_jitter": 0.0}])
+def test_crowds_are_not_trained_on_and_scores_ignore_them(options, tmp_path):
     edit(lambda c: first(c, iscrowd=1))(tmp_path)
     (tmp_path / "val.json").write_text((tmp_path / "train.json").read_text())
     (tmp_path / "val").rename(tmp_path / "other")
     (tmp_path / "train").rename(tmp_path / "val")
     write_coco(tmp_path / "again")
     (tmp_path / "again" / "train").rename(tmp_path / "train")
-    data = DetectionDataModule(tmp_path, **QUIET)
+    data = DetectionDataModule(tmp_path, **QUIET, **options)
     assert data.dataset("val")[0][1]["iscrowd"].tolist() == [1, 0]
-    assert len(data.dataset("train")[0][1]["labels"]) == 1
+    assert data.dataset("train")[0][1]["iscrowd"].tolist() == [0]
 
 
 def test_images_without_objects_stay(tmp_path):
