@@ -47,6 +47,14 @@ class DenseSource(Source, Protocol):
         """bool (n, K), whether an image has a class. Needed with ``repeat_rare`` alone."""
 
 
+class CropOnObject(A.CropNonEmptyMaskIfExists):
+    """A crop around a random pixel of an object, if there is one; for albumentations' own, class 0 never is."""
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        is_object = ~np.isin(data["mask"], self.ignore_values)
+        return super().get_params_dependent_on_data(params, data | {"mask": is_object})
+
+
 @dataclass(frozen=True)
 class DenseAugmentation:
     """The augmentation of images with boxes or masks, by the arguments of `DenseDataModule`.
@@ -84,7 +92,7 @@ class DenseAugmentation:
             steps.append(A.PadIfNeeded(height, width, position="top_left", fill=0, fill_mask=IGNORE))
             if masks:
                 nothing = [0, IGNORE] if background else [IGNORE]
-                on_object = A.CropNonEmptyMaskIfExists(height, width, ignore_values=nothing, p=self.object_share)
+                on_object = CropOnObject(height, width, ignore_values=nothing, p=self.object_share)
             else:
                 on_object = A.AtLeastOneBBoxRandomCrop(height, width, p=self.object_share)
             # where an object was cut out, there is nothing left to crop

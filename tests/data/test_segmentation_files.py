@@ -150,6 +150,21 @@ def test_masks_move_along_with_the_image(options, tmp_path):
             assert torch.equal(image, again[0]) and torch.equal(mask, again[1])
 
 
+@pytest.mark.parametrize("background", [True, False])
+def test_crops_are_put_on_objects(background, tmp_path):
+    """Without a background, class 0 is an object as well."""
+    write_masks(tmp_path)
+    for file in tmp_path.glob("train/masks/*"):
+        mask = np.full((48, 64), 0 if background else 255, np.uint8)
+        mask[40:44, 50:54] = int(background)
+        Image.fromarray(mask).save(file)
+    options = {"background": background, "train_on": "crops", "crop_size": 8, "object_share": 1.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dataset = SegmentationDataModule(tmp_path, **QUIET, **options).dataset("train")
+    assert all((dataset[index][1] == int(background)).any() for index in range(len(dataset)))
+
+
 def test_what_a_crop_pads_is_ignored(tmp_path):
     data = SegmentationDataModule(write_masks(tmp_path), **QUIET, train_on="crops", crop_size=[48, 80], hflip=0.0)
     image, mask = data.dataset("train")[0]
