@@ -193,4 +193,4 @@ def _size_options(module: DenseDataModule, sizes: Sequence[tuple[int, int]]) -> 
     crops = longer > LARGE or module.masks and longer > CROP
     options = {"train_on": "crops", "crop_size": CROP} if crops else {"train_on": "whole"}
     print(f"images of about {longer} pixels: training on {options['train_on']}", file=sys.stderr)
-    return options | {"scale": [0.75, 1.33], "hflip": 0.5, "color_jitter": 0.2, "batch_size": 4}
+    return options | {"scale": [0.75, 1.33], "hflip": 0.5, "batch_size": 4}

@@ -19,7 +19,7 @@ from luna_vision.data.faults import LabelFaults
 from luna_vision.data.images import Source, TransformedDataset
 from luna_vision.data.label_files import Format, LabelSet, Place, label_file_of, recognise
 from luna_vision.data.sampling import repeated, sample_seed
-from luna_vision.images.decode import SampleError
+from luna_vision.images.decode import MODES, SampleError
 from luna_vision.images.find import listed
 from luna_vision.images.transforms import SeededTransform, to_tensor
 from luna_vision.images.values import Raster, Values
@@ -172,7 +172,7 @@ class DenseDataModule(ImageDataModule):
     Args:
         root: Folder of the data.
         format: Of the labels; by default the one that ``root`` has.
-        in_chans: 1 (grey) or 3 (RGB); images are converted.
+        in_chans: 1 (grey) or 3 (RGB), to which images are converted; or any other number of bands, that of the files.
         batch_size: Images in a batch on each device.
         eval_batch_size: The same for validation, test and prediction; 1 by default, as whole images may be large.
         num_workers: Processes that load images; 0 loads in the main process.
@@ -185,7 +185,8 @@ class DenseDataModule(ImageDataModule):
         scale: [smallest, largest] factor of a random resizing of training images.
         hflip: Probability of a horizontal flip.
         vflip: Probability of a vertical flip.
-        color_jitter: Largest relative change of brightness, contrast, saturation.
+        color_jitter: Largest relative change of brightness, contrast, saturation; by default 0.3 of grey and colour. Of
+            other bands there is none.
         repeat_rare: Training images of classes that fewer than this share of the images have come more often, see
             :func:`luna_vision.data.sampling.repeat_rare`; 0 is off. With masks, all of them are read once for it.
         value_range, nodata, fill: As in :class:`ImageDataModule`.
@@ -225,7 +226,7 @@ class DenseDataModule(ImageDataModule):
         scale: list[float] | None = None,
         hflip: float = 0.5,
         vflip: float = 0.0,
-        color_jitter: float = 0.3,
+        color_jitter: float | None = None,
         repeat_rare: float = 0.0,
         value_range: str | list[float] | None = None,
         nodata: float | None = None,
@@ -238,6 +239,8 @@ class DenseDataModule(ImageDataModule):
         if format is not None:
             check_option("format", format, self.formats)
         check_share(repeat_rare=repeat_rare)
+        if color_jitter and in_chans not in MODES:
+            raise ValueError(f"images of {in_chans} channels take color_jitter 0, got {color_jitter}")
         super().__init__(
             root=root,
             img_size=crop_size,
@@ -264,7 +267,7 @@ class DenseDataModule(ImageDataModule):
             tuple(scale or (1.0, 1.0)),
             hflip,
             vflip,
-            color_jitter,
+            (0.3 if in_chans in MODES else 0.0) if color_jitter is None else color_jitter,
         )
         self.train_transform = self.eval_transform = DenseTransform(self.values, self.target)
         self._sources: dict[str, Source | None] = {}
