@@ -198,7 +198,7 @@ def read_coco(place: Place, names: list[str] | None, faults: LabelFaults, masks:
             faults.add(TWICE, where)
             continue
         listed_files.add(path)
-        if (size := _size_of(path, entry, where, faults)) is not None:
+        if (size := _size_of(path, entry, faults)) is not None:
             images[entry["id"]], files[entry["id"]] = _Objects(str(file), size, faults), path
     known = {str(entry.get("id")) for entry in content["images"] if isinstance(entry, dict)}
     for where, entry in _records(content, "annotations", file, faults, image_id=int, category_id=int):
@@ -228,7 +228,7 @@ def read_coco(place: Place, names: list[str] | None, faults: LabelFaults, masks:
     return LabelSet(str(file), names, found, [by_name.get(name, 0) for name in names], list(images))
 
 
-def _size_of(path: str, entry: dict[str, Any], where: str, faults: LabelFaults) -> Size | None:
+def _size_of(path: str, entry: dict[str, Any], faults: LabelFaults) -> Size | None:
     if not os.path.isfile(path):
         faults.add(MISSING, path)
         return None
