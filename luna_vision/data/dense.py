@@ -120,7 +120,8 @@ class DenseTransform:
         boxes = A.BboxParams(
             "pascal_voc", label_fields=["labels"], min_width=1, min_height=1, min_visibility=MIN_VISIBLE, clip=True
         )
-        self.compose = None if steps is None else A.Compose(list(steps), bbox_params=boxes)
+        # without a step that takes boxes, such as this one, albumentations warns
+        self.compose = None if steps is None else A.Compose([*steps, A.NoOp()], bbox_params=boxes)
 
     def set_values(self, values: Values, std: Sequence[float]) -> None:
         """Change what the numbers of files mean; models of boxes and masks normalise by themselves."""

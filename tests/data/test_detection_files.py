@@ -174,7 +174,8 @@ def test_an_image_of_another_size_than_its_labels_say(tmp_path):
     assert data.dataset("train")[0][0].shape[1:] == data.dataset("train")[1][0].shape[1:] == (48, 64)
 
 
-@pytest.mark.parametrize("options", [{}, {"hflip": 0.0, "color_jitter": 0.0}])
+@pytest.mark.filterwarnings("error:Got processor")
+@pytest.mark.parametrize("options", [{}, {"hflip": 0.0}, {"hflip": 0.0, "color_jitter": 0.0}])
 def test_crowds_are_not_trained_on_and_scores_ignore_them(options, tmp_path):
     edit(lambda c: first(c, iscrowd=1))(tmp_path)
     (tmp_path / "val.json").write_text((tmp_path / "train.json").read_text())
