@@ -168,7 +168,7 @@ class DenseDataModule(ImageDataModule):
     Batches are ``(images, targets)``, two lists: images (C, H, W) of their own sizes with pixels in [0, 1], which the
     models normalise. Prediction batches are ``(images, paths)``. Evaluation is always on whole images.
 
-    A subclass defines :meth:`open_labels` and :meth:`target`, and the class attributes.
+    A subclass defines :meth:`open_labels` and :meth:`target`, the class attributes, and ``class_names``.
 
     Args:
         root: Folder of the data.

@@ -13,6 +13,8 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from luna_vision.data import SegmentationDataModule
+from luna_vision.data.dense import DenseDataModule, Truth
+from luna_vision.data.label_files import Format, Place
 from luna_vision.images.decode import SampleError
 from luna_vision.utils.errors import UserError
 from tests.labelled import COLORS, NAMES, coco_of, scenes, write_coco, write_masks
@@ -263,6 +265,32 @@ def test_mistakes(files, options, message, tmp_path):
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         SegmentationDataModule(tmp_path, **QUIET, **options).setup("fit")
+
+
+def test_a_subclass_takes_images_and_masks_of_any_kind():
+    class Source:
+        where = "memory"
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return Image.new("RGB", (64, 48)), Truth(mask=np.full((48, 64), index % 2, np.uint8))
+
+    class Data(DenseDataModule):
+        formats = {"memory": Format(lambda root, split: Place(root, root) if split == "train" else None, None, "any")}
+        class_names, masks = ["even", "odd"], True
+
+        def open_labels(self, place, split):
+            return Source()
+
+        def target(self, truth):
+            return torch.from_numpy(truth.mask)
+
+    data = Data(**QUIET, train_on="crops", crop_size=32, val_fraction=0.5)
+    data.setup("fit")
+    images, masks = next(iter(data.train_dataloader()))
+    assert images[0].shape == (3, 32, 32) and masks[0].shape == (32, 32) and len(data.dataset("val")) == 2
 
 
 def test_nothing_there(tmp_path):
