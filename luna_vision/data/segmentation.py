@@ -327,7 +327,8 @@ class SegmentationDataModule(DenseDataModule):
             source = OutlineSource(self.read_labels(place, split), self.background)
             names = ["background"] * self.background + source.labels.names
             if len(names) > IGNORE:
-                raise UserError(f"masks hold {IGNORE} classes with the background, got {len(names)} in {source.where}")
+                among = " with the background" * self.background
+                raise UserError(f"masks hold at most {IGNORE} classes{among}, got {len(names)} in {source.where}")
         self._scan(source, names, split)
         return source
 
