@@ -127,8 +127,6 @@ def _detect(root: Path) -> Made:
     labels = source.labels
     data = {"format": module.format, "class_names": module.class_names, "val_fraction": 0.1}
     boxes = np.concatenate([image.boxes for image in labels.images])
-    if not len(boxes):
-        raise UserError(f"{labels.where} has no boxes")
     sides = np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
     anchors = [max(8, int(side)) for side in np.quantile(sides, (0.15, 0.5, 0.85)).round()]
     model = {
@@ -195,4 +193,4 @@ def _size_options(module: DenseDataModule, sizes: Sequence[tuple[int, int]]) -> 
     crops = longer > LARGE or module.masks and longer > CROP
     options = {"train_on": "crops", "crop_size": CROP} if crops else {"train_on": "whole"}
     print(f"images of about {longer} pixels: training on {options['train_on']}", file=sys.stderr)
-    return options | {"scale": [0.75, 1.33], "hflip": 0.5, "color_jitter": 0.2, "batch_size": 4}
+    return options | {"scale": [0.75, 1.33], "hflip": 0.5, "batch_size": 4}

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from luna_vision.data.canvas import Canvas, CanvasDataset
 from luna_vision.data.canvas_module import CanvasDataModule
+from luna_vision.data.dense import DenseDataModule
 from luna_vision.images.decode import to_channels
 from luna_vision.images.transforms import to_tensor
 
@@ -80,6 +81,8 @@ class CanvasDetectionDataModule(CanvasDenseDataModule):
     bottom in pixels), labels (n,) from 1, and masks (n, S, S) bool. Arguments are those of :class:`CanvasDataModule`.
     """
 
+    collate_fn = staticmethod(DenseDataModule.collate_fn)
+
     @staticmethod
     def target(canvas: Canvas) -> dict[str, Tensor]:
         return {
@@ -87,11 +90,6 @@ class CanvasDetectionDataModule(CanvasDenseDataModule):
             "labels": torch.from_numpy(canvas.classes) + 1,
             "masks": torch.from_numpy(canvas.masks),
         }
-
-    @staticmethod
-    def collate_fn(samples: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list, list]:
-        images, targets = zip(*samples, strict=True)
-        return list(images), list(targets)
 
 
 class CanvasSegmentationDataModule(CanvasDenseDataModule):

@@ -17,9 +17,9 @@ from torch import Tensor
 from luna_vision.data.base import ImageDataModule
 from luna_vision.data.faults import LabelFaults
 from luna_vision.data.images import Source, TransformedDataset
-from luna_vision.data.label_files import Format, LabelSet, Place, recognise
+from luna_vision.data.label_files import Format, LabelSet, Place, label_file_of, recognise
 from luna_vision.data.sampling import repeated, sample_seed
-from luna_vision.images.decode import SampleError
+from luna_vision.images.decode import MODES, SampleError
 from luna_vision.images.find import listed
 from luna_vision.images.transforms import SeededTransform, to_tensor
 from luna_vision.images.values import Raster, Values
@@ -45,6 +45,14 @@ class DenseSource(Source, Protocol):
 
     def presence(self) -> np.ndarray:
         """bool (n, K), whether an image has a class. Needed with ``repeat_rare`` alone."""
+
+
+class CropOnObject(A.CropNonEmptyMaskIfExists):
+    """A crop around a random pixel of an object, if there is one; for albumentations' own, class 0 never is."""
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        is_object = ~np.isin(data["mask"], self.ignore_values)
+        return super().get_params_dependent_on_data(params, data | {"mask": is_object})
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ class DenseAugmentation:
             steps.append(A.PadIfNeeded(height, width, position="top_left", fill=0, fill_mask=IGNORE))
             if masks:
                 nothing = [0, IGNORE] if background else [IGNORE]
-                on_object = A.CropNonEmptyMaskIfExists(height, width, ignore_values=nothing, p=self.object_share)
+                on_object = CropOnObject(height, width, ignore_values=nothing, p=self.object_share)
             else:
                 on_object = A.AtLeastOneBBoxRandomCrop(height, width, p=self.object_share)
             # where an object was cut out, there is nothing left to crop
@@ -101,15 +109,19 @@ class DenseTransform:
     Args:
         values: What the numbers of files mean, see `luna_vision.images.values`.
         target: Makes the target of a `Truth`.
-        steps: albumentations' transforms, drawn anew for each seed; none leave image and truth as they are.
+        steps: albumentations' transforms, drawn anew for each seed, after which crowds are left out; None leaves image
+            and truth as they are.
     """
 
-    def __init__(self, values: Values, target: Callable[[Truth], Any], steps: Sequence[A.BasicTransform] = ()) -> None:
+    def __init__(
+        self, values: Values, target: Callable[[Truth], Any], steps: Sequence[A.BasicTransform] | None = None
+    ) -> None:
         self.values, self.target = values, target
         boxes = A.BboxParams(
             "pascal_voc", label_fields=["labels"], min_width=1, min_height=1, min_visibility=MIN_VISIBLE, clip=True
         )
-        self.compose = A.Compose(list(steps), bbox_params=boxes) if steps else None
+        # without a step that takes boxes, such as this one, albumentations warns
+        self.compose = None if steps is None else A.Compose([*steps, A.NoOp()], bbox_params=boxes)
 
     def set_values(self, values: Values, std: Sequence[float]) -> None:
         """Change what the numbers of files mean; models of boxes and masks normalise by themselves."""
@@ -156,12 +168,12 @@ class DenseDataModule(ImageDataModule):
     Batches are ``(images, targets)``, two lists: images (C, H, W) of their own sizes with pixels in [0, 1], which the
     models normalise. Prediction batches are ``(images, paths)``. Evaluation is always on whole images.
 
-    A subclass defines :meth:`open_labels` and :meth:`target`, and the class attributes.
+    A subclass defines :meth:`open_labels` and :meth:`target`, the class attributes, and ``class_names``.
 
     Args:
         root: Folder of the data.
         format: Of the labels; by default the one that ``root`` has.
-        in_chans: 1 (grey) or 3 (RGB); images are converted.
+        in_chans: 1 (grey) or 3 (RGB), to which images are converted; or any other number of bands, that of the files.
         batch_size: Images in a batch on each device.
         eval_batch_size: The same for validation, test and prediction; 1 by default, as whole images may be large.
         num_workers: Processes that load images; 0 loads in the main process.
@@ -174,7 +186,8 @@ class DenseDataModule(ImageDataModule):
         scale: [smallest, largest] factor of a random resizing of training images.
         hflip: Probability of a horizontal flip.
         vflip: Probability of a vertical flip.
-        color_jitter: Largest relative change of brightness, contrast, saturation.
+        color_jitter: Largest relative change of brightness, contrast, saturation; by default 0.3 of grey and colour. Of
+            other bands there is none.
         repeat_rare: Training images of classes that fewer than this share of the images have come more often, see
             :func:`luna_vision.data.sampling.repeat_rare`; 0 is off. With masks, all of them are read once for it.
         value_range, nodata, fill: As in :class:`ImageDataModule`.
@@ -214,7 +227,7 @@ class DenseDataModule(ImageDataModule):
         scale: list[float] | None = None,
         hflip: float = 0.5,
         vflip: float = 0.0,
-        color_jitter: float = 0.3,
+        color_jitter: float | None = None,
         repeat_rare: float = 0.0,
         value_range: str | list[float] | None = None,
         nodata: float | None = None,
@@ -227,6 +240,8 @@ class DenseDataModule(ImageDataModule):
         if format is not None:
             check_option("format", format, self.formats)
         check_share(repeat_rare=repeat_rare)
+        if color_jitter and in_chans not in MODES:
+            raise ValueError(f"images of {in_chans} channels take color_jitter 0, got {color_jitter}")
         super().__init__(
             root=root,
             img_size=crop_size,
@@ -253,7 +268,7 @@ class DenseDataModule(ImageDataModule):
             tuple(scale or (1.0, 1.0)),
             hflip,
             vflip,
-            color_jitter,
+            (0.3 if in_chans in MODES else 0.0) if color_jitter is None else color_jitter,
         )
         self.train_transform = self.eval_transform = DenseTransform(self.values, self.target)
         self._sources: dict[str, Source | None] = {}
@@ -289,7 +304,8 @@ class DenseDataModule(ImageDataModule):
         """The labels of a split in a file of objects.
 
         Raises:
-            UserError: The file is broken, has neither images nor classes, or other classes than those given.
+            UserError: The file is broken, has no images, no classes, or other classes than those given; or no training
+                image has an object.
             SampleError: It has faults, more than may be left out.
         """
         known = self._names if split == "train" else self.class_names
@@ -298,6 +314,9 @@ class DenseDataModule(ImageDataModule):
         faults.settle(len(labels.images) + int(labels.counts.sum()))
         if not labels.images or not labels.names:
             raise UserError(f"{place.labels} has no {'images' if labels.names else 'classes'}")
+        if split == "train" and not labels.counts.any():
+            where = label_file_of(labels.images[0].file).parent if self.format == "yolo" else place.labels
+            raise UserError(f"not one of {len(labels.images)} training images has an object, by the labels in {where}")
         if known is not None and labels.names != known:
             raise UserError(f"classes must be those of {place.labels}, {listed(labels.names)}, got {listed(known)}")
         return labels

@@ -119,18 +119,18 @@ def split_names(split: str) -> Sequence[str]:
     return VAL_NAMES if split == "val" else (split,)
 
 
-def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
-    """The header and the rows of a CSV file, without white space around cells and without empty rows.
+def read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header and the numbered rows of a CSV file, without white space around cells and without empty rows.
 
     Raises:
         UserError: It is no such file, or has no rows, or fewer than two columns, or two of the same name.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
+            rows = [(number, [cell.strip() for cell in row]) for number, row in enumerate(csv.reader(file), 1)]
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path} is no CSV table: {one_line(error)}") from error
-    header, *rows = [row for row in rows if any(row)] or [[]]
+    (_, header), *rows = [row for row in rows if any(row[1])] or [(1, [])]
     if len(header) < 2 or len(set(header)) < len(header) or not rows:
         raise UserError(f"{path} must have a header with two or more different columns, and rows below it")
     return header, rows
@@ -154,6 +154,7 @@ def find_coco(root: Path, split: str) -> Place | None:
         files = [root / f"{name}.json", root / name / "_annotations.coco.json"]
         files += sorted(path for start in ("", "instances_") for path in root.glob(f"annotations/{start}{name}*.json"))
         found += [path for path in files if path.is_file()]
+    found = list(dict.fromkeys(found))  # val*.json is instances_valid.json, too
     if len(found) > 1:
         raise UserError(f"{listed(list(map(str, found)))} are all for {split}: keep one of them in {root}")
     if not found:
@@ -197,7 +198,7 @@ def read_coco(place: Place, names: list[str] | None, faults: LabelFaults, masks:
             faults.add(TWICE, where)
             continue
         listed_files.add(path)
-        if (size := _size_of(path, entry, where, faults)) is not None:
+        if (size := _size_of(path, entry, faults)) is not None:
             images[entry["id"]], files[entry["id"]] = _Objects(str(file), size, faults), path
     known = {str(entry.get("id")) for entry in content["images"] if isinstance(entry, dict)}
     for where, entry in _records(content, "annotations", file, faults, image_id=int, category_id=int):
@@ -227,7 +228,7 @@ def read_coco(place: Place, names: list[str] | None, faults: LabelFaults, masks:
     return LabelSet(str(file), names, found, [by_name.get(name, 0) for name in names], list(images))
 
 
-def _size_of(path: str, entry: dict[str, Any], where: str, faults: LabelFaults) -> Size | None:
+def _size_of(path: str, entry: dict[str, Any], faults: LabelFaults) -> Size | None:
     if not os.path.isfile(path):
         faults.add(MISSING, path)
         return None
@@ -430,9 +431,10 @@ def read_yolo(place: Place, names: list[str] | None, faults: LabelFaults, masks:
 
 def label_file_of(image: str) -> Path:
     """YOLO's text file of an image: in ``labels`` in place of the last folder ``images``, else beside it."""
-    before, found, after = image.rpartition(f"{os.sep}images{os.sep}")
-    path = f"{before}{os.sep}labels{os.sep}{after}" if found else image
-    return Path(path).with_suffix(".txt")
+    *folders, name = Path(image).with_suffix(".txt").parts
+    if "images" in folders:
+        folders[-1 - folders[::-1].index("images")] = "labels"
+    return Path(*folders, name)
 
 
 def _yolo_object(words: list[str], where: str, classes: int, objects: _Objects, masks: bool) -> None:

@@ -59,14 +59,15 @@ def read_table(
         separator: Between labels in a list; by default the first of | ; , that occurs.
 
     Raises:
-        UserError: It is no such table.
+        UserError: It is no such table, or lacks the column of a class.
     """
     header, rows = read_csv(path)
+    _, first = rows[0]
     folders = [path.parent, path.parent / path.stem, path.parent / "images", path.parent / path.stem / "images"]
-    folder = next((folder for folder in folders if (folder / rows[0][0]).is_file()), path.parent)
+    folder = next((folder for folder in folders if (folder / first[0]).is_file()), path.parent)
     kept: list[tuple[str, list[str]]] = []
     seen: set[str] = set()
-    for number, row in enumerate(rows, 2):
+    for number, row in rows:
         where, name = f"{path.name} row {number}", row[0]
         if len(row) != len(header):
             faults.add(COLUMNS, where)
@@ -77,12 +78,15 @@ def read_table(
         else:
             seen.add(name)
             kept.append((where, [str(folder / name), *row[1:]]))
-    lists = len(header) == 2 and any(cells[1].lower() not in YES + NO for _, cells in kept)
+    other = class_names is not None and header[-1] not in class_names
+    lists = len(header) == 2 and (other or any(cells[1].lower() not in YES + NO for _, cells in kept))
     if lists:
         separator = separator or next((s for s in SEPARATORS if any(s in cells[1] for _, cells in kept)), SEPARATORS[0])
         found = [[label for part in cells[1].split(separator) if (label := part.strip())] for _, cells in kept]
         class_names = sorted({label for labels in found for label in labels}) if class_names is None else class_names
     else:
+        if lacking := [name for name in class_names or () if name not in header[1:]]:
+            raise UserError(f"{path} has no column {' and no column '.join(lacking)}, but {', '.join(header[1:])}")
         found = [_columns(cells[1:], header[1:], where, faults) for where, cells in kept]
         class_names = header[1:] if class_names is None else class_names
     matrix = np.zeros((len(kept), len(class_names)), np.float32)

@@ -205,7 +205,8 @@ class SegmentationDataModule(DenseDataModule):
         *args: ``root``, and ``format``: "masks", "coco" or "yolo".
         classes: Names of the classes, the background among them where the masks have one.
         values: The number of each class in masks, or its colour [red, green, blue]; by default 0, 1, ...
-        ignore_index: The number, or the colour, of pixels that are neither trained on nor scored; -1 for none.
+        ignore_index: The number, or the colour, of pixels that are neither trained on nor scored, and no class; -1 for
+            none. Where ``values`` has 255, it is a class all the same.
         background: Whether the first class is the background, which is trained on, and scored as one more class;
             by default where it is called so. With COCO and YOLO, whether pixels outside of all outlines are background
             or ignored.
@@ -254,6 +255,9 @@ class SegmentationDataModule(DenseDataModule):
         names = list(map(str, values)) if names is None else names
         if len(names) != len(values):
             raise ValueError(f"values must be one for each of the {len(names)} classes, got {len(values)}")
+        if self.ignored != IGNORE:  # which is a class where `values` has it
+            kept = [i for i, value in enumerate(values) if value != self.ignored]
+            names, values = [names[i] for i in kept], [values[i] for i in kept]
         if not 2 <= len(names) <= IGNORE:
             raise UserError(f"masks must have 2 to {IGNORE} classes, got {len(names)} in {self.root}")
         no_color = not isinstance(values[0], int) and isinstance(self.ignored, int)
@@ -322,6 +326,9 @@ class SegmentationDataModule(DenseDataModule):
         else:
             source = OutlineSource(self.read_labels(place, split), self.background)
             names = ["background"] * self.background + source.labels.names
+            if len(names) > IGNORE:
+                among = " with the background" * self.background
+                raise UserError(f"masks hold at most {IGNORE} classes{among}, got {len(names)} in {source.where}")
         self._scan(source, names, split)
         return source
 

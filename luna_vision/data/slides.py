@@ -122,7 +122,7 @@ def read_slides(path: Path, faults: LabelFaults, files: bool = True) -> dict[str
         raise UserError(f"{path} has no column {' and no column '.join(lacking)}, but {', '.join(header)}")
     found: dict[str, list[Row]] = {}
     seen: set[str] = set()
-    for number, cells in enumerate(rows, 2):
+    for number, cells in rows:
         where = f"{path.name} row {number}"
         if len(cells) != len(header):
             faults.add(COLUMNS, where)

@@ -81,8 +81,8 @@ class DetectionTask(_PyramidTask):
     Batches are (images, targets) as torchvision's detectors take them: a list of (C, H, W) with pixels in [0, 1], and a
     list of dicts of ``boxes`` (n, 4) in pixels and ``labels`` (n,) from 1. Logged: ``train_loss`` and its parts,
     ``lr``; ``val_map`` (mean average precision at IoU 0.50 to 0.95), ``val_map_50``, ``val_map_75``, and the same for
-    ``test``; ``test_ap/NAME``, the average precision of each class. Targets may have ``iscrowd`` (n,), 1 for objects
-    that scores ignore; training must not have such objects.
+    ``test``; ``test_ap/NAME``, the average precision of each class that is there. Targets may have ``iscrowd``
+    (n,), 1 for objects that scores ignore; training must not have such objects.
 
     Args:
         detector: ``faster_rcnn`` or ``retinanet``.
@@ -165,8 +165,8 @@ class DetectionTask(_PyramidTask):
             self.log_dict(values, prog_bar=True)
             if split == "test":
                 names, classes = self.class_labels(), found["classes"].reshape(-1).tolist()
-                each = found["map_per_class"].reshape(-1)
-                self._log_classes("test_ap", {names[c - 1]: ap for c, ap in zip(classes, each, strict=True)})
+                each = zip(classes, found["map_per_class"].reshape(-1), strict=True)
+                self._log_classes("test_ap", {names[c - 1]: ap for c, ap in each if ap >= 0})
 
     def predict_step(self, batch: tuple[list[Tensor], list[str]], batch_idx: int) -> dict[str, Any]:
         """The objects of images.

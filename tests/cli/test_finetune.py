@@ -89,6 +89,14 @@ def test_the_nano_model_starts_from_the_weights_of_the_package(form, tmp_path, m
     assert torch.equal(memory, timm.create_model("luna_vit_nano_patch8", pretrained=True).memory)
 
 
+def test_images_of_other_bands_need_no_word_about_colour(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["luna-vision"])
+    config, _ = configuration("segment", write_masks(tmp_path / "data"), tmp_path / "x")
+    Path("x.yaml").write_text(yaml.safe_dump(config))
+    assert build(["--config", "x.yaml", *SMALL, "--data.in_chans=4"], run=False).model.hparams.in_chans == 4
+
+
 def test_a_number_without_a_name_is_said_and_can_be_ignored(tmp_path):
     """As in CamVid, where pixels that nobody has labelled have the number after the last class."""
     write_masks(tmp_path)

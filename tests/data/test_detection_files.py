@@ -174,16 +174,18 @@ def test_an_image_of_another_size_than_its_labels_say(tmp_path):
     assert data.dataset("train")[0][0].shape[1:] == data.dataset("train")[1][0].shape[1:] == (48, 64)
 
 
-def test_crowds_are_not_trained_on_and_scores_ignore_them(tmp_path):
+@pytest.mark.filterwarnings("error:Got processor")
+@pytest.mark.parametrize("options", [{}, {"hflip": 0.0}, {"hflip": 0.0, "color_jitter": 0.0}])
+def test_crowds_are_not_trained_on_and_scores_ignore_them(options, tmp_path):
     edit(lambda c: first(c, iscrowd=1))(tmp_path)
     (tmp_path / "val.json").write_text((tmp_path / "train.json").read_text())
     (tmp_path / "val").rename(tmp_path / "other")
     (tmp_path / "train").rename(tmp_path / "val")
     write_coco(tmp_path / "again")
     (tmp_path / "again" / "train").rename(tmp_path / "train")
-    data = DetectionDataModule(tmp_path, **QUIET)
+    data = DetectionDataModule(tmp_path, **QUIET, **options)
     assert data.dataset("val")[0][1]["iscrowd"].tolist() == [1, 0]
-    assert len(data.dataset("train")[0][1]["labels"]) == 1
+    assert data.dataset("train")[0][1]["iscrowd"].tolist() == [0]
 
 
 def test_images_without_objects_stay(tmp_path):
@@ -192,6 +194,24 @@ def test_images_without_objects_stay(tmp_path):
     data.setup("fit")
     assert len(data.dataset("train")) == 8
     assert data.dataset("train")[0][1]["boxes"].shape == (0, 4)
+
+
+@pytest.mark.parametrize("root", [".", "data.yaml"])
+def test_labels_are_found_from_a_relative_root(root, tmp_path, monkeypatch):
+    write_yolo(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert DetectionDataModule(root, **QUIET).source("train").labels.counts.sum() == 16
+
+
+@pytest.mark.parametrize("form, where", [("coco", "train.json"), ("yolo", "labels.train")])
+def test_training_without_any_object_is_a_mistake(form, where, tmp_path):
+    WRITERS[form](tmp_path)
+    for file in tmp_path.glob("labels/train/*"):
+        file.unlink()
+    if form == "coco":
+        (tmp_path / "train.json").write_text(json.dumps(coco_of(scenes("train")) | {"annotations": []}))
+    with pytest.raises(UserError, match=f"not one of 8 training images has an object, .*{where}$"):
+        DetectionDataModule(tmp_path, class_names=NAMES if form == "yolo" else None, **QUIET).setup("fit")
 
 
 def test_validation_is_held_out_where_there_is_none(tmp_path):
@@ -222,6 +242,15 @@ def test_other_layouts(layout, tmp_path):
     data = DetectionDataModule(tmp_path, **QUIET)
     data.setup("fit")
     assert len(data.dataset("train")) == 8 and len(data.dataset("val")) == 2
+
+
+@pytest.mark.parametrize("name", ["val2017", "valid", "validation"])
+def test_validation_in_annotations_is_found_once(name, tmp_path):
+    write_coco(tmp_path)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "val.json").rename(tmp_path / f"annotations/instances_{name}.json")
+    (tmp_path / "val").rename(tmp_path / name)
+    assert len(DetectionDataModule(tmp_path, **QUIET).source("val")) == 2
 
 
 def test_given_classes_are_those_of_a_file_that_numbers_them_itself(tmp_path):

@@ -67,11 +67,31 @@ def test_faults_are_counted_and_named_and_left_out(kind, tmp_path, caplog):
     assert kind in caplog.text and len(data.dataset("train")) == (3 if "cell" in kind else 2)
 
 
+def test_a_faulty_row_is_named_by_its_number_in_the_file(tmp_path):
+    write_labels(tmp_path)
+    (tmp_path / "train.csv").write_text("\nfile,labels\n\ntrain_0.png,a\n,\ngone.png,b\n")
+    with pytest.raises(SampleError, match="train.csv row 6: gone.png"):
+        MultiLabelDataModule(str(tmp_path), **QUIET).setup("fit")
+
+
 def test_a_label_that_training_lacks(tmp_path):
     write_labels(tmp_path)
     (tmp_path / "val.csv").write_text("file,labels\nval_0.png,brick|moss\n")
     with pytest.raises(SampleError, match="1 x class unknown to training .*moss"):
         MultiLabelDataModule(str(tmp_path), **QUIET).setup("fit")
+
+
+def test_a_table_that_lacks_a_class_of_training(tmp_path):
+    write_labels(tmp_path, "columns")
+    (tmp_path / "val.csv").write_text("file,leaf\nval_0.png,1\n")
+    with pytest.raises(UserError, match="val.csv has no column brick, but leaf"):
+        MultiLabelDataModule(str(tmp_path), **QUIET).setup("fit")
+
+
+def test_a_list_without_any_label_is_no_column(tmp_path):
+    write_labels(tmp_path)
+    (tmp_path / "val.csv").write_text("file,labels\nval_0.png,\n")
+    assert MultiLabelDataModule(str(tmp_path), **QUIET).table("val").matrix.tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize("text", ["", "file\na.png\n", "file,labels\n", "file,a,a\nx.png,1,0\n", "\0"])

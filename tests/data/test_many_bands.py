@@ -8,10 +8,11 @@ import pytest
 import tifffile
 import torch
 from lightning.pytorch import Trainer
+from PIL import Image
 
 import luna_vision
 from luna_vision.cli.probe import main as probe_command
-from luna_vision.data import ImageFolderDataModule, train_transform
+from luna_vision.data import ImageFolderDataModule, SegmentationDataModule, train_transform
 from luna_vision.data.transforms import Augmentation
 from luna_vision.downstream.embed import embed_images
 from luna_vision.execution import encode
@@ -106,7 +107,22 @@ def test_augmentation_of_bands(backend, crop):
         train_transform(backend, replace(aug, color_jitter=0.1), (0.0,) * BANDS, (1.0,) * BANDS)
 
 
+@pytest.mark.parametrize("train_on", ["whole", "crops"])
+def test_bands_with_masks(train_on, tmp_path):
+    for i in range(2):
+        for kind in ("images", "masks"):
+            (tmp_path / "train" / kind).mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / f"train/images/{i}.npy", pixels(i).astype(np.uint16))
+        Image.fromarray((pixels(i)[..., 0] > 200).astype(np.uint8)).save(tmp_path / f"train/masks/{i}.png")
+    options = {"in_chans": BANDS, "num_workers": 0, "batch_size": 2, "val_fraction": 0}
+    data = SegmentationDataModule(tmp_path, **options, train_on=train_on, crop_size=32, scale=[0.75, 1.33])
+    images, masks = next(iter(data.train_dataloader()))
+    assert all(image.shape == (BANDS, *mask.shape) for image, mask in zip(images, masks, strict=True))
+
+
 def test_mistakes_about_bands(tmp_path):
+    with pytest.raises(ValueError, match="images of 13 channels take color_jitter 0, got 0.2"):
+        SegmentationDataModule(tmp_path, in_chans=BANDS, color_jitter=0.2)
     with pytest.raises(ValueError, match="in_chans must be at least 1"):
         ImageFolderDataModule(str(tmp_path), in_chans=0)
     with pytest.raises(ValueError, match="augmentation 'albumentations'"):

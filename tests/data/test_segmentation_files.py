@@ -3,6 +3,7 @@
 import json
 import logging
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from luna_vision.data import SegmentationDataModule
+from luna_vision.data.dense import DenseDataModule, Truth
+from luna_vision.data.label_files import Format, Place
 from luna_vision.images.decode import SampleError
 from luna_vision.utils.errors import UserError
 from tests.labelled import COLORS, NAMES, coco_of, scenes, write_coco, write_masks
@@ -60,6 +63,20 @@ def test_masks_of_outlines(form, tmp_path):
         np.testing.assert_array_equal(mask, np.array([255, 1, 0])[scenes("val")[name].mask])
 
 
+@pytest.mark.parametrize("background, most", [(True, 254), (False, 255)])
+def test_outlines_of_more_classes_than_a_mask_holds(background, most, tmp_path):
+    write_coco(tmp_path)
+    for count in (most, most + 1):
+        content = coco_of(scenes("train"))
+        content["categories"] += [{"id": 10 + i, "name": f"thing {i}"} for i in range(count - 2)]
+        (tmp_path / "train.json").write_text(json.dumps(content))
+        data = SegmentationDataModule(tmp_path, **QUIET, background=background)
+        refused = pytest.raises(UserError, match="masks hold at most 255 classes") if count > most else nullcontext()
+        with warnings.catch_warnings(), refused:
+            warnings.simplefilter("ignore")
+            data.source("train")
+
+
 def test_small_objects_lie_over_large_ones_and_crowds_are_ignored(tmp_path):
     write_coco(tmp_path)
     content = coco_of(scenes("val"))
@@ -103,6 +120,23 @@ def test_an_ignored_number_and_classes_without_a_background(tmp_path):
         np.testing.assert_array_equal(mask, np.where(truth == 2, 255, truth))
 
 
+@pytest.mark.parametrize("form", ["numbers", "names", "colors"])
+def test_the_ignored_value_is_no_class(form, tmp_path):
+    write_masks(tmp_path, "colors" if form == "colors" else "index")
+    if form == "numbers":
+        (tmp_path / "classes.txt").unlink()
+    data = SegmentationDataModule(tmp_path, **QUIET, ignore_index=[0, 0, 0] if form == "colors" else 0)
+    data.setup("fit")
+    assert not data.background and data.class_names == (["1", "2"] if form == "numbers" else NAMES)
+    for name, mask in masks_of(data, "val").items():
+        np.testing.assert_array_equal(mask, np.array([255, 0, 1])[scenes("val")[name].mask])
+
+
+def test_255_is_a_class_where_values_have_it(tmp_path):
+    options = {"classes": ["brick", "background"], "values": [0, 255]}
+    assert SegmentationDataModule(write_masks(tmp_path), **QUIET, **options).class_names == ["brick", "background"]
+
+
 @pytest.mark.parametrize("options", [{}, {"train_on": "crops", "crop_size": 40, "scale": [0.6, 1.5], "vflip": 0.5}])
 def test_masks_move_along_with_the_image(options, tmp_path):
     data = SegmentationDataModule(write_masks(tmp_path), **QUIET, color_jitter=0.0, **options)
@@ -116,6 +150,21 @@ def test_masks_move_along_with_the_image(options, tmp_path):
                 assert (pixels == (mask == label)).float().mean() > 0.9
             again = dataset[epoch, index]
             assert torch.equal(image, again[0]) and torch.equal(mask, again[1])
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_crops_are_put_on_objects(background, tmp_path):
+    """Without a background, class 0 is an object as well."""
+    write_masks(tmp_path)
+    for file in tmp_path.glob("train/masks/*"):
+        mask = np.full((48, 64), 0 if background else 255, np.uint8)
+        mask[40:44, 50:54] = int(background)
+        Image.fromarray(mask).save(file)
+    options = {"background": background, "train_on": "crops", "crop_size": 8, "object_share": 1.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dataset = SegmentationDataModule(tmp_path, **QUIET, **options).dataset("train")
+    assert all((dataset[index][1] == int(background)).any() for index in range(len(dataset)))
 
 
 def test_what_a_crop_pads_is_ignored(tmp_path):
@@ -216,6 +265,32 @@ def test_mistakes(files, options, message, tmp_path):
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         SegmentationDataModule(tmp_path, **QUIET, **options).setup("fit")
+
+
+def test_a_subclass_takes_images_and_masks_of_any_kind():
+    class Source:
+        where = "memory"
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return Image.new("RGB", (64, 48)), Truth(mask=np.full((48, 64), index % 2, np.uint8))
+
+    class Data(DenseDataModule):
+        formats = {"memory": Format(lambda root, split: Place(root, root) if split == "train" else None, None, "any")}
+        class_names, masks = ["even", "odd"], True
+
+        def open_labels(self, place, split):
+            return Source()
+
+        def target(self, truth):
+            return torch.from_numpy(truth.mask)
+
+    data = Data(**QUIET, train_on="crops", crop_size=32, val_fraction=0.5)
+    data.setup("fit")
+    images, masks = next(iter(data.train_dataloader()))
+    assert images[0].shape == (3, 32, 32) and masks[0].shape == (32, 32) and len(data.dataset("val")) == 2
 
 
 def test_nothing_there(tmp_path):

@@ -70,6 +70,16 @@ def test_perfect_boxes_have_an_average_precision_of_one(tmp_path, monkeypatch):
     assert trainer(tmp_path).test(task, data, verbose=False)[0]["test_map"] == 1.0
 
 
+def test_a_class_that_is_not_there_has_no_average_precision(tmp_path, monkeypatch):
+    task, data = make("detection")
+    data.setup("test")
+    there = {int(label) - 1 for _, target in data.dataset("test") for label in target["labels"]}
+    found = {"boxes": torch.tensor([[1.0, 1, 9, 9]] * 10), "labels": torch.arange(1, 11), "scores": torch.ones(10)}
+    monkeypatch.setattr(task, "forward", lambda images: [found] * len(images))
+    (scores,) = trainer(tmp_path).test(task, data, verbose=False)
+    assert {name for name in scores if "/" in name} == {f"test_ap/{label}" for label in there} and len(there) < 10
+
+
 def test_perfect_masks_have_an_iou_of_one_and_an_empty_prediction_has_not(tmp_path, monkeypatch):
     task, data = make("segmentation")
     data.setup("test")
