@@ -142,11 +142,9 @@ def _covered(
         edges = (first + edges * share) * cells.shape[axis]
         low = np.clip(np.floor(edges[:-1] + 1e-6), 0, cells.shape[axis] - 1).astype(int)
         spans.append((low, np.clip(np.ceil(edges[1:] - 1e-6), low + 1, cells.shape[axis]).astype(int)))
-    sums = np.zeros((cells.shape[0] + 1, cells.shape[1] + 1), np.int64)
-    np.cumsum(np.cumsum(cells, axis=0, dtype=np.int64), axis=1, out=sums[1:, 1:])
-    (top, bottom), (left, right) = spans
-    corners = ((bottom, right, 1), (top, right, -1), (bottom, left, -1), (top, left, 1))
-    return sum(sign * sums[np.ix_(rows, columns)] for rows, columns, sign in corners) > 0
+    rows, columns = (list(zip(*span, strict=True)) for span in spans)
+    bands = np.stack([cells[top:bottom].any(axis=0) for top, bottom in rows])  # far fewer numbers than a mask may have
+    return np.stack([bands[:, left:right].any(axis=1) for left, right in columns], axis=1)
 
 
 def _found(image: Any, patch_size: tuple[int, int]) -> tuple[np.ndarray, tuple[float, float, float, float]]:
