@@ -140,6 +140,12 @@ def test_init_from_vit_takes_a_lightning_checkpoint_and_refuses_other_files(tmp_
         init_from_vit(luna(features_only=True), source)
 
 
+@pytest.mark.parametrize("mixer", ["softmax", "identity"])
+def test_init_from_vit_refuses_a_mixer_without_memory(mixer):
+    with pytest.raises(ValueError, match="this model's mixer has none"):
+        init_from_vit(luna(mixer=mixer, global_pool="avg"), vit().state_dict())
+
+
 def test_init_from_vit_says_what_does_not_fit():
     model = luna(mlp_ratio=4)
     before = {k: v.clone() for k, v in model.state_dict().items()}
