@@ -366,6 +366,7 @@ class LunaVit(nn.Module):
             raise ValueError("pack_by_row drops no attention weights: leave out attn_drop_rate")
         for block in self.stages():
             block.pack_by_row = enable
+        update_model_args(self, pack_by_row=enable)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

@@ -212,6 +212,14 @@ def test_round_trip_after_pruning(global_pool, prune_norm, prune_head, tmp_path)
     assert torch.equal(loaded(X), model(X))
 
 
+@pytest.mark.parametrize("built", [False, True])
+def test_round_trip_after_the_pack_by_row_was_changed(built, tmp_path):
+    model = timm.create_model("test_luna_vit", num_classes=5, pack_by_row=built).eval()
+    before = model(X)
+    model.set_pack_by_row(not built)
+    assert torch.equal(reload(model, tmp_path)(X), model(X)) and not torch.equal(model(X), before)
+
+
 def test_the_last_block_can_be_chosen_apart_from_the_pooling():
     model = timm.create_model("test_luna_vit", global_pool="", last_block="final_pack", num_classes=0)
     assert model.final_pack.mlp is None
