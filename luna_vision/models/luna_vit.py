@@ -386,11 +386,7 @@ class LunaVit(nn.Module):
                 for a model without one.
         """
         if global_pool is not None:
-            check_option("global_pool", global_pool, POOL_TYPES)
-            if global_pool == "map" and self.attn_pool is None:
-                raise ValueError("global_pool='map' has weights of its own: choose it when the model is created")
-            if global_pool in ("token", "both") and self.memory is None:
-                raise ValueError(f"global_pool={global_pool!r} reads the memory, and this model's mixer has none")
+            self._check_pool("global_pool", global_pool)
             if global_pool != "map":
                 self.attn_pool = None
             self.global_pool = global_pool
@@ -400,6 +396,14 @@ class LunaVit(nn.Module):
         dd = get_device_dtype(self)
         self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
+
+    def _check_pool(self, name: str, pool_type: str) -> None:
+        """Raise a ValueError unless this model can pool as the argument `name` says."""
+        check_option(name, pool_type, POOL_TYPES)
+        if pool_type == "map" and self.attn_pool is None:
+            raise ValueError(f"{name}='map' has weights of its own: choose it when the model is created")
+        if pool_type in ("token", "both") and self.memory is None:
+            raise ValueError(f"{name}={pool_type!r} reads the memory, and this model's mixer has none")
 
     def _record_last_block(self) -> None:
         """Have the last block built as it is, wherever the model is built again from its arguments."""
@@ -564,7 +568,14 @@ class LunaVit(nn.Module):
         return self.norm(join_tokens(memory, x))
 
     def pool(self, x: Tensor, pool_type: str | None = None, patch_valid: Tensor | None = None) -> Tensor:
-        """Pool (B, L + N, C) to (B, C); `pool_type` overrides the model's `global_pool`."""
+        """Pool (B, L + N, C) to (B, C); `pool_type` overrides the model's `global_pool`, unless that is "map".
+
+        Raises:
+            ValueError: `pool_type` is unknown, or the model lacks what it reads (not in TorchScript).
+        """
+        if not torch.jit.is_scripting():
+            if pool_type is not None:
+                self._check_pool("pool_type", pool_type)
         if self.attn_pool is not None:
             return self.attn_pool(x[:, self.num_prefix_tokens :], attn_mask=key_mask(patch_valid))
         pool_type = self.global_pool if pool_type is None else pool_type

@@ -297,6 +297,21 @@ def test_reset_classifier():
 
 
 @pytest.mark.parametrize(
+    "mixer, pool_type, message",
+    [
+        ("luna", "foo", "pool_type must be one of .*, got 'foo'"),
+        ("luna", "map", "pool_type='map' has weights of its own"),
+        ("softmax", "token", "pool_type='token' reads the memory"),
+        ("softmax", "both", "pool_type='both' reads the memory"),
+    ],
+)
+def test_a_pooling_that_the_model_lacks_is_refused(mixer, pool_type, message):
+    model = tiny(mixer=mixer)
+    with pytest.raises(ValueError, match=message):
+        model.pool(model.forward_features(image(1, 3, 32, 32)), pool_type)
+
+
+@pytest.mark.parametrize(
     "kwargs, message",
     [
         ({"global_pool": "cls"}, "global_pool must be one of '', 'avg', .*'both', got 'cls'"),
