@@ -629,7 +629,7 @@ class LunaVit(nn.Module):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         take_indices, _ = feature_take_indices(len(self.blocks), indices)
         x, memory, (H, W), patch_valid = self._embed(x, patch_valid, memory)
-        keep = [i + 1 for i in sorted(take_indices)]
+        keep = sorted({i + 1 for i in take_indices})
         stop = [] if stop_early else [len(self.blocks)]
         x, memory, kept = self._run_blocks(x, memory, (H, W), patch_valid, [*keep, *stop])
         if not intermediates_only or (return_prefix_tokens and len(self.blocks) in keep):

@@ -452,6 +452,13 @@ def test_forward_intermediates_arguments():
         model.forward_intermediates(x, output_fmt="NHWC")
 
 
+@pytest.mark.parametrize("block", [1, 3])
+def test_a_block_that_is_asked_for_twice_is_returned_once(block):
+    model, x = tiny(), image(1, 3, 32, 32)
+    once, twice = (model.forward_intermediates(x, i, intermediates_only=True) for i in ([block], [block, block]))
+    torch.testing.assert_close(twice, once, rtol=0, atol=0)
+
+
 def test_features_only_equals_forward_intermediates_and_prunes():
     model = timm.create_model("test_luna_vit", features_only=True, out_indices=(0, 2)).eval()
     whole = timm.create_model("test_luna_vit").eval()
