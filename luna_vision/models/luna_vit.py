@@ -306,16 +306,23 @@ class LunaVit(nn.Module):
             self.set_pack_by_row()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        self.init_weights()
+        self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
-    def init_weights(self) -> None:
+    def init_weights(self, needs_reset: bool = True) -> None:
         """Initialise linear layers to a scale that suits the width, and the memory to unit scale.
 
         The scale is sqrt(2 / (5 C)), Nguyen and Salazar 2019 (arXiv 1910.05895), section 2.2. It is about the 0.02 of
         timm's ViT at width 768 to 1024, and keeps narrow models from starting far too small. Slots of unit scale
         stay apart once what they pack, which they have in common, is added to them.
+
+        Args:
+            needs_reset: Reset what else has parameters, such as norms and convolutions. They come reset; those of a
+                model that was built on the device "meta" do not.
         """
+        for module in self.modules():
+            if needs_reset and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
         std = math.sqrt(2.0 / (5.0 * self.embed_dim))
         for module in self.modules():
             if isinstance(module, nn.Linear):

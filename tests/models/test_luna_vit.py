@@ -10,6 +10,7 @@ from torchvision.ops import FeaturePyramidNetwork
 
 from luna_vision import LunaVit
 from luna_vision.layers import LOCAL_MIXING, MEMORY_MLP
+from luna_vision.mixers import MIXERS
 from luna_vision.models.checkpoints import checkpoint_filter_fn
 
 POOLS = ["avg", "max", "avgmax", "map", "token", "both"]
@@ -423,6 +424,27 @@ def test_device_and_dtype_are_factory_arguments():
     model = timm.create_model("test_luna_vit", device="meta", dtype=torch.bfloat16, init_values=0.1, memory_mlp="own")
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
     assert timm.create_model("test_luna_vit", in_chans=5)(torch.randn(1, 5, 32, 32)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"stem": "conv", "pos_embed": "learn", "init_values": 0.1, "memory_mlp": "own", "global_pool": "map"},
+        {"norm_layer": "rmsnorm", "local_mixing": "mlp"},
+        *({"mixer": mixer} for mixer in MIXERS),
+    ],
+    ids=str,
+)
+def test_a_model_from_the_meta_device_can_be_initialised(kwargs):
+    model = timm.create_model("test_luna_vit", device="meta", **kwargs).to_empty(device="cpu")
+    for value in model.state_dict().values():
+        value.data.fill_(torch.nan if value.is_floating_point() else 7)
+    model.init_weights()
+    for name, value in timm.create_model("test_luna_vit", **kwargs).state_dict().items():
+        got = model.state_dict()[name]
+        assert got.isfinite().all(), name
+        if value.float().std() == 0:
+            assert torch.equal(got, value), name
 
 
 # ---------------------------------------------------------------- features
