@@ -217,6 +217,7 @@ def segment(
     body, count = model.backbone.body, model.classifier[-1].out_channels
     names = list(class_names or map(str, range(count)))
     numbers, palette = mask_numbers(count, values)
+    numbers = numbers.astype(np.uint16) if count > 255 else numbers  # one is left for no data
     free = next(n for n in range(np.iinfo(numbers.dtype).max, -1, -1) if n not in numbers)
     named = {int(number): name for number, name in zip(numbers, names, strict=True)}
     maps = [MapFile(Path(classes), classes=named, palette=palette, nodata=free)]

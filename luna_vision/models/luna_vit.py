@@ -306,16 +306,23 @@ class LunaVit(nn.Module):
             self.set_pack_by_row()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        self.init_weights()
+        self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
-    def init_weights(self) -> None:
+    def init_weights(self, needs_reset: bool = True) -> None:
         """Initialise linear layers to a scale that suits the width, and the memory to unit scale.
 
         The scale is sqrt(2 / (5 C)), Nguyen and Salazar 2019 (arXiv 1910.05895), section 2.2. It is about the 0.02 of
         timm's ViT at width 768 to 1024, and keeps narrow models from starting far too small. Slots of unit scale
         stay apart once what they pack, which they have in common, is added to them.
+
+        Args:
+            needs_reset: Reset what else has parameters, such as norms and convolutions. They come reset; those of a
+                model that was built on the device "meta" do not.
         """
+        for module in self.modules():
+            if needs_reset and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
         std = math.sqrt(2.0 / (5.0 * self.embed_dim))
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -366,6 +373,7 @@ class LunaVit(nn.Module):
             raise ValueError("pack_by_row drops no attention weights: leave out attn_drop_rate")
         for block in self.stages():
             block.pack_by_row = enable
+        update_model_args(self, pack_by_row=enable)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -385,11 +393,7 @@ class LunaVit(nn.Module):
                 for a model without one.
         """
         if global_pool is not None:
-            check_option("global_pool", global_pool, POOL_TYPES)
-            if global_pool == "map" and self.attn_pool is None:
-                raise ValueError("global_pool='map' has weights of its own: choose it when the model is created")
-            if global_pool in ("token", "both") and self.memory is None:
-                raise ValueError(f"global_pool={global_pool!r} reads the memory, and this model's mixer has none")
+            self._check_pool("global_pool", global_pool)
             if global_pool != "map":
                 self.attn_pool = None
             self.global_pool = global_pool
@@ -399,6 +403,14 @@ class LunaVit(nn.Module):
         dd = get_device_dtype(self)
         self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
+
+    def _check_pool(self, name: str, pool_type: str) -> None:
+        """Raise a ValueError unless this model can pool as the argument `name` says."""
+        check_option(name, pool_type, POOL_TYPES)
+        if pool_type == "map" and self.attn_pool is None:
+            raise ValueError(f"{name}='map' has weights of its own: choose it when the model is created")
+        if pool_type in ("token", "both") and self.memory is None:
+            raise ValueError(f"{name}={pool_type!r} reads the memory, and this model's mixer has none")
 
     def _record_last_block(self) -> None:
         """Have the last block built as it is, wherever the model is built again from its arguments."""
@@ -563,7 +575,14 @@ class LunaVit(nn.Module):
         return self.norm(join_tokens(memory, x))
 
     def pool(self, x: Tensor, pool_type: str | None = None, patch_valid: Tensor | None = None) -> Tensor:
-        """Pool (B, L + N, C) to (B, C); `pool_type` overrides the model's `global_pool`."""
+        """Pool (B, L + N, C) to (B, C); `pool_type` overrides the model's `global_pool`, unless that is "map".
+
+        Raises:
+            ValueError: `pool_type` is unknown, or the model lacks what it reads (not in TorchScript).
+        """
+        if not torch.jit.is_scripting():
+            if pool_type is not None:
+                self._check_pool("pool_type", pool_type)
         if self.attn_pool is not None:
             return self.attn_pool(x[:, self.num_prefix_tokens :], attn_mask=key_mask(patch_valid))
         pool_type = self.global_pool if pool_type is None else pool_type
@@ -617,7 +636,7 @@ class LunaVit(nn.Module):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         take_indices, _ = feature_take_indices(len(self.blocks), indices)
         x, memory, (H, W), patch_valid = self._embed(x, patch_valid, memory)
-        keep = [i + 1 for i in sorted(take_indices)]
+        keep = sorted({i + 1 for i in take_indices})
         stop = [] if stop_early else [len(self.blocks)]
         x, memory, kept = self._run_blocks(x, memory, (H, W), patch_valid, [*keep, *stop])
         if not intermediates_only or (return_prefix_tokens and len(self.blocks) in keep):

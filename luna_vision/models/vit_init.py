@@ -9,15 +9,22 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_patch_embed
+from timm.layers import Attention, Mlp, resample_patch_embed
 from timm.models import adapt_input_conv
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ..layers import POS_EMBEDS
 from ..layers.mlp import SwiGlu
 from .checkpoints import read_weights, unwrap_state_dict
 from .luna_vit import LunaVit
+
+# names, for a config, of the activations that a ViT may have
+ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "ReLU": "relu", "SiLU": "silu"}
+# what a ViT may have that is not converted, and the norms, which have to be LayerNorm
+OTHER_PARTS = ("patch_embed.norm", "patch_embed.backbone", "norm_pre", "attn_pool")
+OTHER_PARTS += tuple(f"blocks.0.{name}" for name in ("attn.q_norm", "attn.norm", "mlp.norm"))
+NORMS = ("blocks.0.norm1", "blocks.0.norm2", "norm", "fc_norm")
 
 
 class VitInit(NamedTuple):
@@ -97,11 +104,13 @@ def init_from_vit(model: LunaVit, source: str | os.PathLike | dict[str, Tensor],
         The names of the parameters that were loaded, left new, and not used.
 
     Raises:
-        ValueError: `model` is no Luna ViT, `source` is not a ViT, or its width, depth or MLP is not the model's; the
-            model is unchanged. The MLPs of a plain ViT are those of `mlp="gelu"`.
+        ValueError: `model` is no Luna ViT or its mixer has no memory, `source` is not a ViT, or its width, depth or MLP
+            is not the model's; the model is unchanged. The MLPs of a plain ViT are those of `mlp="gelu"`.
     """
     if not isinstance(model, LunaVit):
         raise ValueError(f"model must be a Luna ViT, got {type(model).__name__}")
+    if model.memory is None:
+        raise ValueError("init_from_vit loads the projections of a memory, and this model's mixer has none")
     vit = _vit_state_dict(source)
     if "patch_embed.proj.weight" not in vit or "blocks.0.attn.qkv.weight" not in vit:
         raise ValueError("source is not a plain ViT: it lacks patch_embed.proj.weight or blocks.0.attn.qkv.weight")
@@ -153,14 +162,18 @@ def luna_arguments(vit: nn.Module, memory_len: int = 32) -> dict[str, Any]:
         raise ValueError(
             f"{type(vit).__name__} is no plain ViT of timm: conversion knows the block of VisionTransformer"
         )
-    block, lacking = vit.blocks[0], []
-    if not ours:
-        parts = {"norm_pre": vit.norm_pre, "q_norm": getattr(block.attn, "q_norm", None), "attn_pool": vit.attn_pool}
-        lacking = [name for name, part in parts.items() if part is not None and not isinstance(part, nn.Identity)]
-    lacking += [] if all(hasattr(block, name) for name in ("norm1", "norm2", "mlp")) else ["a block of another kind"]
-    lacking += [] if hasattr(block.mlp, "fc1") else ["its MLP"]
+    block = vit.blocks[0]
+    known = block.norm_first if ours else type(block) is Block and type(block.attn) is Attention
+    if not (known and isinstance(block.mlp, Mlp | SwiGlu)):
+        raise ValueError("the ViT has other blocks: conversion knows pre-norm ones of plain attention and a plain MLP")
+    parts = {name: part for name, part in vit.named_modules() if not isinstance(part, nn.Identity)}
+    lacking = [name for name in OTHER_PARTS if name in parts]
+    norms = {name: parts[name] for name in NORMS if name in parts}
+    lacking += [f"{name} ({type(norm).__name__})" for name, norm in norms.items() if not isinstance(norm, nn.LayerNorm)]
+    act = type(block.mlp.act).__name__
+    lacking += [] if act in ACTIVATIONS else [f"the activation {act}"]
     if lacking:
-        raise ValueError(f"the ViT has parts that a Luna ViT lacks: {', '.join(lacking)}")
+        raise ValueError(f"the ViT has parts that a converted Luna ViT lacks: {', '.join(lacking)}")
     scale, local = block.ls1, getattr(block, "local", None)
     average = vit.global_pool == "avg"
     arguments = {
@@ -172,6 +185,8 @@ def luna_arguments(vit: nn.Module, memory_len: int = 32) -> dict[str, Any]:
         "memory_len": memory_len,
         "mlp_ratio": (block.hidden if ours else block.mlp.fc1.out_features) / vit.embed_dim,
         "mlp": "swiglu" if isinstance(block.mlp, SwiGlu) else "gelu",
+        "act_layer": ACTIVATIONS[act],
+        "final_norm": "norm" in norms or "fc_norm" in norms,
         "local_mixing": "before",
         "tie_kv": False,
         "query_gain": 1.0,
@@ -192,10 +207,17 @@ def load_vit(model: LunaVit, vit: nn.Module) -> VitInit:
     """Load a ViT into a Luna ViT of `luna_arguments`: `init_from_vit`, its positions, and values that pass the unpack.
 
     What a slot has packed are values already, so the unpack's own values begin as they are.
+
+    Raises:
+        ValueError: As in `init_from_vit`, or the ViT has more weights than class tokens, registers and a head that a
+            Luna ViT has no place for.
     """
     state = dict(vit.state_dict())
     positions = state.pop("pos_embed", None)
     result = init_from_vit(model, state, verbose=False)
+    lost = [name for name in result.unused if not name.startswith(("cls_token", "reg_token", "head."))]
+    if lost:
+        raise ValueError(f"the ViT has weights that a Luna ViT lacks: {', '.join(lost[:5])}")
     if positions is not None:
         rows, columns = vit.patch_embed.grid_size
         grid = positions[:, -rows * columns :].unflatten(1, (rows, columns)).permute(0, 3, 1, 2).float()

@@ -278,6 +278,15 @@ def test_numbers_and_colours_are_those_of_the_training_masks(tmp_path):
         np.testing.assert_array_equal(file.pages.first.colormap[:, :4].T // 257, colors)
 
 
+@pytest.mark.parametrize("values", [None, [(i, 0, 0) for i in range(256)]], ids=["numbers", "colours"])
+def test_as_many_classes_as_numbers_of_a_byte_leave_one_for_no_data(values, tmp_path):
+    model, image = make(classes=256), picture(16, 16)
+    segment(model, image, tmp_path / "c.tif", values=values, mask=np.eye(2) > 0, progress=False)
+    classes = tifffile.imread(tmp_path / "c.tif")
+    np.testing.assert_array_equal(classes[:8, 8:], np.iinfo(np.uint16).max)
+    assert classes.dtype == np.uint16 and classes[:8, :8].max() < 256
+
+
 def test_missing_numbers_are_filled_as_in_training(tmp_path):
     """By the middle of the range, as the data of segmentation has it."""
     model, image = make(), picture(40, 50).astype(np.float32) / 255

@@ -140,6 +140,12 @@ def test_init_from_vit_takes_a_lightning_checkpoint_and_refuses_other_files(tmp_
         init_from_vit(luna(features_only=True), source)
 
 
+@pytest.mark.parametrize("mixer", ["softmax", "identity"])
+def test_init_from_vit_refuses_a_mixer_without_memory(mixer):
+    with pytest.raises(ValueError, match="this model's mixer has none"):
+        init_from_vit(luna(mixer=mixer, global_pool="avg"), vit().state_dict())
+
+
 def test_init_from_vit_says_what_does_not_fit():
     model = luna(mlp_ratio=4)
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -204,6 +210,14 @@ def test_round_trip_after_pruning(global_pool, prune_norm, prune_head, tmp_path)
     loaded = reload(model, tmp_path)
     assert len(loaded.blocks) == 2
     assert torch.equal(loaded(X), model(X))
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_round_trip_after_the_pack_by_row_was_changed(built, tmp_path):
+    model = timm.create_model("test_luna_vit", num_classes=5, pack_by_row=built).eval()
+    before = model(X)
+    model.set_pack_by_row(not built)
+    assert torch.equal(reload(model, tmp_path)(X), model(X)) and not torch.equal(model(X), before)
 
 
 def test_the_last_block_can_be_chosen_apart_from_the_pooling():

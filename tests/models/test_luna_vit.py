@@ -10,6 +10,7 @@ from torchvision.ops import FeaturePyramidNetwork
 
 from luna_vision import LunaVit
 from luna_vision.layers import LOCAL_MIXING, MEMORY_MLP
+from luna_vision.mixers import MIXERS
 from luna_vision.models.checkpoints import checkpoint_filter_fn
 
 POOLS = ["avg", "max", "avgmax", "map", "token", "both"]
@@ -297,6 +298,21 @@ def test_reset_classifier():
 
 
 @pytest.mark.parametrize(
+    "mixer, pool_type, message",
+    [
+        ("luna", "foo", "pool_type must be one of .*, got 'foo'"),
+        ("luna", "map", "pool_type='map' has weights of its own"),
+        ("softmax", "token", "pool_type='token' reads the memory"),
+        ("softmax", "both", "pool_type='both' reads the memory"),
+    ],
+)
+def test_a_pooling_that_the_model_lacks_is_refused(mixer, pool_type, message):
+    model = tiny(mixer=mixer)
+    with pytest.raises(ValueError, match=message):
+        model.pool(model.forward_features(image(1, 3, 32, 32)), pool_type)
+
+
+@pytest.mark.parametrize(
     "kwargs, message",
     [
         ({"global_pool": "cls"}, "global_pool must be one of '', 'avg', .*'both', got 'cls'"),
@@ -410,6 +426,27 @@ def test_device_and_dtype_are_factory_arguments():
     assert timm.create_model("test_luna_vit", in_chans=5)(torch.randn(1, 5, 32, 32)).shape == (1, 1000)
 
 
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"stem": "conv", "pos_embed": "learn", "init_values": 0.1, "memory_mlp": "own", "global_pool": "map"},
+        {"norm_layer": "rmsnorm", "local_mixing": "mlp"},
+        *({"mixer": mixer} for mixer in MIXERS),
+    ],
+    ids=str,
+)
+def test_a_model_from_the_meta_device_can_be_initialised(kwargs):
+    model = timm.create_model("test_luna_vit", device="meta", **kwargs).to_empty(device="cpu")
+    for value in model.state_dict().values():
+        value.data.fill_(torch.nan if value.is_floating_point() else 7)
+    model.init_weights()
+    for name, value in timm.create_model("test_luna_vit", **kwargs).state_dict().items():
+        got = model.state_dict()[name]
+        assert got.isfinite().all(), name
+        if value.float().std() == 0:
+            assert torch.equal(got, value), name
+
+
 # ---------------------------------------------------------------- features
 
 
@@ -435,6 +472,13 @@ def test_forward_intermediates_arguments():
     assert out["image_intermediates_prefix"][0].shape == (2, 8, 64)
     with pytest.raises(ValueError, match="output_fmt must be 'NCHW' or 'NLC', got 'NHWC'"):
         model.forward_intermediates(x, output_fmt="NHWC")
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_a_block_that_is_asked_for_twice_is_returned_once(block):
+    model, x = tiny(), image(1, 3, 32, 32)
+    once, twice = (model.forward_intermediates(x, i, intermediates_only=True) for i in ([block], [block, block]))
+    torch.testing.assert_close(twice, once, rtol=0, atol=0)
 
 
 def test_features_only_equals_forward_intermediates_and_prunes():

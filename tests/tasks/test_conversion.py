@@ -5,6 +5,8 @@ import copy
 import pytest
 import timm
 import torch
+from timm.layers import SwiGLU
+from timm.models.vision_transformer import ResPostBlock
 
 import luna_vision
 from luna_vision.models.vit_init import load_vit, luna_arguments
@@ -142,14 +144,40 @@ def test_a_perfect_student_has_no_error(tmp_path):
     "name, arguments, message",
     [
         ("test_resnet", {}, "is no plain ViT"),
-        ("test_vit", VIT | {"qk_norm": True}, "q_norm"),
+        ("test_vit", VIT | {"qk_norm": True}, "attn.q_norm"),
         ("test_vit", VIT | {"pre_norm": True}, "norm_pre"),
+        ("test_vit", VIT | {"scale_attn_norm": True, "scale_mlp_norm": True}, "lacks: blocks.0.attn.norm, .*mlp.norm"),
+        ("test_vit", VIT | {"norm_layer": "rmsnorm"}, r"norm1 \(RmsNorm\), blocks.0.norm2 \(RmsNorm\), norm \(RmsNorm"),
+        ("test_vit", VIT | {"embed_norm_layer": "layernorm"}, "patch_embed.norm"),
+        ("test_vit", VIT | {"act_layer": "mish"}, "the activation Mish"),
+        ("test_vit", VIT | {"attn_layer": "diff"}, "conversion knows pre-norm ones of plain attention"),
+        ("test_vit", VIT | {"block_fn": ResPostBlock}, "conversion knows pre-norm ones"),
+        ("test_vit", VIT | {"mlp_layer": SwiGLU}, "a plain MLP"),
+        ("test_luna_vit", SHELL | {"norm_first": False}, "conversion knows pre-norm ones"),
         ("test_luna_vit", {}, "is no plain ViT"),
     ],
 )
 def test_other_models_are_refused(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         luna_arguments(timm.create_model(name, **arguments))
+
+
+@pytest.mark.parametrize("name, arguments", [("test_vit", VIT), ("test_luna_vit", SHELL | {"mlp": "gelu"})])
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "quick_gelu", "relu"])
+def test_the_activation_and_a_missing_final_norm_are_carried_over(name, arguments, act):
+    vit = timm.create_model(name, **arguments, act_layer=act, final_norm=False)
+    model = timm.create_model("test_luna_vit", **luna_arguments(vit))
+    load_vit(model, vit)
+    assert type(model.blocks[0].mlp.act) is type(vit.blocks[0].mlp.act)
+    assert isinstance(model.norm, torch.nn.Identity)
+
+
+def test_weights_without_a_place_are_not_dropped_in_silence():
+    vit = timm.create_model("test_vit", **VIT)
+    model = timm.create_model("test_luna_vit", **luna_arguments(vit))
+    vit.blocks[1].extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="weights that a Luna ViT lacks: blocks.1.extra.weight, blocks.1.extra.bias"):
+        load_vit(model, vit)
 
 
 def test_another_width_or_depth_is_refused(tmp_path):
