@@ -82,8 +82,9 @@ def products_in(model: nn.Module, dtype: torch.dtype) -> torch.autocast:
 def compile_blocks(model: nn.Module, **options: Any) -> None:
     """Compile a model in place, at the first call: its blocks one by one, as equal blocks share their code.
 
-    Twelve blocks are compiled as two, the last of a Luna ViT being another one, and what lies between blocks is small.
-    A model without a list `blocks` is compiled as a whole.
+    The twelve blocks of a Luna ViT are compiled as two, and what lies between blocks is small. Its final pack is not
+    compiled: with it, images of a few sizes pass PyTorch's limit of recompilations (8), as all blocks share one
+    `forward`. A model without a list `blocks` is compiled as a whole.
 
     Args:
         model: Any.
