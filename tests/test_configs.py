@@ -138,12 +138,13 @@ def small(config: dict, photos: Path, weights: Path) -> dict:
     elif source in LABELLED:
         changed["data.init_args.root"] = photos / source
         changed |= {"data.init_args.class_names": "[brick, leaf]"} if "class_names" in data else {}
-        changed |= {f"{prefix}.model_kwargs.pretrained": False} if "pretrained" in model["model_kwargs"] else {}
     elif source != "DigitsDataModule":
         form = {"WebDatasetDataModule": "webdataset", "LitDataDataModule": "litdata"}.get(source, "folder")
         # torchvision's files as an image folder, as a user would who has them so
         changed |= {} if form != "folder" else {"data": "ImageFolderDataModule"}
         changed["data.init_args.root"] = photos / form
+    if "pretrained" in model["model_kwargs"]:
+        changed[f"{prefix}.model_kwargs.pretrained"] = False
     if "teacher_kwargs" in model:
         changed |= {f"{prefix}.teacher_kwargs.{name}": value for name, value in NARROW.items()}
         changed |= {f"{prefix}.teacher_checkpoint": weights, f"{prefix}.feature_layers": [[0, 0], [1, 1]]}
