@@ -198,7 +198,7 @@ def options_of(config: dict[str, Any], name: str) -> dict[str, Any]:
     """What is changed of a config, by dotted name."""
     model = "model.init_args" if "class_path" in config["model"] else "model"
     changed = {f"{model}.model_kwargs.{key}": value for key, value in NARROW.items()}
-    if config["model"].get("init_args", config["model"])["model_kwargs"].get("pretrained"):
+    if config["model"].get("init_args", config["model"]).get("model_kwargs", {}).get("pretrained"):
         changed[f"{model}.model_kwargs.pretrained"] = False
     changed |= {f"data.init_args.{key}": value for key, value in DATA.items()}
     changed |= {f"trainer.{key}": value for key, value in TRAINER.items()}

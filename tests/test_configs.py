@@ -143,7 +143,7 @@ def small(config: dict, photos: Path, weights: Path) -> dict:
         # torchvision's files as an image folder, as a user would who has them so
         changed |= {} if form != "folder" else {"data": "ImageFolderDataModule"}
         changed["data.init_args.root"] = photos / form
-    if "pretrained" in model["model_kwargs"]:
+    if "pretrained" in model.get("model_kwargs", {}):
         changed[f"{prefix}.model_kwargs.pretrained"] = False
     if "teacher_kwargs" in model:
         changed |= {f"{prefix}.teacher_kwargs.{name}": value for name, value in NARROW.items()}

@@ -49,8 +49,9 @@ class Teacher(DistillationTeacher):
         std: Sequence[float],
     ) -> None:
         model.pretrained_cfg = model.pretrained_cfg | {"mean": tuple(mean), "std": tuple(std)}  # timm reads them here
-        # convolutions of a CNN take half the time in it
-        super().__init__(model.to(memory_format=torch.channels_last))
+        if not hasattr(model, "num_prefix_tokens"):  # a CNN, whose convolutions take half the time in it
+            model.to(memory_format=torch.channels_last)
+        super().__init__(model)
         self.eval().requires_grad_(False)
         self.img_size = img_size
         self.run: Callable[..., LogitsAndLayers] = logits_and_layers
