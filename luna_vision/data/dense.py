@@ -268,7 +268,7 @@ class DenseDataModule(ImageDataModule):
             tuple(scale or (1.0, 1.0)),
             hflip,
             vflip,
-            (0.3 if in_chans in MODES else 0.0) if color_jitter is None else color_jitter,
+            self._augment.color_jitter if color_jitter is None else color_jitter,  # the default of all images
         )
         self.train_transform = self.eval_transform = DenseTransform(self.values, self.target)
         self._sources: dict[str, Source | None] = {}

@@ -156,8 +156,8 @@ class EpochLoader(DataLoader):
     """A training loader that continues in the middle of an epoch, with exactly the batches that are left.
 
     Lightning's own ``set_epoch`` is too late: a loader with workers asks for its first indices when its iterator is
-    created, and after a resume that is before ``set_epoch``. A sampler skips the batches that
-    are done without loading them. A stream knows no indices, so it is read up to there once more.
+    created, and after a resume that is before ``set_epoch``. A sampler skips the batches that are done without loading
+    them. A stream knows no indices, so it is read up to there once more.
 
     Args:
         next_batch: Is called when an iteration begins, and returns the epoch and the number of its batches that are

@@ -118,10 +118,9 @@ def data_config(extractor: Extractor, settings: Settings) -> dict[str, Any]:
     """
     # not given the model itself, for which timm would warn about statistics of three channels for a grey model
     config = resolve_data_config(pretrained_cfg=getattr(extractor.model, "pretrained_cfg", {}))
-    given = {name: getattr(settings, name) for name in ("mean", "std")}
-    given = {name: config[name] if numbers is None else numbers for name, numbers in given.items()}
     return {
-        **{name: per_channel(name, given[name], extractor.in_chans) for name in given},
+        "mean": per_channel("mean", config["mean"] if settings.mean is None else settings.mean, extractor.in_chans),
+        "std": per_channel("std", config["std"] if settings.std is None else settings.std, extractor.in_chans),
         "crop_pct": config["crop_pct"],
         "crop_mode": config["crop_mode"],
     }

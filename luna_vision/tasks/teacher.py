@@ -49,7 +49,7 @@ class Teacher(DistillationTeacher):
         std: Sequence[float],
     ) -> None:
         model.pretrained_cfg = model.pretrained_cfg | {"mean": tuple(mean), "std": tuple(std)}  # timm reads them here
-        if not hasattr(model, "num_prefix_tokens"):  # a CNN, whose convolutions take half the time in it
+        if not hasattr(model, "num_prefix_tokens"):  # a CNN, whose convolutions are faster so
             model.to(memory_format=torch.channels_last)
         super().__init__(model)
         self.eval().requires_grad_(False)

@@ -67,24 +67,19 @@ def test_faults_are_counted_and_named_and_left_out(kind, tmp_path, caplog):
     assert kind in caplog.text and len(data.dataset("train")) == (3 if "cell" in kind else 2)
 
 
-def test_a_faulty_row_is_named_by_its_number_in_the_file(tmp_path):
-    write_labels(tmp_path)
-    (tmp_path / "train.csv").write_text("\nfile,labels\n\ntrain_0.png,a\n,\ngone.png,b\n")
-    with pytest.raises(SampleError, match="train.csv row 6: gone.png"):
-        MultiLabelDataModule(str(tmp_path), **QUIET).setup("fit")
-
-
-def test_a_label_that_training_lacks(tmp_path):
-    write_labels(tmp_path)
-    (tmp_path / "val.csv").write_text("file,labels\nval_0.png,brick|moss\n")
-    with pytest.raises(SampleError, match="1 x class unknown to training .*moss"):
-        MultiLabelDataModule(str(tmp_path), **QUIET).setup("fit")
-
-
-def test_a_table_that_lacks_a_class_of_training(tmp_path):
-    write_labels(tmp_path, "columns")
-    (tmp_path / "val.csv").write_text("file,leaf\nval_0.png,1\n")
-    with pytest.raises(UserError, match="val.csv has no column brick, but leaf"):
+@pytest.mark.parametrize(
+    "layout, table, text, error, said",
+    [
+        ("lists", "train", "\nfile,labels\n\ntrain_0.png,a\n,\ngone.png,b\n", SampleError, "train.csv row 6: gone.png"),
+        ("lists", "val", "file,labels\nval_0.png,brick|moss\n", SampleError, "1 x class unknown to training .*moss"),
+        ("columns", "val", "file,leaf\nval_0.png,1\n", UserError, "val.csv has no column brick, but leaf"),
+    ],
+    ids=["row of a missing file", "label that training lacks", "class without a column"],
+)
+def test_what_is_wrong_in_a_table_is_named(layout, table, text, error, said, tmp_path):
+    write_labels(tmp_path, layout)
+    (tmp_path / f"{table}.csv").write_text(text)
+    with pytest.raises(error, match=said):
         MultiLabelDataModule(str(tmp_path), **QUIET).setup("fit")
 
 
