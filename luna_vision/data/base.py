@@ -229,7 +229,7 @@ class ImageDataModule(LightningDataModule):
     ) -> Source | None:
         """The images of a split of data that may lack "val" and "test".
 
-        Then "val" is a share of "train", and "test" is "val", or None where that is only such a share.
+        Then "val" is a share of "train", and "test" is "val": a run without test images has a report, too.
 
         Args:
             split: "train", "val" or "test".
@@ -237,10 +237,9 @@ class ImageDataModule(LightningDataModule):
             open_: Makes a source of it.
         """
         val = find("val")
-        if split == "test":
-            found = find("test") or val
-            return None if found is None else open_(found)
-        if split == "val" and val is not None:
+        if split == "test" and (test := find("test")) is not None:
+            return open_(test)
+        if split != "train" and val is not None:
             return open_(val)
         train = open_(find("train"))
         return train if val is not None else train_or_val(train, split, self.val_fraction)
@@ -474,7 +473,7 @@ def hold_out(labels: Sequence[int] | np.ndarray, fraction: float) -> tuple[np.nd
 
 
 def train_or_val(source: Source, split: str, val_fraction: float) -> Subset | None:
-    """The "train" or "val" part of a training set without a validation split.
+    """The part of a training set without a validation split that trains ("train"), or is held out.
 
     Stratified where the labels are known without reading the images.
     """

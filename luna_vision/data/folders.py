@@ -99,7 +99,7 @@ class ImageFolderDataModule(SplitFolders, PhotoDataModule):
 
     The classes are the folders of root/train, in alphabetical order. The validation folder may also be called
     ``validation`` or ``valid``. Without it, ``val_fraction`` of the training images is held out. Without root/test,
-    testing and prediction use the validation folder. Hidden names, such as ``.ipynb_checkpoints``, and files that are
+    testing and prediction use the validation images. Hidden names, such as ``.ipynb_checkpoints``, and files that are
     no images are skipped. A run starts with a list of what was found and what is not used. Images of any mode are read
     (palette, 16-bit, CMYK, ...) and turned upright by their EXIF orientation.
 

@@ -161,7 +161,7 @@ def describe_split(split: str, source: Any, num_classes: int | None) -> str:
     classes = "" if num_classes is None else f", {count_classes} classes"
     whole = source.dataset if isinstance(source, Subset) else source
     if whole is not source and len(source) < len(whole):
-        count += f" held out of {len(whole)}" if split == "val" else f" of {len(whole)}"
+        count += f" held out of {len(whole)}" if split != "train" else f" of {len(whole)}"
     where, skipped = getattr(whole, "where", ""), getattr(whole, "skipped", "")
     return printable(f"{split}: {count}{where and f' in {where}'}{classes}{skipped}")
 

@@ -298,12 +298,10 @@ class SlideDataModule(PhotoDataModule):
         rows = self.table()
         if split == "test" and "test" not in rows:
             split = "val"
-            if "val" not in rows:
-                return None
         if split in rows and (split != "train" or "val" in rows):
             return SlideRows(rows[split], self.class_names, self.root)
         labels = {row.path: row.label for row in rows["train"]}  # of a file with several, the last
-        files = np.array(list(labels))[hold_out(list(labels.values()), self.val_fraction)[split == "val"]].tolist()
+        files = np.array(list(labels))[hold_out(list(labels.values()), self.val_fraction)[split != "train"]].tolist()
         part = [row for row in rows["train"] if row.path in set(files)]
         return SlideRows(part, self.class_names, self.root) if part else None
 

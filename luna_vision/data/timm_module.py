@@ -57,7 +57,7 @@ class TimmDataModule(ImageDataModule):
         root: Folder of the data.
         train_split: Name of the training split.
         val_split: Name of the validation split; None holds ``val_fraction`` of the training split out.
-        test_split: Name of the test split, if there is one.
+        test_split: Name of the test split; None tests the images of validation.
         class_names: A name for each class; by default the names of the folders, else numbers.
         download: Fetch the data if it is missing, where timm can.
         dataset_args: Further arguments of ``create_dataset``, for example ``class_map`` for a folder.
@@ -96,6 +96,8 @@ class TimmDataModule(ImageDataModule):
                 self._open(split, download=True)
 
     def make_source(self, split: str) -> Source | IterableDataset | None:
+        if split == "test" and self.splits["test"] is None:
+            split = "val"
         held_out = split == "val" and self.splits["val"] is None
         name = self.splits["train" if held_out else split]
         if name is None:

@@ -17,6 +17,7 @@ from timm.data.readers.shared_count import SharedCount
 from torch.utils.data import get_worker_info
 
 from luna_vision.data import DigitsDataModule, FashionMNISTDataModule, ImageFolderDataModule, TimmDataModule
+from luna_vision.data.images import describe_split
 from luna_vision.images.decode import SampleError
 
 
@@ -56,9 +57,10 @@ def test_image_folder_without_a_validation_folder(folder_root: Path):
         for s in ("train", "val")
     }
     assert len(files["train"]) == 12 and len(files["val"]) == 6 and not files["train"] & files["val"]
-    assert module.test_dataloader() == []
-    with pytest.raises(ValueError, match="there is no indexed test set to predict: give predict_path"):
-        module.predict_dataloader()
+    tested = module.dataset("test")
+    assert {tested.source.dataset.samples[i] for i in tested.source.indices} == files["val"]  # there are no others
+    assert describe_split("test", tested, 3) == f"test: 6 images held out of 18 in {folder_root}/train, 3 classes"
+    assert len(module.predict_dataloader().dataset) == 6
 
 
 def test_a_class_that_validation_lacks_does_not_shift_labels(folder_root: Path):
@@ -229,7 +231,7 @@ def test_timm_folder(folder_root: Path):
     assert sum(len(targets) for _, targets in module.train_dataloader()) == 18
     images, targets = next(iter(module.val_dataloader()))
     assert images.shape == (4, 3, 24, 24) and targets.tolist() == [0, 0, 1, 1]
-    assert module.test_dataloader() == []
+    assert len(module.dataset("test")) == 6  # those of validation
     tested = timm_module(folder_root, test_split="validation")
     assert [name for _, names in tested.predict_dataloader() for name in names] == [str(i) for i in range(6)]
 
@@ -337,7 +339,7 @@ def test_timm_streams_are_augmented_the_same_in_any_worker(streams: None):
 def test_timm_streams(streams: None):
     module = timm_module("x", name="wds/x")
     assert [len(targets) for _, targets in module.val_dataloader()] == [4, 1]
-    assert module.test_dataloader() == []
+    assert [len(targets) for _, targets in module.test_dataloader()] == [4, 1]  # there are no others
     with pytest.raises(SampleError, match="val stream: an image has label 2, outside the 2 declared classes"):
         list(timm_module("x", name="wds/x", num_classes=2).val_dataloader())
     with pytest.raises(ValueError, match="nothing can be held out of 'wds/x', a stream"):

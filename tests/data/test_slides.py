@@ -91,6 +91,7 @@ def test_regions_of_a_file_are_held_out_together(folder):
     train, val = ({row.path for row, _ in data.make_source(split)} for split in ("train", "val"))
     assert not train & val and len(train) == 3 and len(val) == 3
     assert len(data.make_source("train")) == len(data.make_source("val")) == 9
+    assert {row.path for row, _ in data.make_source("test")} == val  # there are no others
     data.val_fraction = 0
     assert len(data.make_source("train")) == 18 and data.make_source("val") is None
 
