@@ -23,7 +23,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 
 from luna_vision.data.gpu import Keys
 from luna_vision.data.sampling import next_batch
@@ -126,6 +126,9 @@ class TimmTask(LightningModule):
 
     def setup(self, stage: str) -> None:
         self.check_data(self.trainer.datamodule, stage)
+        for module in self.modules():
+            if isinstance(module, Metric):
+                module.reset()  # a validation before leaves tensors of inference mode, to which training cannot add
         if stage == "fit" and self.hparams.freeze is not None:
             self._frozen = freeze_layers(self.timm_model, self.hparams.freeze)
             self.train()

@@ -106,8 +106,8 @@ class ConversionTask(FeatureDistillationTask):
         return teacher_forced_errors(self.model, theirs, grid_of(self.model, images))
 
     def loss_of(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        losses, memory, patches = self._losses(images)
-        g, _ = self.targets(images)
+        g, t = self.targets(images)
+        losses, memory, patches = self._losses(images, g, t)
         embeddings = self.model.pool(torch.cat([memory, patches], dim=1))
         cosine = F.cosine_similarity(embeddings.float(), g.float()).mean()
         self.log_evaluation_mean("val_cosine", cosine, len(images))
@@ -118,8 +118,7 @@ class ConversionTask(FeatureDistillationTask):
             return self.block_errors(images).mean(), memory, patches
         return sum(losses.values()), memory, patches
 
-    def _losses(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        g, t = self.targets(images)
+    def _losses(self, images: Tensor, g: Tensor, t: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         memory, patches = self.tokens(images)
         embeddings = self.model.pool(torch.cat([memory, patches], dim=1))
         to_global, to_patch = self.statistics

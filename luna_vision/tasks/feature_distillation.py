@@ -176,14 +176,13 @@ class FeatureDistillationTask(TeacherTask, UnlabelledTask):
 
     def training_parts(self, images: Tensor) -> dict[str, Tensor]:
         """The parts of the loss of images (B, C, H, W)."""
-        return self._losses(images)[0]
+        return self._losses(images, *self.targets(images))[0]
 
     def loss_of(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        parts, memory, patches = self._losses(images)
+        parts, memory, patches = self._losses(images, *self.targets(images))
         return sum(parts.values()), memory, patches
 
-    def _losses(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        g, t = self.targets(images)
+    def _losses(self, images: Tensor, g: Tensor, t: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         memory, patches = self.tokens(images)
         g, t = self.statistics[0](g), self.statistics[1](to_grid(t, grid_of(self.model, images)))
         slot = memory[:, 0] if memory.shape[1] else patches.mean(1)

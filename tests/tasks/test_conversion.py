@@ -120,9 +120,13 @@ def test_second_stage_trains_all_weights_towards_the_features(tmp_path, name):
     trainer = tiny_trainer(tmp_path, max_epochs=1)
     trainer.fit(task, Photos(count=32))
     first = trainer.callback_metrics["val_loss"].clone()
-    task._losses(torch.rand(2, 3, 32, 32))
-    sum(task._losses(torch.rand(2, 3, 32, 32))[0].values()).backward()
+    sum(task.training_parts(torch.rand(2, 3, 32, 32)).values()).backward()
     assert [name for name, p in task.named_parameters() if p.grad is None] == []
+    seen: list[int] = []
+    task.teacher.model.patch_embed.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    trainer.validate(task, data := Photos(count=32), verbose=False)
+    sizes = [len(batch) for batch, *_ in data.val_dataloader()]
+    assert seen == [1, *sizes]  # to learn its shapes; then each image once
     trainer = tiny_trainer(tmp_path, max_epochs=6)
     trainer.fit(task, Photos(count=32))
     assert trainer.callback_metrics["val_loss"] < first

@@ -37,6 +37,7 @@ def test_a_run_trains_everything_and_measures(name: str, tmp_path):
     task, data = make(name)
     before = {n: p.detach().clone() for n, p in task.named_parameters()}
     run = trainer(tmp_path)
+    run.validate(task, data, verbose=False)  # whose state training takes over
     run.fit(task, data)
     assert not [n for n, p in task.named_parameters() if p.requires_grad and torch.equal(p, before[n])]
     metric = task.headline[0].removeprefix("test_")

@@ -122,7 +122,8 @@ def test_mixing_depends_on_the_step_alone():
 def test_every_weight_gets_a_gradient(vit_file, tmp_path):
     task = distill(vit_file)
     tiny_trainer(tmp_path, max_epochs=0).fit(task, Photos())
-    parts, memory, patches = task._losses(torch.rand(2, 3, 32, 32))
+    images = torch.rand(2, 3, 32, 32)
+    parts, memory, patches = task._losses(images, *task.targets(images))
     assert memory.shape == (2, 4, 16) and patches.shape == (2, 16, 16)
     sum(parts.values()).backward()
     assert [name for name, p in task.named_parameters() if p.grad is None] == []

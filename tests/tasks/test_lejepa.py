@@ -131,6 +131,7 @@ def test_it_trains_every_weight(tmp_path):
     task = pretrain()
     before = {name: p.detach().clone() for name, p in task.named_parameters()}
     trainer = tiny_trainer(tmp_path, max_epochs=3)
+    trainer.validate(task, views(), verbose=False)  # whose state training takes over
     trainer.fit(task, views())
     metrics = trainer.callback_metrics
     shown = ("train_loss", "train_agreement_loss", "train_sigreg_loss", "val_rank", "val_rank_slots")
