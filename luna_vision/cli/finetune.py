@@ -1,19 +1,19 @@
 """``luna-vision finetune``: from labelled files of one's own to a trained model, by a YAML that it writes."""
 
-import argparse
 import shlex
+from itertools import count
 from pathlib import Path
-from typing import NoReturn
 
 import yaml
 
 from ..utils.errors import UserError
 from ..utils.files import check_folder, write_text
 from ..utils.text import printable
+from .recipe import WordParser
 
 TASKS = ("classify", "multilabel", "detect", "segment")
 USAGE = """\
-luna-vision finetune --task classify|multilabel|detect|segment --data PATH --out FOLDER [--model NAME]
+--task classify|multilabel|detect|segment --data PATH --out FOLDER [--model NAME]
        [--checkpoint FILE] [--SECTION.OPTION VALUE ...]"""
 ABOUT = """\
 Train on labelled files of your own. The format is recognised and named, and the complete configuration is written to
@@ -25,11 +25,6 @@ PATH by task:
   multilabel  a folder with train.csv, which names images and their labels
   detect      COCO (train.json beside train/), Pascal VOC (Annotations/, JPEGImages/) or YOLO (data.yaml)
   segment     train/images and train/masks, or COCO or YOLO with outlines"""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; luna-vision finetune --help shows how it is called")
 
 
 def main(words: list[str]) -> int | None:
@@ -50,14 +45,17 @@ def main(words: list[str]) -> int | None:
     path = own.out / "finetune.yaml"
     command = shlex.join(["luna-vision", "finetune", *words])
     head = "\n".join(f"# {printable(line)}" for line in (f"Written by {command}", *said, f"Again: fit --config {path}"))
-    write_text(path, f"{head}\n{yaml.safe_dump(config, sort_keys=False, allow_unicode=True)}")
+    body = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    if path.is_file() and not path.read_text("utf-8").endswith(f"\n{body}"):  # somebody may have edited it
+        kept = next(name for n in count(1) if not (name := path.with_name(f"finetune-{n}.yaml")).exists())
+        said.append(f"the earlier configuration: {path.rename(kept)}")
+    write_text(path, f"{head}\n{body}")
     print(*map(printable, said), f"configuration: {path}", sep="\n", flush=True)
     return train.run_words(["fit", "--config", str(path), *overrides])
 
 
-def _parser() -> _Parser:
-    parser = _Parser("luna-vision finetune", USAGE, ABOUT, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def _parser() -> WordParser:
+    parser = WordParser("finetune", USAGE, ABOUT)
     parser.add_argument("--task", required=True, choices=TASKS, help="what to train")
     parser.add_argument(
         "--data", required=True, type=Path, metavar="PATH", help="folder of the images and their labels"

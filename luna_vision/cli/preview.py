@@ -1,26 +1,21 @@
 """``luna-vision preview``: training images as the model gets them, with their labels, before a run."""
 
-import argparse
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ..utils.errors import UserError
+from .recipe import WordParser
 
 ABOUT = """\
 Draw the first training images of a configuration, augmented, with their boxes, masks or labels, and say what the data
 holds. Options of `luna-vision fit`, such as --data.root FOLDER, are taken as they are."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; luna-vision preview --help shows how it is called")
-
-
 def main(words: list[str]) -> int | None:
     """Run the command with these words."""
-    usage = "luna-vision preview --config FILE [--out FILE] [--count N] [--SECTION.OPTION VALUE ...]"
-    parser = _Parser("luna-vision preview", usage, ABOUT, allow_abbrev=False)
+    usage = "--config FILE [--out FILE] [--count N] [--SECTION.OPTION VALUE ...]"
+    parser = WordParser("preview", usage, ABOUT)
     parser.add_argument("--out", type=Path, default=Path("preview.png"), metavar="FILE", help="the .png to write")
     parser.add_argument("--count", type=int, default=16, metavar="N", help="number of images (default: 16)")
     own, rest = parser.parse_known_args(words)

@@ -12,15 +12,33 @@ from typing import Any, NoReturn
 
 from ..utils.errors import UserError
 
-__all__ = ["Recipe", "common_options", "fit", "fit_words", "loggers", "option_words"]
+__all__ = ["Recipe", "WordParser", "common_options", "fit", "fit_words", "loggers", "option_words"]
 
 EPILOG = """\
 Any option of fit works on the same line and comes last, such as --trainer.max_steps 8, --model.lr 1e-3,
 --data.num_workers 8, --config FILE or --resume; luna-vision fit --help lists some."""
 
 
-class Recipe(argparse.ArgumentParser):
-    """The parser of such a command, with the options that all of them have.
+class WordParser(argparse.ArgumentParser):
+    """A parser of a command whose other options are those of `fit`; mistakes are UserErrors.
+
+    Args:
+        command: Its name.
+        usage: Of the command, after its name.
+        description: What it does.
+        epilog: What the help ends with.
+    """
+
+    def __init__(self, command: str, usage: str, description: str, epilog: str | None = None) -> None:
+        name, form = f"luna-vision {command}", argparse.RawDescriptionHelpFormatter
+        super().__init__(name, f"{name} {usage}", description, epilog, formatter_class=form, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help shows how it is called")
+
+
+class Recipe(WordParser):
+    """The parser of a command with a YAML of its own, with the options that all of them have.
 
     Args:
         command: Its name.
@@ -30,14 +48,7 @@ class Recipe(argparse.ArgumentParser):
     """
 
     def __init__(self, command: str, usage: str, description: str, epochs: bool = True) -> None:
-        super().__init__(
-            prog=f"luna-vision {command}",
-            usage=f"luna-vision {command} {usage}",
-            description=description,
-            epilog=EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
+        super().__init__(command, usage, description, EPILOG)
         self.add_argument("--data", required=True, metavar="FOLDER", help="images, also in folders in it, or shards")
         self.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the run writes to")
         self.add_argument(
@@ -50,9 +61,6 @@ class Recipe(argparse.ArgumentParser):
         self.add_argument("--batch-size", type=int, metavar="N", help="images in a batch, on each device")
         if epochs:
             self.add_argument("--epochs", type=int, metavar="N", help="passes over the images")
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def common_options(args: argparse.Namespace, out: Path | None = None) -> dict[str, Any]:

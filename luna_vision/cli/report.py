@@ -1,11 +1,9 @@
 """``luna-vision report``: the report of a run that has ended."""
 
-import argparse
 import json
 from pathlib import Path
-from typing import NoReturn
 
-from ..utils.errors import UserError
+from .recipe import WordParser
 
 ABOUT = """\
 Test the best weights of a run once more, and write RUN/report/report.html, a page that needs no other file, and its
@@ -13,16 +11,9 @@ pictures. Options of `luna-vision test`, such as --data.root FOLDER, or --config
 they are."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; luna-vision report --help shows how it is called")
-
-
 def main(words: list[str]) -> int | None:
     """Run the command with these words."""
-    usage = "luna-vision report RUN [--SECTION.OPTION VALUE ...]"
-    parser = _Parser("luna-vision report", usage, ABOUT, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = WordParser("report", "RUN [--SECTION.OPTION VALUE ...]", ABOUT)
     parser.add_argument("run", type=Path, metavar="RUN", help="its folder, or the one above, whose newest run is taken")
     own, rest = parser.parse_known_args(words)
     run = find_run(own.run)

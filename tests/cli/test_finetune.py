@@ -146,6 +146,14 @@ def test_from_files_to_files(form, run, tmp_path):
         assert len(found.read_text().splitlines()) == len(images) + 1
     report = folder / "report/report.html"
     assert f"report: {report.relative_to(tmp_path)}" in first and report.is_file()
+    if form == "table":  # the words are other ones, the configuration is not
+        assert run("finetune", "--task", task, "--data", "data", "--out", "runs/x", "--trainer.max_epochs=0")[0] == 0
+        assert [file.name for file in folder.parent.glob("*.yaml")] == ["finetune.yaml"]
+        file = folder.parent / "finetune.yaml"
+        file.write_text(file.read_text() + "# mine\n")
+        out = run("finetune", "--task", task, "--data", "data", "--out", "runs/x", "--trainer.max_epochs=0")[1]
+        assert "the earlier configuration: runs/x/finetune-1.yaml" in out
+        assert (folder.parent / "finetune-1.yaml").read_text().endswith("# mine\n")
     if form == "voc":  # again, of the run's folder alone
         report.unlink()
         code, out, err = run("report", "runs/x", "--trainer.accelerator=cpu")
