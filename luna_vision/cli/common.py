@@ -138,14 +138,14 @@ def pairs(words: list[str] | dict[str, Any], option: str) -> dict[str, Any]:
     return arguments
 
 
-def add_model_options(parser: Parser, default: str = "luna_vit_small", device: str = "auto") -> None:
+def add_model_options(parser: Parser, device: str = "auto") -> None:
     """Add --model, --model-args, --checkpoint and --device, which `load` reads."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
         metavar="NAME",
         help="timm name, or local-dir:FOLDER with what save_for_hf wrote; by default that of a training checkpoint, "
-        f"else {default}",
+        "else luna_vit_nano_patch8; without a checkpoint, with the weights of the package if it has some",
     )
     group.add_argument(
         "--model-args",

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from ..execution import Encoded
 
-MODEL = "luna_vit_tiny"  # the default
 SUFFIXES = (".npz", ".safetensors")
 TABLE = "encodings.parquet"
 
@@ -65,7 +64,7 @@ def _parser() -> Parser:
         "--attention-layer", type=int, metavar="N", help="of this block, from 0 (default: the last pack)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files at --out, --grid and --attention")
-    add_model_options(parser, default=MODEL)
+    add_model_options(parser)
     add_speed_options(parser, compiles=False)  # bands go through parts of a block
     add_streaming_options(parser)
     return parser
@@ -98,7 +97,7 @@ def main(words: list[str]) -> int:
         check_map(args.attention)
         check_file(args.attention, "the attention map", args.image, args.overwrite)
     image = open_chosen(args)
-    model = load(args, default=MODEL)
+    model = load(args)
     about = {
         "luna_vision": __version__,
         "model": getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__),
@@ -154,7 +153,7 @@ def _many(args: "Namespace") -> int:
         files, missing = find_files(args.image, say, large=True)
         found = [Listed(file) for file in files]
     items = [Listed(one.path, one.mask or own["mask"], one.region or own["region"]) for one in found]
-    model = load(args, default=MODEL)
+    model = load(args)
     how = streaming_arguments(args) | {"attention_layer": args.attention_layer}
     how.pop("mask")
     pixel_statistics(model, how["mean"], how["std"])  # which raises here and not for each image

@@ -21,6 +21,7 @@ from .luna_vit import LunaVit
 from .weights import SHIPPED
 
 RANDOM_WEIGHTS = "random_weights"  # a key in config.json of an exported folder: the model was not trained
+DEFAULT = "luna_vit_nano_patch8"  # it has weights
 LOCAL = "local-dir:"  # timm's prefix for the name of a folder
 PIXELS = "pixels"  # where config.json of an exported folder has these, which timm does not know
 
@@ -74,6 +75,14 @@ def build_model(
             return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **model_kwargs)
     except OSError as error:
         raise OSError(f"cannot read the weights of {name}: {one_line(error)}") from error
+    except RuntimeError as error:
+        if not model_kwargs.get("pretrained"):
+            raise
+        others = {key: value for key, value in model_kwargs.items() if key != "pretrained"}
+        why = shorten(one_line(error), 300, placeholder=" ...")
+        raise UserError(
+            f"the weights of {name} do not fit model_kwargs {others}; with pretrained=False it starts without: {why}"
+        ) from error
 
 
 def sized(name: str, model_kwargs: dict[str, Any] | None, img_size: int | list[int] | None) -> dict[str, Any]:
@@ -106,7 +115,6 @@ def load_model(
     arguments: dict[str, Any] | None = None,
     checkpoint: str | Path | None = None,
     device: str = "auto",
-    default: str = "luna_vit_small",
     say: Callable[[str], object] = lambda line: None,
     **overrides: Any,
 ) -> nn.Module:
@@ -114,14 +122,15 @@ def load_model(
 
     A checkpoint of a training, and the weights that it exported, record the name and the arguments of their model;
     `name` and `arguments` override them. The record of their images (size, normalisation, names of the classes) goes
-    into the model's `pretrained_cfg`.
+    into the model's `pretrained_cfg`. Without a checkpoint, a model has the weights of the package, or those that the
+    tag of its name asks for, unless `arguments` have `pretrained`.
 
     Args:
-        name: A name of timm, or `local-dir:FOLDER` with a folder of `save_for_hf`; by default that of the checkpoint.
+        name: A name of timm, or `local-dir:FOLDER` with a folder of `save_for_hf`; by default that of the checkpoint,
+            else `DEFAULT`.
         arguments: Arguments of the model, such as `memory_len`.
         checkpoint: Weights: .safetensors, a timm or a Lightning checkpoint.
         device: See `pick_device`.
-        default: The name where neither `name` nor the checkpoint has one.
         say: Gets a line about the weights, or a warning where there are none.
         **overrides: Arguments of the model that override all others.
 
@@ -135,9 +144,9 @@ def load_model(
     run = training_checkpoint(checkpoint) if checkpoint else {}
     recorded = run.get("hyper_parameters", {})
     no_weights = random_weights(name, given, checkpoint)
-    name = name or recorded.get("model_name") or default
+    name = name or recorded.get("model_name") or DEFAULT
     own = _recorded_arguments(recorded) if name == recorded.get("model_name") else {}
-    arguments = own | given | overrides
+    arguments = own | (given if checkpoint else _trained(name, given)) | overrides
     if _folder(name):
         model = _from_folder(name, arguments, weights=not checkpoint)
     else:
@@ -179,7 +188,13 @@ def random_weights(
         return False
     if folder := _folder(name):
         return bool(_read_config(folder).get(RANDOM_WEIGHTS))
-    return not (arguments or {}).get("pretrained")
+    return not _trained(name or DEFAULT, arguments or {}).get("pretrained")
+
+
+def _trained(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a model, with `pretrained` if the package has its weights, or if the name has a tag."""
+    known = "." in name or any(full.startswith(f"{name}.") for full in SHIPPED)
+    return {"pretrained": True} | arguments if known and not _folder(name) else arguments
 
 
 def knows_its_images(

@@ -15,7 +15,9 @@ from luna_vision.cli.common import Parser, add_model_options, load, model_option
 from luna_vision.data import DigitsDataModule
 from luna_vision.models import factory
 from luna_vision.tasks import ClassificationTask, DetectionTask, SegmentationTask, export_weights
+from luna_vision.utils.errors import UserError
 
+TEST = ["--model", "test_luna_vit"]
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 1}
 
 
@@ -26,7 +28,7 @@ def parse(*words: str) -> Any:
 
 
 def load_model(options: Any, **overrides: Any) -> torch.nn.Module:
-    return load(options, default="test_luna_vit", **overrides)
+    return load(options, **overrides)
 
 
 def random_weights(options: Any) -> bool:
@@ -38,7 +40,9 @@ def knows_its_images(options: Any) -> bool:
 
 
 def test_model_arguments_reach_the_model(capsys):
-    model = load_model(parse("--model-args", "memory_len=3", "num_classes=7", "local_mixing=none", "--device", "cpu"))
+    model = load_model(
+        parse(*TEST, "--model-args", "memory_len=3", "num_classes=7", "local_mixing=none", "--device", "cpu")
+    )
     assert (model.memory_len, model.num_classes, model.training) == (3, 7, False)
     assert model.blocks[0].local is None
     assert "test_luna_vit has RANDOM WEIGHTS" in capsys.readouterr().err
@@ -55,7 +59,9 @@ def test_a_number_of_classes_that_is_none(value, overrides):
 def test_weights_of_a_file(tmp_path, capsys):
     trained = timm.create_model("test_luna_vit", num_classes=5)
     save_file(trained.state_dict(), tmp_path / "best.safetensors")
-    model = load_model(parse("--checkpoint", str(tmp_path / "best.safetensors"), "--model-args", "num_classes=5"))
+    model = load_model(
+        parse(*TEST, "--checkpoint", str(tmp_path / "best.safetensors"), "--model-args", "num_classes=5")
+    )
     torch.testing.assert_close(model.state_dict(), trained.state_dict(), rtol=0, atol=0)
     assert "RANDOM" not in capsys.readouterr().err
 
@@ -118,9 +124,16 @@ def test_a_checkpoint_goes_over_the_weights_of_a_folder(tmp_path):
     torch.testing.assert_close(model.state_dict(), trained.state_dict(), rtol=0, atol=0)
 
 
-def test_weights_that_are_not_pretrained_are_random():
-    assert random_weights(parse("--model-args", "pretrained=False"))
-    assert not random_weights(parse("--model-args", "pretrained=True"))
+def test_a_model_has_the_weights_of_the_package_if_there_are_some(capsys):
+    want = timm.create_model("luna_vit_nano_patch8", pretrained=True)
+    for words in ([], ["--model", "luna_vit_nano_patch8"], ["--model", "luna_vit_nano_patch8.tiny_imagenet_64"]):
+        torch.testing.assert_close(load_model(parse(*words)).state_dict(), want.state_dict(), rtol=0, atol=0)
+        assert not random_weights(parse(*words)) and "RANDOM" not in capsys.readouterr().err
+    for words in (["--model-args", "pretrained=False"], TEST):
+        load_model(parse(*words))
+        assert random_weights(parse(*words)) and "RANDOM" in capsys.readouterr().err
+    with pytest.raises(UserError, match="memory_len': 32}; with pretrained=False it starts without: .* size mismatch"):
+        load_model(parse("--model-args", "memory_len=32"))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +164,7 @@ def test_mistakes_are_one_line_and_exit_code_2(words, message, capsys, tmp_path,
 def test_a_checkpoint_of_another_model(tmp_path):
     save_file(timm.create_model("test_luna_vit", embed_dim=32).state_dict(), tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="does not fit LunaVit: [0-9]+ weights are of another shape .*, ") as raised:
-        load_model(parse("--checkpoint", str(tmp_path / "a.safetensors")))
+        load_model(parse(*TEST, "--checkpoint", str(tmp_path / "a.safetensors")))
     assert len(str(raised.value).replace(str(tmp_path), "")) < 200
     (tmp_path / "b.ckpt").write_text("no checkpoint")
     with pytest.raises(ValueError, match="not a checkpoint"):
@@ -160,7 +173,7 @@ def test_a_checkpoint_of_another_model(tmp_path):
 
 def test_a_head_of_other_classes_is_refused_where_it_would_be_a_random_one(tmp_path):
     save_file(timm.create_model("test_luna_vit", num_classes=5).state_dict(), tmp_path / "five.safetensors")
-    words = parse("--checkpoint", str(tmp_path / "five.safetensors"))
+    words = parse(*TEST, "--checkpoint", str(tmp_path / "five.safetensors"))
     with pytest.raises(ValueError, match="has a head for 5 classes, the model one for 1000"):
         load_model(words)
     assert load_model(words, num_classes=0).num_classes == 0
