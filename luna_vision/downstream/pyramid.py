@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from timm.layers import LayerNorm2d
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from luna_vision.images.transforms import per_channel
 from luna_vision.models import LunaVit, prune_memory_update
 from luna_vision.models.factory import build_model
+from luna_vision.utils.errors import UserError
 
 __all__ = ["PyramidBackbone", "SimpleFeaturePyramid", "patches_of_images"]
 
@@ -126,7 +128,8 @@ class PyramidBackbone(nn.Module):
     ) -> None:
         """
         Args:
-            model_name: Any timm model that has `forward_intermediates` with maps of one stride.
+            model_name: Any timm model that has `forward_intermediates` with maps of one stride. ViTs that timm can give
+                images of any size get them.
             strides: Strides of the pyramid, pixels.
             out_channels: Channels of the pyramid.
             in_chans: Image channels.
@@ -138,6 +141,11 @@ class PyramidBackbone(nn.Module):
         super().__init__()
         self.arguments = dict(name=model_name, num_classes=0, in_chans=in_chans, **model_kwargs)
         model = build_model(**self.arguments)
+        if self._fixed(model):  # timm's ViTs can also take any size, on request
+            any_size = {"dynamic_img_size": True, "dynamic_img_pad": True}
+            with suppress(UserError):
+                model = build_model(**any_size | self.arguments)
+                self.arguments = any_size | self.arguments
         reductions = {info["reduction"] for info in getattr(model, "feature_info", [])}
         if not hasattr(model, "forward_intermediates") or len(reductions) != 1:
             raise ValueError(f"{model_name} has no maps of a single stride: torchvision builds pyramids on such models")
@@ -159,8 +167,17 @@ class PyramidBackbone(nn.Module):
         weights = full.state_dict()
         self.body.load_state_dict({name: weights[name] for name in self.body.state_dict()})
 
+    @staticmethod
+    def _fixed(model: nn.Module) -> tuple[int, int] | None:
+        """Height and width of the images of a model that takes no others."""
+        embed = getattr(model, "patch_embed", None)
+        return embed.img_size if getattr(embed, "strict_img_size", False) else None
+
     def patches(self, x: Tensor, image_sizes: Sequence[tuple[int, int]] | None = None) -> Tensor:
         """The map (B, D, H', W') that the pyramid reads, zero where patches are padded; arguments as in `forward`."""
+        if (fixed := self._fixed(self.body)) and tuple(x.shape[2:]) != tuple(fixed):
+            sizes = [" x ".join(map(str, size)) for size in (fixed, x.shape[2:])]
+            raise ValueError(f"{self.arguments['name']} takes images of {sizes[0]} alone, got {sizes[1]}")
         valid = None
         if image_sizes is not None and any(tuple(size) != tuple(x.shape[2:]) for size in image_sizes):
             patch = (self.stride, self.stride)

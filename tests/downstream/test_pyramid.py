@@ -86,6 +86,20 @@ def test_weights_of_a_whole_model():
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit3_small_patch16_224"])
+def test_vits_take_any_size(name: str):
+    backbone = PyramidBackbone(name, out_channels=4, depth=1).eval()
+    with torch.no_grad():
+        maps = backbone(torch.rand(1, 3, 100, 140))  # 7 x 9 patches
+    assert [tuple(level.shape[2:]) for level in maps.values()] == [(28, 36), (14, 18), (7, 9), (4, 5)]
+    backbone.load_body(timm.create_model(name, num_classes=0, depth=1))
+
+
+def test_a_model_of_one_size_says_so():
+    with pytest.raises(ValueError, match="cait_xxs24_224 takes images of 224 x 224 alone, got 100 x 140"):
+        PyramidBackbone("cait_xxs24_224", out_channels=4, depth=1)(torch.rand(1, 3, 100, 140))
+
+
 def test_other_models():
     backbone = PyramidBackbone("test_vit", strides=(8, 16), out_channels=8, img_size=64)
     assert [tuple(y.shape[2:]) for y in backbone(torch.randn(1, 3, 64, 64)).values()] == [(8, 8), (4, 4)]
