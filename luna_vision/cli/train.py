@@ -29,6 +29,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from ..models.factory import training_checkpoint
@@ -266,7 +267,7 @@ class LunaCLI(LightningCLI):
             self.datamodule.setup(self.subcommand)
             self.model.check_data(self.datamodule, self.subcommand)
             self.model.check_classes(checkpoint, self.datamodule, str(path))
-            if self.subcommand == "fit" and self._get(self.config, "test_after_fit"):
+            if self.subcommand == "fit" and self._tests():
                 self.datamodule.setup("test")  # find its mistakes now, not after the training
         if self.subcommand == "fit":
             resumed = resume(self.trainer, self._configuration(), self._get(self.config, "resume"))
@@ -279,9 +280,13 @@ class LunaCLI(LightningCLI):
 
     before_fit = before_validate = before_test = before_predict = check_run
 
+    def _tests(self) -> bool:
+        """Whether the best weights are tested after fit: a data module of the user's own may have no test images."""
+        return self._get(self.config, "test_after_fit") and is_overridden("test_dataloader", self.datamodule)
+
     def after_fit(self) -> None:
         best = best_checkpoint(self.trainer)
-        if best and self._get(self.config, "test_after_fit"):
+        if best and self._tests():
             # an empty list if there are no test images
             for metrics in self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True):
                 if self.trainer.is_global_zero:

@@ -16,6 +16,7 @@ from pycocotools.cocoeval import COCOeval
 from sklearn.metrics import average_precision_score, f1_score, jaccard_score
 
 import luna_vision
+from luna_vision.cli.train import run_words
 from luna_vision.data import DetectionDataModule, MultiLabelDataModule, SegmentationDataModule
 from luna_vision.tasks import DetectionTask, MultiLabelTask, PredictionWriter, SegmentationTask, export_weights
 from tests.labelled import COLORS, NAMES, WRITERS, coco_of, scenes, write_coco, write_labels, write_masks, write_yolo
@@ -271,15 +272,21 @@ def test_several_labels(form, tmp_path):
     assert expected == pytest.approx(scores["test_f1"], abs=1e-4)
 
 
-def test_the_template_of_the_documentation_trains(tmp_path):
+def test_the_template_of_the_documentation_trains(tmp_path, monkeypatch, capsys):
+    """By the command line, as its user would; it has no test images."""
     text = (Path(__file__).parents[2] / "docs" / "dense.md").read_text()
     (code,) = [part for part in text.split("```python\n")[1:] if "LightningDataModule" in part]
     code = code.partition("```")[0]
     assert len(code.splitlines()) <= 46
-    names: dict = {}
-    exec(code, names)
-    data = names["DotsDataModule"]()
-    task = SegmentationTask(**DENSE, num_classes=data.num_classes, background=data.background)
-    one = trainer(tmp_path, limit_train_batches=2)
-    one.fit(task, data)
-    assert 0 < one.callback_metrics["val_miou"] < 1
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["luna-vision"])
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("dots.py").write_text(code)
+    task = {"class_path": "luna_vision.tasks.SegmentationTask", "init_args": DENSE}
+    trainer = {"max_epochs": 1, "limit_train_batches": 2, "accelerator": "cpu", "enable_progress_bar": False}
+    config = {"model": task, "data": {"class_path": "dots.DotsDataModule"}, "trainer": trainer}
+    Path("dots.yaml").write_text(json.dumps(config))
+    run_words(["fit", "--config", "dots.yaml"])
+    out = capsys.readouterr().out
+    assert "load it with:" in out and "test mIoU" not in out
+    assert json.loads(Path("runs/run/version_0/run.json").read_text())["finished"] is True
