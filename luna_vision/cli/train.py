@@ -16,6 +16,7 @@ from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
@@ -341,6 +342,23 @@ def with_default_config(args: list[str]) -> list[str]:
     return [*args[:position], "--config", str(DIGITS), *args[position:]]
 
 
+def with_arguments_of_the_name(args: list[str]) -> list[str]:
+    """Empty ``model_kwargs`` where a word names another model than the last --config, and none gives its arguments."""
+    given = dict(pairwise(args)) | dict(arg.split("=", 1) for arg in args if "=" in arg)
+    name = given.get("--model.model_name") or given.get("--model.init_args.model_name")
+    if "fit" not in args or name is None or any(".model_kwargs" in arg for arg in args):
+        return args
+    try:
+        model = yaml.safe_load(Path(given.get("--config") or given["-c"]).read_text("utf-8"))["model"]
+        model = model.get("init_args", model)
+        if model["model_name"] == name or not model.get("model_kwargs"):
+            return args
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError):
+        return args  # whoever reads it says what is wrong
+    rank_zero_info(f"the model_kwargs of the --config are for {model['model_name']}, and are left out for {name}")
+    return [*args, "--model.model_kwargs={}"]
+
+
 def main() -> NoReturn:
     """Run the command line of this process and exit with its code; see the module's text."""
     text = short_help(sys.argv[1:])
@@ -373,7 +391,7 @@ def run_words(words: list[str]) -> int | None:
 def _run() -> int | None:
     # In place: with several devices, Lightning starts the other processes with these arguments.
     words = ["--help" if word == "--help_all" else word for word in sys.argv[1:]]
-    sys.argv[1:] = with_weights(with_default_config(words))
+    sys.argv[1:] = with_weights(with_arguments_of_the_name(with_default_config(words)))
     return guarded(build)
 
 

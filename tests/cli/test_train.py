@@ -421,6 +421,14 @@ def test_a_model_of_one_size_is_built_for_that_of_the_data(tmp_path, monkeypatch
     )
 
 
+def test_another_model_leaves_the_arguments_of_that_of_the_config(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(tmp_path)
+    words = ["--model.model_name", "test_vit", "--trainer.fast_dev_run=1", "--test_after_fit=false"]
+    assert call(monkeypatch, "fit", "--config", DEBUG, *words, "--print_config") == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["model_kwargs"] == {}
+    assert "the model_kwargs of the --config are for test_luna_vit, and are left out for test_vit" in caplog.text
+
+
 @pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
 def test_weights_alone_are_no_checkpoint_to_go_on_from(subcommand, tmp_path, monkeypatch, capsys):
     torch.save({"head.weight": torch.zeros(1)}, tmp_path / "model.pth")
