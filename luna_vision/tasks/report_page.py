@@ -18,6 +18,7 @@ from lightning.pytorch import Trainer
 from matplotlib.figure import Figure
 from PIL import Image
 
+from luna_vision.data.images import describe_split
 from luna_vision.downstream.segmentation import voc_palette
 from luna_vision.utils.files import new_file, save_figure, write_text
 from luna_vision.utils.record import machine
@@ -99,7 +100,10 @@ def write_report(
 def _about(trainer: Trainer, task: TimmTask) -> str:
     data = trainer.datamodule
     parameters = sum(parameter.numel() for parameter in task.model.parameters())
-    source = "" if data is None else f", tested on {type(data).__name__} {getattr(data, 'root', '')}"
+    dataset = getattr(trainer.test_dataloaders, "dataset", None)
+    # which says whether these are images of validation, on which the best weights were chosen
+    images = "" if dataset is None else f", {describe_split('test', dataset, None).removeprefix('test: ')}"
+    source = "" if data is None else f", tested on {type(data).__name__} {getattr(data, 'root', '')}{images}"
     weights = f", weights of {trainer.ckpt_path}" if trainer.ckpt_path else ""
     name = f"{type(task).__name__} with {task.hparams.model_name}"
     return printable(f"{name}, {parameters:,} parameters{weights}{source}".strip())

@@ -73,6 +73,7 @@ def test_a_page_and_its_pictures(make, tmp_path):
     for name, value in scores.items():
         if "/" not in name:
             assert f"<b>{value:.4f}</b>{name.removeprefix('test_')}" in page
+    assert re.search(r"tested on \w+ .*, \d+ images", page)
     pictures = {"curves", "classes", "confusion", "calibration", "best", "worst"}
     assert {file.stem for file in folder.glob("*.png")} == pictures
     for file in folder.glob("*.png"):
