@@ -49,6 +49,17 @@ def test_any_size_runs_and_is_padded_with_zeros_to_whole_patches(size):
     assert model(x).shape == (1, 5)
 
 
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"pack_by_row": True}, {"global_pool": "map", "stem": "conv"}, {"memory_len": 17, "attn_drop_rate": 0.1}]
+    + [{"pack_form": form, "unpack_form": form} for form in ("projected", "absorbed")],
+    ids=str,
+)
+def test_a_batch_without_images_gives_none(kwargs):
+    model, x = tiny(**kwargs), image(0, 3, 33, 80)
+    assert model(x).shape == model.train()(x, torch.ones(0, 15, dtype=torch.bool)).shape == (0, 5)
+
+
 @pytest.mark.parametrize("pos_embed", ["fourier", "learn", "none"])
 def test_state_dict_does_not_depend_on_the_image_size(pos_embed):
     small, large = (tiny(img_size=s, pos_embed=pos_embed) for s in (32, (512, 320)))
