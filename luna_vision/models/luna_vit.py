@@ -713,8 +713,6 @@ class LunaVit(nn.Module):
             self.norm = nn.Identity()
             update_model_args(self, final_norm=False)
         if prune_head:
-            if self.final_pack is not None:
-                self._end_with_last_block()
             self.reset_classifier(0, "")
         return take_indices
 

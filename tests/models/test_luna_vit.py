@@ -502,16 +502,17 @@ def test_features_only_equals_forward_intermediates_and_prunes():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("last", [1, 3])
 @pytest.mark.parametrize("kwargs", [{}, {"init_values": 1e-2}, {"memory_mlp": "own"}, {"norm_first": False}])
-def test_pruning_changes_nothing_that_is_still_returned(kwargs):
+def test_pruning_changes_nothing_that_is_still_returned(kwargs, last):
     model = tiny(**kwargs)
     for name, p in model.named_parameters():
         if "norm" in name:
             torch.nn.init.normal_(p, 1.0, 0.3)
     x = image(1, 3, 48, 64)
-    want = model.forward_intermediates(x, indices=[1], return_prefix_tokens=True, intermediates_only=True)
-    assert model.prune_intermediate_layers([1]) == [1] and len(model.blocks) == 2
-    got = model.forward_intermediates(x, indices=[1], return_prefix_tokens=True, intermediates_only=True)
+    want = model.forward_intermediates(x, indices=[last], return_prefix_tokens=True, intermediates_only=True)
+    assert model.prune_intermediate_layers([last]) == [last] and len(model.blocks) == last + 1
+    got = model.forward_intermediates(x, indices=[last], return_prefix_tokens=True, intermediates_only=True)
     for a, b in zip(want[0], got[0], strict=True):
         close(a, b)
 
