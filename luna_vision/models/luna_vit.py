@@ -252,7 +252,7 @@ class LunaVit(nn.Module):
             self.patch_embed = ConvPatchEmbed(img_size, patch_size, in_chans, embed_dim, **dd)
             self._traits = {"first_conv": "patch_embed.stem.0.conv"}  # what timm adapts to other channels
         else:
-            any_size = dict(strict_img_size=False, dynamic_img_pad=False, flatten=False, output_fmt="NHWC")
+            any_size = dict(strict_img_size=False, dynamic_img_pad=True, flatten=False, output_fmt="NHWC")
             self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, **any_size, **dd)
         self.mask_stem = stem == "conv"
         # Rows of patches above a tile whose pixels `embed_tile` takes, too: a convolutional stem sees less than a patch

@@ -44,6 +44,7 @@ def test_any_size_runs_and_is_padded_with_zeros_to_whole_patches(size):
     rows, columns = (-(-s // 16) for s in size)
     features = model.forward_features(x)
     assert features.shape == (1, 8 + rows * columns, 64)
+    assert model.patch_embed.dynamic_feat_size(size) == (rows, columns)  # timm's, for tools that ask beforehand
     padded = torch.nn.functional.pad(x, (0, columns * 16 - size[1], 0, rows * 16 - size[0]))
     close(model.forward_features(padded), features)
     assert model(x).shape == (1, 5)
