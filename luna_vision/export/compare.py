@@ -30,10 +30,15 @@ class Check(NamedTuple):
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise a ValueError unless the model is a Luna ViT."""
+    """Raise a ValueError unless the model is a Luna ViT that timm has built."""
     if not isinstance(model, LunaVit):
         raise ValueError(
             f"this exports Luna ViTs, got {type(model).__name__}; timm has its own exports for other models"
+        )
+    if not hasattr(model, "pretrained_cfg"):
+        raise ValueError(
+            "an export records the model's name and the preprocessing of its images, which a LunaVit(...) does not "
+            "know: build it by timm.create_model"
         )
 
 

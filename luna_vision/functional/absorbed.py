@@ -109,17 +109,17 @@ def _per_head(x: Tensor, heads: int) -> Tensor:
     return x.reshape(B * L, heads, C // heads).transpose(0, 1)
 
 
-def _slots(y: Tensor, batch: int) -> Tensor:
+def _slots(y: Tensor, B: int, L: int) -> Tensor:
     """(H, B * L, C) to (B, S, C): the row of head h and slot l is y[h, l]."""
-    heads, rows, _ = y.shape
-    return y.view(heads, batch, rows // batch, -1).transpose(0, 1).reshape(batch, heads * (rows // batch), -1)
+    H, _, C = y.shape
+    return y.view(H, B, L, C).transpose(0, 1).reshape(B, H * L, C)
 
 
 def fold_queries(memory: Tensor, w: Projections) -> Tensor:
     """The queries of a memory (B, L, C), with the keys' projection and the scale folded in: (B, S, C), in its type."""
-    B, _, C = memory.shape
+    B, L, C = memory.shape
     q = _project(memory, w.w_query, w.b_query) * math.sqrt(w.heads / C)
-    return clamp_fp16(_slots(torch.bmm(_per_head(q, w.heads), w.w_key.to(q.dtype).view(w.heads, -1, C)), B))
+    return clamp_fp16(_slots(torch.bmm(_per_head(q, w.heads), w.w_key.to(q.dtype).view(w.heads, -1, C)), B, L))
 
 
 def project_values(z: Tensor, total: Tensor | None, w: Projections) -> Tensor:
@@ -233,7 +233,7 @@ def fold_slots(packed: Tensor, w: Projections, fold_bias: bool = True) -> tuple[
     k = _project(packed, w.w_key, w.b_value if w_value is None else None)
     v = _per_head(k if w_value is None else _project(packed, w_value, w.b_value), H)
     k = _per_head(k * math.sqrt(H / C), H)
-    m_key = clamp_fp16(_slots(torch.bmm(k, w.w_query.to(k.dtype).view(H, E, C)), B))
+    m_key = clamp_fp16(_slots(torch.bmm(k, w.w_query.to(k.dtype).view(H, E, C)), B, L))
     w_out = w_out.to(k.dtype).view(C, H, E).permute(1, 2, 0)
     if b_out is not None and fold_bias:
         # each head's weights sum to 1: 1 / H of the bias in every slot adds up to the bias, without a pass over N x C
@@ -241,7 +241,7 @@ def fold_slots(packed: Tensor, w: Projections, fold_bias: bool = True) -> tuple[
     else:
         m_value = torch.bmm(v, w_out)
     # for the same reason, a sum over the heads cannot leave the range of float16 where no slot is above 1 / H of it
-    m_value = clamp_fp16(_slots(m_value, B), 1.0 / H)
+    m_value = clamp_fp16(_slots(m_value, B, L), 1.0 / H)
     shift: Tensor | None = None
     if b_query is not None:
         shift = torch.bmm(k, b_query.to(k.dtype).view(H, E, 1)).view(H, B, L)

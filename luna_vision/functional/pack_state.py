@@ -100,7 +100,7 @@ def tile_absorbed(
     x = autocast_input(x)
     with no_autocast(x):
         scores = torch.bmm(queries.to(x.dtype), x.transpose(1, 2))
-        maximum, weights = _weights(scores.view(B, w.heads, S // w.heads, -1), valid, rows)
+        maximum, weights = _weights(scores.view(B, w.heads, S // w.heads, x.shape[1]), valid, rows)
         total = weights.sum(dim=-1)
         return PackState(maximum, total, project_values(_sums(weights.flatten(1, 2), x), total.flatten(1), w))
 

@@ -165,20 +165,12 @@ class LunaAttention(nn.Module):
         return all(is_plain(self._modules[name]) for name in names if name in self._modules)
 
     @torch.jit.ignore
-    def init_weights(self) -> None:
-        """Initialise the projections: PyTorch's default, and queries that are `query_gain` times as large.
+    def scale_queries(self) -> None:
+        """Multiply the query projections, as they have been initialised, by `query_gain`.
 
         NOTE: with the usual small weights all slots start as nearly the same average of the image, and the patches read
         nearly the same from it: the slots then take long to tell apart what they read.
         """
-        for linear in self.children():
-            if isinstance(linear, nn.Linear):
-                linear.reset_parameters()
-        self.scale_queries()
-
-    @torch.jit.ignore
-    def scale_queries(self) -> None:
-        """Multiply the query projections, as they have been initialised, by `query_gain`."""
         with torch.no_grad():
             for linear in (self.pack_q,) if self.pack_only else (self.pack_q, self.unpack_q):
                 linear.weight.mul_(self.query_gain)

@@ -3,7 +3,7 @@
 A position is the centre of a patch in the coordinates of its image, -1 to 1 from edge to edge. In a batch of images of
 different sizes, these are the edges of each image's own valid patches.
 
-Shapes: B batch, H', W' patch grid, N = H' * W' patches, C width, K frequencies.
+Shapes: B batch, H', W' patch grid, N = H' * W' patches, C width.
 """
 
 import math
@@ -59,18 +59,10 @@ class FourierPosEmbed(nn.Module):
     NOTE: rows and columns are embedded apart and summed, so the cost is H' + W' vectors rather than H' * W'.
     """
 
-    def __init__(self, dim: int, num_frequencies: int = 8, max_frequency: float = 8.0, device=None, dtype=None) -> None:
-        """
-        Args:
-            dim: Width C.
-            num_frequencies: K, spaced geometrically from 1/2 to `max_frequency`.
-            max_frequency: The highest, in cycles an image side; a grid of 14 can show 7.
-        """
+    def __init__(self, dim: int, device=None, dtype=None) -> None:
         super().__init__()
-        self.num_frequencies = num_frequencies
-        self.octaves = math.log2(max_frequency) + 1.0
-        self.rows = nn.Linear(2 * num_frequencies, dim, bias=False, device=device, dtype=dtype)
-        self.columns = nn.Linear(2 * num_frequencies, dim, bias=False, device=device, dtype=dtype)
+        self.rows = nn.Linear(16, dim, bias=False, device=device, dtype=dtype)
+        self.columns = nn.Linear(16, dim, bias=False, device=device, dtype=dtype)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -79,8 +71,9 @@ class FourierPosEmbed(nn.Module):
 
     def _features(self, coords: Tensor) -> Tensor:
         # computed here: `model.half()` would round a buffer
-        k = torch.arange(self.num_frequencies, device=coords.device, dtype=coords.dtype)
-        frequencies = math.pi * torch.exp2(k * (self.octaves / (self.num_frequencies - 1)) - 1.0)
+        k = torch.arange(8, device=coords.device, dtype=coords.dtype)
+        # eight, spaced geometrically from 1/2 to 8 cycles an image side; a grid of 14 can show 7
+        frequencies = math.pi * torch.exp2(k * (4 / 7) - 1.0)
         angles = coords.unsqueeze(-1) * frequencies
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
@@ -98,16 +91,11 @@ class FourierPosEmbed(nn.Module):
 
 @register_notrace_module
 class LearnedPosEmbed(nn.Module):
-    """A learned embedding on a reference grid of constant size, sampled at the patches and added to them."""
+    """A learned embedding on a reference grid of 14 x 14 cells, sampled at the patches and added to them."""
 
-    def __init__(self, dim: int, ref_size: int = 14, device=None, dtype=None) -> None:
-        """
-        Args:
-            dim: Width C.
-            ref_size: Side of the reference grid, in cells.
-        """
+    def __init__(self, dim: int, device=None, dtype=None) -> None:
         super().__init__()
-        self.ref_grid = nn.Parameter(torch.empty(1, dim, ref_size, ref_size, device=device, dtype=dtype))
+        self.ref_grid = nn.Parameter(torch.empty(1, dim, 14, 14, device=device, dtype=dtype))
         self.init_weights()
 
     def init_weights(self) -> None:

@@ -128,5 +128,5 @@ def attend_blocks(
         mask = torch.cat([torch.ones_like(mask[..., :1]).expand(-1, -1, -1, G), mask], dim=3)
     mask = mask | ~mask.any(dim=3, keepdim=True)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
-    y = y.transpose(1, 2).reshape(B, -1, H, E)
+    y = y.transpose(1, 2).reshape(B, blocks * q_index.shape[1], H, E)
     return y.index_select(1, place_in_blocks(grid_size, block, q.device)).transpose(1, 2)

@@ -41,7 +41,7 @@ def _pool(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     B, heads, height, width, D = x.shape
     # heads beside D and by way of one dimension, as torch.export can follow it, a single head included
     x = x.movedim(1, 3).flatten(1).unflatten(1, (height, width * heads * D))
-    x = columns[:, None] @ (rows @ x).view(B, -1, width, heads * D)
+    x = columns[:, None] @ (rows @ x).view(B, rows.shape[1], width, heads * D)
     return x.flatten(1, 2).unflatten(2, (heads, D)).transpose(1, 2)
 
 

@@ -60,13 +60,14 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
             key.startswith("final_pack.") or (key.startswith(last) and _OPTIONAL.match(key, len(last)))
         ):
             continue
-        if key == "patch_embed.proj.weight" and value.shape[-2:] != own[key].shape[-2:]:
+        if key == "patch_embed.proj.weight" and key in own and value.shape[-2:] != own[key].shape[-2:]:
             value = resample_patch_embed(value, list(own[key].shape[-2:]), verbose=True)
         out[key] = value
-    final_pack = {key: value for key, value in own.items() if key.startswith("final_pack.") and key not in out}
-    if final_pack and out:
+    final_pack = {key: value for key, value in own.items() if key.startswith("final_pack.")}
+    if final_pack and out and not final_pack.keys() & out.keys():
         _logger.warning("the checkpoint has no final pack: it keeps its initial values")
-    return out | final_pack
+        out |= final_pack
+    return out
 
 
 def load_weights(

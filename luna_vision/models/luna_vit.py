@@ -42,7 +42,7 @@ from ..functional import clamp_fp16
 from ..layers import POS_EMBEDS, ConvPatchEmbed, LunaBlock, MixerBlock
 from ..layers.patches import PatchEmbed, PatchMaskDrop, blank_invalid, check_image, pad_to_patches, residual_stream
 from ..mixers import create_mixer
-from ..utils.checks import check_option
+from ..utils.checks import check_at_least, check_option
 from .checkpoints import checkpoint_filter_fn
 from .pooling import POOL_TYPES, Pool, key_mask, pool_tokens
 from .weights import SHIPPED, check_shipped, shipped_cfg
@@ -184,7 +184,7 @@ class LunaVit(nn.Module):
             act_layer: Activation of the MLPs; if None, GELU, or SiLU for the gate of "swiglu".
             pack_form: How the pack is computed; the result is the same, see `luna_vision.functional`.
             unpack_form: The same for the unpack.
-            query_gain: What the initial query projections are multiplied by, see `LunaAttention.init_weights`.
+            query_gain: What the initial query projections are multiplied by, see `LunaAttention.scale_queries`.
             pack_by_row: See `set_pack_by_row`.
             use_kernels: Run parts of the blocks by fused kernels on a GPU; if None, where they were measured to be no
                 slower. See `LunaBlock`.
@@ -204,17 +204,9 @@ class LunaVit(nn.Module):
             ("stem", stem, ("patch", "conv")),
         ):
             check_option(name, value, options)
-        patch_side = min(to_2tuple(patch_size))
-        for name, value, least in (
-            ("memory_len", memory_len, 1),
-            ("depth", depth, 1),
-            ("patch_size", patch_side, 1),
-            ("in_chans", in_chans, 1),
-            ("embed_dim", embed_dim, 1),
-            ("num_classes", num_classes, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        sizes = dict(memory_len=memory_len, depth=depth, patch_size=min(to_2tuple(patch_size)))
+        check_at_least(1, **sizes, in_chans=in_chans, embed_dim=embed_dim)
+        check_at_least(0, num_classes=num_classes)
         if mlp_ratio <= 0:
             raise ValueError(f"mlp_ratio must be above 0, got {mlp_ratio}")
         for name, rate in (
@@ -252,7 +244,7 @@ class LunaVit(nn.Module):
             self.patch_embed = ConvPatchEmbed(img_size, patch_size, in_chans, embed_dim, **dd)
             self._traits = {"first_conv": "patch_embed.stem.0.conv"}  # what timm adapts to other channels
         else:
-            any_size = dict(strict_img_size=False, dynamic_img_pad=False, flatten=False, output_fmt="NHWC")
+            any_size = dict(strict_img_size=False, dynamic_img_pad=True, flatten=False, output_fmt="NHWC")
             self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, **any_size, **dd)
         self.mask_stem = stem == "conv"
         # Rows of patches above a tile whose pixels `embed_tile` takes, too: a convolutional stem sees less than a patch
@@ -713,8 +705,6 @@ class LunaVit(nn.Module):
             self.norm = nn.Identity()
             update_model_args(self, final_norm=False)
         if prune_head:
-            if self.final_pack is not None:
-                self._end_with_last_block()
             self.reset_classifier(0, "")
         return take_indices
 

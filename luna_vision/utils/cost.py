@@ -17,7 +17,8 @@ def count_macs(model: nn.Module, height: int, width: int) -> int:
         model: A model on the meta device, where the counter sees attention; it counts fused CPU kernels as zero.
         height, width: Image size, pixels.
     """
-    x = torch.empty(1, model.in_chans, height, width, device="meta")
+    dtype = next(model.parameters()).dtype
+    x = torch.empty(1, model.in_chans, height, width, device="meta", dtype=dtype)
     with FlopCounterMode(display=False) as counter:
         model.eval()(x)
     return counter.get_total_flops() // 2

@@ -250,4 +250,4 @@ def test_a_second_norm_can_be_left_out():
 def test_what_the_kernels_do_not_take_is_known():
     x = torch.zeros(1, 2, 64, device=DEVICE)
     assert not supports_kernels(x.double(), 1, 8) and not supports_kernels(x[..., :48], 1, 8)
-    assert not supports_kernels(x, 1, 65) and not supports_kernels(x, 17, 8)
+    assert not supports_kernels(x, 1, 65) and not supports_kernels(x, 17, 8) and not supports_kernels(x[:0], 1, 8)

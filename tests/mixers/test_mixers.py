@@ -60,6 +60,15 @@ def test_any_size_runs(name, args):
         assert torch.isfinite(features).all()
 
 
+@each(CASES)
+def test_a_batch_without_images_gives_none(name, args):
+    """A process of a distributed evaluation may have none left."""
+    model, x, valid = tiny(name, args), randn(0, 3, 48, 80), torch.ones(0, 15, dtype=torch.bool)
+    assert model(x).shape == (0, 5) and model(x, valid).shape == (0, 5)
+    model.train()(x).sum().backward()
+    assert torch.equal(model.head.weight.grad, torch.zeros(5, 64, dtype=torch.float64))
+
+
 @each(MEMORY_FREE)
 def test_there_are_no_prefix_tokens(name, args):
     model = tiny(name, args)

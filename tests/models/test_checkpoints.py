@@ -212,6 +212,17 @@ def test_round_trip_after_pruning(global_pool, prune_norm, prune_head, tmp_path)
     assert torch.equal(loaded(X), model(X))
 
 
+def test_the_filter_leaves_what_does_not_fit_to_strict_loading(trained):
+    """A stem of another kind, and a final pack of which a part is missing."""
+    conv = timm.create_model("test_luna_vit", num_classes=5, stem="conv")
+    with pytest.raises(RuntimeError, match="patch_embed.stem"):
+        conv.load_state_dict(checkpoint_filter_fn(trained.state_dict(), conv))
+    state = trained.state_dict()
+    del state["final_pack.attn.pack_q.weight"]
+    with pytest.raises(RuntimeError, match="final_pack.attn.pack_q.weight"):
+        trained.load_state_dict(checkpoint_filter_fn(state, trained))
+
+
 @pytest.mark.parametrize("built", [False, True])
 def test_round_trip_after_the_pack_by_row_was_changed(built, tmp_path):
     model = timm.create_model("test_luna_vit", num_classes=5, pack_by_row=built).eval()

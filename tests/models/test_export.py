@@ -8,8 +8,9 @@ import torch
 from timm.utils.onnx import onnx_export
 from torch.export import Dim
 
-import luna_vision  # noqa: F401  registers the models
 from experiments.gpu.fake import fake_cuda
+from luna_vision import LunaVit
+from luna_vision.export import export_onnx, export_program, save_for_hf
 
 SIZES = [(1, 3, 160, 160), (3, 3, 50, 99), (2, 3, 300, 65), (1, 3, 17, 224)]
 
@@ -75,6 +76,14 @@ def test_onnx_with_dynamic_height_and_width(tmp_path):
         x = torch.randn(*size)
         (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         np.testing.assert_allclose(y, model(x).detach().numpy(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("export", [export_onnx, export_program, save_for_hf])
+def test_a_model_that_timm_did_not_build_is_refused_before_any_work(export, tmp_path):
+    model = LunaVit(embed_dim=32, depth=1, num_heads=2)
+    with pytest.raises(ValueError, match="timm.create_model"):
+        export(model, tmp_path / {export_onnx: "a.onnx", export_program: "a.pt2"}.get(export, "a"))
+    assert not any(tmp_path.iterdir())
 
 
 def test_an_exported_graph_is_the_same_wherever_it_is_made():

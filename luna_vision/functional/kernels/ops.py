@@ -40,9 +40,9 @@ class Norm(NamedTuple):
 
 def supports_kernels(x: Tensor, heads: int, slots: int) -> bool:
     """Whether the kernels take patches (B, N, C) on their device, with L slots of H heads: on a GPU, or in Triton's
-    interpreter (TRITON_INTERPRET=1) on a CPU, where Triton is installed; in bfloat16, float16 and float32; and where
-    the slots of a head fit shared memory."""
-    here = HAS_TRITON and (x.is_cuda or (INTERPRETED and x.is_cpu))
+    interpreter (TRITON_INTERPRET=1) on a CPU, where Triton is installed; in bfloat16, float16 and float32; where the
+    slots of a head fit shared memory; and where there is an image, as a kernel of no programs cannot start."""
+    here = HAS_TRITON and (x.is_cuda or (INTERPRETED and x.is_cpu)) and x.shape[0] > 0
     fits = x.shape[-1] % 64 == 0 and slots <= MAX_SLOTS and heads <= MAX_HEADS and x.dtype in TYPES
     block = 2 ** (slots - 1).bit_length() * x.shape[-1] * _product_type(x).itemsize
     return here and fits and block <= MAX_BLOCK

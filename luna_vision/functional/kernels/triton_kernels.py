@@ -419,9 +419,7 @@ def _slots(S: int, most: int) -> int:
     return max(16, min(most, triton.next_power_of_2(S)))
 
 
-def pack_forward(
-    x: Tensor, m: Tensor, valid: Tensor | None, eps: float, launch: Launch | None = None
-) -> tuple[Tensor, Tensor]:
+def pack_forward(x: Tensor, m: Tensor, valid: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """The sums z (B, S, C) in the type of m, and the logarithms of the softmax's sums (B, S), float32.
 
     Args:
@@ -429,11 +427,10 @@ def pack_forward(
         m: (B, S, C).
         valid: Which patches count, (B, N) bool; at least one of an image.
         eps: Of the norm.
-        launch: How to run; as `default_launch` says if None.
     """
     x, m = x.contiguous(), m.contiguous()
     (B, N, C), S = x.shape, m.shape[1]
-    launch = launch or default_launch(PACK, C, m.dtype)
+    launch = default_launch(PACK, C, m.dtype)
     tile, slots = launch.tile, _slots(S, launch.slots)
     blocks = triton.cdiv(S, slots)
     splits, stretch = _stretches(N, B * blocks, tile, launch.warps)
@@ -453,13 +450,12 @@ def pack_forward(
 
 
 def pack_backward(
-    dz: Tensor, x: Tensor, m: Tensor, valid: Tensor | None, z: Tensor, lse: Tensor, eps: float,
-    launch: Launch | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dz: Tensor, x: Tensor, m: Tensor, valid: Tensor | None, z: Tensor, lse: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """The gradients of x and m, from that of z. Arguments as in `pack_forward`, z and lse as it gave them."""
     x, m, dz = x.contiguous(), m.contiguous(), dz.contiguous().to(m.dtype)
     (B, N, C), S = x.shape, m.shape[1]
-    launch = launch or default_launch(PACK_BACKWARD, C, m.dtype)
+    launch = default_launch(PACK_BACKWARD, C, m.dtype)
     tile = launch.tile
     dx, ds = torch.empty_like(x), x.new_empty(B, N, S, dtype=m.dtype)
     mean, scale = (x.new_empty(B, N, dtype=torch.float32) for _ in range(2))
@@ -474,7 +470,7 @@ def pack_backward(
 
 def unpack_forward(
     x: Tensor, k: Tensor, shift: Tensor, v: Tensor, slots: int, eps: float,
-    norm: tuple[Tensor, Tensor] | None, eps2: float, launch: Launch | None = None,
+    norm: tuple[Tensor, Tensor] | None, eps2: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y (B, N, C) in the type of x; with a second norm its result in the type of k, and its means and 1 / deviations
     (B, N), float32, all three empty without.
@@ -487,14 +483,13 @@ def unpack_forward(
         eps: Of the norm before the scores.
         norm: Weight and bias (C) of the second norm, if there is one.
         eps2: Its eps.
-        launch: How to run; as `default_launch` says if None.
     """
     x, k, shift, v = x.contiguous(), k.contiguous(), shift.contiguous(), v.contiguous()
     (B, N, C), S = x.shape, k.shape[1]
     y = torch.empty_like(x)
     h = torch.empty_like(x, dtype=k.dtype) if norm else k.new_empty(0)
     mean, scale = (x.new_empty((B, N) if norm else 0, dtype=torch.float32) for _ in range(2))
-    launch = launch or default_launch(UNPACK, C, k.dtype)
+    launch = default_launch(UNPACK, C, k.dtype)
     tile, heads = launch.tile, _heads(S, slots, launch.slots)
     sizes = {**_blocks(C), **heads[1], "BN": tile, "NORM": norm is not None}
     weight, bias = (k, k) if norm is None else norm
@@ -506,7 +501,7 @@ def unpack_forward(
 
 
 def unpack_backward(
-    dy: Tensor, x: Tensor, k: Tensor, shift: Tensor, v: Tensor, slots: int, eps: float, launch: Launch | None = None
+    dy: Tensor, x: Tensor, k: Tensor, shift: Tensor, v: Tensor, slots: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, k, shift and v, from that of y. Arguments as in `unpack_forward`."""
     dy, x, k, shift, v = dy.contiguous(), x.contiguous(), k.contiguous(), shift.contiguous(), v.contiguous()
@@ -514,7 +509,7 @@ def unpack_backward(
     dx = torch.empty_like(x)
     w, dt = (x.new_empty(B, N, S, dtype=k.dtype) for _ in range(2))
     mean, scale = (x.new_empty(B, N, dtype=torch.float32) for _ in range(2))
-    launch = launch or default_launch(UNPACK_BACKWARD, C, k.dtype)
+    launch = default_launch(UNPACK_BACKWARD, C, k.dtype)
     tile, heads = launch.tile, _heads(S, slots, launch.slots)
     sizes = {**_blocks(C), **heads[1], "BN": tile}
     _unpack_backward_kernel[(triton.cdiv(N, tile), B)](
