@@ -56,12 +56,19 @@ class _Help(DefaultHelpFormatter):
 
 
 class Hints:
-    """Mixin of parsers, which name the nearest option to one that there is not."""
+    """Mixin of parsers, which name the nearest option to one that there is not.
+
+    Attributes:
+        elsewhere: The options that other programs call by these names.
+    """
+
+    elsewhere: dict[str, str] = {}
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # the parser of a subcommand has said it before that of all
         if found := re.search(r"unrecognized arguments: --([^\s=]+)(?!.*; did you mean)", message):
-            message += did_you_mean(found[1], _options_of(self), "--")
+            here = self.elsewhere.get(found[1].replace("-", "_"))
+            message += f"; did you mean --{here}?" if here else did_you_mean(found[1], _options_of(self), "--")
         elif found := re.search(r"^Option '([^']*)' is not accepted$", message):  # in a YAML file
             message += did_you_mean(found[1], {name.replace("-", "_") for name in _options_of(self)})
         super().error(message, ex)

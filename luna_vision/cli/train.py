@@ -74,6 +74,22 @@ yaml.SafeDumper.add_implicit_resolver("tag:yaml.org,2002:float", WHOLE_WITH_EXPO
 
 
 class _Parser(Hints, LightningArgumentParser):
+    elsewhere = {
+        "batch": "data.batch_size",
+        "batch_size": "data.batch_size",
+        "device": "trainer.accelerator",
+        "devices": "trainer.devices",
+        "epoch": "trainer.max_epochs",
+        "epochs": "trainer.max_epochs",
+        "img_size": "data.img_size",
+        "imgsz": "data.img_size",
+        "learning_rate": "model.lr",
+        "lr": "model.lr",
+        "seed": "seed_everything",
+        "weight_decay": "model.weight_decay",
+        "workers": "data.num_workers",
+    }
+
     def dump(self, *args: Any, **kwargs: Any) -> str:
         """Also dump arguments that were given although the data could supply them."""
         return super().dump(*args, **{"skip_link_targets": False} | kwargs)

@@ -209,6 +209,8 @@ def error_line(capsys) -> str:
             ["fit", "--config", DEBUG, "--trainer.max_epoch=3"],
             "unrecognized arguments: --trainer.max_epoch=3; did you mean --trainer.max_epochs\\?$",
         ),
+        (["fit", "--config", DEBUG, "--lr", "0.1"], "unrecognized arguments: --lr 0.1; did you mean --model.lr\\?$"),
+        (["fit", "--config", DEBUG, "--batch-size=8"], "did you mean --data.batch_size\\?$"),
         (["fit", "--config", DEBUG, "--model.lr=abc"], r"model.lr: Expected a float. Got value: abc$"),
         (
             ["fit", "--config", DEBUG, "--model.loss=abc"],
