@@ -78,7 +78,7 @@ class Slide:
             mask = row.mask or data.mask
             if mask is not None:
                 grid_size = tuple(-(-length // s) for length, s in zip(image.shape, side, strict=False))
-                pixels.restrict(patch_mask(mask, image, grid_size, side), side)
+                pixels.restrict(patch_mask(mask, image, grid_size, side, data.values.nodata), side)
             data.known_masks[known] = pixels.valid(side, 1)
         return PatchRows(model, pixels, data.known_masks[known], self.flip, group)
 

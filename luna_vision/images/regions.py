@@ -203,7 +203,7 @@ def opened(source: Source, choice: Choice) -> Any:
 
 def _overview(
     source: Source, image: Any, level: int, bands: list[int] | None, side: int
-) -> tuple[np.ndarray, tuple[float, float, float, float]] | None:
+) -> "tuple[Part, tuple[float, float, float, float], int] | None":
     """What a coarser level has of an image; None if there is none.
 
     Args:
@@ -213,24 +213,25 @@ def _overview(
         side: Pixels of the image that are one of the result's at most.
 
     Returns:
-        (h, w[, c]), and left, top, width and height of the image in it, as shares.
+        A part of the level, (h, w[, c]); left, top, width and height of the image in it, as shares; and how many of its
+        pixels `side` pixels of the image are.
     """
     (height, width), (left, top, w, h) = source.sizes[0], image.frame.box
-    across, down = w / image.shape[1] * side, h / image.shape[0] * side  # in pixels of level 0
+    across, down = w / image.shape[1] * side * 1.05, h / image.shape[0] * side * 1.05  # in pixels of level 0
     coarser = [
-        i
-        for i, size in enumerate(source.sizes)
-        if i > level and width / size[1] <= across * 1.05 and height / size[0] <= down * 1.05
+        i for i, size in enumerate(source.sizes) if i > level and width / size[1] <= across and height / size[0] <= down
     ]
     if not coarser:
         return None
     chosen = source.open(coarser[-1])
+    step = int(min(across * chosen.shape[1] / width, down * chosen.shape[0] / height))
     across, down = width / chosen.shape[1], height / chosen.shape[0]
     columns = slice(math.floor(left / across), min(math.ceil((left + w) / across), chosen.shape[1]))
     rows = slice(math.floor(top / down), min(math.ceil((top + h) / down), chosen.shape[0]))
-    array = Part(chosen, rows, columns, bands)[0 : rows.stop - rows.start]
-    wide, high = array.shape[1] * across, array.shape[0] * down
-    return array, ((left - columns.start * across) / wide, (top - rows.start * down) / high, w / wide, h / high)
+    part = Part(chosen, rows, columns, bands)
+    wide, high = part.shape[1] * across, part.shape[0] * down
+    place = (left - columns.start * across) / wide, (top - rows.start * down) / high, w / wide, h / high
+    return part, place, step
 
 
 def _level(source: Source, choice: Choice) -> tuple[int, float]:

@@ -13,6 +13,7 @@ from luna_vision.execution.checkpoint import Checkpoint
 from luna_vision.execution.layout import Layout
 from luna_vision.images import open_image
 from luna_vision.images.foreground import patch_mask
+from luna_vision.images.formats import ChunkedImage
 from tests.stopping import stopped_anywhere
 
 from .conftest import OPTIONS, close, normalised
@@ -232,6 +233,52 @@ def test_bright_pixels_of_one_band(tmp_path):
     image[16:32, 8:40] = 3000
     found = patch_mask("otsu", image, (16, 16), (SIDE, SIDE))
     assert found[4:8, 2:10].all() and found.sum() == 32
+
+
+@pytest.mark.parametrize("gone", [np.nan, -9999.0])
+def test_otsu_leaves_missing_numbers_out(gone, make):
+    """A patch may have some beside others; and a mean of both would be darker than all that is there."""
+    image = np.full((64, 64, 1), 0.2, np.float32)
+    image[16:32, 8:40] = 0.7
+    image[:, 50:] = image[40:45] = image[17, 9] = gone
+    found = encode(make(in_chans=1), image, mask="otsu", nodata=-9999, progress=False).patch_valid
+    assert found[4:8, 2:10].all() and found.sum() == 32
+
+
+def test_masks_are_read_a_few_rows_at_a_time(make, tmp_path, monkeypatch):
+    """A low level, or a mask file, may be large itself: each row of its tiles is read once, by itself."""
+    image, read = slide(tmp_path / "a.tif", 512), []
+    Image.fromarray(colourful(image).repeat(SIDE, 0).repeat(SIDE, 1)).convert("L").save(tmp_path / "m.png")
+    tifffile.imwrite(tmp_path / "m.tif", np.asarray(Image.open(tmp_path / "m.png")), tile=(64, 64))
+    opened, region = (open_image(tmp_path / "a.tif", region=r) for r in (None, (40, 40, 200, 200)))
+    ours = ChunkedImage.window
+    monkeypatch.setattr(ChunkedImage, "window", lambda *args: read.append(ours(*args).shape[0]) or ours(*args))
+    want = colourful(image)
+    for mask, side, rows in (
+        ("otsu", 8, 128),
+        (tmp_path / "m.tif", 4, 512),
+    ):  # the level of 1/4 has 2 x 2 pixels a patch
+        read.clear()
+        found = patch_mask(mask, opened, (512 // side, 1024 // side), (side, side))
+        assert max(read) <= 64 and sum(read) == rows
+        assert np.array_equal(found, want.reshape(found.shape[0], side // 4, -1, side // 4).any(axis=(1, 3)))
+    read.clear()
+    patch_mask("otsu", region, (25, 25), (8, 8))
+    assert max(read) <= 64 and sum(read) == 50
+
+
+def test_a_mask_has_missing_numbers(tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:8, 4:8], mask[:, :2] = 1, 255
+    where = {"crs": "EPSG:32633", "transform": rasterio.transform.from_origin(500000, 5200000, 10, 10)}
+    with rasterio.open(
+        tmp_path / "m.tif", "w", driver="GTiff", width=16, height=16, count=1, dtype="uint8", nodata=255, **where
+    ) as file:
+        file.write(mask[None])
+    image, lacking = np.zeros((64, 64), np.uint8), np.where(mask == 255, np.nan, mask)
+    for one in (tmp_path / "m.tif", lacking, lacking.repeat(2, 0).repeat(2, 1)):
+        assert np.array_equal(patch_mask(one, image, (16, 16), (SIDE, SIDE)), mask == 1)
 
 
 def test_a_mask_file_lies_over_the_whole_slide(tmp_path):
