@@ -252,7 +252,9 @@ def _drawn(
             raise ValueError("there are no polygons in it")
         if frame.georeference is not None:
             polygons = _on_image(polygons, content, frame.georeference)
-        polygons = [[np.asarray(ring, float)[:, :2] for ring in rings] for rings in polygons]
+        polygons = [[np.asarray([point[:2] for point in ring], float) for ring in rings] for rings in polygons]
+        if not all(len(ring) > 2 and np.isfinite(ring).all() for rings in polygons for ring in rings):
+            raise ValueError("a ring has fewer than three points, or places that are no numbers")
     except OSError:
         raise
     except Exception as error:  # a text of any kind
@@ -275,7 +277,7 @@ def _drawn(
 
 
 def _polygons(content: Any) -> Iterator[list]:
-    """The rings of each polygon, the outer one first."""
+    """The rings of each polygon, the outer one first; some programs write polygons without any."""
     kind = content["type"]
     if kind == "FeatureCollection":
         for feature in content["features"]:
@@ -286,10 +288,9 @@ def _polygons(content: Any) -> Iterator[list]:
     elif kind == "GeometryCollection":
         for geometry in content["geometries"]:
             yield from _polygons(geometry)
-    elif kind == "Polygon":
-        yield content["coordinates"]
-    elif kind == "MultiPolygon":
-        yield from content["coordinates"]
+    elif kind in ("Polygon", "MultiPolygon"):
+        found = content["coordinates"]
+        yield from filter(None, [found] if kind == "Polygon" else found)
 
 
 def _on_image(polygons: list, content: Any, where: Georeference) -> list:

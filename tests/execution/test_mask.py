@@ -307,7 +307,7 @@ def box(left, top, right, bottom) -> list[list[float]]:
 @pytest.mark.parametrize("level", [0, 1])
 def test_polygons_in_pixels_of_level_0(level, tmp_path):
     slide(tmp_path / "a.tif")
-    geojson(tmp_path / "p.geojson", [box(64, 40, 180, 120), box(96, 64, 128, 96)], [box(300, 160, 420, 200)])
+    geojson(tmp_path / "p.geojson", [box(64, 40, 180, 120), box(96, 64, 128, 96)], [], [box(300, 160, 420, 200)])
     image = open_image(tmp_path / "a.tif", level)
     rows, columns = image.shape[0] // SIDE, image.shape[1] // SIDE
     found = patch_mask(tmp_path / "p.geojson", image, (rows, columns), (SIDE, SIDE))
@@ -381,6 +381,9 @@ def test_a_mask_and_missing_pixels_together(make):
         ("no.geojson", "cannot read .*no.geojson as polygons of GeoJSON"),
         ("points.geojson", "there are no polygons"),
         ("far.geojson", "far.geojson leaves no patch of the image"),
+        ("empty.geojson", "there are no polygons"),
+        ("short.geojson", "a ring has fewer than three points"),
+        ("nan.geojson", "places that are no numbers"),
     ],
     ids=str,
 )
@@ -390,6 +393,9 @@ def test_masks_that_are_none(mask, message, make, photo, tmp_path):
     (tmp_path / "no.geojson").write_text("polygons")
     (tmp_path / "points.geojson").write_text('{"type": "Point", "coordinates": [1, 2]}')
     geojson(tmp_path / "far.geojson", [box(100, 100, 120, 120)])
+    geojson(tmp_path / "empty.geojson", [], [])
+    geojson(tmp_path / "short.geojson", [], [box(0, 0, 9, 9), [[1, 1]]])
+    geojson(tmp_path / "nan.geojson", [box(0, 0, 9, float("nan"))])
     mask = tmp_path / mask if isinstance(mask, str) else mask
     with pytest.raises(ValueError, match=message):
         encode(make(), photo[:20, :20], mask=mask, progress=False)
