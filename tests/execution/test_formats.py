@@ -254,6 +254,8 @@ def test_chunks_that_are_decoded_at_once_count(at_once, picture, tmp_path):
         ("a.npy", b"\x93NUMPYno array", "cannot read .*a.npy"),
         ("a.png", b"no picture", "not an image of a format"),
         ("a.npy", np.asfortranarray(np.zeros((4, 5), np.uint8)), "Fortran's order"),
+        ("a.npy", np.zeros(5), r"cannot read .*a.npy: an image has shape \(height, width\)"),
+        ("a.npy", np.zeros((2, 3, 4, 5)), "an image has shape"),
         ("a.tif", np.zeros((4, 20, 30), np.uint8), r"axes [A-Z]YX of shape \(4, 20, 30\): an image has Y, X"),
     ],
 )
