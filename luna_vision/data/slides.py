@@ -22,7 +22,7 @@ from luna_vision.data.label_files import COLUMNS, MISSING, TWICE, UNKNOWN, read_
 from luna_vision.data.sampling import sample_seed
 from luna_vision.execution.streamed import PatchRows
 from luna_vision.images import open_image
-from luna_vision.images.find import MASK_WORDS, listed, region_of
+from luna_vision.images.find import MASK_WORDS, listed, region_of, region_text
 from luna_vision.images.foreground import patch_mask
 from luna_vision.images.pixels import Pixels
 from luna_vision.images.regions import Choice
@@ -47,7 +47,7 @@ class Row(NamedTuple):
     @property
     def name(self) -> str:
         """What predictions call it."""
-        return self.path if self.region is None else f"{self.path} {' '.join(f'{n:g}' for n in self.region)}"
+        return self.path if self.region is None else f"{self.path} {region_text(self.region)}"
 
 
 class Slide:

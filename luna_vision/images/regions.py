@@ -298,7 +298,7 @@ def _rectangle(source: Source, choice: Choice) -> tuple[float, float, float, flo
     else:
         left, top, right, bottom = x, y, x + w, y + h
     if left < 0 or top < 0 or right > width or bottom > height:
-        given = f"{left:g} {top:g} {right - left:g} {bottom - top:g}"
+        given = " ".join(f"{number:.10g}" for number in (left, top, right - left, bottom - top))
         raise UserError(f"the region {given} is not within {source.name}, which has {width} x {height} pixels")
     return left, top, right, bottom
 
