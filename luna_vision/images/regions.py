@@ -31,8 +31,8 @@ def as_in_training(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> dic
     return {name: recorded[name] for group in open_groups for name in group if name in recorded}
 
 
-def positive(text: str | None, unit: float | None = 1.0) -> float | None:
-    """The number in a text, times a unit; None if it is not above 0 and finite, or if either is missing."""
+def positive(text: str | float | None, unit: float | None = 1.0) -> float | None:
+    """A number, or that in a text, times a unit; None if it is not above 0 and finite, or if either is missing."""
     try:
         number = float(text) * unit
     except (TypeError, ValueError):
