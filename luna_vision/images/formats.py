@@ -169,6 +169,9 @@ class ChunkedImage:
         self.dtype = np.dtype(array.dtype) if kind is None else kind.dtype
         self.top, self.nodata = (None, None) if kind is None else (kind.top, kind.nodata)
         self.chunks = (array.chunks[axes.index(rows)], array.chunks[axes.index(columns)])
+        # the last chunk of the file may be cut, and is the first one where they are reversed
+        self.chunk_shift = -self.shape[0] % self.chunks[0] if self.turn.rows else 0
+        self.column_shift = -self.shape[1] % self.chunks[1] if self.turn.columns else 0
         self.encoded = encoded
         self.held_bytes = self._held_bytes()
 

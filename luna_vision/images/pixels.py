@@ -200,11 +200,13 @@ class Pixels:
             return self._read(start, stop, None)
         out = np.zeros((stop - start, *self.shape[1:]), self.dtype)
         edges = np.flatnonzero(np.diff(occupied.astype(np.int8), prepend=0, append=0)).reshape(-1, 2) * across
-        chunk = chunk_side(self.image, 1, 1)
+        chunk, shift = chunk_side(self.image, 1, 1), getattr(self.image, "column_shift", 0)
         parts: list[list[int]] = []
         for left, right in edges.tolist():
             right = min(right, self.shape[1])
-            if parts and left // chunk <= (parts[-1][1] - 1) // chunk:  # they share a chunk, which is decoded once
+            if (
+                parts and (left + shift) // chunk <= (parts[-1][1] - 1 + shift) // chunk
+            ):  # they share a chunk, which is decoded once
                 parts[-1][1] = right
             else:
                 parts.append([left, right])

@@ -321,8 +321,9 @@ class Part:
         self.top, self.nodata = getattr(image, "top", None), getattr(image, "nodata", None)
         self.held_bytes = getattr(image, "held_bytes", 0)
         if chunks := getattr(image, "chunks", None):
-            self.chunks, self.chunk_shift = chunks, rows.start % chunks[0]
-            self.column_shift = columns.start % chunks[1]
+            self.chunks = chunks
+            self.chunk_shift = (getattr(image, "chunk_shift", 0) + rows.start) % chunks[0]
+            self.column_shift = (getattr(image, "column_shift", 0) + columns.start) % chunks[1]
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         return self.window(rows, slice(None))
