@@ -22,7 +22,7 @@ from luna_vision.data.label_files import COLUMNS, MISSING, TWICE, UNKNOWN, read_
 from luna_vision.data.sampling import sample_seed
 from luna_vision.execution.streamed import PatchRows
 from luna_vision.images import open_image
-from luna_vision.images.find import MASK_WORDS, listed, region_of
+from luna_vision.images.find import MASK_WORDS, listed, region_of, region_text
 from luna_vision.images.foreground import patch_mask
 from luna_vision.images.pixels import Pixels
 from luna_vision.images.regions import Choice
@@ -47,7 +47,7 @@ class Row(NamedTuple):
     @property
     def name(self) -> str:
         """What predictions call it."""
-        return self.path if self.region is None else f"{self.path} {' '.join(f'{n:g}' for n in self.region)}"
+        return self.path if self.region is None else f"{self.path} {region_text(self.region)}"
 
 
 class Slide:
@@ -78,7 +78,7 @@ class Slide:
             mask = row.mask or data.mask
             if mask is not None:
                 grid_size = tuple(-(-length // s) for length, s in zip(image.shape, side, strict=False))
-                pixels.restrict(patch_mask(mask, image, grid_size, side), side)
+                pixels.restrict(patch_mask(mask, image, grid_size, side, data.values.nodata), side)
             data.known_masks[known] = pixels.valid(side, 1)
         return PatchRows(model, pixels, data.known_masks[known], self.flip, group)
 

@@ -154,7 +154,10 @@ class BoxSink(SquareSink):
     def _load(self, pattern: str) -> Found:
         """What the files hold, from top to bottom."""
         paths = sorted(self.partial.glob(pattern), key=lambda path: (len(path.name), path.name))
-        loaded = [one for one in map(np.load, paths) if "boxes" in one]
+        loaded = []
+        for path in paths:
+            with np.load(path) as file:
+                loaded += [dict(file)] if file.files else []
         if not loaded:
             return {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
         return {name: torch.from_numpy(np.concatenate([one[name] for one in loaded])) for name in NAMES}

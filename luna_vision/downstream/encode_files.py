@@ -25,7 +25,7 @@ from torch import nn
 
 from luna_vision.execution.check import check_model
 from luna_vision.execution.encode import Encoded, encode
-from luna_vision.images.find import Listed
+from luna_vision.images.find import Listed, region_text
 from luna_vision.images.formats import open_image
 from luna_vision.utils.errors import is_check, one_line
 from luna_vision.utils.progress import progress_bar
@@ -72,7 +72,7 @@ def row_of(item: Listed, size: tuple[int, int], result: Encoded) -> dict[str, np
     valid, grid_size = result.patch_valid, result.grid_size
     return {
         "mask": np.array([item.mask or ""], np.str_),
-        "region": np.array([" ".join(f"{x:g}" for x in item.region or ())], np.str_),
+        "region": np.array([region_text(item.region or ())], np.str_),
         **{name: value.float().numpy()[None] for name, value in tensors.items() if value is not None},
         "size": np.array([size], np.int32),
         "grid_size": np.array([grid_size], np.int32),

@@ -151,7 +151,7 @@ def encode(
     pixels = Pixels(image, model.in_chans, *statistics, **like, values=values, on_error=on_error)
     (height, width), (p, q) = pixels.shape[:2], model.patch_embed.patch_size
     grid_size = -(-height // p), -(-width // q)
-    masked = None if mask is None else patch_mask(mask, image, grid_size, (p, q))
+    masked = None if mask is None else patch_mask(mask, image, grid_size, (p, q), values.nodata)
     if masked is not None:
         pixels.restrict(masked, (p, q))
     memory = None if memory is None else memory.reshape(-1, *memory.shape[-2:]).to(parameter.device)

@@ -18,7 +18,7 @@ from ..utils.text import printable
 from .limits import pixel_limit
 from .npy import MAGIC as NPY
 from .npy import read_npy
-from .pillow import deep_numbers, nodata_of, open_image_file, orientation_of
+from .pillow import ORIENTATION, deep_numbers, nodata_of, open_image_file, orientation_of
 from .tiff import NotReadHere, Turn, is_tiff, missing_library, read_tiff
 from .values import MASK, SAMPLE_IMAGES, Levels, Raster, Values, to_unit
 
@@ -180,7 +180,8 @@ def plain(image: Image.Image, grey: bool) -> Image.Image:
 def to_channels(
     image: Image.Image | np.ndarray | Raster, in_chans: int, values: Values | None = None
 ) -> Image.Image | np.ndarray:
-    """Convert to the channels that a model reads; alpha is dropped, grey and colour are converted to each other.
+    """Convert to the channels that a model reads; alpha is dropped, grey and colour are converted to each other, and an
+    image of Pillow is turned upright.
 
     Args:
         image: Of Pillow, what `decode_image` returns, or an array (H, W) or (H, W, bands).
@@ -197,6 +198,8 @@ def to_channels(
     """
     values = values or Values()
     try:
+        if isinstance(image, Image.Image) and image.getexif().get(ORIENTATION, 1) != 1:  # as a file is read
+            image = ImageOps.exif_transpose(image)
         if isinstance(image, np.ndarray) and image.dtype == np.uint8:
             image = _as_picture(to_raster(image))
         if isinstance(image, Image.Image) and in_chans in MODES and values.keeps_8_bits:

@@ -309,6 +309,11 @@ def read_list(path: str | os.PathLike) -> list[Listed]:
     return found
 
 
+def region_text(region: Iterable[float]) -> str:
+    """What `region_of` reads: all digits, as those of coordinates on a map are many."""
+    return " ".join(f"{number:.15g}" for number in region)
+
+
 def region_of(text: str, where: str) -> tuple[float, ...]:
     """The four numbers of "X Y WIDTH HEIGHT"; a UserError about `where` if they are none."""
     try:

@@ -26,9 +26,9 @@ from .npy import MAGIC as NPY
 from .npy import read_header
 from .pillow import deep_numbers, nodata_of, open_image_file, orientation_of
 from .rasters import has_rasterio, open_raster
-from .regions import Choice, Source, opened
+from .regions import Choice, Source, opened, positive
 from .slides import open_slide, vendor_of
-from .tiff import GEOREFERENCE, Kind, NotReadHere, Turn, check_axes, is_tiff, open_tiff
+from .tiff import GEOREFERENCE, MICROMETRES, Kind, NotReadHere, Turn, check_axes, is_tiff, open_tiff
 
 __all__ = ["ChunkedImage", "NpyImage", "PillowImage", "open_image"]
 
@@ -169,6 +169,9 @@ class ChunkedImage:
         self.dtype = np.dtype(array.dtype) if kind is None else kind.dtype
         self.top, self.nodata = (None, None) if kind is None else (kind.top, kind.nodata)
         self.chunks = (array.chunks[axes.index(rows)], array.chunks[axes.index(columns)])
+        # the last chunk of the file may be cut, and is the first one where they are reversed
+        self.chunk_shift = -self.shape[0] % self.chunks[0] if self.turn.rows else 0
+        self.column_shift = -self.shape[1] % self.chunks[1] if self.turn.columns else 0
         self.encoded = encoded
         self.held_bytes = self._held_bytes()
 
@@ -314,9 +317,11 @@ def _multiscales(group: Any, path: Path, series: int) -> tuple[list[Any], str, d
         "bands": [str(c.get("label", "")) for c in (attributes.get("omero") or {}).get("channels", ())]
     }
     units = [a.get("unit") if isinstance(a, dict) else None for a in scale.get("axes", ())]
-    steps = [t["scale"] for t in scale["datasets"][0].get("coordinateTransformations", ()) if t.get("type") == "scale"]
-    if steps and units and units[axes.lower().index("x")] == "micrometer":
-        about["mpp"] = float(steps[0][axes.lower().index("x")])
+    # those of the level and, after them, those of all levels
+    turns = (turn for one in (scale["datasets"][0], scale) for turn in one.get("coordinateTransformations", ()))
+    if steps := [turn["scale"] for turn in turns if turn.get("type") == "scale"]:
+        x = axes.lower().index("x")
+        about["mpp"] = positive(math.prod(step[x] for step in steps), MICROMETRES.get(units[x]) if units else None)
     return arrays, axes, about
 
 

@@ -239,7 +239,7 @@ class MapFile:
         levels = self._levels()
         kind: dict[str, Any] = {"photometric": "minisblack", "tile": (SIDE, SIDE), "compression": "zlib"}
         if self.channels is not None:
-            kind["planarconfig"] = "separate"
+            kind |= {"planarconfig": "separate"} if len(self.channels) > 1 else {}
         elif self.palette is not None and self.dtype == np.uint8:
             kind |= {"photometric": "palette", "colormap": self.palette.T.astype(np.uint16) * 257}
         first: dict[str, Any] = {"subifds": len(levels) - 1, "description": json.dumps(self._about())}

@@ -20,7 +20,7 @@ from .masks import valid_patches
 from .transforms import per_channel
 from .values import MASK, Levels, Values, check_bands, to_unit, type_range
 
-__all__ = ["ON_ERROR", "Pixels", "pixel_statistics"]
+__all__ = ["ON_ERROR", "Pixels", "chunk_side", "chunk_spans", "pixel_statistics"]
 
 ON_ERROR = ("raise", "fill", "skip")
 
@@ -92,7 +92,7 @@ class Pixels:
                 raise UserError(f"{self.name}: {error}") from error
         self.levels = Levels(self.name, default=self.values.value_range is None)
         self.image, self.shape, self.channels, self.in_chans = image, shape, channels, in_chans
-        self.step = _chunk_side(image, 0, 0)
+        self.step = chunk_side(image, 0, 0)
         self.shift = getattr(image, "chunk_shift", 0)
         check_option("on_error", on_error, ON_ERROR)
         self.on_error = on_error
@@ -135,7 +135,7 @@ class Pixels:
             rows = self._slice(start, stop)
             return rows.astype(rows.dtype.newbyteorder("="), copy=False)
         out, done = None, 0
-        for first, end in _cells(start, stop, self.step, self.shift, self.shape[0]):
+        for first, end in chunk_spans(start, stop, self.step, self.shift, self.shape[0]):
             if self.slab is None or self.slab[0] != first:
                 self.slab = None  # before the next one is read: there is to be one at a time
                 self.slab = first, self._slice(first, end)
@@ -200,11 +200,13 @@ class Pixels:
             return self._read(start, stop, None)
         out = np.zeros((stop - start, *self.shape[1:]), self.dtype)
         edges = np.flatnonzero(np.diff(occupied.astype(np.int8), prepend=0, append=0)).reshape(-1, 2) * across
-        chunk = _chunk_side(self.image, 1, 1)
+        chunk, shift = chunk_side(self.image, 1, 1), getattr(self.image, "column_shift", 0)
         parts: list[list[int]] = []
         for left, right in edges.tolist():
             right = min(right, self.shape[1])
-            if parts and left // chunk <= (parts[-1][1] - 1) // chunk:  # they share a chunk, which is decoded once
+            if (
+                parts and (left + shift) // chunk <= (parts[-1][1] - 1 + shift) // chunk
+            ):  # they share a chunk, which is decoded once
                 parts[-1][1] = right
             else:
                 parts.append([left, right])
@@ -227,11 +229,11 @@ class Pixels:
         """Pixels tile by tile; those of broken tiles are a number that is not missing."""
         windows = hasattr(self.image, "window")
         left, right = (0, self.shape[1]) if columns is None else (columns.start, columns.stop)
-        across = _chunk_side(self.image, 1, 1) if windows else self.shape[1]
+        across = chunk_side(self.image, 1, 1) if windows else self.shape[1]
         shift = getattr(self.image, "column_shift", 0) if windows else 0
         out = np.full((stop - start, right - left, *self.shape[2:]), self._number(), self.dtype)
-        for top, bottom in _cells(start, stop, self.step, self.shift, self.shape[0]):
-            for first, last in _cells(left, right, across, shift, self.shape[1]):
+        for top, bottom in chunk_spans(start, stop, self.step, self.shift, self.shape[0]):
+            for first, last in chunk_spans(left, right, across, shift, self.shape[1]):
                 tile = top, bottom, first, last
                 a, b, c, d = max(top, start), min(bottom, stop), max(first, left), min(last, right)
                 try:
@@ -358,7 +360,7 @@ class Pixels:
         return unit
 
 
-def _chunk_side(image: Any, axis: int, default: int) -> int:
+def chunk_side(image: Any, axis: int, default: int) -> int:
     """How many rows (axis 0) or columns (axis 1) are stored together; dask lists those of every chunk."""
     chunks = getattr(image, "chunks", None) or ()
     if len(chunks) <= axis:
@@ -366,7 +368,7 @@ def _chunk_side(image: Any, axis: int, default: int) -> int:
     return max(map(int, chunks[axis])) if isinstance(chunks[axis], Sequence) else int(chunks[axis])
 
 
-def _cells(start: int, stop: int, step: int, shift: int, end: int) -> Iterator[tuple[int, int]]:
+def chunk_spans(start: int, stop: int, step: int, shift: int, end: int) -> Iterator[tuple[int, int]]:
     """The chunks [first, last) along an axis of length `end` that [start, stop) is in; the first lacks `shift`."""
     for first in range((start + shift) // step * step - shift, stop, step):
         yield max(first, 0), min(first + step, end)

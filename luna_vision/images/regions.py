@@ -31,8 +31,8 @@ def as_in_training(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> dic
     return {name: recorded[name] for group in open_groups for name in group if name in recorded}
 
 
-def positive(text: str | None, unit: float | None = 1.0) -> float | None:
-    """The number in a text, times a unit; None if it is not above 0 and finite, or if either is missing."""
+def positive(text: str | float | None, unit: float | None = 1.0) -> float | None:
+    """A number, or that in a text, times a unit; None if it is not above 0 and finite, or if either is missing."""
     try:
         number = float(text) * unit
     except (TypeError, ValueError):
@@ -203,7 +203,7 @@ def opened(source: Source, choice: Choice) -> Any:
 
 def _overview(
     source: Source, image: Any, level: int, bands: list[int] | None, side: int
-) -> tuple[np.ndarray, tuple[float, float, float, float]] | None:
+) -> "tuple[Part, tuple[float, float, float, float], int] | None":
     """What a coarser level has of an image; None if there is none.
 
     Args:
@@ -213,24 +213,25 @@ def _overview(
         side: Pixels of the image that are one of the result's at most.
 
     Returns:
-        (h, w[, c]), and left, top, width and height of the image in it, as shares.
+        A part of the level, (h, w[, c]); left, top, width and height of the image in it, as shares; and how many of its
+        pixels `side` pixels of the image are.
     """
     (height, width), (left, top, w, h) = source.sizes[0], image.frame.box
-    across, down = w / image.shape[1] * side, h / image.shape[0] * side  # in pixels of level 0
+    across, down = w / image.shape[1] * side * 1.05, h / image.shape[0] * side * 1.05  # in pixels of level 0
     coarser = [
-        i
-        for i, size in enumerate(source.sizes)
-        if i > level and width / size[1] <= across * 1.05 and height / size[0] <= down * 1.05
+        i for i, size in enumerate(source.sizes) if i > level and width / size[1] <= across and height / size[0] <= down
     ]
     if not coarser:
         return None
     chosen = source.open(coarser[-1])
+    step = int(min(across * chosen.shape[1] / width, down * chosen.shape[0] / height))
     across, down = width / chosen.shape[1], height / chosen.shape[0]
     columns = slice(math.floor(left / across), min(math.ceil((left + w) / across), chosen.shape[1]))
     rows = slice(math.floor(top / down), min(math.ceil((top + h) / down), chosen.shape[0]))
-    array = Part(chosen, rows, columns, bands)[0 : rows.stop - rows.start]
-    wide, high = array.shape[1] * across, array.shape[0] * down
-    return array, ((left - columns.start * across) / wide, (top - rows.start * down) / high, w / wide, h / high)
+    part = Part(chosen, rows, columns, bands)
+    wide, high = part.shape[1] * across, part.shape[0] * down
+    place = (left - columns.start * across) / wide, (top - rows.start * down) / high, w / wide, h / high
+    return part, place, step
 
 
 def _level(source: Source, choice: Choice) -> tuple[int, float]:
@@ -297,7 +298,7 @@ def _rectangle(source: Source, choice: Choice) -> tuple[float, float, float, flo
     else:
         left, top, right, bottom = x, y, x + w, y + h
     if left < 0 or top < 0 or right > width or bottom > height:
-        given = f"{left:g} {top:g} {right - left:g} {bottom - top:g}"
+        given = " ".join(f"{number:.10g}" for number in (left, top, right - left, bottom - top))
         raise UserError(f"the region {given} is not within {source.name}, which has {width} x {height} pixels")
     return left, top, right, bottom
 
@@ -320,8 +321,9 @@ class Part:
         self.top, self.nodata = getattr(image, "top", None), getattr(image, "nodata", None)
         self.held_bytes = getattr(image, "held_bytes", 0)
         if chunks := getattr(image, "chunks", None):
-            self.chunks, self.chunk_shift = chunks, rows.start % chunks[0]
-            self.column_shift = columns.start % chunks[1]
+            self.chunks = chunks
+            self.chunk_shift = (getattr(image, "chunk_shift", 0) + rows.start) % chunks[0]
+            self.column_shift = (getattr(image, "column_shift", 0) + columns.start) % chunks[1]
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         return self.window(rows, slice(None))

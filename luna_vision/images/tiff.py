@@ -269,7 +269,9 @@ def check_axes(axes: str, shape: tuple[int, ...], at: Mapping[str, int] | None =
             raise ValueError(f"it has {axis.lower()} 0 to {length - 1}, got {index}")
 
 
-MICROMETRES = {"\u00b5m": 1.0, "\u03bcm": 1.0, "um": 1.0, "micrometer": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
+# the units of OME-XML, and those of OME-Zarr
+MICROMETRES = {"\u00b5m": 1.0, "\u03bcm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
+MICROMETRES |= {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3, "centimeter": 1e4, "meter": 1e6}
 
 
 def _ome_pixels(ome: str, number: int) -> ElementTree.Element | None:

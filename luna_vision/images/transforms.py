@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from .decode import read_image, to_channels
@@ -145,8 +145,6 @@ class EvalTransform:
     def __call__(self, image: str | os.PathLike | Image.Image | np.ndarray | Raster) -> Tensor:
         if isinstance(image, str | os.PathLike):
             image = read_image(image)
-        elif isinstance(image, Image.Image):
-            image = ImageOps.exif_transpose(image)  # as a file is read
         values = self.values or Values(mean=self.mean)
         image = to_channels(image, self.in_chans, replace(values, fill="mean") if values.fill == MASK else values)
         if self.size is None:

@@ -366,7 +366,8 @@ def _warn(kind: str, text: str) -> None:
 def _thinned(array: np.ndarray) -> np.ndarray:
     """Evenly spread pixels of (H, W, c), about `SAMPLE_VALUES` numbers."""
     step = max(1, math.isqrt(array.size // SAMPLE_VALUES))
-    return array[step // 2 :: step, step // 2 :: step]
+    rows, columns = (slice(min(step, n) // 2, None, step) for n in array.shape[:2])  # there is one of a thin image, too
+    return array[rows, columns]
 
 
 def percentile_range(

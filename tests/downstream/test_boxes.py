@@ -208,6 +208,20 @@ def test_a_run_that_is_stopped_anywhere_is_resumed(detector, tmp_path, monkeypat
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a.geojson", "want.geojson"]
 
 
+def test_one_file_of_a_row_is_open_at_a_time(tmp_path, monkeypatch):
+    """A system allows a thousand or so, and an image of 524,288 pixels has as many rows of squares."""
+    model, ours, opened = make((8, 16), depth=1), np.load, []
+
+    def load(path):
+        assert all(file.zip is None for file in opened)
+        opened.append(ours(path))
+        return opened[-1]
+
+    monkeypatch.setattr("luna_vision.downstream.boxes.np.load", load)
+    record(model, picture(300, 60), tmp_path, 16)
+    assert len(opened) == 3
+
+
 def test_nothing_found(tmp_path):
     model = make()
     model.score_thresh = 2.0

@@ -24,7 +24,7 @@ from luna_vision.downstream.embed import embed_to_file
 from luna_vision.execution import encode
 from luna_vision.execution.checkpoint import Checkpoint
 from luna_vision.images import open_image
-from luna_vision.images.find import Listed
+from luna_vision.images.find import Listed, region_of
 from tests.tasks.ranks import finish, run, start, until
 
 SIZES = [(61, 43), (80, 64), (48, 120), (96, 33)]
@@ -91,6 +91,13 @@ def test_each_image_has_the_row_that_it_has_alone(slides, weights, model, tmp_pa
     about = json.loads(pq.read_schema(out).metadata[b"luna_vision"])
     assert about["random_weights"] is False and about["on_error"] == "raise"
     assert not (tmp_path / "run/encodings.parquet.partial").exists()
+
+
+def test_a_region_on_a_map_has_all_its_digits(model, tmp_path):
+    region = (500123.25, 5200017.0, 160.0, 160.0)
+    result = encode(model, np.zeros((16, 16), np.uint8), progress=False)
+    (text,) = encode_files.row_of(Listed("a.tif", None, region), (16, 16), result)["region"]
+    assert text == "500123.25 5200017 160 160" and region_of(text, "") == region
 
 
 def test_a_list_has_masks_and_regions_of_its_own(slides, weights, model, tmp_path):

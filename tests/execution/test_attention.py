@@ -47,6 +47,13 @@ OPTIONS = [
 ]
 
 
+def test_a_memory_of_one_slot(make, photo, tmp_path):
+    model, image = make(memory_len=1), photo[:79, :95]
+    encode(model, image, attention=tmp_path / "a.tif", progress=False)
+    found = torch.from_numpy(tifffile.imread(tmp_path / "a.tif")).double()
+    close(found.view(1, 20, 24), whole(model, image), 1e-6)
+
+
 @pytest.mark.parametrize("layer, masked", [(None, False), (None, True), (0, True), (-1, False)])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_map_is_that_of_the_whole_image(options, layer, masked, make, photo, tmp_path):

@@ -150,6 +150,29 @@ def test_every_tile_is_decoded_once(picture, make, tmp_path, monkeypatch):
     assert read == [0, 32, 64, 96, 128]
 
 
+@pytest.mark.parametrize("region", [None, (7, 9, 100, 100)])
+@pytest.mark.parametrize("orientation", [1, 3, 4, 7])
+def test_every_tile_of_a_turned_image_is_decoded_once(orientation, region, picture, tmp_path):
+    tiff(tmp_path / "a.tif", picture, tile=(32, 48), extratags=[(274, "H", 1, orientation, True)])
+    image = open_image(tmp_path / "a.tif", region=region)
+    whole = image if region is None else image.image
+    read, sides, side = [], whole.array.chunks, "YX".index(whole.rows)
+
+    class Counted:
+        def __init__(self, array) -> None:
+            self.array = array
+
+        def __getitem__(self, place):
+            read.extend(range(place[side].start // sides[side], -(-place[side].stop // sides[side])))
+            return self.array[place]
+
+    whole.array = Counted(whole.array)
+    pixels = Pixels(image, 3, (0.0,) * 3, (1.0,) * 3)
+    found = np.concatenate([pixels.raw(y, min(y + 5, image.shape[0])) for y in range(0, image.shape[0], 5)])
+    assert len(read) == len(set(read))
+    assert np.array_equal(found, image[0 : image.shape[0]])
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("kind", ["u2", "f4"])
 def test_both_byte_orders(kind, chunked, picture, make, tmp_path):
@@ -254,6 +277,8 @@ def test_chunks_that_are_decoded_at_once_count(at_once, picture, tmp_path):
         ("a.npy", b"\x93NUMPYno array", "cannot read .*a.npy"),
         ("a.png", b"no picture", "not an image of a format"),
         ("a.npy", np.asfortranarray(np.zeros((4, 5), np.uint8)), "Fortran's order"),
+        ("a.npy", np.zeros(5), r"cannot read .*a.npy: an image has shape \(height, width\)"),
+        ("a.npy", np.zeros((2, 3, 4, 5)), "an image has shape"),
         ("a.tif", np.zeros((4, 20, 30), np.uint8), r"axes [A-Z]YX of shape \(4, 20, 30\): an image has Y, X"),
     ],
 )

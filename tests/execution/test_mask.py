@@ -13,6 +13,7 @@ from luna_vision.execution.checkpoint import Checkpoint
 from luna_vision.execution.layout import Layout
 from luna_vision.images import open_image
 from luna_vision.images.foreground import patch_mask
+from luna_vision.images.formats import ChunkedImage
 from tests.stopping import stopped_anywhere
 
 from .conftest import OPTIONS, close, normalised
@@ -234,6 +235,52 @@ def test_bright_pixels_of_one_band(tmp_path):
     assert found[4:8, 2:10].all() and found.sum() == 32
 
 
+@pytest.mark.parametrize("gone", [np.nan, -9999.0])
+def test_otsu_leaves_missing_numbers_out(gone, make):
+    """A patch may have some beside others; and a mean of both would be darker than all that is there."""
+    image = np.full((64, 64, 1), 0.2, np.float32)
+    image[16:32, 8:40] = 0.7
+    image[:, 50:] = image[40:45] = image[17, 9] = gone
+    found = encode(make(in_chans=1), image, mask="otsu", nodata=-9999, progress=False).patch_valid
+    assert found[4:8, 2:10].all() and found.sum() == 32
+
+
+def test_masks_are_read_a_few_rows_at_a_time(make, tmp_path, monkeypatch):
+    """A low level, or a mask file, may be large itself: each row of its tiles is read once, by itself."""
+    image, read = slide(tmp_path / "a.tif", 512), []
+    Image.fromarray(colourful(image).repeat(SIDE, 0).repeat(SIDE, 1)).convert("L").save(tmp_path / "m.png")
+    tifffile.imwrite(tmp_path / "m.tif", np.asarray(Image.open(tmp_path / "m.png")), tile=(64, 64))
+    opened, region = (open_image(tmp_path / "a.tif", region=r) for r in (None, (40, 40, 200, 200)))
+    ours = ChunkedImage.window
+    monkeypatch.setattr(ChunkedImage, "window", lambda *args: read.append(ours(*args).shape[0]) or ours(*args))
+    want = colourful(image)
+    for mask, side, rows in (
+        ("otsu", 8, 128),
+        (tmp_path / "m.tif", 4, 512),
+    ):  # the level of 1/4 has 2 x 2 pixels a patch
+        read.clear()
+        found = patch_mask(mask, opened, (512 // side, 1024 // side), (side, side))
+        assert max(read) <= 64 and sum(read) == rows
+        assert np.array_equal(found, want.reshape(found.shape[0], side // 4, -1, side // 4).any(axis=(1, 3)))
+    read.clear()
+    patch_mask("otsu", region, (25, 25), (8, 8))
+    assert max(read) <= 64 and sum(read) == 50
+
+
+def test_a_mask_has_missing_numbers(tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:8, 4:8], mask[:, :2] = 1, 255
+    where = {"crs": "EPSG:32633", "transform": rasterio.transform.from_origin(500000, 5200000, 10, 10)}
+    with rasterio.open(
+        tmp_path / "m.tif", "w", driver="GTiff", width=16, height=16, count=1, dtype="uint8", nodata=255, **where
+    ) as file:
+        file.write(mask[None])
+    image, lacking = np.zeros((64, 64), np.uint8), np.where(mask == 255, np.nan, mask)
+    for one in (tmp_path / "m.tif", lacking, lacking.repeat(2, 0).repeat(2, 1)):
+        assert np.array_equal(patch_mask(one, image, (16, 16), (SIDE, SIDE)), mask == 1)
+
+
 def test_a_mask_file_lies_over_the_whole_slide(tmp_path):
     image = slide(tmp_path / "a.tif")
     Image.fromarray(np.kron(colourful(image)[::2, ::2], np.ones((1, 1))).astype(np.uint8) * 255).save(
@@ -260,7 +307,7 @@ def box(left, top, right, bottom) -> list[list[float]]:
 @pytest.mark.parametrize("level", [0, 1])
 def test_polygons_in_pixels_of_level_0(level, tmp_path):
     slide(tmp_path / "a.tif")
-    geojson(tmp_path / "p.geojson", [box(64, 40, 180, 120), box(96, 64, 128, 96)], [box(300, 160, 420, 200)])
+    geojson(tmp_path / "p.geojson", [box(64, 40, 180, 120), box(96, 64, 128, 96)], [], [box(300, 160, 420, 200)])
     image = open_image(tmp_path / "a.tif", level)
     rows, columns = image.shape[0] // SIDE, image.shape[1] // SIDE
     found = patch_mask(tmp_path / "p.geojson", image, (rows, columns), (SIDE, SIDE))
@@ -334,6 +381,9 @@ def test_a_mask_and_missing_pixels_together(make):
         ("no.geojson", "cannot read .*no.geojson as polygons of GeoJSON"),
         ("points.geojson", "there are no polygons"),
         ("far.geojson", "far.geojson leaves no patch of the image"),
+        ("empty.geojson", "there are no polygons"),
+        ("short.geojson", "a ring has fewer than three points"),
+        ("nan.geojson", "places that are no numbers"),
     ],
     ids=str,
 )
@@ -343,6 +393,9 @@ def test_masks_that_are_none(mask, message, make, photo, tmp_path):
     (tmp_path / "no.geojson").write_text("polygons")
     (tmp_path / "points.geojson").write_text('{"type": "Point", "coordinates": [1, 2]}')
     geojson(tmp_path / "far.geojson", [box(100, 100, 120, 120)])
+    geojson(tmp_path / "empty.geojson", [], [])
+    geojson(tmp_path / "short.geojson", [], [box(0, 0, 9, 9), [[1, 1]]])
+    geojson(tmp_path / "nan.geojson", [box(0, 0, 9, float("nan"))])
     mask = tmp_path / mask if isinstance(mask, str) else mask
     with pytest.raises(ValueError, match=message):
         encode(make(), photo[:20, :20], mask=mask, progress=False)

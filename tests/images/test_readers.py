@@ -203,6 +203,29 @@ def test_levels_and_series_of_ome_zarr(tmp_path):
     np.testing.assert_array_equal(all_of(open_image(tmp_path / "a.zarr/1", z=0, t=0, bands=[1])), STACK[1, 0, 0])
 
 
+@pytest.mark.parametrize(
+    "unit, steps, mpp",
+    [
+        ("micrometer", [0.25], 0.25),
+        ("micrometer", [1.0, 0.5], 0.5),  # of the level, and of all levels
+        ("nanometer", [250], 0.25),
+        ("millimeter", [0.5, 1e-3], 0.5),
+        ("micrometer", [0], None),
+        ("pixel", [1.0], None),
+        (None, [1.0], None),
+    ],
+)
+def test_the_resolution_of_ome_zarr(unit, steps, mpp, tmp_path):
+    """Source: OME-NGFF 0.4, "multiscales" metadata."""
+    group = zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=2)
+    group.create_array("0", data=STACK[0, 0], chunks=(1, 32, 32))
+    axes = [{"name": a, **({"type": "space", "unit": unit} if a != "c" and unit else {})} for a in "cyx"]
+    first, *others = ([{"type": "scale", "scale": [1, step, step]}] for step in steps)
+    scale = {"axes": axes, "datasets": [{"path": "0", "coordinateTransformations": first}]}
+    group.attrs["multiscales"] = [scale | ({"coordinateTransformations": others[0]} if others else {})]
+    assert open_image(tmp_path / "a.zarr").frame.mpp == (mpp if mpp is None else pytest.approx(mpp))
+
+
 def test_series_of_a_tiff(photo, tmp_path):
     with tifffile.TiffWriter(tmp_path / "a.ome.tif") as file:
         for image in (photo[:50, :60], photo[100:140, 100:170]):

@@ -1,6 +1,7 @@
 """Numbers in files keep their meaning, and every command makes the same pixels of the same file."""
 
 import io
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -365,6 +366,9 @@ def test_percentiles_are_of_the_data_set():
     bright.array[:5] = NAN
     bright.array[5] = -9999
     assert percentile_range([dark, bright], nodata=-9999)[0] == pytest.approx(low)
+    for thin in ((1, 100_000), (100_000, 2)):
+        found = percentile_range([Raster(np.linspace(0, 100, math.prod(thin), dtype=np.float32).reshape(thin))])
+        assert found == pytest.approx((2, 98), abs=1)
     with pytest.raises(ValueError, match="no numbers"):
         percentile_range([])
     with pytest.raises(ValueError, match="nearly all numbers are 3"):

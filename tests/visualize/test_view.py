@@ -52,6 +52,15 @@ def test_without_padding_the_grid_covers_the_picture():
     np.testing.assert_array_equal(out, np.kron([[1, 2], [3, 4]], np.ones((2, 3), int)))
 
 
+def test_an_open_photo_is_turned_upright_as_its_file_is(model, tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned to the right
+    Image.fromarray(ramp(12, 20)).save(tmp_path / "a.png", exif=exif)
+    want, seen = view(model, tmp_path / "a.png"), view(model, Image.open(tmp_path / "a.png"))
+    assert seen.picture.shape == (20, 12, 3) and np.array_equal(seen.picture, want.picture)
+    assert torch.equal(seen.pixels, want.pixels)
+
+
 def test_the_model_sees_the_normalised_pixels(model):
     image = ramp(37, 51)
     seen = view(model, image, mean=MEAN, std=STD)
