@@ -276,8 +276,9 @@ class LunaCLI(LightningCLI):
                     f"{self.subcommand} needs weights: give --ckpt_path (or --model.checkpoint for a timm file)"
                 )
             checkpoint = training_checkpoint(Path(path))
-        if self.subcommand == "fit" and not self.trainer.limit_train_batches:
-            raise ValueError("limit_train_batches is 0: there is nothing to train")
+        for name in ("limit_train_batches", "max_steps"):
+            if self.subcommand == "fit" and not getattr(self.trainer, name):
+                raise ValueError(f"{name} is 0: there is nothing to train")
         self.model.check_start(optimizer=self.subcommand == "fit")
         if self.datamodule is not None and self.trainer.world_size == 1:
             self.datamodule.prepare_data()

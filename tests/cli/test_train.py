@@ -397,6 +397,7 @@ def test_sigterm_to_a_whole_group_of_processes_ends_cleanly(tmp_path):
         ("--model.mixup=-1", "mixup must be finite and not negative, got -1.0"),
         ("--model.mix_prob=1.5", "mix_prob must be in [0, 1], got 1.5"),
         ("--trainer.limit_train_batches=0", "limit_train_batches is 0: there is nothing to train"),
+        ("--trainer.max_steps=0", "max_steps is 0: there is nothing to train"),
         ("--model.optimizer_kwargs={betas: [0.9]}", "optimizer adamw, optimizer_kwargs {'betas': [0.9]}: "),
         ("--model.model_kwargs.pretrained=true", "no pretrained weights"),
         ("--model.model_kwargs.drop_path_rate=2.0", "drop_path_rate must be in [0, 1), got 2.0"),
