@@ -32,7 +32,7 @@ def main(words: list[str]) -> int | None:
     own, overrides = _parser().parse_known_args(words)
     from ..models.factory import check_model_name
     from . import train
-    from .finetune_config import configuration
+    from .finetune_config import configuration, data_options
 
     if stray := [word for word in overrides[:1] if not word.startswith("-")]:
         raise UserError(f"unknown word {stray[0]!r}; luna-vision finetune --help shows how it is called")
@@ -41,7 +41,8 @@ def main(words: list[str]) -> int | None:
     if own.model is not None:
         check_model_name(own.model)
     check_folder(own.out)
-    config, said = configuration(own.task, own.data, own.out, own.model, own.checkpoint, own.ignore_index)
+    of_data, overrides = data_options(overrides)
+    config, said = configuration(own.task, own.data, own.out, own.model, own.checkpoint, of_data)
     path = own.out / "finetune.yaml"
     command = shlex.join(["luna-vision", "finetune", *words])
     head = "\n".join(f"# {printable(line)}" for line in (f"Written by {command}", *said, f"Again: fit --config {path}"))
@@ -68,13 +69,5 @@ def _parser() -> WordParser:
     )
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="weights to start from, of a training or timm's (default: none)"
-    )
-    # an option of `fit` that decides which classes there are
-    parser.add_argument(
-        "--data.ignore_index",
-        dest="ignore_index",
-        type=yaml.safe_load,
-        metavar="NUMBER",
-        help="number, or colour, of pixels that have no label",
     )
     return parser

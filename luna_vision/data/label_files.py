@@ -510,7 +510,9 @@ def recognise(root: str | os.PathLike, formats: Mapping[str, Format]) -> str:
         layouts = ", or ".join(form.layout for form in formats.values())
         raise FileNotFoundError(f"no training labels in {root}: it must have {layouts}")
     if len(found) > 1:
-        raise UserError(f"{root} has labels in the formats {' and '.join(found)}: say which one as format")
+        raise UserError(
+            f"{root} has labels in the formats {' and '.join(found)}: say which one as format (--data.format)"
+        )
     return found[0]
 
 

@@ -62,9 +62,9 @@ def read_table(
         UserError: It is no such table, or lacks the column of a class.
     """
     header, rows = read_csv(path)
-    _, first = rows[0]
     folders = [path.parent, path.parent / path.stem, path.parent / "images", path.parent / path.stem / "images"]
-    folder = next((folder for folder in folders if (folder / first[0]).is_file()), path.parent)
+    names = [row[0] for _, row in rows if row[0]]  # the first of which may be missing
+    folder = next((folder for folder in folders if any((folder / name).is_file() for name in names)), path.parent)
     kept: list[tuple[str, list[str]]] = []
     seen: set[str] = set()
     for number, row in rows:

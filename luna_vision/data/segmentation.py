@@ -48,6 +48,7 @@ LAYOUTS = (
 )
 MASK_ENDS = ("", "_mask", "_masks", "_label", "_L")  # of a mask's name, after the name of its image
 BACKGROUNDS = ("background", "_background_", "bg")  # names of a first class that is no object
+BINARY = [0, 255]  # the numbers of masks of one kind of object, as most programs write them
 SCANNED = 2000  # masks that are read at the start, evenly spread, to count the pixels of each class
 
 
@@ -94,6 +95,8 @@ def _packed(colors: np.ndarray) -> np.ndarray:
 def read_mask(path: str | os.PathLike, colors: bool) -> np.ndarray:
     """The numbers of a mask file (H, W), those of a palette image its indices; or its colours (H, W, 3).
 
+    A grey mask may be saved as RGB, and may have an opacity, which is not read.
+
     Raises:
         SampleError: It is no mask.
         OSError: It cannot be read.
@@ -103,12 +106,17 @@ def read_mask(path: str | os.PathLike, colors: bool) -> np.ndarray:
             if colors:
                 return np.asarray(image.convert("RGB"))
             array = np.asarray(image)
+            if len(bands := image.getbands()) > 1:
+                grey = array[..., : len(bands) - (bands[-1] == "A")]
+                array = grey[..., 0] if (grey == grey[..., :1]).all() else array
     except FileNotFoundError:
         raise
     except Exception as error:  # decoders raise nearly anything for a broken file
         raise SampleError(f"cannot decode mask {path}: {one_line(error)}") from error
     if array.ndim != 2 or not (np.issubdtype(array.dtype, np.integer) or array.dtype == bool):
-        raise SampleError(f"mask {path} has colours or fractions: give the colour of each class as values")
+        raise SampleError(
+            f"mask {path} has colours or fractions: give the colour of each class as values (--data.values)"
+        )
     return array
 
 
@@ -197,14 +205,15 @@ class SegmentationDataModule(DenseDataModule):
     0 is the background and classes count from 1; 255 is ignored.
 
     The folders are ``root/SPLIT/images`` and ``root/SPLIT/masks``, or another of docs/dense.md; or ``root`` has a COCO
-    file. A mask is an image of one channel with numbers, a palette image (its indices count), or of colours. By default
-    the classes are those of ``root/classes.txt``, a name in each line; or of ``root/class_dict.csv``, with the columns
+    file. A mask is a grey image with numbers, a palette image (its indices count), or of colours. By default the
+    classes are those of ``root/classes.txt``, a name in each line; or of ``root/class_dict.csv``, with the columns
     name, r, g, b; else the numbers in the training masks. A run begins with the share of pixels of each class.
 
     Args:
         *args: ``root``, and ``format``: "masks", "coco" or "yolo".
         classes: Names of the classes, the background among them where the masks have one.
-        values: The number of each class in masks, or its colour [red, green, blue]; by default 0, 1, ...
+        values: The number of each class in masks, or its colour [red, green, blue]; by default 0, 1, ..., or 0 and 255
+            where training masks hold these alone.
         ignore_index: The number, or the colour, of pixels that are neither trained on nor scored, and no class; -1 for
             none. Where ``values`` has 255, it is a class all the same.
         background: Whether the first class is the background, which is trained on, and scored as one more class;
@@ -250,6 +259,8 @@ class SegmentationDataModule(DenseDataModule):
         if names is None:
             names, table = class_table(Path(self.root))
             values = table if values is None else values
+        if values is None and self._binary(names):
+            names, values = names or [BACKGROUNDS[0], "foreground"], BINARY
         if values is None:
             values = list(range(len(names))) if names is not None else self._numbers()
         names = list(map(str, values)) if names is None else names
@@ -263,20 +274,35 @@ class SegmentationDataModule(DenseDataModule):
         no_color = not isinstance(values[0], int) and isinstance(self.ignored, int)
         return Coding(list(names), list(values), None if no_color else self.ignored)
 
-    def _numbers(self) -> list[int]:
-        """The numbers in the training masks."""
+    def _binary(self, names: list[str] | None) -> bool:
+        """Whether the training masks of classes with these names hold 0 and 255 alone, and both are classes."""
+        if self.ignored not in (None, IGNORE) or (names is not None and len(names) != 2):
+            return False
+        with suppress(*[FileNotFoundError] * (names is not None)):  # a prediction with names does without training data
+            return self._found == set(BINARY)
+        return False
+
+    @cached_property
+    def _found(self) -> set[int]:
+        """The numbers in the training masks. Those that cannot be read are counted later."""
         found: set[int] = set()
+        faults: list[SampleError] = []
         pairs = self._pairs(self.place("train"), "train")
         for at in _spread(len(pairs), SCANNED):
-            found |= set(np.unique(read_mask(pairs[at][1], colors=False)).tolist())
-        if found == {0, 255}:
-            raise UserError(
-                f"the masks of {self.root} hold 0 and 255 alone, and 255 is ignored: give values [0, 255], classes "
-                "[background, NAME] and ignore_index -1"
-            )
-        top = max((number for number in found if number != self.ignored), default=0)
+            try:
+                found |= set(np.unique(read_mask(pairs[at][1], colors=False)).tolist())
+            except SampleError as error:
+                faults.append(error)
+        if faults and not found:
+            raise faults[0]
+        return found
+
+    def _numbers(self) -> list[int]:
+        """The classes of masks, where nothing names them."""
+        top = max((number for number in self._found if number != self.ignored), default=0)
         if top >= IGNORE:
-            raise UserError(f"the masks of {self.root} hold numbers up to {top}: give classes and values")
+            asked = "give classes and values (--data.classes, --data.values)"
+            raise UserError(f"the masks of {self.root} hold numbers up to {top}: {asked}")
         return list(range(top + 1))
 
     @property

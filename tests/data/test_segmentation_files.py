@@ -174,17 +174,21 @@ def test_what_a_crop_pads_is_ignored(tmp_path):
     assert (image[:, :, 64:] <= 0.5).all()
 
 
-def test_binary_masks_of_0_and_255_are_not_ignored_in_silence(tmp_path):
+@pytest.mark.parametrize("form", ["L", "RGB", "LA"])
+def test_binary_masks_of_0_and_255(form, tmp_path):
+    """As most programs write them; some as grey in all three channels."""
     write_masks(tmp_path)
     (tmp_path / "classes.txt").unlink()
     for file in tmp_path.glob("*/masks/*"):
-        Image.fromarray((np.asarray(Image.open(file)) > 0).astype(np.uint8) * 255).save(file)
-    with pytest.raises(UserError, match=r"values \[0, 255\]"):
-        SegmentationDataModule(tmp_path, **QUIET).setup("fit")
+        Image.fromarray((np.asarray(Image.open(file)) > 0).astype(np.uint8) * 255).convert(form).save(file)
     names = ["background", "thing"]
-    data = SegmentationDataModule(tmp_path, **QUIET, classes=names, values=[0, 255], ignore_index=-1)
-    for name, mask in masks_of(data, "val").items():
-        np.testing.assert_array_equal(mask, scenes("val")[name].mask > 0)
+    for options in ({}, {"ignore_index": -1}, {"classes": names}, {"classes": names, "values": [0, 255]}):
+        data = SegmentationDataModule(tmp_path, **QUIET, **options)
+        assert data.background and data.class_names == (["thing"] if "classes" in options else ["foreground"])
+        for name, mask in masks_of(data, "val").items():
+            np.testing.assert_array_equal(mask, scenes("val")[name].mask > 0)
+    lone = SegmentationDataModule(tmp_path / "gone", **QUIET, format="masks", classes=names)
+    assert lone.class_names == ["thing"]  # a prediction needs no training data
 
 
 def broken(kind: str, root: Path) -> None:
@@ -204,7 +208,7 @@ def broken(kind: str, root: Path) -> None:
     elif kind == "second mask":
         Image.fromarray(mask).save(file.with_suffix(".tif"))
     else:
-        Image.fromarray(np.stack([mask] * 3, 2)).save(file)
+        Image.fromarray(np.stack([mask, mask, mask * 0], 2)).save(file)
 
 
 @pytest.mark.parametrize(
