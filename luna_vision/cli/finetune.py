@@ -21,10 +21,11 @@ FOLDER/finetune.yaml, which `luna-vision fit --config FILE` repeats. Options of 
 --trainer.max_epochs 5 or --data.batch_size 8, are taken as they are.
 
 PATH by task:
-  classify    a folder with train/CLASS/*.jpg, and perhaps val/ and test/
-  multilabel  a folder with train.csv, which names images and their labels
-  detect      COCO (train.json beside train/), Pascal VOC (Annotations/, JPEGImages/) or YOLO (data.yaml)
-  segment     train/images and train/masks, or COCO or YOLO with outlines"""
+  classify    a folder with train/CLASS/*.jpg, and perhaps val/ and test/; or with CLASS/*.jpg
+  multilabel  a folder with train.csv, or one CSV file, which names images and their labels
+  detect      COCO (a JSON file), Pascal VOC (XML files) or YOLO (data.yaml or classes.txt)
+  segment     train/images and train/masks, or images and masks, or COCO or YOLO with outlines
+Without folders or files for training, validation and test, all images are for training, and some are held out."""
 
 
 def main(words: list[str]) -> int | None:

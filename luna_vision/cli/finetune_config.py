@@ -216,5 +216,5 @@ def _size_options(module: DenseDataModule, sizes: Sequence[tuple[int, int]]) -> 
     longer = int(np.median([max(size) for size in sizes]))
     crops = longer > LARGE or module.masks and longer > CROP
     options = {"train_on": "crops", "crop_size": CROP} if crops else {"train_on": "whole"}
-    print(f"images of about {longer} pixels: training on {options['train_on']}", file=sys.stderr)
+    print(f"images of about {longer} pixels: train_on {options['train_on']} suits them", file=sys.stderr)
     return options | {"scale": [0.75, 1.33], "hflip": 0.5, "batch_size": 4}

@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from luna_vision.data.faults import LabelFaults
 from luna_vision.images.decode import SampleError, read_image
-from luna_vision.images.find import VAL_NAMES, find_images, image_suffixes, listed
+from luna_vision.images.find import VAL_NAMES, contents, find_images, image_suffixes, listed, walk
 from luna_vision.images.pillow import open_image_file, orientation_of
 from luna_vision.utils.errors import UserError, one_line
 
@@ -146,6 +146,8 @@ def _number(value: Any) -> float:
 
 # ---- COCO
 
+COCO_LISTS = ("images", "annotations", "categories")
+
 
 def find_coco(root: Path, split: str) -> Place | None:
     """SPLIT.json beside SPLIT/, annotations/instances_SPLIT*.json, or SPLIT/_annotations.coco.json."""
@@ -160,6 +162,25 @@ def find_coco(root: Path, split: str) -> Place | None:
     if not found:
         return None
     (file,) = found
+    return _coco_place(file, root)
+
+
+def whole_coco(root: Path) -> Place | None:
+    """The one COCO file of a folder, in it or in annotations/ there; or this file."""
+    if root.is_file():
+        beside = root.parent.parent if root.parent.name == "annotations" else root.parent
+        return _coco_place(root, beside) if root.suffix == ".json" else None
+    files = [file for at in (root, root / "annotations") for file in sorted(at.glob("[!.]*.json"))]
+    # other programs leave other JSON files there
+    found = [file for file in files if all(f'"{name}"'.encode() in file.read_bytes() for name in COCO_LISTS)]
+    if len(found) > 1:
+        raise UserError(
+            f"{listed(list(map(str, found)))} are all for training: give one of them in the place of {root}"
+        )
+    return _coco_place(found[0], root) if found else None
+
+
+def _coco_place(file: Path, root: Path) -> Place:
     stem = file.stem.removeprefix("instances_")
     folders = [root / stem / "images", root / stem, root / "images" / stem, root / "images", file.parent]
     if file.name.startswith("_"):
@@ -189,11 +210,14 @@ def read_coco(place: Place, names: list[str] | None, faults: LabelFaults, masks:
     ids = sorted(categories)
     names = [categories[id_] for id_ in ids] if names is None else names
     label_of = {id_: names.index(name) for id_, name in categories.items() if name in names}
+    named = [str(entry.get("file_name")) for entry in content["images"] if isinstance(entry, dict)]
+    folders = [place.images, *place.images.parents[:1]]  # some names of files begin with that of the folder
+    folder = next((at for at in folders if any((at / name).is_file() for name in named)), place.images)
     images: dict[int, _Objects] = {}
     files: dict[int, str] = {}
     listed_files: set[str] = set()
     for where, entry in _records(content, "images", file, faults, id=int, file_name=str):
-        path = str(place.images / entry["file_name"])
+        path = str(folder / entry["file_name"])
         if entry["id"] in images or path in listed_files:
             faults.add(TWICE, where)
             continue
@@ -290,9 +314,8 @@ def _json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is no JSON: {one_line(error)}") from error
-    lists = ("images", "annotations", "categories")
-    if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in lists):
-        raise UserError(f"{file} is no COCO file: it must have the lists {', '.join(lists)}")
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in COCO_LISTS):
+        raise UserError(f"{file} is no COCO file: it must have the lists {', '.join(COCO_LISTS)}")
     return content
 
 
@@ -312,15 +335,33 @@ def _records(
 
 
 def find_voc(root: Path, split: str) -> Place | None:
-    """Annotations/*.xml and JPEGImages/, with the names of a split in ImageSets/Main/SPLIT.txt."""
-    if not (root / "Annotations").is_dir():
-        return None
+    """Annotations/*.xml and JPEGImages/, with the names of a split in ImageSets/Main/SPLIT.txt; or SPLIT/*.xml beside
+    their images."""
     images = root / "JPEGImages" if (root / "JPEGImages").is_dir() else root / "images"
-    lists = [root / "ImageSets" / "Main" / f"{name}.txt" for name in split_names(split)]
-    found = [path for path in lists if path.is_file()]
-    if not found and split == "train" and not (root / "ImageSets" / "Main").is_dir():
-        return Place(root / "Annotations", images)
-    return Place(found[0], images) if found else None
+    for name in split_names(split):
+        names = root / "ImageSets" / "Main" / f"{name}.txt"
+        if names.is_file() and (root / "Annotations").is_dir():
+            return Place(names, images)
+        if (found := _xml_place(root / name, root / name)) is not None:
+            return found
+    return None
+
+
+def whole_voc(root: Path) -> Place | None:
+    """XML files beside their images, or in Annotations/ with the images in JPEGImages/ or images/."""
+    for labels in (root / "Annotations", root / "annotations", root / "labels", root / "images", root):
+        if (found := _xml_place(labels, root / "JPEGImages", root / "images", labels, root)) is not None:
+            return found
+    return None
+
+
+def _xml_place(labels: Path, *folders: Path) -> Place | None:
+    """The XML files of a folder, and the first of other folders with images of the same names."""
+    stems = {path.stem for path in labels.glob("*.xml")}
+    for folder in folders:
+        if stems and folder.is_dir() and any(Path(image).stem in stems for image in next(walk(folder)).images):
+            return Place(labels, folder)
+    return None
 
 
 def read_voc(place: Place, names: list[str] | None, faults: LabelFaults) -> LabelSet:
@@ -379,10 +420,14 @@ def _lines(file: Path) -> list[str]:
 
 
 def find_yolo(root: Path, split: str) -> Place | None:
-    """A data.yaml, or the folder that it is in. Its ``train``, ``val`` and ``test`` name folders or lists of images."""
+    """A data.yaml, or the folder that it is in. Its ``train``, ``val`` and ``test`` name folders or lists of images.
+
+    Without one, the folders of a split beside a classes.txt.
+    """
     file = root if root.suffix in (".yaml", ".yml") else next(iter(sorted(root.glob("data.y*ml"))), None)
     if file is None or not file.is_file():
-        return None
+        names = split_names(split)
+        return _text_place(root, *(at for name in names for at in (root / "images" / name, root / name)))
     content = _yolo(file)
     given = next((content[name] for name in split_names(split) if content.get(name)), None)
     if given is None:
@@ -396,12 +441,26 @@ def find_yolo(root: Path, split: str) -> Place | None:
     return Place(file, next((path for path in tried if path.exists()), tried[0]))
 
 
+def whole_yolo(root: Path) -> Place | None:
+    """classes.txt, and text files beside the images, or in labels/ beside images/."""
+    return _text_place(root, root / "images", root)
+
+
+def _text_place(root: Path, *folders: Path) -> Place | None:
+    """The classes.txt of a folder, and the first of other folders with images that have text files."""
+    names = next((at for name in ("", "labels", "images") if (at := root / name / "classes.txt").is_file()), None)
+    for folder in folders if names is not None else ():
+        if folder.is_dir() and any(label_file_of(image).is_file() for at in walk(folder) for image in at.images):
+            return Place(names, folder)
+    return None
+
+
 def read_yolo(place: Place, names: list[str] | None, faults: LabelFaults, masks: bool = False) -> LabelSet:
     """Read the text files beside the images: ``class x y width height``, the centre first, as shares of the image.
 
     A line with more numbers is an outline, ``class x y x y ...``: without `masks` its box is read, with `masks` its
     polygon, and then a box is a fault. An image without a text file has no objects. Arguments and errors are those of
-    `read_coco`; `names` is not used, as data.yaml is the same for all splits.
+    `read_coco`; `names` is not used, as data.yaml or classes.txt is the same for all splits.
     """
     names = _yolo_names(place.labels)
     if place.images.suffix == ".txt":
@@ -431,8 +490,9 @@ def read_yolo(place: Place, names: list[str] | None, faults: LabelFaults, masks:
 
 def label_file_of(image: str) -> Path:
     """YOLO's text file of an image: in ``labels`` in place of the last folder ``images``, else beside it."""
-    *folders, name = Path(image).with_suffix(".txt").parts
-    if "images" in folders:
+    beside = Path(image).with_suffix(".txt")
+    *folders, name = beside.parts
+    if "images" in folders and not beside.is_file():
         folders[-1 - folders[::-1].index("images")] = "labels"
     return Path(*folders, name)
 
@@ -472,7 +532,8 @@ def _yolo(file: Path) -> dict[str, Any]:
 
 
 def _yolo_names(file: Path) -> list[str]:
-    names = _yolo(file)["names"]
+    text = file.suffix == ".txt"  # a name in each line
+    names = [line.strip() for line in _lines(file) if line.strip()] if text else _yolo(file)["names"]
     if isinstance(names, dict):  # by number
         if set(names) != set(range(len(names))):
             raise UserError(f"{file}: names must be numbered from 0 without gaps, got {list(names)[:20]}")
@@ -488,13 +549,23 @@ class Format(NamedTuple):
     find: Callable[[Path, str], Place | None]  # None if there are none
     read: Callable[..., LabelSet] | None  # with the arguments of `read_coco`; None for masks
     layout: str  # what a folder with such labels has, in words
+    whole: Callable[[Path], Place | None] = lambda root: None  # finds labels without splits, all for training
+
+    def place(self, root: Path, split: str) -> Place | None:
+        """Where the labels of a split are; None if there are none."""
+        found = self.find(root, split)
+        if found is None and split == "train" and not any(self.find(root, other) for other in ("val", "test")):
+            return self.whole(root)
+        return found
 
 
-COCO = "a COCO file (train.json beside train/, or annotations/instances_train*.json)"
+COCO = "a COCO file (train.json beside train/, annotations/instances_train*.json, or one JSON file)"
+YOLO = "YOLO (data.yaml, or classes.txt, with text files of the images)"
+VOC = "Pascal VOC (Annotations/ and JPEGImages/, or XML files beside the images)"
 FORMATS = {
-    "coco": Format(find_coco, read_coco, COCO),
-    "voc": Format(find_voc, read_voc, "Pascal VOC (Annotations/, JPEGImages/ and ImageSets/Main/train.txt)"),
-    "yolo": Format(find_yolo, read_yolo, "a data.yaml of YOLO"),
+    "coco": Format(find_coco, read_coco, COCO, whole_coco),
+    "voc": Format(find_voc, read_voc, VOC, whole_voc),
+    "yolo": Format(find_yolo, read_yolo, YOLO, whole_yolo),
 }
 
 
@@ -505,10 +576,12 @@ def recognise(root: str | os.PathLike, formats: Mapping[str, Format]) -> str:
         FileNotFoundError: There is none.
         UserError: There are two.
     """
-    found = [name for name, form in formats.items() if form.find(Path(root), "train") is not None]
+    root = Path(root)
+    found = [name for name, form in formats.items() if form.find(root, "train") is not None]
+    found = found or [name for name, form in formats.items() if form.place(root, "train") is not None]
     if not found:
         layouts = ", or ".join(form.layout for form in formats.values())
-        raise FileNotFoundError(f"no training labels in {root}: it must have {layouts}")
+        raise FileNotFoundError(f"no training labels in {root}, which {contents(root)}: it must have {layouts}")
     if len(found) > 1:
         raise UserError(
             f"{root} has labels in the formats {' and '.join(found)}: say which one as format (--data.format)"

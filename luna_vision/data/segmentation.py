@@ -17,6 +17,7 @@ from torch import Tensor
 from luna_vision.data.dense import IGNORE, DenseDataModule, Truth, check_image_size, size_of
 from luna_vision.data.label_files import (
     COCO,
+    YOLO,
     Format,
     LabelSet,
     LabelSource,
@@ -29,6 +30,8 @@ from luna_vision.data.label_files import (
     read_coco,
     read_yolo,
     split_names,
+    whole_coco,
+    whole_yolo,
 )
 from luna_vision.images.decode import SampleError, read_image
 from luna_vision.images.find import find_images, listed, walk
@@ -46,6 +49,7 @@ LAYOUTS = (
     ("{}", "{}_labels"),
     ("{}", "{}_masks"),
 )
+WHOLE = (("images", "masks"), ("images", "annotations"), ("images", "labels"))  # without splits
 MASK_ENDS = ("", "_mask", "_masks", "_label", "_L")  # of a mask's name, after the name of its image
 BACKGROUNDS = ("background", "_background_", "bg")  # names of a first class that is no object
 BINARY = [0, 255]  # the numbers of masks of one kind of object, as most programs write them
@@ -189,13 +193,24 @@ class OutlineSource(LabelSource):
 
 def find_masks(root: Path, split: str) -> Place | None:
     """The folders of the masks and of the images of a split."""
-    for name in split_names(split):
-        for layout in LAYOUTS:
-            images, masks = (root / part.format(name) for part in layout)
-            # YOLO has texts in such a folder
-            if images.is_dir() and masks.is_dir() and any(folder.images for folder in walk(masks)):
-                return Place(masks, images)
+    return _folders(root, *([part.format(name) for part in at] for name in split_names(split) for at in LAYOUTS))
+
+
+def whole_masks(root: Path) -> Place | None:
+    """The folders of the masks and of the images without splits."""
+    return _folders(root, *WHOLE)
+
+
+def _folders(root: Path, *pairs: Sequence[str]) -> Place | None:
+    """The first pair of folders of images and masks."""
+    for images, masks in ((root / images, root / masks) for images, masks in pairs):
+        # YOLO has texts in such a folder
+        if images.is_dir() and masks.is_dir() and any(folder.images for folder in walk(masks)):
+            return Place(masks, images)
     return None
+
+
+MASKS = listed([" and ".join(at).format("train", "train") for at in (*LAYOUTS, WHOLE[0])])
 
 
 class SegmentationDataModule(DenseDataModule):
@@ -227,9 +242,9 @@ class SegmentationDataModule(DenseDataModule):
     """
 
     formats = {
-        "masks": Format(find_masks, None, listed([" and ".join(at).format("train", "train") for at in LAYOUTS])),
-        "coco": Format(find_coco, partial(read_coco, masks=True), COCO),
-        "yolo": Format(find_yolo, partial(read_yolo, masks=True), "a data.yaml of YOLO with outlines"),
+        "masks": Format(find_masks, None, MASKS, whole_masks),
+        "coco": Format(find_coco, partial(read_coco, masks=True), COCO, whole_coco),
+        "yolo": Format(find_yolo, partial(read_yolo, masks=True), YOLO, whole_yolo),
     }
     masks = True
 

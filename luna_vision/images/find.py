@@ -137,6 +137,18 @@ def skipped(found: Sequence[Folder]) -> str:
     return f"; skipped {hidden} hidden and {others.total()} other names{f' ({kinds}{heif})' if others else ''}"
 
 
+def contents(path: str | os.PathLike) -> str:
+    """What is in a folder, in words that follow its name, for an error about what is not."""
+    if not os.path.isdir(path):
+        return "is a file" if os.path.exists(path) else "is not there"
+    found = next(walk(path))
+    files = found.others + Counter(map(_suffix, found.images))
+    parts = [f"{count} {suffix}" for suffix, count in files.most_common()]
+    if found.folders:
+        parts.insert(0, f"the folders {listed(list(map(printable, found.folders)), 5)}")
+    return f"has {listed(parts)}" if parts else "is empty"
+
+
 def listed(names: Sequence[str], most: int = 10) -> str:
     """The first of some names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -19,7 +19,7 @@ from luna_vision.cli.main import main
 from luna_vision.cli.train import build
 from luna_vision.images.decode import SampleError
 from luna_vision.utils.errors import UserError
-from tests.labelled import NAMES, scenes, write_coco, write_labels, write_masks, write_voc, write_yolo
+from tests.labelled import NAMES, scenes, write_coco, write_labels, write_masks, write_voc, write_whole, write_yolo
 
 SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--data.num_workers=0", "--data.batch_size=2"]
 SMALL = ["--model.model_kwargs={embed_dim: 16, depth: 1, num_heads: 1}", "--trainer.accelerator=cpu"]
@@ -75,6 +75,35 @@ def test_what_is_recognised(form, tmp_path, monkeypatch):
     assert cli.model.hparams.num_classes == 2
     if task == "segment":
         assert cli.model.hparams.background and cli.datamodule.background
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *("folders", "table", "table file", "masks masks", "masks annotations", "masks labels"),
+        *("coco cvat", "coco images/", "coco beside", "coco file", "voc", "voc beside", "yolo", "yolo beside"),
+    ],
+)
+def test_without_splits_all_images_are_for_training(layout, tmp_path):
+    data = write_whole(tmp_path / "data", layout)
+    form = layout.partition(" ")[0]
+    tasks = {"folders": "classify", "table": "multilabel", "masks": "segment"}
+    for task in [tasks[form]] if form in tasks else ["detect", "segment"][: 1 + (form != "voc")]:
+        config, said = configuration(task, data, tmp_path / "x")
+        assert said[1].startswith("10 training images") and all(name in said[1] for name in NAMES)  # of 12
+        assert str(data) in said[0] and config["data"]["init_args"].get("format", form) == form
+
+
+def test_labels_of_one_split_leave_no_image_to_the_others(tmp_path):
+    """The images of validation are not trained on where those of training are not found."""
+    write_voc(tmp_path / "voc")
+    (tmp_path / "voc/ImageSets/Main/train.txt").unlink()
+    write_yolo(tmp_path / "yolo")
+    (tmp_path / "yolo/data.yaml").rename(tmp_path / "yolo/classes.txt")
+    (tmp_path / "yolo/images/train").rename(tmp_path / "yolo/images/other")
+    for name in ("voc", "yolo"):
+        with pytest.raises(FileNotFoundError, match="which has the folders"):
+            configuration("detect", tmp_path / name, tmp_path / "x")
 
 
 @pytest.mark.parametrize("form", ["folders", "voc", "masks"])

@@ -221,7 +221,7 @@ def test_validation_is_held_out_where_there_is_none(tmp_path):
     assert len(data.dataset("train")) == 5 and len(data.dataset("val")) == 3 and len(data.dataset("test")) == 2
 
 
-@pytest.mark.parametrize("layout", ["instances", "roboflow", "outlines"])
+@pytest.mark.parametrize("layout", ["instances", "roboflow", "roboflow voc", "classes.txt", "outlines"])
 def test_other_layouts(layout, tmp_path):
     if layout == "instances":
         for split in ("train", "val"):
@@ -233,6 +233,15 @@ def test_other_layouts(layout, tmp_path):
         for split in ("train", "val", "test"):
             (tmp_path / f"{split}.json").rename(tmp_path / split / "_annotations.coco.json")
         (tmp_path / "val").rename(tmp_path / "valid")
+    elif layout == "roboflow voc":
+        write_voc(tmp_path / "made")
+        for split in ("train", "val"):
+            (tmp_path / split).mkdir()
+            for file in (tmp_path / "made").rglob(f"{split}_*"):
+                file.rename(tmp_path / split / file.name)
+    elif layout == "classes.txt":
+        (write_yolo(tmp_path) / "data.yaml").unlink()
+        (tmp_path / "classes.txt").write_text("\n".join(NAMES))
     else:  # of YOLO
         write_yolo(tmp_path)
         file = tmp_path / "labels/train/train_0.txt"
