@@ -28,15 +28,18 @@ class LabelTable:
     Attributes:
         class_names: Names of the K classes.
         matrix: float32 (n, K), all labels.
-        where, skipped: In words, where they are, and what they hold.
+        where: In words, where they are.
     """
 
     def __init__(self, files: list[str], matrix: np.ndarray, class_names: list[str], where: str) -> None:
         self.files, self.matrix, self.class_names, self.where = files, matrix, class_names, where
-        self.skipped = in_words(class_names, matrix, "labels")
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def holds(self, indices: np.ndarray) -> str:
+        """How many labels of each class these images have, in words."""
+        return in_words(self.class_names, self.matrix[indices], "labels")
 
     def sample_file(self, index: int) -> str:
         return self.files[index]

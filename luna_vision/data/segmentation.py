@@ -375,26 +375,24 @@ class SegmentationDataModule(DenseDataModule):
 
     def _scan(self, source: MaskSource | OutlineSource, names: list[str], split: str) -> None:
         """Count the pixels of each class in some masks; those that cannot be read are faults."""
-        counts = np.zeros(IGNORE + 1, np.int64)
         faults = self.label_faults(split)
         scanned = _spread(len(source), SCANNED)
-        for index in scanned:
+        counted = np.zeros((len(scanned), IGNORE + 1), np.int64)
+        for row, index in zip(counted, scanned, strict=True):
             try:
                 mask = source.mask(index, image_size(source.sample_file(index)))
             except SampleError as error:
                 faults.add("faulty mask", str(error))
                 continue
-            counts += np.bincount(mask.ravel(), minlength=IGNORE + 1)
+            row += np.bincount(mask.ravel(), minlength=IGNORE + 1)
         hint = ""
         if isinstance(source, MaskSource) and source.unknown:
             (value, pixels), *_ = source.unknown.most_common(1)
             shown = str(value) if isinstance(value, int) else f"'{list(value)}'"
             hint = f". {shown} has {pixels:,} pixels and no name: --data.ignore_index {shown} leaves them out"
         faults.settle(len(scanned) - faults.count, hint)
-        source.pixels = counts[: len(names)]
-        total = max(int(counts.sum()), 1)
-        shares = [f"{label} {counts[i] / total:.1%}" for i, label in enumerate(names) if counts[i]]
-        source.skipped = f"; pixels: {listed(shares, 20)}; ignored {counts[IGNORE] / total:.1%}"
+        counts = counted.sum(0)
+        source.pixels, source.holds = counts[: len(names)], partial(_shares, names, scanned, counted)
         never = [label for i, label in enumerate(names) if not counts[i]]
         if never:
             seen = f"{len(scanned)} masks" if len(scanned) < len(source) else "the masks"
@@ -411,6 +409,14 @@ class SegmentationDataModule(DenseDataModule):
 
     def target(self, truth: Truth) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(truth.mask))
+
+
+def _shares(names: list[str], scanned: list[int], counted: np.ndarray, indices: np.ndarray) -> str:
+    """The shares of pixels of each class in those of some images whose masks were counted, in words."""
+    counts = counted[np.isin(scanned, indices)].sum(0)
+    total = max(int(counts.sum()), 1)
+    shares = [f"{label} {counts[i] / total:.1%}" for i, label in enumerate(names) if counts[i]]
+    return f"; pixels: {listed(shares, 20)}; ignored {counts[IGNORE] / total:.1%}"
 
 
 def class_table(root: Path) -> tuple[list[str] | None, list[tuple[int, int, int]] | None]:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from luna_vision.data import DetectionDataModule
+from luna_vision.data import DetectionDataModule, MultiLabelDataModule
+from luna_vision.data.images import describe_split
 from luna_vision.images.decode import SampleError
 from luna_vision.utils.errors import UserError
-from tests.labelled import COLORS, NAMES, WRITERS, coco_of, scenes, write_coco, write_voc, write_yolo
+from tests.labelled import COLORS, NAMES, WRITERS, coco_of, scenes, write_coco, write_labels, write_voc, write_yolo
 
 QUIET = {"num_workers": 0, "batch_size": 2}
 
@@ -212,6 +213,20 @@ def test_training_without_any_object_is_a_mistake(form, where, tmp_path):
         (tmp_path / "train.json").write_text(json.dumps(coco_of(scenes("train")) | {"annotations": []}))
     with pytest.raises(UserError, match=f"not one of 8 training images has an object, .*{where}$"):
         DetectionDataModule(tmp_path, class_names=NAMES if form == "yolo" else None, **QUIET).setup("fit")
+
+
+def test_a_run_says_what_each_split_holds(tmp_path):
+    """Of images that are held out, not of those that they are held out of; each image once."""
+    data = DetectionDataModule(write_yolo(tmp_path), **QUIET, val_fraction=0.25, repeat_rare=1.0)
+    (tmp_path / "data.yaml").write_text(f"train: images/train\nnames: {json.dumps(NAMES)}")
+    for split, images in (("train", 6), ("val", 2)):
+        assert f"; {2 * images} boxes (" in describe_split(split, data.dataset(split), 2)
+    (write_labels(tmp_path / "table") / "val.csv").unlink()
+    table = MultiLabelDataModule(str(tmp_path / "table"), val_fraction=0.25)
+    labels = [len(set(one.labels)) for one in scenes("train").values()]
+    for split in ("train", "val"):
+        source = table.make_source(split)
+        assert f"; {sum(labels[i] for i in source.indices)} labels (" in describe_split(split, source, 2)
 
 
 def test_validation_is_held_out_where_there_is_none(tmp_path):

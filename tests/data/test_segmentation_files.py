@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +15,7 @@ from pycocotools import mask as rle
 
 from luna_vision.data import SegmentationDataModule
 from luna_vision.data.dense import DenseDataModule, Truth
+from luna_vision.data.images import describe_split
 from luna_vision.data.label_files import Format, Place
 from luna_vision.images.decode import SampleError
 from luna_vision.utils.errors import UserError
@@ -244,11 +246,17 @@ def test_classes_that_never_occur_are_named(tmp_path):
 
 
 def test_a_run_begins_with_the_share_of_each_class(tmp_path, caplog):
-    data = SegmentationDataModule(write_masks(tmp_path), **QUIET)
-    data.setup("fit")
-    shares = np.bincount(np.concatenate([one.mask.ravel() for one in scenes("train").values()])) / (8 * 48 * 64)
-    for name, share in zip(["background", *NAMES], shares, strict=True):
-        assert f"{name} {share:.1%}" in data.dataset("train").source.skipped
+    write_masks(tmp_path)
+    for split in ("val", "test"):
+        shutil.rmtree(tmp_path / split)
+    data = SegmentationDataModule(tmp_path, **QUIET, val_fraction=0.25)
+    masks = np.array([one.mask for one in scenes("train").values()])
+    for split in ("train", "val"):  # of each the images that it has
+        dataset = data.dataset(split)
+        kept = masks[dataset.source.indices]
+        said = describe_split(split, dataset, 2)
+        for name, pixels in zip(["background", *NAMES], np.bincount(kept.ravel()), strict=True):
+            assert f"{name} {pixels / kept.size:.1%}" in said
 
 
 @pytest.mark.parametrize(
