@@ -24,6 +24,7 @@ from luna_vision.images.decode import SampleError, read_image
 from luna_vision.images.find import VAL_NAMES, contents, find_images, image_suffixes, listed, walk
 from luna_vision.images.pillow import open_image_file, orientation_of
 from luna_vision.utils.errors import UserError, one_line
+from luna_vision.utils.text import csv_separator
 
 SLACK = 0.01  # of the side: how far a box may stick out before it counts as a fault; programs round differently
 NO_AREA, OUTSIDE, UNKNOWN, MISSING, TWICE, COLUMNS = (
@@ -127,12 +128,15 @@ def read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [(number, [cell.strip() for cell in row]) for number, row in enumerate(csv.reader(file), 1)]
+            lines = file.readlines()
+        reader = csv.reader(lines, delimiter=csv_separator(lines))
+        rows = [(number, [cell.strip() for cell in row]) for number, row in enumerate(reader, 1)]
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path} is no CSV table: {one_line(error)}") from error
     (_, header), *rows = [row for row in rows if any(row[1])] or [(1, [])]
     if len(header) < 2 or len(set(header)) < len(header) or not rows:
-        raise UserError(f"{path} must have a header with two or more different columns, and rows below it")
+        asked = "a header with two or more different columns, separated by commas, semicolons or tabs"
+        raise UserError(f"{path} must have {asked}, and rows below it")
     return header, rows
 
 

@@ -37,7 +37,7 @@ from luna_vision.images.decode import SampleError, read_image
 from luna_vision.images.find import find_images, listed, walk
 from luna_vision.images.pillow import open_image_file
 from luna_vision.utils.errors import UserError, one_line
-from luna_vision.utils.text import printable
+from luna_vision.utils.text import csv_separator, printable
 
 # folders of images and of their masks
 LAYOUTS = (
@@ -432,7 +432,9 @@ def class_table(root: Path) -> tuple[list[str] | None, list[tuple[int, int, int]
             colors = None
         elif table.is_file():
             with table.open(encoding="utf-8-sig", newline="") as file:
-                rows = [{str(k).strip().lower(): v for k, v in row.items()} for row in csv.DictReader(file)]
+                text = file.readlines()
+            reader = csv.DictReader(text, delimiter=csv_separator(text))
+            rows = [{str(k).strip().lower(): v for k, v in row.items()} for row in reader]
             names = [row["name"].strip() for row in rows]
             colors = [(int(row["r"]), int(row["g"]), int(row["b"])) for row in rows]
             if any(not 0 <= part <= 255 for color in colors for part in color) or len(set(colors)) < len(colors):

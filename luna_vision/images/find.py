@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..utils.errors import UserError, one_line
-from ..utils.text import printable
+from ..utils.text import csv_separator, printable
 from .pillow import has_heif
 
 # All that Pillow opens by itself, the most frequent first, .npy, and what slide scanners call TIFF. The content decides
@@ -295,7 +295,8 @@ def read_list(path: str | os.PathLike) -> list[Listed]:
     found = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
+            lines = file.readlines()
+            reader = csv.reader(lines, delimiter=csv_separator(lines), strict=True)
             rows = ([cell.strip() for cell in row] for row in reader)
             header = next(rows, [])
             if "path" not in header:

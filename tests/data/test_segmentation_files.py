@@ -265,6 +265,7 @@ def test_a_run_begins_with_the_share_of_each_class(tmp_path, caplog):
         ({}, {"classes": ["a", "a"]}, "different names"),
         ({}, {"classes": ["a", "b"], "values": [1]}, "values must be one for each"),
         ({"class_dict.csv": "name,r,g\na,1,2\n"}, {}, "no table of classes"),
+        ({"class_dict.csv": "name;r;g;b\na;1;2;3\n"}, {}, "2 to 255 classes"),
         ({"classes.txt": "a\na\n"}, {}, "no table of classes"),
         ({"classes.txt": "a\n"}, {}, "2 to 255 classes"),
     ],
