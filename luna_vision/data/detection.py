@@ -58,8 +58,8 @@ class DetectionDataModule(DenseDataModule):
         return BoxSource(self.read_labels(place, split))
 
     @property
-    def image_ids(self) -> dict[str, int]:
-        """COCO's numbers of the image files that were read so far."""
+    def image_ids(self) -> dict[str, int | str]:
+        """COCO's ids of the image files that were read so far."""
         sets = [source.labels for source in self._sources.values() if source is not None]
         return {image.file: id_ for labels in sets for image, id_ in zip(labels.images, labels.image_ids, strict=False)}
 

@@ -55,8 +55,8 @@ class LabelSet(NamedTuple):
     where: str  # the file or folder that they are from
     names: list[str]  # of the K classes, by label
     images: list[Annotated]  # those that have labels, and those that are said to have none
-    category_ids: list[int]  # COCO's number of each label; for other formats from 1
-    image_ids: list[int]  # COCO's numbers of the images; empty for other formats
+    category_ids: list[int | str]  # COCO's id of each label; for other formats from 1
+    image_ids: list[int | str]  # COCO's ids of the images; empty for other formats
 
     @property
     def counts(self) -> np.ndarray:
@@ -150,6 +150,7 @@ def _number(value: Any) -> float:
 
 # ---- COCO
 
+ID = (int, str)
 COCO_LISTS = ("images", "annotations", "categories")
 
 
@@ -193,7 +194,7 @@ def _coco_place(file: Path, root: Path) -> Place:
 
 
 def read_coco(place: Place, names: list[str] | None, faults: LabelFaults, masks: bool = False) -> LabelSet:
-    """Read a COCO file, with the classes in the order of their ids.
+    """Read a COCO file, with the classes in the order of their ids. An id is a number or a text, and 7 is "7".
 
     Args:
         place: From `find_coco`.
@@ -206,31 +207,31 @@ def read_coco(place: Place, names: list[str] | None, faults: LabelFaults, masks:
     """
     file = place.labels
     content = _json(file)
-    categories = {}
-    for where, entry in _records(content, "categories", file, faults, id=int, name=str):
-        if entry["id"] in categories or entry["name"] in categories.values():
+    categories: dict[str, str] = {}
+    ids: dict[str, int | str] = {}  # of a category
+    for where, entry in _records(content, "categories", file, faults, id=ID, name=str):
+        if str(entry["id"]) in categories or entry["name"] in ids:
             raise UserError(f"{where}: the category {entry['name']!r}, id {entry['id']}, is there twice")
-        categories[entry["id"]] = entry["name"]
-    ids = sorted(categories)
-    names = [categories[id_] for id_ in ids] if names is None else names
+        categories[str(entry["id"])], ids[entry["name"]] = entry["name"], entry["id"]
+    names = sorted(ids, key=lambda name: _order(ids[name])) if names is None else names
     label_of = {id_: names.index(name) for id_, name in categories.items() if name in names}
     named = [str(entry.get("file_name")) for entry in content["images"] if isinstance(entry, dict)]
     folders = [place.images, *place.images.parents[:1]]  # some names of files begin with that of the folder
     folder = next((at for at in folders if any((at / name).is_file() for name in named)), place.images)
-    images: dict[int, _Objects] = {}
-    files: dict[int, str] = {}
+    images: dict[str, _Objects] = {}
+    files: dict[str, tuple[str, int | str]] = {}
     listed_files: set[str] = set()
-    for where, entry in _records(content, "images", file, faults, id=int, file_name=str):
+    for where, entry in _records(content, "images", file, faults, id=ID, file_name=str):
         path = str(folder / entry["file_name"])
-        if entry["id"] in images or path in listed_files:
+        if (id_ := str(entry["id"])) in images or path in listed_files:
             faults.add(TWICE, where)
             continue
         listed_files.add(path)
         if (size := _size_of(path, entry, faults)) is not None:
-            images[entry["id"]], files[entry["id"]] = _Objects(str(file), size, faults), path
+            images[id_], files[id_] = _Objects(str(file), size, faults), (path, entry["id"])
     known = {str(entry.get("id")) for entry in content["images"] if isinstance(entry, dict)}
-    for where, entry in _records(content, "annotations", file, faults, image_id=int, category_id=int):
-        label, objects = label_of.get(entry["category_id"]), images.get(entry["image_id"])
+    for where, entry in _records(content, "annotations", file, faults, image_id=ID, category_id=ID):
+        label, objects = label_of.get(str(entry["category_id"])), images.get(str(entry["image_id"]))
         if objects is None:
             if str(entry["image_id"]) not in known:  # else the image is a fault already
                 faults.add("annotation of an unknown image", where)
@@ -251,9 +252,16 @@ def read_coco(place: Place, names: list[str] | None, faults: LabelFaults, masks:
         left, top, width, height = map(_number, box)
         crowd = bool(entry.get("iscrowd"))
         objects.add((left, top, left + width, top + height), label, where, crowd, outline)
-    found = [objects.annotated(files[id_]) for id_, objects in images.items()]
-    by_name = {name: id_ for id_, name in categories.items()}
-    return LabelSet(str(file), names, found, [by_name.get(name, 0) for name in names], list(images))
+    found = [objects.annotated(files[id_][0]) for id_, objects in images.items()]
+    image_ids = [files[id_][1] for id_ in images]
+    return LabelSet(str(file), names, found, [ids.get(name, 0) for name in names], image_ids)
+
+
+def _order(id_: int | str) -> tuple[bool, int, str]:
+    """Numbers, also those in texts, come before other texts."""
+    text = str(id_)
+    number = text.isascii() and text.removeprefix("-").isdigit()
+    return not number, int(text) if number else 0, text
 
 
 def _size_of(path: str, entry: dict[str, Any], faults: LabelFaults) -> Size | None:
@@ -324,12 +332,13 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _records(
-    content: dict[str, Any], key: str, file: Path, faults: LabelFaults, **fields: type
+    content: dict[str, Any], key: str, file: Path, faults: LabelFaults, **fields: type | tuple[type, ...]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, entry) of a list in a COCO file; entries without the fields that they need are faults."""
     for number, entry in enumerate(content[key]):
         where = f"{file.name} {key}[{number}]"
-        if isinstance(entry, dict) and all(type(entry.get(name)) is kind for name, kind in fields.items()):
+        has = isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in fields.items())
+        if has and not any(isinstance(entry[name], bool) for name in fields):
             yield where, entry
         else:
             faults.add(f"entry without {' and '.join(fields)}", where)

@@ -123,7 +123,7 @@ FAULTS = {
     "box without area ": edit(lambda c: first(c, bbox=[5, "x", 3, 9])),
     "box outside its image": edit(lambda c: first(c, bbox=[60, 5, 30, 9])),
     "annotation without a box": edit(lambda c: first(c, bbox=None)),
-    "entry without image_id and category_id": edit(lambda c: first(c, category_id="brick")),
+    "entry without image_id and category_id": edit(lambda c: first(c, category_id=True)),
     "class unknown to training": edit(lambda c: first(c, category_id=99)),
     "annotation of an unknown image": edit(lambda c: first(c, image_id=99)),
     "missing image file": edit(lambda c: c["images"][0].update(file_name="gone.png")),
@@ -266,6 +266,20 @@ def test_other_layouts(layout, tmp_path):
     data = DetectionDataModule(tmp_path, **QUIET)
     data.setup("fit")
     assert len(data.dataset("train")) == 8 and len(data.dataset("val")) == 2
+
+
+def test_ids_of_coco_may_be_texts(tmp_path):
+    """Also where the annotations have the number and the images the text."""
+    content = coco_of(scenes("train"))
+    for entry in content["images"] + content["categories"]:
+        entry["id"] = str(entry["id"])
+    content["categories"].append({"id": "x", "name": "moss"})
+    for annotation in content["annotations"][:4]:
+        annotation["image_id"] = str(annotation["image_id"])
+    (write_coco(tmp_path) / "train.json").write_text(json.dumps(content))
+    labels = DetectionDataModule(tmp_path, **QUIET).source("train").labels
+    assert (labels.names, labels.category_ids) == ([*NAMES[::-1], "moss"], ["3", "7", "x"])
+    assert labels.counts.sum() == 16 and labels.image_ids[0] == "50"
 
 
 @pytest.mark.parametrize("name", ["val2017", "valid", "validation"])
