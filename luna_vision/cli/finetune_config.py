@@ -19,6 +19,7 @@ from ..images.find import listed
 from ..models.factory import training_checkpoint
 from ..models.weights import SHIPPED
 from ..utils.checks import check_option
+from ..utils.errors import UserError
 from .recipe import loggers
 
 SAMPLED = 200  # images whose size is looked at
@@ -133,6 +134,8 @@ Made = tuple[dict[str, Any], dict[str, Any], str]  # arguments of the data, thos
 
 
 def _classify(module: ImageFolderDataModule) -> Made:
+    if len(names := module.class_names) < 2:
+        raise UserError(f"{module.folder('train')} has one class folder alone, {names[0]}: there must be two or more")
     side = _side(module.make_source("train"))
     data = {"img_size": side, "crop_pct": 1.0, "batch_size": 32, "val_fraction": 0.1, "crop_scale": [0.3, 1.0]}
     said = f"folders of images, a class each, in {module.root}"

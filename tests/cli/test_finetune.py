@@ -94,6 +94,23 @@ def test_without_splits_all_images_are_for_training(layout, tmp_path):
         assert str(data) in said[0] and config["data"]["init_args"].get("format", form) == form
 
 
+def test_classes_that_are_too_few_or_too_small_are_named(tmp_path):
+    data = write_whole(tmp_path / "data", "folders")
+    (first, *others), (one, *more) = (sorted((data / name).iterdir()) for name in NAMES)
+    for extra, message in (
+        (more[3:], "too few for 2 classes on both sides; .* val_fraction"),
+        (more, "a class has one alone; .* val_fraction"),
+    ):
+        for file in [*others[3:], *extra]:
+            file.unlink(missing_ok=True)
+        with pytest.raises(UserError, match=message):
+            configuration("classify", data, tmp_path / "x")
+    one.unlink()
+    one.parent.rmdir()
+    with pytest.raises(UserError, match=f"{data} has one class folder alone, {NAMES[0]}"):
+        configuration("classify", data, tmp_path / "x")
+
+
 def test_labels_of_one_split_leave_no_image_to_the_others(tmp_path):
     """The images of validation are not trained on where those of training are not found."""
     write_voc(tmp_path / "voc")
