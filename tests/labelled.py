@@ -181,6 +181,47 @@ def write_labels(root: Path, form: str = "lists") -> Path:
     return root
 
 
+def write_whole(root: Path, layout: str) -> Path:
+    """All scenes without splits, as annotation tools export them; returns what `--data` names."""
+    found = {name: one for split in SPLITS for name, one in scenes(split).items()}
+    kind, _, how = layout.partition(" ")
+    beside = how in ("beside", "file")
+    save_images(root if beside else root / "images", found)
+    if kind == "folders":
+        for index, name in enumerate(found):
+            (root / NAMES[index % 2]).mkdir(exist_ok=True)
+            (root / "images" / name).rename(root / NAMES[index % 2] / name)
+        (root / "images").rmdir()
+    elif kind == "table":
+        rows = [f"{name},{'|'.join(NAMES[label] for label in set(one.labels))}" for name, one in found.items()]
+        (root / "labels.csv").write_text("\n".join(["file,labels", *rows]) + "\n")
+        return root / "labels.csv" if beside else root
+    elif kind == "coco":
+        content = coco_of(found)
+        for image in content["images"] if how == "images/" else ():  # Label Studio's
+            image["file_name"] = f"images/{image['file_name']}"
+        file = root / ("annotations/instances_default.json" if how == "cvat" else "result.json")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(content))
+        (root / "info.json").write_text("{}")
+        return file if how == "file" else root
+    else:
+        labels = root if beside else root / {"masks": how, "voc": "annotations", "yolo": "labels"}[kind]
+        labels.mkdir(exist_ok=True)
+        for name, one in found.items():
+            if kind == "masks":
+                Image.fromarray(one.mask).save(labels / name)
+            elif kind == "voc":
+                (labels / name).with_suffix(".xml").write_text(voc_of(name, one))
+            else:
+                (labels / name).with_suffix(".txt").write_text(yolo_outlines_of(one))
+        names = ["background", *NAMES] if kind == "masks" else NAMES
+        (root / "classes.txt").write_text("\n".join(names) + "\n")
+        if kind == "yolo":
+            (root / "notes.json").write_text('{"categories": []}')
+    return root
+
+
 WRITERS = {"coco": write_coco, "voc": write_voc, "yolo": write_yolo}
 
 

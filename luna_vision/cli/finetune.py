@@ -21,10 +21,11 @@ FOLDER/finetune.yaml, which `luna-vision fit --config FILE` repeats. Options of 
 --trainer.max_epochs 5 or --data.batch_size 8, are taken as they are.
 
 PATH by task:
-  classify    a folder with train/CLASS/*.jpg, and perhaps val/ and test/
-  multilabel  a folder with train.csv, which names images and their labels
-  detect      COCO (train.json beside train/), Pascal VOC (Annotations/, JPEGImages/) or YOLO (data.yaml)
-  segment     train/images and train/masks, or COCO or YOLO with outlines"""
+  classify    a folder with train/CLASS/*.jpg, and perhaps val/ and test/; or with CLASS/*.jpg
+  multilabel  a folder with train.csv, or one CSV file, which names images and their labels
+  detect      COCO (a JSON file), Pascal VOC (XML files) or YOLO (data.yaml or classes.txt)
+  segment     train/images and train/masks, or images and masks, or COCO or YOLO with outlines
+Without folders or files for training, validation and test, all images are for training, and some are held out."""
 
 
 def main(words: list[str]) -> int | None:
@@ -32,7 +33,7 @@ def main(words: list[str]) -> int | None:
     own, overrides = _parser().parse_known_args(words)
     from ..models.factory import check_model_name
     from . import train
-    from .finetune_config import configuration
+    from .finetune_config import configuration, data_options
 
     if stray := [word for word in overrides[:1] if not word.startswith("-")]:
         raise UserError(f"unknown word {stray[0]!r}; luna-vision finetune --help shows how it is called")
@@ -41,7 +42,8 @@ def main(words: list[str]) -> int | None:
     if own.model is not None:
         check_model_name(own.model)
     check_folder(own.out)
-    config, said = configuration(own.task, own.data, own.out, own.model, own.checkpoint, own.ignore_index)
+    of_data, overrides = data_options(overrides)
+    config, said = configuration(own.task, own.data, own.out, own.model, own.checkpoint, of_data)
     path = own.out / "finetune.yaml"
     command = shlex.join(["luna-vision", "finetune", *words])
     head = "\n".join(f"# {printable(line)}" for line in (f"Written by {command}", *said, f"Again: fit --config {path}"))
@@ -68,13 +70,5 @@ def _parser() -> WordParser:
     )
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="weights to start from, of a training or timm's (default: none)"
-    )
-    # an option of `fit` that decides which classes there are
-    parser.add_argument(
-        "--data.ignore_index",
-        dest="ignore_index",
-        type=yaml.safe_load,
-        metavar="NUMBER",
-        help="number, or colour, of pixels that have no label",
     )
     return parser

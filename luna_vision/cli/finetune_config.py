@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule
 
 from ..data import DetectionDataModule, ImageFolderDataModule, MultiLabelDataModule, SegmentationDataModule
-from ..data.dense import DenseDataModule
+from ..data.base import ImageDataModule
+from ..data.dense import IGNORE, DenseDataModule
 from ..data.label_files import image_size
+from ..data.segmentation import BINARY
 from ..images.find import listed
 from ..models.factory import training_checkpoint
 from ..models.weights import SHIPPED
@@ -30,7 +34,7 @@ def configuration(
     out: Path,
     model: str | None = None,
     checkpoint: Path | None = None,
-    ignore_index: int | list[int] | None = None,
+    options: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[str]]:
     """The complete configuration of a run, and what was recognised, in words.
 
@@ -40,19 +44,20 @@ def configuration(
         out: Folder of the run.
         model: A name of timm; by default that of the checkpoint, else ``luna_vit_tiny``.
         checkpoint: Weights to start from; by default those of the package, if it has some of the model.
-        ignore_index: Of `SegmentationDataModule`, if it is given.
+        options: Those of the data, as words of a command line. They win, also where the data is recognised.
 
     Raises:
-        ValueError: The data is faulty, or has no masks to ignore a number of.
+        ValueError: The data is faulty.
+        ArgumentError: An option is none of the data.
         FileNotFoundError: It is not there.
     """
     check_option("task", task, TASKS)
     if not data.exists():
         raise FileNotFoundError(f"--data: there is no {data}")
-    task_class, make = TASKS[task]
-    if ignore_index is not None and task != "segment":
-        raise UserError(f"--data.ignore_index is a number in masks, and {task} has none")
-    module, data_args, model_args, said = make(data) if ignore_index is None else make(data, ignore_index)
+    task_class, data_class, make = TASKS[task]
+    given = _parsed(data_class, options)
+    module = data_class(**{"root": str(data)} | given)
+    data_args, model_args, said = make(module)
     trained = training_checkpoint(checkpoint).get("hyper_parameters", {}) if checkpoint else {}
     name = model or trained.get("model_name", "luna_vit_tiny")
     recorded = (trained.get("model_kwargs") or {}) if name == trained.get("model_name") else {}
@@ -80,7 +85,8 @@ def configuration(
         "model": {"class_path": f"luna_vision.tasks.{task_class}", "init_args": arguments},
         "data": {
             "class_path": f"luna_vision.data.{type(module).__name__}",
-            "init_args": {"root": str(data), **data_args, "num_workers": min(4, (os.cpu_count() or 2) - 1), "seed": 0},
+            "init_args": {"root": str(data), **data_args, "num_workers": min(4, (os.cpu_count() or 2) - 1), "seed": 0}
+            | given,
         },
         "trainer": {
             "accelerator": "auto",
@@ -104,25 +110,46 @@ def configuration(
     return config, [f"recognised: {said}", counts, *begins]
 
 
-Made = tuple[Any, dict[str, Any], dict[str, Any], str]  # data module, its arguments, those of the task, and words
+def data_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of a command line that are options of the data, and the others."""
+    of_data, others, left = [], [], list(words)
+    while left:
+        word = left.pop(0)
+        kind = of_data if word.startswith("--data.") else others
+        kind.append(word)
+        if kind is of_data and "=" not in word and left:
+            kind.append(left.pop(0))
+    return of_data, others
 
 
-def _classify(root: Path) -> Made:
-    module = ImageFolderDataModule(str(root))
+def _parsed(data_class: type[ImageDataModule], options: Sequence[str]) -> dict[str, Any]:
+    """The arguments of a data module that these words give."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    words = [f"--data=luna_vision.data.{data_class.__name__}", *options]
+    return parser.parse_args(words, defaults=False).as_dict()["data"].get("init_args", {})
+
+
+Made = tuple[dict[str, Any], dict[str, Any], str]  # arguments of the data, those of the task, and words
+
+
+def _classify(module: ImageFolderDataModule) -> Made:
+    if len(names := module.class_names) < 2:
+        raise UserError(f"{module.folder('train')} has one class folder alone, {names[0]}: there must be two or more")
     side = _side(module.make_source("train"))
     data = {"img_size": side, "crop_pct": 1.0, "batch_size": 32, "val_fraction": 0.1, "crop_scale": [0.3, 1.0]}
-    return module, data, {"label_smoothing": 0.1, "compile": "auto"}, f"folders of images, a class each, in {root}"
+    said = f"folders of images, a class each, in {module.root}"
+    return data, {"label_smoothing": 0.1, "compile": "auto"}, said
 
 
-def _multilabel(root: Path) -> Made:
-    module = MultiLabelDataModule(str(root))
+def _multilabel(module: MultiLabelDataModule) -> Made:
     side = _side(module.make_source("train"))
     data = {"img_size": side, "crop_pct": 1.0, "batch_size": 32, "val_fraction": 0.1, "crop_scale": [0.3, 1.0]}
-    return module, data, {"class_weights": "balanced", "compile": "auto"}, f"a table of labels, {root}/train.csv"
+    said = f"a table of labels, {module.table('train').where}"
+    return data, {"class_weights": "balanced", "compile": "auto"}, said
 
 
-def _detect(root: Path) -> Made:
-    module = DetectionDataModule(str(root))
+def _detect(module: DetectionDataModule) -> Made:
     source = module.source("train")
     labels = source.labels
     data = {"format": module.format, "class_names": module.class_names, "val_fraction": 0.1}
@@ -137,19 +164,19 @@ def _detect(root: Path) -> Made:
         "min_size": None,
     }
     said = f"boxes in the format {module.format}, {labels.where}; anchors of {anchors} pixels, as the boxes are"
-    return module, data | _size_options(module, [image.size for image in labels.images]), model, said
+    return data | _size_options(module, [image.size for image in labels.images]), model, said
 
 
-def _segment(root: Path, ignore_index: int | list[int] | None = None) -> Made:
-    ignored = {} if ignore_index is None else {"ignore_index": ignore_index}
-    module = SegmentationDataModule(str(root), **ignored)
+def _segment(module: SegmentationDataModule) -> Made:
     source = module.source("train")
-    data = {"format": module.format, "background": module.background, "val_fraction": 0.1, **ignored}
+    data = {"format": module.format, "background": module.background, "val_fraction": 0.1}
     unnamed = ""
     if module.format == "masks":
         coding = module.coding
         data |= {"classes": coding.names, "values": [v if isinstance(v, int) else list(v) for v in coding.values]}
-        if coding.names == list(map(str, coding.values)) and not ignored:
+        if coding.values == BINARY:
+            unnamed = f"; they hold 0 and 255 alone, which are {' and '.join(coding.names)}"
+        elif coding.names == list(map(str, coding.values)) and module.ignored == IGNORE:
             last = coding.names[-1]
             unnamed = (
                 f"; no file names the classes: each number is one, also {last}, which has {int(source.pixels[-1]):,} "
@@ -161,14 +188,14 @@ def _segment(root: Path, ignore_index: int | list[int] | None = None) -> Made:
     kind = "masks" if module.format == "masks" else f"outlines in the format {module.format}"
     said = f"{kind}, {source.where}; {background}{unnamed}"
     options = _size_options(module, _sizes(source))
-    return module, data | options, {"stride": 4, "pyramid_channels": 128}, said
+    return data | options, {"stride": 4, "pyramid_channels": 128}, said
 
 
 TASKS = {
-    "classify": ("ClassificationTask", _classify),
-    "multilabel": ("MultiLabelTask", _multilabel),
-    "detect": ("DetectionTask", _detect),
-    "segment": ("SegmentationTask", _segment),
+    "classify": ("ClassificationTask", ImageFolderDataModule, _classify),
+    "multilabel": ("MultiLabelTask", MultiLabelDataModule, _multilabel),
+    "detect": ("DetectionTask", DetectionDataModule, _detect),
+    "segment": ("SegmentationTask", SegmentationDataModule, _segment),
 }
 
 
@@ -192,5 +219,5 @@ def _size_options(module: DenseDataModule, sizes: Sequence[tuple[int, int]]) -> 
     longer = int(np.median([max(size) for size in sizes]))
     crops = longer > LARGE or module.masks and longer > CROP
     options = {"train_on": "crops", "crop_size": CROP} if crops else {"train_on": "whole"}
-    print(f"images of about {longer} pixels: training on {options['train_on']}", file=sys.stderr)
+    print(f"images of about {longer} pixels: train_on {options['train_on']} suits them", file=sys.stderr)
     return options | {"scale": [0.75, 1.33], "hflip": 0.5, "batch_size": 4}

@@ -78,7 +78,8 @@ def _options(run: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
         "model.in_chans": in_chans,
         "model.checkpoint": str(checkpoint),
         "data": "ImageFolderDataModule" if slides is None else "SlideDataModule",
-        "data.root": str(checkpoint.parent),  # has no training folder, so that the checkpoint says the classes
+        # has no training data, so that the checkpoint says the classes
+        "data.root": str(checkpoint if slides is None else checkpoint.parent),
         "data.in_chans": in_chans,
         "data.img_size": [height, width],
         "data.mean": cfg["mean"],

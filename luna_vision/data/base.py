@@ -41,7 +41,7 @@ from luna_vision.images.values import (
     percentile_range,
 )
 from luna_vision.utils.checks import check_at_least, check_share
-from luna_vision.utils.errors import one_line
+from luna_vision.utils.errors import UserError
 
 SPLIT_SEED = 0  # not the run's seed, see `hold_out`
 STAGE_SPLITS = {
@@ -461,14 +461,22 @@ def hold_out(labels: Sequence[int] | np.ndarray, fraction: float) -> tuple[np.nd
 
     The split does not depend on the run's seed: a second stage of training with another seed would otherwise validate
     on training images of the first.
+
+    Raises:
+        UserError: One of the two would lack a class, or be empty.
     """
     indices = np.arange(len(labels))
     if fraction == 0:
         return indices, indices[:0]
     try:
         kept, held = train_test_split(indices, test_size=fraction, stratify=labels, random_state=SPLIT_SEED)
-    except ValueError as error:
-        raise ValueError(f"cannot hold out {fraction:g} of {len(indices)} samples: {one_line(error)}") from error
+    except ValueError as error:  # in the words of scikit-learn
+        smallest, classes = np.unique(labels, return_counts=True)[1].min(initial=len(indices)), len(np.unique(labels))
+        few = f"too few for {classes} classes on both sides" if smallest > 1 else "a class has one alone"
+        raise UserError(
+            f"cannot hold out {fraction:g} of {len(indices)} samples: {few if classes > 1 else 'too few'}; give more, "
+            "another val_fraction (--data.val_fraction), or validation data of their own (val beside train)"
+        ) from error
     return np.sort(kept), np.sort(held)
 
 

@@ -20,7 +20,7 @@ from luna_vision.data.images import Source, TransformedDataset
 from luna_vision.data.label_files import Format, LabelSet, Place, label_file_of, recognise
 from luna_vision.data.sampling import repeated, sample_seed
 from luna_vision.images.decode import MODES, SampleError
-from luna_vision.images.find import listed
+from luna_vision.images.find import contents, listed
 from luna_vision.images.transforms import SeededTransform, to_tensor
 from luna_vision.images.values import Raster, Values
 from luna_vision.utils.checks import check_at_least, check_option, check_share
@@ -287,9 +287,10 @@ class DenseDataModule(ImageDataModule):
             FileNotFoundError: It has none for training.
         """
         form = self.formats[self.format]
-        place = form.find(Path(self.root), split)
+        place = form.place(Path(self.root), split)
         if place is None and split == "train":
-            raise FileNotFoundError(f"no training labels in {self.root} as {self.format}: it must have {form.layout}")
+            where = f"{self.root}, which {contents(self.root)}"
+            raise FileNotFoundError(f"no training labels as {self.format} in {where}: it must have {form.layout}")
         return place
 
     def open_labels(self, place: Place, split: str) -> DenseSource:

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from luna_vision.data.dense import DenseDataModule, Truth, check_image_size, size_of
-from luna_vision.data.label_files import FORMATS, LabelSet, LabelSource, Place, in_words
+from luna_vision.data.label_files import FORMATS, LabelSource, Place, in_words
 from luna_vision.images.decode import read_image
 
 
 class BoxSource(LabelSource):
     """(image, `Truth`) of the images in a `LabelSet`."""
 
-    def __init__(self, labels: LabelSet) -> None:
-        super().__init__(labels)
-        self.skipped = in_words(labels.names, labels.counts, "boxes")
+    def holds(self, indices: np.ndarray) -> str:
+        """How many boxes of each class these images have, in words."""
+        return in_words(self.labels.names, self.labels.counts[indices], "boxes")
 
     def __getitem__(self, index: int) -> tuple[Any, Truth]:
         labels = self.labels.images[index]
@@ -58,8 +58,8 @@ class DetectionDataModule(DenseDataModule):
         return BoxSource(self.read_labels(place, split))
 
     @property
-    def image_ids(self) -> dict[str, int]:
-        """COCO's numbers of the image files that were read so far."""
+    def image_ids(self) -> dict[str, int | str]:
+        """COCO's ids of the image files that were read so far."""
         sets = [source.labels for source in self._sources.values() if source is not None]
         return {image.file: id_ for labels in sets for image, id_ in zip(labels.images, labels.image_ids, strict=False)}
 

@@ -131,10 +131,10 @@ class LabelFaults:
         text = printable(f"faults in the labels of {self.name}: {'; '.join(kinds)}{hint}")
         entries = sound + self.count
         if self.max_error_share is None:
-            raise SampleError(f"{text}. on_error=skip leaves them out")
+            raise SampleError(f"{text}. on_error: skip (--data.on_error skip) leaves them out")
         if self.count > self.max_error_share * entries:
-            share = f"more than max_error_share={self.max_error_share:g} of {entries} entries"
-            raise SampleError(f"{text}. They are {share}")
+            share = f"{self.max_error_share:g} of {entries} entries"
+            raise SampleError(f"{text}. They are more than max_error_share (--data.max_error_share), {share}")
         _logger.warning(f"{text}. They are left out")
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from luna_vision.data.base import ImageDataModule
 from luna_vision.data.images import Source
 from luna_vision.images.decode import read_image
-from luna_vision.images.find import Folder, class_folders, listed, skipped, split_folder, unused_folders, walk
+from luna_vision.images.find import Folder, class_folders, contents, listed, skipped, split_folder, unused_folders, walk
 
 
 class ClassFolder:
@@ -68,6 +68,8 @@ class SplitFolders:
         return split_folder(self.root, split) or (Path(self.root, "train") if split == "train" else None)
 
     def unused(self) -> list[str]:
+        if self.folder("train") == Path(self.root):
+            return []
         return unused_folders(self.root, map(self.folder, ("train", "val", "test")))
 
 
@@ -97,19 +99,29 @@ class PhotoDataModule(ImageDataModule):
 class ImageFolderDataModule(SplitFolders, PhotoDataModule):
     """Photos in the layout of ImageNet: root/train/<class>/<image>, root/val/<class>/<image>, perhaps root/test.
 
-    The classes are the folders of root/train, in alphabetical order. The validation folder may also be called
-    ``validation`` or ``valid``. Without it, ``val_fraction`` of the training images is held out. Without root/test,
-    testing and prediction use the validation images. Hidden names, such as ``.ipynb_checkpoints``, and files that are
-    no images are skipped. A run starts with a list of what was found and what is not used. Images of any mode are read
-    (palette, 16-bit, CMYK, ...) and turned upright by their EXIF orientation.
+    Without any of these, root/<class>/<image> are all for training. The classes are in alphabetical order. The
+    validation folder may also be called ``validation`` or ``valid``. Without it, ``val_fraction`` of the training
+    images is held out. Without root/test, testing and prediction use the validation images. Hidden names, such as
+    ``.ipynb_checkpoints``, and files that are no images are skipped. A run starts with a list of what was found and
+    what is not used. Images of any mode are read (palette, 16-bit, CMYK, ...) and turned upright by their EXIF
+    orientation.
 
     Arguments not listed here are those of :class:`ImageDataModule`.
 
     Raises:
-        FileNotFoundError: On setup: there is no root/train.
+        FileNotFoundError: On setup: there is neither root/train nor a class.
         ValueError: On setup: a class has no images, validation has a class that training lacks, or two folders are for
             validation.
     """
+
+    def folder(self, split: str) -> Path | None:
+        found = super().folder(split)
+        if split != "train" or os.path.lexists(found) or not os.path.isdir(self.root):
+            return found
+        if any(super(ImageFolderDataModule, self).folder(other) for other in ("val", "test")):
+            return found
+        classes = (Path(self.root, name) for name in next(walk(self.root)).folders)
+        return Path(self.root) if any(at.images for name in classes for at in walk(name)) else found
 
     @cached_property
     def class_names(self) -> list[str]:
@@ -117,7 +129,8 @@ class ImageFolderDataModule(SplitFolders, PhotoDataModule):
         if not train.is_dir():
             raise FileNotFoundError(
                 f"no folder {Path(self.root, 'train')}: root= must contain train/<class>/<images>, and may contain "
-                f"val/<class>/<images> and test/<class>/<images>"
+                "val/<class>/<images> and test/<class>/<images>; or it must contain <class>/<images>. "
+                f"{self.root} {contents(self.root)}"
             )
         return class_folders(train)
 

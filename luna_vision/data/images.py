@@ -146,7 +146,8 @@ def describe_split(split: str, source: Any, num_classes: int | None) -> str:
     """One line about a split: its images and classes (if it has any), where they are, and what was left out.
 
     ``source`` is a source or a dataset of one, a part of either, a stream, or None. A source may have the attributes
-    ``where`` and ``skipped``, which are in words.
+    ``where`` and ``skipped``, which are in words, and a method ``holds(indices)``, which says in words what labels
+    these images have.
     """
     if source is None:
         return f"{split}: no images"
@@ -159,11 +160,14 @@ def describe_split(split: str, source: Any, num_classes: int | None) -> str:
     labels = known_labels(source)
     count_classes = num_classes if labels is None else len(np.unique(labels))
     classes = "" if num_classes is None else f", {count_classes} classes"
-    whole = source.dataset if isinstance(source, Subset) else source
+    whole, part = (source.dataset, source.indices) if isinstance(source, Subset) else (source, None)
     if whole is not source and len(source) < len(whole):
         count += f" held out of {len(whole)}" if split != "train" else f" of {len(whole)}"
     where, skipped = getattr(whole, "where", ""), getattr(whole, "skipped", "")
-    return printable(f"{split}: {count}{where and f' in {where}'}{classes}{skipped}")
+    holds = ""
+    if hasattr(whole, "holds"):
+        holds = whole.holds(np.arange(len(whole)) if part is None else np.unique(part))
+    return printable(f"{split}: {count}{where and f' in {where}'}{classes}{holds}{skipped}")
 
 
 class StreamDataset(TensorDataset, IterableDataset):

@@ -21,9 +21,10 @@ from PIL import Image, UnidentifiedImageError
 
 from luna_vision.data.faults import LabelFaults
 from luna_vision.images.decode import SampleError, read_image
-from luna_vision.images.find import VAL_NAMES, find_images, image_suffixes, listed
+from luna_vision.images.find import VAL_NAMES, contents, find_images, image_suffixes, listed, walk
 from luna_vision.images.pillow import open_image_file, orientation_of
 from luna_vision.utils.errors import UserError, one_line
+from luna_vision.utils.text import csv_separator
 
 SLACK = 0.01  # of the side: how far a box may stick out before it counts as a fault; programs round differently
 NO_AREA, OUTSIDE, UNKNOWN, MISSING, TWICE, COLUMNS = (
@@ -54,8 +55,8 @@ class LabelSet(NamedTuple):
     where: str  # the file or folder that they are from
     names: list[str]  # of the K classes, by label
     images: list[Annotated]  # those that have labels, and those that are said to have none
-    category_ids: list[int]  # COCO's number of each label; for other formats from 1
-    image_ids: list[int]  # COCO's numbers of the images; empty for other formats
+    category_ids: list[int | str]  # COCO's id of each label; for other formats from 1
+    image_ids: list[int | str]  # COCO's ids of the images; empty for other formats
 
     @property
     def counts(self) -> np.ndarray:
@@ -127,12 +128,15 @@ def read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [(number, [cell.strip() for cell in row]) for number, row in enumerate(csv.reader(file), 1)]
+            lines = file.readlines()
+        reader = csv.reader(lines, delimiter=csv_separator(lines))
+        rows = [(number, [cell.strip() for cell in row]) for number, row in enumerate(reader, 1)]
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path} is no CSV table: {one_line(error)}") from error
     (_, header), *rows = [row for row in rows if any(row[1])] or [(1, [])]
     if len(header) < 2 or len(set(header)) < len(header) or not rows:
-        raise UserError(f"{path} must have a header with two or more different columns, and rows below it")
+        asked = "a header with two or more different columns, separated by commas, semicolons or tabs"
+        raise UserError(f"{path} must have {asked}, and rows below it")
     return header, rows
 
 
@@ -145,6 +149,9 @@ def _number(value: Any) -> float:
 
 
 # ---- COCO
+
+ID = (int, str)
+COCO_LISTS = ("images", "annotations", "categories")
 
 
 def find_coco(root: Path, split: str) -> Place | None:
@@ -160,6 +167,25 @@ def find_coco(root: Path, split: str) -> Place | None:
     if not found:
         return None
     (file,) = found
+    return _coco_place(file, root)
+
+
+def whole_coco(root: Path) -> Place | None:
+    """The one COCO file of a folder, in it or in annotations/ there; or this file."""
+    if root.is_file():
+        beside = root.parent.parent if root.parent.name == "annotations" else root.parent
+        return _coco_place(root, beside) if root.suffix == ".json" else None
+    files = [file for at in (root, root / "annotations") for file in sorted(at.glob("[!.]*.json"))]
+    # other programs leave other JSON files there
+    found = [file for file in files if all(f'"{name}"'.encode() in file.read_bytes() for name in COCO_LISTS)]
+    if len(found) > 1:
+        raise UserError(
+            f"{listed(list(map(str, found)))} are all for training: give one of them in the place of {root}"
+        )
+    return _coco_place(found[0], root) if found else None
+
+
+def _coco_place(file: Path, root: Path) -> Place:
     stem = file.stem.removeprefix("instances_")
     folders = [root / stem / "images", root / stem, root / "images" / stem, root / "images", file.parent]
     if file.name.startswith("_"):
@@ -168,7 +194,7 @@ def find_coco(root: Path, split: str) -> Place | None:
 
 
 def read_coco(place: Place, names: list[str] | None, faults: LabelFaults, masks: bool = False) -> LabelSet:
-    """Read a COCO file, with the classes in the order of their ids.
+    """Read a COCO file, with the classes in the order of their ids. An id is a number or a text, and 7 is "7".
 
     Args:
         place: From `find_coco`.
@@ -181,28 +207,31 @@ def read_coco(place: Place, names: list[str] | None, faults: LabelFaults, masks:
     """
     file = place.labels
     content = _json(file)
-    categories = {}
-    for where, entry in _records(content, "categories", file, faults, id=int, name=str):
-        if entry["id"] in categories or entry["name"] in categories.values():
+    categories: dict[str, str] = {}
+    ids: dict[str, int | str] = {}  # of a category
+    for where, entry in _records(content, "categories", file, faults, id=ID, name=str):
+        if str(entry["id"]) in categories or entry["name"] in ids:
             raise UserError(f"{where}: the category {entry['name']!r}, id {entry['id']}, is there twice")
-        categories[entry["id"]] = entry["name"]
-    ids = sorted(categories)
-    names = [categories[id_] for id_ in ids] if names is None else names
+        categories[str(entry["id"])], ids[entry["name"]] = entry["name"], entry["id"]
+    names = sorted(ids, key=lambda name: _order(ids[name])) if names is None else names
     label_of = {id_: names.index(name) for id_, name in categories.items() if name in names}
-    images: dict[int, _Objects] = {}
-    files: dict[int, str] = {}
+    named = [str(entry.get("file_name")) for entry in content["images"] if isinstance(entry, dict)]
+    folders = [place.images, *place.images.parents[:1]]  # some names of files begin with that of the folder
+    folder = next((at for at in folders if any((at / name).is_file() for name in named)), place.images)
+    images: dict[str, _Objects] = {}
+    files: dict[str, tuple[str, int | str]] = {}
     listed_files: set[str] = set()
-    for where, entry in _records(content, "images", file, faults, id=int, file_name=str):
-        path = str(place.images / entry["file_name"])
-        if entry["id"] in images or path in listed_files:
+    for where, entry in _records(content, "images", file, faults, id=ID, file_name=str):
+        path = str(folder / entry["file_name"])
+        if (id_ := str(entry["id"])) in images or path in listed_files:
             faults.add(TWICE, where)
             continue
         listed_files.add(path)
         if (size := _size_of(path, entry, faults)) is not None:
-            images[entry["id"]], files[entry["id"]] = _Objects(str(file), size, faults), path
+            images[id_], files[id_] = _Objects(str(file), size, faults), (path, entry["id"])
     known = {str(entry.get("id")) for entry in content["images"] if isinstance(entry, dict)}
-    for where, entry in _records(content, "annotations", file, faults, image_id=int, category_id=int):
-        label, objects = label_of.get(entry["category_id"]), images.get(entry["image_id"])
+    for where, entry in _records(content, "annotations", file, faults, image_id=ID, category_id=ID):
+        label, objects = label_of.get(str(entry["category_id"])), images.get(str(entry["image_id"]))
         if objects is None:
             if str(entry["image_id"]) not in known:  # else the image is a fault already
                 faults.add("annotation of an unknown image", where)
@@ -223,9 +252,16 @@ def read_coco(place: Place, names: list[str] | None, faults: LabelFaults, masks:
         left, top, width, height = map(_number, box)
         crowd = bool(entry.get("iscrowd"))
         objects.add((left, top, left + width, top + height), label, where, crowd, outline)
-    found = [objects.annotated(files[id_]) for id_, objects in images.items()]
-    by_name = {name: id_ for id_, name in categories.items()}
-    return LabelSet(str(file), names, found, [by_name.get(name, 0) for name in names], list(images))
+    found = [objects.annotated(files[id_][0]) for id_, objects in images.items()]
+    image_ids = [files[id_][1] for id_ in images]
+    return LabelSet(str(file), names, found, [ids.get(name, 0) for name in names], image_ids)
+
+
+def _order(id_: int | str) -> tuple[bool, int, str]:
+    """Numbers, also those in texts, come before other texts."""
+    text = str(id_)
+    number = text.isascii() and text.removeprefix("-").isdigit()
+    return not number, int(text) if number else 0, text
 
 
 def _size_of(path: str, entry: dict[str, Any], faults: LabelFaults) -> Size | None:
@@ -290,19 +326,19 @@ def _json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is no JSON: {one_line(error)}") from error
-    lists = ("images", "annotations", "categories")
-    if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in lists):
-        raise UserError(f"{file} is no COCO file: it must have the lists {', '.join(lists)}")
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in COCO_LISTS):
+        raise UserError(f"{file} is no COCO file: it must have the lists {', '.join(COCO_LISTS)}")
     return content
 
 
 def _records(
-    content: dict[str, Any], key: str, file: Path, faults: LabelFaults, **fields: type
+    content: dict[str, Any], key: str, file: Path, faults: LabelFaults, **fields: type | tuple[type, ...]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, entry) of a list in a COCO file; entries without the fields that they need are faults."""
     for number, entry in enumerate(content[key]):
         where = f"{file.name} {key}[{number}]"
-        if isinstance(entry, dict) and all(type(entry.get(name)) is kind for name, kind in fields.items()):
+        has = isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in fields.items())
+        if has and not any(isinstance(entry[name], bool) for name in fields):
             yield where, entry
         else:
             faults.add(f"entry without {' and '.join(fields)}", where)
@@ -312,15 +348,33 @@ def _records(
 
 
 def find_voc(root: Path, split: str) -> Place | None:
-    """Annotations/*.xml and JPEGImages/, with the names of a split in ImageSets/Main/SPLIT.txt."""
-    if not (root / "Annotations").is_dir():
-        return None
+    """Annotations/*.xml and JPEGImages/, with the names of a split in ImageSets/Main/SPLIT.txt; or SPLIT/*.xml beside
+    their images."""
     images = root / "JPEGImages" if (root / "JPEGImages").is_dir() else root / "images"
-    lists = [root / "ImageSets" / "Main" / f"{name}.txt" for name in split_names(split)]
-    found = [path for path in lists if path.is_file()]
-    if not found and split == "train" and not (root / "ImageSets" / "Main").is_dir():
-        return Place(root / "Annotations", images)
-    return Place(found[0], images) if found else None
+    for name in split_names(split):
+        names = root / "ImageSets" / "Main" / f"{name}.txt"
+        if names.is_file() and (root / "Annotations").is_dir():
+            return Place(names, images)
+        if (found := _xml_place(root / name, root / name)) is not None:
+            return found
+    return None
+
+
+def whole_voc(root: Path) -> Place | None:
+    """XML files beside their images, or in Annotations/ with the images in JPEGImages/ or images/."""
+    for labels in (root / "Annotations", root / "annotations", root / "labels", root / "images", root):
+        if (found := _xml_place(labels, root / "JPEGImages", root / "images", labels, root)) is not None:
+            return found
+    return None
+
+
+def _xml_place(labels: Path, *folders: Path) -> Place | None:
+    """The XML files of a folder, and the first of other folders with images of the same names."""
+    stems = {path.stem for path in labels.glob("*.xml")}
+    for folder in folders:
+        if stems and folder.is_dir() and any(Path(image).stem in stems for image in next(walk(folder)).images):
+            return Place(labels, folder)
+    return None
 
 
 def read_voc(place: Place, names: list[str] | None, faults: LabelFaults) -> LabelSet:
@@ -379,10 +433,14 @@ def _lines(file: Path) -> list[str]:
 
 
 def find_yolo(root: Path, split: str) -> Place | None:
-    """A data.yaml, or the folder that it is in. Its ``train``, ``val`` and ``test`` name folders or lists of images."""
+    """A data.yaml, or the folder that it is in. Its ``train``, ``val`` and ``test`` name folders or lists of images.
+
+    Without one, the folders of a split beside a classes.txt.
+    """
     file = root if root.suffix in (".yaml", ".yml") else next(iter(sorted(root.glob("data.y*ml"))), None)
     if file is None or not file.is_file():
-        return None
+        names = split_names(split)
+        return _text_place(root, *(at for name in names for at in (root / "images" / name, root / name)))
     content = _yolo(file)
     given = next((content[name] for name in split_names(split) if content.get(name)), None)
     if given is None:
@@ -396,12 +454,26 @@ def find_yolo(root: Path, split: str) -> Place | None:
     return Place(file, next((path for path in tried if path.exists()), tried[0]))
 
 
+def whole_yolo(root: Path) -> Place | None:
+    """classes.txt, and text files beside the images, or in labels/ beside images/."""
+    return _text_place(root, root / "images", root)
+
+
+def _text_place(root: Path, *folders: Path) -> Place | None:
+    """The classes.txt of a folder, and the first of other folders with images that have text files."""
+    names = next((at for name in ("", "labels", "images") if (at := root / name / "classes.txt").is_file()), None)
+    for folder in folders if names is not None else ():
+        if folder.is_dir() and any(label_file_of(image).is_file() for at in walk(folder) for image in at.images):
+            return Place(names, folder)
+    return None
+
+
 def read_yolo(place: Place, names: list[str] | None, faults: LabelFaults, masks: bool = False) -> LabelSet:
     """Read the text files beside the images: ``class x y width height``, the centre first, as shares of the image.
 
     A line with more numbers is an outline, ``class x y x y ...``: without `masks` its box is read, with `masks` its
     polygon, and then a box is a fault. An image without a text file has no objects. Arguments and errors are those of
-    `read_coco`; `names` is not used, as data.yaml is the same for all splits.
+    `read_coco`; `names` is not used, as data.yaml or classes.txt is the same for all splits.
     """
     names = _yolo_names(place.labels)
     if place.images.suffix == ".txt":
@@ -431,8 +503,9 @@ def read_yolo(place: Place, names: list[str] | None, faults: LabelFaults, masks:
 
 def label_file_of(image: str) -> Path:
     """YOLO's text file of an image: in ``labels`` in place of the last folder ``images``, else beside it."""
-    *folders, name = Path(image).with_suffix(".txt").parts
-    if "images" in folders:
+    beside = Path(image).with_suffix(".txt")
+    *folders, name = beside.parts
+    if "images" in folders and not beside.is_file():
         folders[-1 - folders[::-1].index("images")] = "labels"
     return Path(*folders, name)
 
@@ -472,7 +545,8 @@ def _yolo(file: Path) -> dict[str, Any]:
 
 
 def _yolo_names(file: Path) -> list[str]:
-    names = _yolo(file)["names"]
+    text = file.suffix == ".txt"  # a name in each line
+    names = [line.strip() for line in _lines(file) if line.strip()] if text else _yolo(file)["names"]
     if isinstance(names, dict):  # by number
         if set(names) != set(range(len(names))):
             raise UserError(f"{file}: names must be numbered from 0 without gaps, got {list(names)[:20]}")
@@ -488,13 +562,23 @@ class Format(NamedTuple):
     find: Callable[[Path, str], Place | None]  # None if there are none
     read: Callable[..., LabelSet] | None  # with the arguments of `read_coco`; None for masks
     layout: str  # what a folder with such labels has, in words
+    whole: Callable[[Path], Place | None] = lambda root: None  # finds labels without splits, all for training
+
+    def place(self, root: Path, split: str) -> Place | None:
+        """Where the labels of a split are; None if there are none."""
+        found = self.find(root, split)
+        if found is None and split == "train" and not any(self.find(root, other) for other in ("val", "test")):
+            return self.whole(root)
+        return found
 
 
-COCO = "a COCO file (train.json beside train/, or annotations/instances_train*.json)"
+COCO = "a COCO file (train.json beside train/, annotations/instances_train*.json, or one JSON file)"
+YOLO = "YOLO (data.yaml, or classes.txt, with text files of the images)"
+VOC = "Pascal VOC (Annotations/ and JPEGImages/, or XML files beside the images)"
 FORMATS = {
-    "coco": Format(find_coco, read_coco, COCO),
-    "voc": Format(find_voc, read_voc, "Pascal VOC (Annotations/, JPEGImages/ and ImageSets/Main/train.txt)"),
-    "yolo": Format(find_yolo, read_yolo, "a data.yaml of YOLO"),
+    "coco": Format(find_coco, read_coco, COCO, whole_coco),
+    "voc": Format(find_voc, read_voc, VOC, whole_voc),
+    "yolo": Format(find_yolo, read_yolo, YOLO, whole_yolo),
 }
 
 
@@ -505,12 +589,16 @@ def recognise(root: str | os.PathLike, formats: Mapping[str, Format]) -> str:
         FileNotFoundError: There is none.
         UserError: There are two.
     """
-    found = [name for name, form in formats.items() if form.find(Path(root), "train") is not None]
+    root = Path(root)
+    found = [name for name, form in formats.items() if form.find(root, "train") is not None]
+    found = found or [name for name, form in formats.items() if form.place(root, "train") is not None]
     if not found:
         layouts = ", or ".join(form.layout for form in formats.values())
-        raise FileNotFoundError(f"no training labels in {root}: it must have {layouts}")
+        raise FileNotFoundError(f"no training labels in {root}, which {contents(root)}: it must have {layouts}")
     if len(found) > 1:
-        raise UserError(f"{root} has labels in the formats {' and '.join(found)}: say which one as format")
+        raise UserError(
+            f"{root} has labels in the formats {' and '.join(found)}: say which one as format (--data.format)"
+        )
     return found[0]
 
 

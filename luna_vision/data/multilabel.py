@@ -14,6 +14,7 @@ from luna_vision.data.images import Source, TransformedDataset
 from luna_vision.data.label_files import COLUMNS, MISSING, TWICE, UNKNOWN, in_words, read_csv, split_names
 from luna_vision.data.sampling import repeated, sample_seed
 from luna_vision.images.decode import read_image
+from luna_vision.images.find import contents
 from luna_vision.utils.checks import check_share
 from luna_vision.utils.errors import UserError
 
@@ -27,15 +28,18 @@ class LabelTable:
     Attributes:
         class_names: Names of the K classes.
         matrix: float32 (n, K), all labels.
-        where, skipped: In words, where they are, and what they hold.
+        where: In words, where they are.
     """
 
     def __init__(self, files: list[str], matrix: np.ndarray, class_names: list[str], where: str) -> None:
         self.files, self.matrix, self.class_names, self.where = files, matrix, class_names, where
-        self.skipped = in_words(class_names, matrix, "labels")
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def holds(self, indices: np.ndarray) -> str:
+        """How many labels of each class these images have, in words."""
+        return in_words(self.class_names, self.matrix[indices], "labels")
 
     def sample_file(self, index: int) -> str:
         return self.files[index]
@@ -62,9 +66,9 @@ def read_table(
         UserError: It is no such table, or lacks the column of a class.
     """
     header, rows = read_csv(path)
-    _, first = rows[0]
     folders = [path.parent, path.parent / path.stem, path.parent / "images", path.parent / path.stem / "images"]
-    folder = next((folder for folder in folders if (folder / first[0]).is_file()), path.parent)
+    names = [row[0] for _, row in rows if row[0]]  # the first of which may be missing
+    folder = next((folder for folder in folders if any((folder / name).is_file() for name in names)), path.parent)
     kept: list[tuple[str, list[str]]] = []
     seen: set[str] = set()
     for number, row in rows:
@@ -120,11 +124,12 @@ class MultiLabelDataModule(PhotoDataModule):
     """Photos with any number of labels each, for :class:`~luna_vision.tasks.MultiLabelTask`.
 
     ``root/train.csv``, and ``root/val.csv`` and ``root/test.csv`` if there are any, name the images in the first
-    column. Two layouts are read: a second column with the labels of an image, "cat|dog", or a column for each class
-    with 0 or 1. Files are found beside the table, in a folder of its name or in ``images``. Targets are float32 (B, K).
+    column; without splits, ``root`` has one CSV file, or is it. Two layouts are read: a second column with the labels
+    of an image, "cat|dog", or a column for each class with 0 or 1. Files are found beside the table, in a folder of its
+    name or in ``images``. Targets are float32 (B, K).
 
     Args:
-        root: Folder of the tables.
+        root: Folder of the tables, or a table for training.
         separator: Between labels in a list; by default the first of | ; , that occurs.
         repeat_rare: Images of classes that fewer than this share of the images have come more often, see
             :func:`luna_vision.data.sampling.repeat_rare`; 0 is off.
@@ -132,7 +137,7 @@ class MultiLabelDataModule(PhotoDataModule):
 
     Raises:
         ValueError: On setup: faulty labels; an argument out of range.
-        FileNotFoundError: On setup: there is no root/train.csv.
+        FileNotFoundError: On setup: there is no table for training.
     """
 
     dataset_type = MultiLabelDataset
@@ -151,14 +156,23 @@ class MultiLabelDataModule(PhotoDataModule):
     def table(self, split: str) -> LabelTable | None:
         """The table of a split, read once; None if there is none."""
         if split not in self._tables:
-            paths = [Path(self.root, f"{name}.csv") for name in split_names(split)]
-            path = next((path for path in paths if path.is_file()), None)
+            path = self._path(split)
             if path is None and split == "train":
                 raise FileNotFoundError(
-                    f"no table {paths[0]}: root= must contain train.csv, which names images and labels"
+                    f"no table of labels in {self.root}, which {contents(self.root)}: it must have train.csv, or "
+                    "one other CSV file, which names images and labels"
                 )
             self._tables[split] = None if path is None else self._read(path, split)
         return self._tables[split]
+
+    def _path(self, split: str) -> Path | None:
+        """The file of a split. Without such files, the one there is, or ``root`` itself, is for training."""
+        root = Path(self.root)
+        tables = {path.stem: path for path in ([root] if root.is_file() else sorted(root.glob("[!.]*.csv")))}
+        splits = {name for split in ("train", "val", "test") for name in split_names(split)}
+        if split == "train" and len(tables) == 1 and not splits & set(tables):
+            return next(iter(tables.values()))
+        return next((tables[name] for name in split_names(split) if name in tables), None)
 
     def _read(self, path: Path, split: str) -> LabelTable:
         faults = LabelFaults(f"{type(self).__name__} {split}", self.max_error_share)

@@ -17,6 +17,7 @@ from torch import Tensor
 from luna_vision.data.dense import IGNORE, DenseDataModule, Truth, check_image_size, size_of
 from luna_vision.data.label_files import (
     COCO,
+    YOLO,
     Format,
     LabelSet,
     LabelSource,
@@ -29,12 +30,14 @@ from luna_vision.data.label_files import (
     read_coco,
     read_yolo,
     split_names,
+    whole_coco,
+    whole_yolo,
 )
 from luna_vision.images.decode import SampleError, read_image
 from luna_vision.images.find import find_images, listed, walk
 from luna_vision.images.pillow import open_image_file
 from luna_vision.utils.errors import UserError, one_line
-from luna_vision.utils.text import printable
+from luna_vision.utils.text import csv_separator, printable
 
 # folders of images and of their masks
 LAYOUTS = (
@@ -46,8 +49,10 @@ LAYOUTS = (
     ("{}", "{}_labels"),
     ("{}", "{}_masks"),
 )
+WHOLE = (("images", "masks"), ("images", "annotations"), ("images", "labels"))  # without splits
 MASK_ENDS = ("", "_mask", "_masks", "_label", "_L")  # of a mask's name, after the name of its image
 BACKGROUNDS = ("background", "_background_", "bg")  # names of a first class that is no object
+BINARY = [0, 255]  # the numbers of masks of one kind of object, as most programs write them
 SCANNED = 2000  # masks that are read at the start, evenly spread, to count the pixels of each class
 
 
@@ -94,6 +99,8 @@ def _packed(colors: np.ndarray) -> np.ndarray:
 def read_mask(path: str | os.PathLike, colors: bool) -> np.ndarray:
     """The numbers of a mask file (H, W), those of a palette image its indices; or its colours (H, W, 3).
 
+    A grey mask may be saved as RGB, and may have an opacity, which is not read.
+
     Raises:
         SampleError: It is no mask.
         OSError: It cannot be read.
@@ -103,12 +110,17 @@ def read_mask(path: str | os.PathLike, colors: bool) -> np.ndarray:
             if colors:
                 return np.asarray(image.convert("RGB"))
             array = np.asarray(image)
+            if len(bands := image.getbands()) > 1:
+                grey = array[..., : len(bands) - (bands[-1] == "A")]
+                array = grey[..., 0] if (grey == grey[..., :1]).all() else array
     except FileNotFoundError:
         raise
     except Exception as error:  # decoders raise nearly anything for a broken file
         raise SampleError(f"cannot decode mask {path}: {one_line(error)}") from error
     if array.ndim != 2 or not (np.issubdtype(array.dtype, np.integer) or array.dtype == bool):
-        raise SampleError(f"mask {path} has colours or fractions: give the colour of each class as values")
+        raise SampleError(
+            f"mask {path} has colours or fractions: give the colour of each class as values (--data.values)"
+        )
     return array
 
 
@@ -181,13 +193,24 @@ class OutlineSource(LabelSource):
 
 def find_masks(root: Path, split: str) -> Place | None:
     """The folders of the masks and of the images of a split."""
-    for name in split_names(split):
-        for layout in LAYOUTS:
-            images, masks = (root / part.format(name) for part in layout)
-            # YOLO has texts in such a folder
-            if images.is_dir() and masks.is_dir() and any(folder.images for folder in walk(masks)):
-                return Place(masks, images)
+    return _folders(root, *([part.format(name) for part in at] for name in split_names(split) for at in LAYOUTS))
+
+
+def whole_masks(root: Path) -> Place | None:
+    """The folders of the masks and of the images without splits."""
+    return _folders(root, *WHOLE)
+
+
+def _folders(root: Path, *pairs: Sequence[str]) -> Place | None:
+    """The first pair of folders of images and masks."""
+    for images, masks in ((root / images, root / masks) for images, masks in pairs):
+        # YOLO has texts in such a folder
+        if images.is_dir() and masks.is_dir() and any(folder.images for folder in walk(masks)):
+            return Place(masks, images)
     return None
+
+
+MASKS = listed([" and ".join(at).format("train", "train") for at in (*LAYOUTS, WHOLE[0])])
 
 
 class SegmentationDataModule(DenseDataModule):
@@ -197,14 +220,15 @@ class SegmentationDataModule(DenseDataModule):
     0 is the background and classes count from 1; 255 is ignored.
 
     The folders are ``root/SPLIT/images`` and ``root/SPLIT/masks``, or another of docs/dense.md; or ``root`` has a COCO
-    file. A mask is an image of one channel with numbers, a palette image (its indices count), or of colours. By default
-    the classes are those of ``root/classes.txt``, a name in each line; or of ``root/class_dict.csv``, with the columns
+    file. A mask is a grey image with numbers, a palette image (its indices count), or of colours. By default the
+    classes are those of ``root/classes.txt``, a name in each line; or of ``root/class_dict.csv``, with the columns
     name, r, g, b; else the numbers in the training masks. A run begins with the share of pixels of each class.
 
     Args:
         *args: ``root``, and ``format``: "masks", "coco" or "yolo".
         classes: Names of the classes, the background among them where the masks have one.
-        values: The number of each class in masks, or its colour [red, green, blue]; by default 0, 1, ...
+        values: The number of each class in masks, or its colour [red, green, blue]; by default 0, 1, ..., or 0 and 255
+            where training masks hold these alone.
         ignore_index: The number, or the colour, of pixels that are neither trained on nor scored, and no class; -1 for
             none. Where ``values`` has 255, it is a class all the same.
         background: Whether the first class is the background, which is trained on, and scored as one more class;
@@ -218,9 +242,9 @@ class SegmentationDataModule(DenseDataModule):
     """
 
     formats = {
-        "masks": Format(find_masks, None, listed([" and ".join(at).format("train", "train") for at in LAYOUTS])),
-        "coco": Format(find_coco, partial(read_coco, masks=True), COCO),
-        "yolo": Format(find_yolo, partial(read_yolo, masks=True), "a data.yaml of YOLO with outlines"),
+        "masks": Format(find_masks, None, MASKS, whole_masks),
+        "coco": Format(find_coco, partial(read_coco, masks=True), COCO, whole_coco),
+        "yolo": Format(find_yolo, partial(read_yolo, masks=True), YOLO, whole_yolo),
     }
     masks = True
 
@@ -250,6 +274,8 @@ class SegmentationDataModule(DenseDataModule):
         if names is None:
             names, table = class_table(Path(self.root))
             values = table if values is None else values
+        if values is None and self._binary(names):
+            names, values = names or [BACKGROUNDS[0], "foreground"], BINARY
         if values is None:
             values = list(range(len(names))) if names is not None else self._numbers()
         names = list(map(str, values)) if names is None else names
@@ -263,20 +289,35 @@ class SegmentationDataModule(DenseDataModule):
         no_color = not isinstance(values[0], int) and isinstance(self.ignored, int)
         return Coding(list(names), list(values), None if no_color else self.ignored)
 
-    def _numbers(self) -> list[int]:
-        """The numbers in the training masks."""
+    def _binary(self, names: list[str] | None) -> bool:
+        """Whether the training masks of classes with these names hold 0 and 255 alone, and both are classes."""
+        if self.ignored not in (None, IGNORE) or (names is not None and len(names) != 2):
+            return False
+        with suppress(*[FileNotFoundError] * (names is not None)):  # a prediction with names does without training data
+            return self._found == set(BINARY)
+        return False
+
+    @cached_property
+    def _found(self) -> set[int]:
+        """The numbers in the training masks. Those that cannot be read are counted later."""
         found: set[int] = set()
+        faults: list[SampleError] = []
         pairs = self._pairs(self.place("train"), "train")
         for at in _spread(len(pairs), SCANNED):
-            found |= set(np.unique(read_mask(pairs[at][1], colors=False)).tolist())
-        if found == {0, 255}:
-            raise UserError(
-                f"the masks of {self.root} hold 0 and 255 alone, and 255 is ignored: give values [0, 255], classes "
-                "[background, NAME] and ignore_index -1"
-            )
-        top = max((number for number in found if number != self.ignored), default=0)
+            try:
+                found |= set(np.unique(read_mask(pairs[at][1], colors=False)).tolist())
+            except SampleError as error:
+                faults.append(error)
+        if faults and not found:
+            raise faults[0]
+        return found
+
+    def _numbers(self) -> list[int]:
+        """The classes of masks, where nothing names them."""
+        top = max((number for number in self._found if number != self.ignored), default=0)
         if top >= IGNORE:
-            raise UserError(f"the masks of {self.root} hold numbers up to {top}: give classes and values")
+            asked = "give classes and values (--data.classes, --data.values)"
+            raise UserError(f"the masks of {self.root} hold numbers up to {top}: {asked}")
         return list(range(top + 1))
 
     @property
@@ -334,26 +375,24 @@ class SegmentationDataModule(DenseDataModule):
 
     def _scan(self, source: MaskSource | OutlineSource, names: list[str], split: str) -> None:
         """Count the pixels of each class in some masks; those that cannot be read are faults."""
-        counts = np.zeros(IGNORE + 1, np.int64)
         faults = self.label_faults(split)
         scanned = _spread(len(source), SCANNED)
-        for index in scanned:
+        counted = np.zeros((len(scanned), IGNORE + 1), np.int64)
+        for row, index in zip(counted, scanned, strict=True):
             try:
                 mask = source.mask(index, image_size(source.sample_file(index)))
             except SampleError as error:
                 faults.add("faulty mask", str(error))
                 continue
-            counts += np.bincount(mask.ravel(), minlength=IGNORE + 1)
+            row += np.bincount(mask.ravel(), minlength=IGNORE + 1)
         hint = ""
         if isinstance(source, MaskSource) and source.unknown:
             (value, pixels), *_ = source.unknown.most_common(1)
             shown = str(value) if isinstance(value, int) else f"'{list(value)}'"
             hint = f". {shown} has {pixels:,} pixels and no name: --data.ignore_index {shown} leaves them out"
         faults.settle(len(scanned) - faults.count, hint)
-        source.pixels = counts[: len(names)]
-        total = max(int(counts.sum()), 1)
-        shares = [f"{label} {counts[i] / total:.1%}" for i, label in enumerate(names) if counts[i]]
-        source.skipped = f"; pixels: {listed(shares, 20)}; ignored {counts[IGNORE] / total:.1%}"
+        counts = counted.sum(0)
+        source.pixels, source.holds = counts[: len(names)], partial(_shares, names, scanned, counted)
         never = [label for i, label in enumerate(names) if not counts[i]]
         if never:
             seen = f"{len(scanned)} masks" if len(scanned) < len(source) else "the masks"
@@ -372,6 +411,14 @@ class SegmentationDataModule(DenseDataModule):
         return torch.from_numpy(np.ascontiguousarray(truth.mask))
 
 
+def _shares(names: list[str], scanned: list[int], counted: np.ndarray, indices: np.ndarray) -> str:
+    """The shares of pixels of each class in those of some images whose masks were counted, in words."""
+    counts = counted[np.isin(scanned, indices)].sum(0)
+    total = max(int(counts.sum()), 1)
+    shares = [f"{label} {counts[i] / total:.1%}" for i, label in enumerate(names) if counts[i]]
+    return f"; pixels: {listed(shares, 20)}; ignored {counts[IGNORE] / total:.1%}"
+
+
 def class_table(root: Path) -> tuple[list[str] | None, list[tuple[int, int, int]] | None]:
     """Names and colours of the classes from ``classes.txt`` or ``class_dict.csv``; None for what is not there.
 
@@ -385,7 +432,9 @@ def class_table(root: Path) -> tuple[list[str] | None, list[tuple[int, int, int]
             colors = None
         elif table.is_file():
             with table.open(encoding="utf-8-sig", newline="") as file:
-                rows = [{str(k).strip().lower(): v for k, v in row.items()} for row in csv.DictReader(file)]
+                text = file.readlines()
+            reader = csv.DictReader(text, delimiter=csv_separator(text))
+            rows = [{str(k).strip().lower(): v for k, v in row.items()} for row in reader]
             names = [row["name"].strip() for row in rows]
             colors = [(int(row["r"]), int(row["g"]), int(row["b"])) for row in rows]
             if any(not 0 <= part <= 255 for color in colors for part in color) or len(set(colors)) < len(colors):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..utils.errors import UserError, one_line
-from ..utils.text import printable
+from ..utils.text import csv_separator, printable
 from .pillow import has_heif
 
 # All that Pillow opens by itself, the most frequent first, .npy, and what slide scanners call TIFF. The content decides
@@ -135,6 +135,18 @@ def skipped(found: Sequence[Folder]) -> str:
     kinds = listed([f"{count} {suffix}" for suffix, count in sorted(others.items(), key=lambda at: (-at[1], at[0]))])
     heif = "; HEIC takes pillow-heif: pip install 'luna-vision[heif]'" if set(HEIF_EXTENSIONS) & set(others) else ""
     return f"; skipped {hidden} hidden and {others.total()} other names{f' ({kinds}{heif})' if others else ''}"
+
+
+def contents(path: str | os.PathLike) -> str:
+    """What is in a folder, in words that follow its name, for an error about what is not."""
+    if not os.path.isdir(path):
+        return "is a file" if os.path.exists(path) else "is not there"
+    found = next(walk(path))
+    files = found.others + Counter(map(_suffix, found.images))
+    parts = [f"{count} {suffix}" for suffix, count in files.most_common()]
+    if found.folders:
+        parts.insert(0, f"the folders {listed(list(map(printable, found.folders)), 5)}")
+    return f"has {listed(parts)}" if parts else "is empty"
 
 
 def listed(names: Sequence[str], most: int = 10) -> str:
@@ -283,7 +295,8 @@ def read_list(path: str | os.PathLike) -> list[Listed]:
     found = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
+            lines = file.readlines()
+            reader = csv.reader(lines, delimiter=csv_separator(lines), strict=True)
             rows = ([cell.strip() for cell in row] for row in reader)
             header = next(rows, [])
             if "path" not in header:

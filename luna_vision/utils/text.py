@@ -1,8 +1,9 @@
 """Text from untrusted sources: names of files, and the content of checkpoints."""
 
 import re
+from collections.abc import Sequence
 
-__all__ = ["csv_cell", "printable", "utf8"]
+__all__ = ["csv_cell", "csv_separator", "printable", "utf8"]
 
 _SURROGATES = "\ud800-\udfff"  # bytes of file names that are no UTF-8, and escapes of JSON
 _STEERING = "\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"  # terminals, and the direction of writing
@@ -33,3 +34,9 @@ def csv_cell(text: str) -> str:
     number, gets an apostrophe in front. A reader must therefore remove the first apostrophe of a cell.
     """
     return f"'{utf8(text)}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else utf8(text)
+
+
+def csv_separator(lines: Sequence[str]) -> str:
+    """What separates the cells of a table, by its header: Excel's CSV has semicolons where a comma is in numbers."""
+    header = next((line for line in lines if line.strip(" ,;\t\r\n")), "")
+    return max(",;\t", key=header.count)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from luna_vision.data import DetectionDataModule
+from luna_vision.data import DetectionDataModule, MultiLabelDataModule
+from luna_vision.data.images import describe_split
 from luna_vision.images.decode import SampleError
 from luna_vision.utils.errors import UserError
-from tests.labelled import COLORS, NAMES, WRITERS, coco_of, scenes, write_coco, write_voc, write_yolo
+from tests.labelled import COLORS, NAMES, WRITERS, coco_of, scenes, write_coco, write_labels, write_voc, write_yolo
 
 QUIET = {"num_workers": 0, "batch_size": 2}
 
@@ -122,7 +123,7 @@ FAULTS = {
     "box without area ": edit(lambda c: first(c, bbox=[5, "x", 3, 9])),
     "box outside its image": edit(lambda c: first(c, bbox=[60, 5, 30, 9])),
     "annotation without a box": edit(lambda c: first(c, bbox=None)),
-    "entry without image_id and category_id": edit(lambda c: first(c, category_id="brick")),
+    "entry without image_id and category_id": edit(lambda c: first(c, category_id=True)),
     "class unknown to training": edit(lambda c: first(c, category_id=99)),
     "annotation of an unknown image": edit(lambda c: first(c, image_id=99)),
     "missing image file": edit(lambda c: c["images"][0].update(file_name="gone.png")),
@@ -214,6 +215,20 @@ def test_training_without_any_object_is_a_mistake(form, where, tmp_path):
         DetectionDataModule(tmp_path, class_names=NAMES if form == "yolo" else None, **QUIET).setup("fit")
 
 
+def test_a_run_says_what_each_split_holds(tmp_path):
+    """Of images that are held out, not of those that they are held out of; each image once."""
+    data = DetectionDataModule(write_yolo(tmp_path), **QUIET, val_fraction=0.25, repeat_rare=1.0)
+    (tmp_path / "data.yaml").write_text(f"train: images/train\nnames: {json.dumps(NAMES)}")
+    for split, images in (("train", 6), ("val", 2)):
+        assert f"; {2 * images} boxes (" in describe_split(split, data.dataset(split), 2)
+    (write_labels(tmp_path / "table") / "val.csv").unlink()
+    table = MultiLabelDataModule(str(tmp_path / "table"), val_fraction=0.25)
+    labels = [len(set(one.labels)) for one in scenes("train").values()]
+    for split in ("train", "val"):
+        source = table.make_source(split)
+        assert f"; {sum(labels[i] for i in source.indices)} labels (" in describe_split(split, source, 2)
+
+
 def test_validation_is_held_out_where_there_is_none(tmp_path):
     write_coco(tmp_path)
     (tmp_path / "val.json").unlink()
@@ -221,7 +236,7 @@ def test_validation_is_held_out_where_there_is_none(tmp_path):
     assert len(data.dataset("train")) == 5 and len(data.dataset("val")) == 3 and len(data.dataset("test")) == 2
 
 
-@pytest.mark.parametrize("layout", ["instances", "roboflow", "outlines"])
+@pytest.mark.parametrize("layout", ["instances", "roboflow", "roboflow voc", "classes.txt", "outlines"])
 def test_other_layouts(layout, tmp_path):
     if layout == "instances":
         for split in ("train", "val"):
@@ -233,6 +248,15 @@ def test_other_layouts(layout, tmp_path):
         for split in ("train", "val", "test"):
             (tmp_path / f"{split}.json").rename(tmp_path / split / "_annotations.coco.json")
         (tmp_path / "val").rename(tmp_path / "valid")
+    elif layout == "roboflow voc":
+        write_voc(tmp_path / "made")
+        for split in ("train", "val"):
+            (tmp_path / split).mkdir()
+            for file in (tmp_path / "made").rglob(f"{split}_*"):
+                file.rename(tmp_path / split / file.name)
+    elif layout == "classes.txt":
+        (write_yolo(tmp_path) / "data.yaml").unlink()
+        (tmp_path / "classes.txt").write_text("\n".join(NAMES))
     else:  # of YOLO
         write_yolo(tmp_path)
         file = tmp_path / "labels/train/train_0.txt"
@@ -242,6 +266,20 @@ def test_other_layouts(layout, tmp_path):
     data = DetectionDataModule(tmp_path, **QUIET)
     data.setup("fit")
     assert len(data.dataset("train")) == 8 and len(data.dataset("val")) == 2
+
+
+def test_ids_of_coco_may_be_texts(tmp_path):
+    """Also where the annotations have the number and the images the text."""
+    content = coco_of(scenes("train"))
+    for entry in content["images"] + content["categories"]:
+        entry["id"] = str(entry["id"])
+    content["categories"].append({"id": "x", "name": "moss"})
+    for annotation in content["annotations"][:4]:
+        annotation["image_id"] = str(annotation["image_id"])
+    (write_coco(tmp_path) / "train.json").write_text(json.dumps(content))
+    labels = DetectionDataModule(tmp_path, **QUIET).source("train").labels
+    assert (labels.names, labels.category_ids) == ([*NAMES[::-1], "moss"], ["3", "7", "x"])
+    assert labels.counts.sum() == 16 and labels.image_ids[0] == "50"
 
 
 @pytest.mark.parametrize("name", ["val2017", "valid", "validation"])

@@ -30,6 +30,18 @@ def test_labels_of_a_table(form, tmp_path):
     assert targets.shape == (2, 2) and targets.dtype.is_floating_point
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+@pytest.mark.parametrize("form", ["lists", "columns"])
+def test_columns_apart_by_other_characters(form, separator, tmp_path):
+    """Where a comma is in the numbers of a country, its Excel takes semicolons."""
+    file = write_labels(tmp_path, form) / "train.csv"
+    truth = MultiLabelDataModule(str(tmp_path), **QUIET).table("train").matrix
+    text = file.read_text().replace(",", separator)
+    file.write_text(f"{separator}\n{text}", "utf-8-sig")
+    data = MultiLabelDataModule(str(tmp_path), **QUIET)
+    assert data.class_names == NAMES and np.array_equal(data.table("train").matrix, truth)
+
+
 def test_images_of_rare_classes_come_more_often():
     matrix = np.zeros((100, 3), np.float32)
     matrix[:, 0], matrix[:4, 1], matrix[4, 2] = 1, 1, 1

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +15,7 @@ from pycocotools import mask as rle
 
 from luna_vision.data import SegmentationDataModule
 from luna_vision.data.dense import DenseDataModule, Truth
+from luna_vision.data.images import describe_split
 from luna_vision.data.label_files import Format, Place
 from luna_vision.images.decode import SampleError
 from luna_vision.utils.errors import UserError
@@ -174,17 +176,21 @@ def test_what_a_crop_pads_is_ignored(tmp_path):
     assert (image[:, :, 64:] <= 0.5).all()
 
 
-def test_binary_masks_of_0_and_255_are_not_ignored_in_silence(tmp_path):
+@pytest.mark.parametrize("form", ["L", "RGB", "LA"])
+def test_binary_masks_of_0_and_255(form, tmp_path):
+    """As most programs write them; some as grey in all three channels."""
     write_masks(tmp_path)
     (tmp_path / "classes.txt").unlink()
     for file in tmp_path.glob("*/masks/*"):
-        Image.fromarray((np.asarray(Image.open(file)) > 0).astype(np.uint8) * 255).save(file)
-    with pytest.raises(UserError, match=r"values \[0, 255\]"):
-        SegmentationDataModule(tmp_path, **QUIET).setup("fit")
+        Image.fromarray((np.asarray(Image.open(file)) > 0).astype(np.uint8) * 255).convert(form).save(file)
     names = ["background", "thing"]
-    data = SegmentationDataModule(tmp_path, **QUIET, classes=names, values=[0, 255], ignore_index=-1)
-    for name, mask in masks_of(data, "val").items():
-        np.testing.assert_array_equal(mask, scenes("val")[name].mask > 0)
+    for options in ({}, {"ignore_index": -1}, {"classes": names}, {"classes": names, "values": [0, 255]}):
+        data = SegmentationDataModule(tmp_path, **QUIET, **options)
+        assert data.background and data.class_names == (["thing"] if "classes" in options else ["foreground"])
+        for name, mask in masks_of(data, "val").items():
+            np.testing.assert_array_equal(mask, scenes("val")[name].mask > 0)
+    lone = SegmentationDataModule(tmp_path / "gone", **QUIET, format="masks", classes=names)
+    assert lone.class_names == ["thing"]  # a prediction needs no training data
 
 
 def broken(kind: str, root: Path) -> None:
@@ -204,7 +210,7 @@ def broken(kind: str, root: Path) -> None:
     elif kind == "second mask":
         Image.fromarray(mask).save(file.with_suffix(".tif"))
     else:
-        Image.fromarray(np.stack([mask] * 3, 2)).save(file)
+        Image.fromarray(np.stack([mask, mask, mask * 0], 2)).save(file)
 
 
 @pytest.mark.parametrize(
@@ -240,11 +246,17 @@ def test_classes_that_never_occur_are_named(tmp_path):
 
 
 def test_a_run_begins_with_the_share_of_each_class(tmp_path, caplog):
-    data = SegmentationDataModule(write_masks(tmp_path), **QUIET)
-    data.setup("fit")
-    shares = np.bincount(np.concatenate([one.mask.ravel() for one in scenes("train").values()])) / (8 * 48 * 64)
-    for name, share in zip(["background", *NAMES], shares, strict=True):
-        assert f"{name} {share:.1%}" in data.dataset("train").source.skipped
+    write_masks(tmp_path)
+    for split in ("val", "test"):
+        shutil.rmtree(tmp_path / split)
+    data = SegmentationDataModule(tmp_path, **QUIET, val_fraction=0.25)
+    masks = np.array([one.mask for one in scenes("train").values()])
+    for split in ("train", "val"):  # of each the images that it has
+        dataset = data.dataset(split)
+        kept = masks[dataset.source.indices]
+        said = describe_split(split, dataset, 2)
+        for name, pixels in zip(["background", *NAMES], np.bincount(kept.ravel()), strict=True):
+            assert f"{name} {pixels / kept.size:.1%}" in said
 
 
 @pytest.mark.parametrize(
@@ -253,6 +265,7 @@ def test_a_run_begins_with_the_share_of_each_class(tmp_path, caplog):
         ({}, {"classes": ["a", "a"]}, "different names"),
         ({}, {"classes": ["a", "b"], "values": [1]}, "values must be one for each"),
         ({"class_dict.csv": "name,r,g\na,1,2\n"}, {}, "no table of classes"),
+        ({"class_dict.csv": "name;r;g;b\na;1;2;3\n"}, {}, "2 to 255 classes"),
         ({"classes.txt": "a\na\n"}, {}, "no table of classes"),
         ({"classes.txt": "a\n"}, {}, "2 to 255 classes"),
     ],
