@@ -41,12 +41,15 @@ def main(words: list[str]) -> int | None:
         raise FileNotFoundError(f"--checkpoint: there is no file {own.checkpoint}")
     if own.model is not None:
         check_model_name(own.model)
-    check_folder(own.out)
     of_data, overrides = data_options(overrides)
     config, said = configuration(own.task, own.data, own.out, own.model, own.checkpoint, of_data)
+    check_folder(own.out)
     path = own.out / "finetune.yaml"
-    command = shlex.join(["luna-vision", "finetune", *words])
-    head = "\n".join(f"# {printable(line)}" for line in (f"Written by {command}", *said, f"Again: fit --config {path}"))
+    written, again = (
+        shlex.join(["luna-vision", *line])
+        for line in (["finetune", *words], ["fit", "--config", str(path), *overrides])
+    )
+    head = "\n".join(f"# {printable(line)}" for line in (f"Written by {written}", *said, f"Again: {again}"))
     body = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     if path.is_file() and not path.read_text("utf-8").endswith(f"\n{body}"):  # somebody may have edited it
         kept = next(name for n in count(1) if not (name := path.with_name(f"finetune-{n}.yaml")).exists())

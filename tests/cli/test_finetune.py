@@ -235,7 +235,9 @@ def test_from_files_to_files(form, run, tmp_path):
         report.unlink()
         code, out, err = run("report", "runs/x", "--trainer.accelerator=cpu")
         assert code == 0 and report.is_file(), err
-    again = yaml.safe_load((tmp_path / "runs/x/finetune.yaml").read_text())
+    text = (tmp_path / "runs/x/finetune.yaml").read_text()
+    again = yaml.safe_load(text)
+    assert "# Again: luna-vision fit --config runs/x/finetune.yaml --trainer.max_epochs=" in text
     assert again["trainer"]["max_epochs"] > 1  # that of the command line is in the run's own config.yaml
     assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["max_epochs"] == 1
 
