@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .. import data as modules
 from ..models.checkpoints import image_cfg, training_checkpoint
 from ..models.weights import SHIPPED, weights_file
 from ..utils.errors import UserError
@@ -11,15 +12,24 @@ from .recipe import option_words
 
 __all__ = ["with_weights"]
 
+# by the task that weights were trained by: the data module that reads images for it, and what of its hyperparameters
+# the predictions depend on
+TASKS = {
+    "ClassificationTask": ("ImageFolderDataModule", ("loss",)),
+    "MultiLabelTask": ("MultiLabelDataModule", ()),
+    "SlideTask": ("SlideDataModule", ("loss",)),
+}
+IN_PLACE = dict.fromkeys(("ConversionTask", "DistillationTask"), "ClassificationTask")
+
 
 def with_weights(args: list[str]) -> list[str]:
     """Spell the short form out: paths after `predict`, and `--checkpoint FILE`; other command lines stay as they are.
 
-    A checkpoint in the folder of its run is used with that run's `config.yaml`. Any other, of a classification, records
-    what is needed. Without a checkpoint, the weights that come with the package are used.
+    A checkpoint in the folder of its run is used with that run's `config.yaml`. Any other records what is needed.
+    Without a checkpoint, the weights that come with the package are used.
 
     Raises:
-        UserError: There are no such weights, or they are no classification's and have no `config.yaml`.
+        UserError: There are no such weights, or they do not say what their outputs mean.
     """
     if "predict" not in args:
         return args
@@ -56,29 +66,57 @@ def _words(checkpoint: Path | None) -> list[str]:
     if config.is_file() and whole.is_file():
         return ["--config", str(config), "--ckpt_path", str(whole)]
     run = training_checkpoint(checkpoint)
-    if not run or "data" not in run or "pyramid_channels" in run["hyper_parameters"]:
+    task = _task_of(run)
+    if task is not None and not run["hyper_parameters"]["num_classes"]:
+        raise UserError(
+            f"{checkpoint} was trained without labels, and has no classes to predict: use luna-vision embed"
+        )
+    if task not in TASKS:
         raise UserError(
             f"{checkpoint} does not say how to prepare images and what its outputs mean: give --config config.yaml of "
             "its run, with --ckpt_path"
         )
-    return option_words(_options(run, checkpoint))
+    return option_words(_options(task, run, checkpoint))
 
 
-def _options(run: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    """Model and data of a classification that is recorded in its weights."""
+def _task_of(run: dict[str, Any]) -> str | None:
+    """The task that a checkpoint was trained by, or that predicts in its place; None if it cannot be known."""
+    if "cfg" not in run.get("data", {}):
+        return None
+    hp, data = run["hyper_parameters"], run["data"]
+    if "task" in run:
+        return IN_PLACE.get(run["task"], run["task"])
+    # older files
+    if "pyramid_channels" in hp:
+        return "DetectionTask" if "detector" in hp else "SegmentationTask"
+    if "bptt_steps" in hp:
+        return "SequenceTask"
+    if "slides" in data["cfg"]:
+        return "SlideTask"
+    if data.get("name") == "MultiLabelDataModule":
+        return "MultiLabelTask"
+    # with data of the user's own, images may have had several labels
+    known = hp.get("loss", "ce") == "ce" or data.get("name") in modules.__all__
+    return "ClassificationTask" if known else None
+
+
+def _options(task: str, run: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """Model and data that are recorded in weights."""
     hp, cfg = run["hyper_parameters"], image_cfg(run)
+    data, arguments = TASKS[task]
     in_chans, height, width = cfg["input_size"]
     squash = (cfg.get("crop_mode"), cfg["crop_pct"]) == ("squash", 1.0)
     slides = cfg.get("slides")
     return {
-        "model": None if slides is None else "SlideTask",
+        "model": task,
         "model.model_name": hp["model_name"],
         "model.model_kwargs": {k: v for k, v in (hp.get("model_kwargs") or {}).items() if k != "pretrained"},
         "model.num_classes": hp["num_classes"],
         "model.in_chans": in_chans,
+        **{f"model.{name}": hp[name] for name in arguments if name in hp},
         "model.checkpoint": str(checkpoint),
-        "data": "ImageFolderDataModule" if slides is None else "SlideDataModule",
-        "data.root": str(checkpoint.parent),  # has no training folder, so that the checkpoint says the classes
+        "data": data,
+        "data.root": str(checkpoint / "none"),  # has no training images, so that the checkpoint says the classes
         "data.in_chans": in_chans,
         "data.img_size": [height, width],
         "data.mean": cfg["mean"],

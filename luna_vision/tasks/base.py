@@ -269,12 +269,18 @@ class TimmTask(LightningModule):
 
     on_validation_start = on_test_start = on_predict_start = _load_starting_weights
 
+    @classmethod
+    def task_name(cls) -> str:
+        """What a checkpoint says of the task: the name of its class, of one outside of this package with its module."""
+        return cls.__name__ if cls.__module__.startswith(f"{__package__}.") else f"{cls.__module__}.{cls.__name__}"
+
     def data_record(self, data: LightningDataModule) -> dict[str, Any]:
         """What a checkpoint says of the data: how images are preprocessed, and the class names."""
         return {"name": type(data).__name__, "cfg": data.timm_cfg()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add how images are preprocessed, the class names, and the sums of the epoch so far."""
+        """Add the task, how images are preprocessed, the class names, and the sums of the epoch so far."""
+        checkpoint["task"] = self.task_name()
         data = self.trainer.datamodule
         if hasattr(data, "timm_cfg"):
             checkpoint["data"] = self.data_record(data)

@@ -168,14 +168,16 @@ class PredictionWriter(BasePredictionWriter):
 def export_weights(checkpoint: str | Path, output: str | Path) -> None:
     """Write the model's weights (with EMA, the averaged ones) from a Lightning checkpoint as timm loads them.
 
-    The file's header has model, normalisation, classes and epochs as JSON, under "training", for `training_checkpoint`.
+    The file's header has task, model, normalisation, classes and epochs as JSON, under "training", for
+    `training_checkpoint`.
 
     Args:
         checkpoint: a checkpoint of a task.
         output: the ``.safetensors`` file to write.
     """
     content = read_checkpoint(checkpoint)
-    training = {name: content[name] for name in ("hyper_parameters", "data", "epoch", "global_step") if name in content}
+    recorded = ("task", "hyper_parameters", "data", "epoch", "global_step")
+    training = {name: content[name] for name in recorded if name in content}
     _write_weights(unwrap_state_dict(content), training, output)
 
 
@@ -187,7 +189,7 @@ def save_weights(task: TimmTask, data: Any, output: str | Path) -> None:
         data: the data module, whose preprocessing is recorded.
         output: the ``.safetensors`` file to write.
     """
-    training = {"hyper_parameters": dict(task.hparams), "data": task.data_record(data)}
+    training = {"task": task.task_name(), "hyper_parameters": dict(task.hparams), "data": task.data_record(data)}
     _write_weights(task.model.state_dict(), training, output)
 
 
