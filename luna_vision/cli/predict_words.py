@@ -18,6 +18,11 @@ TASKS = {
     "ClassificationTask": ("ImageFolderDataModule", ("loss",)),
     "MultiLabelTask": ("MultiLabelDataModule", ()),
     "SlideTask": ("SlideDataModule", ("loss",)),
+    "DetectionTask": (
+        "DetectionDataModule",
+        ("detector", "strides", "pyramid_channels", "anchor_sizes", "min_size", "max_size", "detector_kwargs"),
+    ),
+    "SegmentationTask": ("SegmentationDataModule", ("stride", "pyramid_channels", "background")),
 }
 IN_PLACE = dict.fromkeys(("ConversionTask", "DistillationTask"), "ClassificationTask")
 
@@ -25,11 +30,11 @@ IN_PLACE = dict.fromkeys(("ConversionTask", "DistillationTask"), "Classification
 def with_weights(args: list[str]) -> list[str]:
     """Spell the short form out: paths after `predict`, and `--checkpoint FILE`; other command lines stay as they are.
 
-    A checkpoint in the folder of its run is used with that run's `config.yaml`. Any other records what is needed.
-    Without a checkpoint, the weights that come with the package are used.
+    All that is needed is in the checkpoint: a `config.yaml`, which is code, is not read. Without a checkpoint, the
+    weights that come with the package are used.
 
     Raises:
-        UserError: There are no such weights, or they do not say what their outputs mean.
+        UserError: There are no such weights, they do not say what their outputs mean, or there are no paths.
     """
     if "predict" not in args:
         return args
@@ -48,10 +53,9 @@ def with_weights(args: list[str]) -> list[str]:
         return args
     if any(word.partition("=")[0] in ("-c", "--config", "--ckpt_path") for word in rest):
         raise UserError("predict takes either paths and --checkpoint, or --config, --ckpt_path and --data.predict_path")
-    words = _words(checkpoint)
-    if paths:
-        words.append(f"--data.predict_path={json.dumps(paths)}")
-    return [*args[:start], *words, *rest]
+    if not paths:
+        raise UserError("predict --checkpoint needs images: luna-vision predict PATH ... --checkpoint FILE")
+    return [*args[:start], *_words(checkpoint), f"--data.predict_path={json.dumps(paths)}", *rest]
 
 
 def _words(checkpoint: Path | None) -> list[str]:
@@ -62,9 +66,6 @@ def _words(checkpoint: Path | None) -> list[str]:
         checkpoint = weights_file(SHIPPED[0])
     if not checkpoint.is_file():
         raise FileNotFoundError(f"--checkpoint: there is no file {checkpoint}")
-    config, whole = checkpoint.parent.parent / "config.yaml", checkpoint.with_suffix(".ckpt")
-    if config.is_file() and whole.is_file():
-        return ["--config", str(config), "--ckpt_path", str(whole)]
     run = training_checkpoint(checkpoint)
     task = _task_of(run)
     if task is not None and not run["hyper_parameters"]["num_classes"]:
@@ -104,21 +105,26 @@ def _options(task: str, run: dict[str, Any], checkpoint: Path) -> dict[str, Any]
     """Model and data that are recorded in weights."""
     hp, cfg = run["hyper_parameters"], image_cfg(run)
     data, arguments = TASKS[task]
-    in_chans, height, width = cfg["input_size"]
-    squash = (cfg.get("crop_mode"), cfg["crop_pct"]) == ("squash", 1.0)
-    slides = cfg.get("slides")
-    return {
+    started = ("pretrained", "checkpoint_path")  # the weights before training
+    options = {
+        "name": "predict",
         "model": task,
         "model.model_name": hp["model_name"],
-        "model.model_kwargs": {k: v for k, v in (hp.get("model_kwargs") or {}).items() if k != "pretrained"},
+        "model.model_kwargs": {k: v for k, v in (hp.get("model_kwargs") or {}).items() if k not in started},
         "model.num_classes": hp["num_classes"],
-        "model.in_chans": in_chans,
-        **{f"model.{name}": hp[name] for name in arguments if name in hp},
+        "model.in_chans": hp["in_chans"],
+        **{f"model.{name}": "null" if hp[name] is None else hp[name] for name in arguments if name in hp},
         "model.checkpoint": str(checkpoint),
         "data": data,
         "data.root": str(checkpoint / "none"),  # has no training images, so that the checkpoint says the classes
-        "data.in_chans": in_chans,
-        "data.img_size": [height, width],
+        "data.in_chans": hp["in_chans"],
+    }
+    if "pyramid_channels" in hp:  # the model normalises images, and takes them in any size
+        return options
+    squash, slides = (cfg.get("crop_mode"), cfg["crop_pct"]) == ("squash", 1.0), cfg.get("slides")
+    return {
+        **options,
+        "data.img_size": cfg["input_size"][1:],
         "data.mean": cfg["mean"],
         "data.std": cfg["std"],
         **({"data.crop_pct": "null" if squash else cfg["crop_pct"]} if slides is None else {}),

@@ -251,6 +251,10 @@ class TimmTask(LightningModule):
         """Apply ``load`` to the timm model, or to a whole one that it is a part of."""
         load(self.model)
 
+    def load_trained_weights(self, checkpoint: str) -> None:
+        """Load a file to evaluate it, or to predict with it."""
+        self.load_starting_weights(lambda model: load_weights(model, checkpoint, say=rank_zero_info))
+
     def _load_starting_weights(self) -> None:
         """Load them once, and not if Lightning has loaded a checkpoint, which it does after ``setup``."""
         if self._has_weights:
@@ -263,7 +267,9 @@ class TimmTask(LightningModule):
                 self.check_classes(run, self.trainer.datamodule, checkpoint)
                 adopt_values(run, self.trainer.datamodule)
                 self.data_cfg = _data_cfg(run)
-            self.load_starting_weights(lambda model: load_weights(model, checkpoint, say=rank_zero_info))
+                self.load_trained_weights(checkpoint)
+            else:
+                self.load_starting_weights(lambda model: load_weights(model, checkpoint, say=rank_zero_info))
         elif vit:
             self.load_starting_weights(lambda model: init_from_vit(model, vit))
 

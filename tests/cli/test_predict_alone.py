@@ -12,9 +12,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from luna_vision.cli.train import main
-from luna_vision.data import ImageFolderDataModule, MultiLabelDataModule
-from luna_vision.tasks import ClassificationTask, MultiLabelTask, PredictionWriter, export_weights
-from tests.labelled import NAMES, save_images, scenes, write_labels
+from luna_vision.data import DetectionDataModule, ImageFolderDataModule, MultiLabelDataModule, SegmentationDataModule
+from luna_vision.tasks import (
+    ClassificationTask,
+    DetectionTask,
+    MultiLabelTask,
+    PredictionWriter,
+    SegmentationTask,
+    export_weights,
+)
+from tests.labelled import NAMES, save_images, scenes, write_coco, write_labels, write_masks
 from tests.tasks.conftest import tiny_trainer
 
 MODEL = {"model_name": "test_luna_vit", "model_kwargs": {"embed_dim": 32, "depth": 2}, "num_classes": 2, "in_chans": 3}
@@ -43,6 +50,17 @@ def one_label(root: Path, **options):
 
 def independent(root: Path):
     return one_label(root, loss="bce")
+
+
+def boxes(root: Path):
+    options = {"detector": "retinanet", "strides": [8, 16], "anchor_sizes": [16, 32], "min_size": None}
+    options |= {"detector_kwargs": {"score_thresh": 0.001}, "pyramid_channels": 8}
+    return DetectionTask(**MODEL, **options), DetectionDataModule(write_coco(root), **QUIET)
+
+
+def masks(root: Path):
+    data = SegmentationDataModule(write_masks(root, "colors"), **QUIET)
+    return SegmentationTask(**MODEL, pyramid_channels=8, stride=8), data
 
 
 def train(task, data, folder: Path) -> None:
@@ -74,7 +92,7 @@ def content(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in files}
 
 
-MADE = {several_labels: "csv", one_label: "csv", independent: "csv"}
+MADE = {several_labels: "csv", one_label: "csv", independent: "csv", boxes: "json", masks: ""}
 
 
 @pytest.mark.parametrize("make", MADE)
@@ -83,7 +101,8 @@ def test_a_file_alone_predicts_what_its_task_does(make, run, tmp_path):
     train(task, data, tmp_path)
     data.predict_path = "new"
     want, found = (tmp_path / name / f"out.{MADE[make]}".rstrip(".") for name in ("want", "found"))
-    tiny_trainer(tmp_path, callbacks=[PredictionWriter(str(want))]).predict(task, data, return_predictions=False)
+    how = {"ckpt_path": "best.ckpt", "return_predictions": False, "weights_only": True}
+    tiny_trainer(tmp_path, callbacks=[PredictionWriter(str(want))]).predict(task, data, **how)
     shutil.rmtree("data")
     Path("moved/train/other").mkdir(parents=True)  # which is no folder of the training
     for name in ("best.safetensors", "best.ckpt"):
@@ -92,6 +111,19 @@ def test_a_file_alone_predicts_what_its_task_does(make, run, tmp_path):
         assert code == 0, err
         assert content(found) == content(want) and content(want)
         shutil.rmtree(found.parent)
+
+
+def test_the_yaml_of_the_run_is_not_read(run, tmp_path):
+    """It could run any code."""
+    train(*one_label(tmp_path / "data"), tmp_path)
+    Path("run/checkpoints").mkdir(parents=True)
+    for name in ("best.ckpt", "best.safetensors"):
+        shutil.move(name, f"run/checkpoints/{name}")
+    Path("run/config.yaml").write_text("data: {class_path: strange.Code}\n")
+    code, err = run("new", "--checkpoint=run/checkpoints/best.ckpt", "--out=found.csv")
+    assert code == 0 and Path("found.csv").exists(), err
+    code, err = run("--checkpoint=run/checkpoints/best.ckpt")  # the test images, which the YAML alone knows
+    assert code == 2 and "needs images" in err
 
 
 def old(path: str) -> None:
