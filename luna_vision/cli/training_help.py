@@ -21,6 +21,7 @@ _OWN = {
   PATH --out FILE.tif|.zarr|.geojson  a map of the classes, or the objects, of one image of any size;
                               --out x.tif --help lists the options
   --overlays FOLDER           also draw the boxes or masks that were found over the images
+  --overwrite                 replace files that exist, which is refused otherwise
   --dtype TYPE                float32, bfloat16 or float16; by default bfloat16 on a GPU that has it, else float32""",
 }
 _PHOTOS = """

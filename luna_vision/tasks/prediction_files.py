@@ -154,19 +154,23 @@ class PredictionFile:
         self.file_names = FileNames(files)
 
     @classmethod
-    def check(cls, path: Path) -> None:
-        """Raise a ValueError or an OSError if nothing can be written to this path."""
+    def check(cls, path: Path, overwrite: bool) -> None:
+        """Raise a ValueError or an OSError if nothing can be written to this path, or there is a file already."""
         if cls.suffix:
-            check_output(path, [cls.suffix], overwrite=True)
+            check_output(path, [cls.suffix], overwrite)
         else:
             check_folder(path)
 
-    def records(self, prediction: dict[str, Any]) -> list[dict[str, Any]]:
-        """What ``predict_step`` of the task returns, as plain data: a dict for each image, with its name as "image".
+    def own_file(self, image: str) -> Path | None:
+        """The file that the prediction of an image alone is written to, where images have such files."""
+        return None
 
-        What belongs into files of their own is written here.
-        """
+    def records(self, prediction: dict[str, Any]) -> list[dict[str, Any]]:
+        """What ``predict_step`` of the task returns, as plain data: a dict for each image, with its name as "image"."""
         raise NotImplementedError
+
+    def write(self, prediction: dict[str, Any]) -> None:
+        """Write what belongs into files of their own, see `own_file`."""
 
     def targets(self, prediction: dict[str, Any]) -> list[Any]:
         """What ``predict_step`` returns, as `luna_vision.tasks.pictures.draw` takes it, where `drawn`."""
@@ -274,18 +278,31 @@ class MaskPredictions(PredictionFile):
         self._values, palette = mask_numbers(hp.num_classes + hp.background, task.data_cfg.get("mask_values"))
         self._palette = palette.tobytes()
 
+    def own_file(self, image: str) -> Path:
+        return self.path / self.file_names(image, ".tif" if _georeference(image) else ".png")
+
     def records(self, prediction: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"image": file} for file in prediction["ids"]]
+
+    def write(self, prediction: dict[str, Any]) -> None:
         for file, mask in zip(prediction["ids"], prediction["masks"], strict=True):
             numbers = self._values[mask.cpu().numpy()]
             deep = numbers.max(initial=0) > 255
             picture = Image.fromarray(numbers.astype(np.uint16 if deep else np.uint8))
             if not deep:
                 picture.putpalette(self._palette)
-            tags = georeference(file)
+            tags = _georeference(file)
             options = {"format": "TIFF", "tiffinfo": tags, "compression": "tiff_deflate"} if tags else {"format": "PNG"}
-            with new_file(self.path / self.file_names(file, ".tif" if tags else ".png")) as new:
+            with new_file(self.own_file(file)) as new:
                 picture.save(new, **options)
-        return [{"image": file} for file in prediction["ids"]]
 
     def targets(self, prediction: dict[str, Any]) -> list[Any]:
         return prediction["masks"]
+
+
+def _georeference(image: str) -> Any:
+    """The georeference of an image, None also of a broken one: who reads its pixels says what is wrong."""
+    try:
+        return georeference(image)
+    except Exception:  # Pillow raises nearly anything for a broken file
+        return None

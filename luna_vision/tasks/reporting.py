@@ -20,7 +20,7 @@ from torch import Tensor
 
 from luna_vision.models import unwrap_state_dict
 from luna_vision.utils.errors import UserError, one_line
-from luna_vision.utils.files import new_file
+from luna_vision.utils.files import check_new, new_file
 from luna_vision.utils.fingerprint import describe
 from luna_vision.utils.progress import progress_bar
 from luna_vision.utils.text import printable
@@ -36,19 +36,22 @@ class PredictionWriter(BasePredictionWriter):
 
     A file appears when the last image is predicted; masks appear one by one. Until then ``OUT.partial`` beside it has
     what is finished: the same prediction to the same `output` continues from there after a stop, with any number of
-    processes. Several processes share the images, and the first one writes the file.
+    processes. Several processes share the images, and the first one writes the file. Files of others are not replaced.
 
     Args:
         output: The file or folder; None is one in the run's log directory, such as ``predictions.csv``.
         overlays: A folder for pictures of the images with the boxes or masks that were found; None draws none.
+        overwrite: Whether to replace files that exist, all the same.
 
     Raises:
+        FileExistsError: When a prediction starts: a file that it would write exists.
         ValueError: When a prediction starts: overlays of a task without boxes and masks, or ``OUT.partial`` was left by
             a prediction with other weights or options.
     """
 
-    def __init__(self, output: str | None = None, overlays: str | None = None) -> None:
+    def __init__(self, output: str | None = None, overlays: str | None = None, overwrite: bool = False) -> None:
         super().__init__(write_interval="batch")
+        self.overwrite = overwrite
         self.output, self.overlays = output, None if overlays is None else Path(overlays)
         self._journal: Journal | None = None
 
@@ -65,16 +68,41 @@ class PredictionWriter(BasePredictionWriter):
             raise UserError(f"predictions could replace images such as {within[0]}: give another folder")
         if 0 < len(self._files) < trainer.world_size:
             raise UserError(f"{trainer.world_size} processes cannot share {len(self._files)} images: start fewer")
+        form.check(path, self.overwrite)
         # the folder of a run is a new one each time
-        self._file, self._resumes = None, self.output is not None and bool(self._files)
+        self._resumes = self.output is not None and bool(self._files)
+        self._file = form(path, None, pl_module, self._files)
         self._journal = Journal(path, self._about(trainer, pl_module), self._resumes, trainer.global_rank)
-        trainer.strategy.barrier("journal")  # all have read before one writes
-        done = [file for file in self._files if file in self._journal.records]
+        done = self._done()
+        trainer.strategy.barrier("journal")  # all have looked before one writes
         if done:
             if trainer.is_global_zero:
                 print(f"{path}: {len(done)} of {len(self._files)} images are finished already", file=sys.stderr)
             # each loader must have an image: if only the file of all of them is missing, some are predicted again
             data.finished = set(done[: len(self._files) - trainer.world_size])
+
+    def _own_files(self, image: str) -> list[Path]:
+        """The files that belong to an image alone."""
+        overlay = None if self.overlays is None else self.overlays / self._file.file_names(image, ".jpg")
+        return [path for path in (self._file.own_file(image), overlay) if path is not None]
+
+    def _done(self) -> list[str]:
+        """The images that are finished. The files of an image that is not listed belong to somebody else.
+
+        An image is listed before its files are written: if they are not there, it is not finished.
+
+        Raises:
+            FileExistsError: There is such a file, and it is not to be replaced.
+        """
+        done = []
+        for image in self._files:
+            own = self._own_files(image)
+            if image not in self._journal.records:
+                for path in own:
+                    check_new(path, self.overwrite)
+            elif all(path.exists() for path in own):
+                done.append(image)
+        return done
 
     def _about(self, trainer: Trainer, task: TimmTask) -> dict[str, Any]:
         """What the predictions depend on, but for the images."""
@@ -88,6 +116,8 @@ class PredictionWriter(BasePredictionWriter):
         return {"weights": weights, "model": plain, "reading": reading, "overlays": str(self.overlays)}
 
     def on_predict_start(self, trainer: Trainer, pl_module: TimmTask) -> None:
+        names = pl_module.label_names or self._class_names(trainer)  # only now are the weights read that know them
+        self._file = pl_module.predictions(self._journal.output, names, pl_module, self._files)
         done = len(getattr(trainer.datamodule, "finished", ()))
         bar = {"total": len(self._files) or None, "initial": done, "desc": "predicting", "unit": "image"}
         # on a terminal there is Lightning's own
@@ -103,14 +133,12 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        if self._file is None:  # only now has the task read its weights, whose file knows the names
-            names = pl_module.label_names or self._class_names(trainer)
-            self._file = pl_module.predictions(self._journal.output, names, pl_module, self._files)
         with self._kept():
             records = self._file.records(prediction)
+            self._journal.add(records)
+            self._file.write(prediction)
             if self.overlays is not None:
                 self._draw(pl_module, batch[0], prediction)
-            self._journal.add(records)
         self._bar.update(len(records))
 
     def _draw(self, task: TimmTask, images: Any, prediction: dict[str, Any]) -> None:
@@ -129,7 +157,7 @@ class PredictionWriter(BasePredictionWriter):
             journal, reason = self._journal, one_line(error) if error.errno is None else error.strerror
             reason = reason if reason.startswith("cannot write") else f"cannot write {journal.output}: {reason}"
             if self._resumes and journal.records:
-                reason += f"; the same command continues after the {len(journal.records)} images that are finished"
+                reason += "; the same command continues after the images that are finished"
             raise OSError(reason) from error
 
     @staticmethod
@@ -142,7 +170,7 @@ class PredictionWriter(BasePredictionWriter):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._bar.close()
         trainer.strategy.barrier("predicted")
-        if self._file is None or not trainer.is_global_zero:
+        if not self._journal.records or not trainer.is_global_zero:
             self._journal.close()
             return
         if trainer.world_size > 1:
