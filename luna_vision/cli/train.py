@@ -301,6 +301,10 @@ class LunaCLI(LightningCLI):
 
     before_fit = before_validate = before_test = before_predict = check_run
 
+    def after_predict(self) -> None:
+        if any(isinstance(callback, PredictionWriter) and callback.unread for callback in self.trainer.callbacks):
+            sys.exit(1)
+
     def _tests(self) -> bool:
         """Whether the best weights are tested after fit: a data module of the user's own may have no test images."""
         return self._get(self.config, "test_after_fit") and is_overridden("test_dataloader", self.datamodule)

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors.torch import save_file
 from torch import Tensor
 
+from luna_vision.data.images import Unread
 from luna_vision.models import unwrap_state_dict
 from luna_vision.utils.errors import UserError, one_line
 from luna_vision.utils.files import check_new, new_file
@@ -37,11 +38,15 @@ class PredictionWriter(BasePredictionWriter):
     A file appears when the last image is predicted; masks appear one by one. Until then ``OUT.partial`` beside it has
     what is finished: the same prediction to the same `output` continues from there after a stop, with any number of
     processes. Several processes share the images, and the first one writes the file. Files of others are not replaced.
+    Images that cannot be used are left out, and listed at the end.
 
     Args:
         output: The file or folder; None is one in the run's log directory, such as ``predictions.csv``.
         overlays: A folder for pictures of the images with the boxes or masks that were found; None draws none.
         overwrite: Whether to replace files that exist, all the same.
+
+    Attributes:
+        unread: At the end of a prediction, the images that could not be used, and why.
 
     Raises:
         FileExistsError: When a prediction starts: a file that it would write exists.
@@ -52,6 +57,7 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(self, output: str | None = None, overlays: str | None = None, overwrite: bool = False) -> None:
         super().__init__(write_interval="batch")
         self.overwrite = overwrite
+        self.unread: list[Unread] = []
         self.output, self.overlays = output, None if overlays is None else Path(overlays)
         self._journal: Journal | None = None
 
@@ -69,9 +75,11 @@ class PredictionWriter(BasePredictionWriter):
         if 0 < len(self._files) < trainer.world_size:
             raise UserError(f"{trainer.world_size} processes cannot share {len(self._files)} images: start fewer")
         form.check(path, self.overwrite)
+        if hasattr(data, "unread"):
+            data.unread = []
         # the folder of a run is a new one each time
         self._resumes = self.output is not None and bool(self._files)
-        self._file = form(path, None, pl_module, self._files)
+        self._file, self._named = form(path, None, pl_module, self._files), False
         self._journal = Journal(path, self._about(trainer, pl_module), self._resumes, trainer.global_rank)
         done = self._done()
         trainer.strategy.barrier("journal")  # all have looked before one writes
@@ -97,7 +105,7 @@ class PredictionWriter(BasePredictionWriter):
         done = []
         for image in self._files:
             own = self._own_files(image)
-            if image not in self._journal.records:
+            if "unread" in self._journal.records.get(image, {"unread": ""}):
                 for path in own:
                     check_new(path, self.overwrite)
             elif all(path.exists() for path in own):
@@ -116,8 +124,6 @@ class PredictionWriter(BasePredictionWriter):
         return {"weights": weights, "model": plain, "reading": reading, "overlays": str(self.overlays)}
 
     def on_predict_start(self, trainer: Trainer, pl_module: TimmTask) -> None:
-        names = pl_module.label_names or self._class_names(trainer)  # only now are the weights read that know them
-        self._file = pl_module.predictions(self._journal.output, names, pl_module, self._files)
         done = len(getattr(trainer.datamodule, "finished", ()))
         bar = {"total": len(self._files) or None, "initial": done, "desc": "predicting", "unit": "image"}
         # on a terminal there is Lightning's own
@@ -133,6 +139,9 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
+        if prediction is None:  # of an image that cannot be used
+            return
+        self._name_classes(trainer, pl_module)
         with self._kept():
             records = self._file.records(prediction)
             self._journal.add(records)
@@ -140,6 +149,12 @@ class PredictionWriter(BasePredictionWriter):
             if self.overlays is not None:
                 self._draw(pl_module, batch[0], prediction)
         self._bar.update(len(records))
+
+    def _name_classes(self, trainer: Trainer, task: TimmTask) -> None:
+        """Make the file anew, once the task has read its weights, which know the names, and the numbers of masks."""
+        if not self._named:
+            names, self._named = task.label_names or self._class_names(trainer), True
+            self._file = task.predictions(self._journal.output, names, task, self._files)
 
     def _draw(self, task: TimmTask, images: Any, prediction: dict[str, Any]) -> None:
         transform = getattr(task.trainer.datamodule, "eval_transform", None)
@@ -169,19 +184,32 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._bar.close()
+        if unread := getattr(trainer.datamodule, "unread", None):
+            with self._kept():
+                self._journal.add([{"image": name, "unread": reason} for name, reason in unread])
         trainer.strategy.barrier("predicted")
-        if not self._journal.records or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             self._journal.close()
             return
         if trainer.world_size > 1:
             self._journal.read()
-        records = self._journal.records
-        found = [records[f] for f in self._files if f in records]
+        # positions in a test set, which processes take in turn
+        images = self._files or sorted(self._journal.records, key=lambda name: (len(name), name))
+        records = [self._journal.records[image] for image in images if image in self._journal.records]
+        found = [record for record in records if "unread" not in record]
+        self.unread = [Unread(record["image"], record["unread"]) for record in records if "unread" in record]
         with self._kept():
-            # positions in a test set, which processes take in turn
-            self._file.finish(found or sorted(records.values(), key=lambda r: (len(r["image"]), r["image"])))
+            if found:
+                self._name_classes(trainer, pl_module)  # also where no other image than those of before can be used
+                self._file.finish(found)
             self._journal.remove()
-        print(f"predictions: {self._journal.output}")
+        out = self._journal.output
+        print(f"predictions: {out}" if found else f"{out} is not written: it would be empty")
+        if self.unread:
+            print(f"{len(self.unread)} of {len(records)} images could not be used:", file=sys.stderr)
+        for name, reason in self.unread:
+            name = printable(name)
+            print(f"  {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._journal is None or trainer.state.fn != TrainerFn.PREDICTING:

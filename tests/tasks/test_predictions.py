@@ -171,6 +171,22 @@ def test_what_is_left_of_other_weights_is_refused(tmp_path, new):
 
 
 @pytest.mark.parametrize("make", MADE)
+def test_broken_images_are_left_out_and_listed(make, tmp_path, new, capsys):
+    task, data = make(tmp_path / "data", new)
+    names, whole, out = list(scenes("train")), tmp_path / "whole" / MADE[make], tmp_path / MADE[make]
+    (new / names[1]).write_bytes(b"no image")
+    (new / names[5]).write_bytes((new / names[5]).read_bytes()[:200])
+    predict(task, data, out)
+    lines = capsys.readouterr().err.splitlines()
+    at = lines.index(f"2 of {len(names)} images could not be used:")
+    assert names[1] in lines[at + 1] and names[5] in lines[at + 2] and len(lines) == at + 3
+    for name in (names[1], names[5]):
+        (new / name).unlink()
+    predict(task, data, whole)
+    assert content(out) == content(whole) and content(out)
+
+
+@pytest.mark.parametrize("make", MADE)
 def test_a_full_disk_loses_nothing(make, tmp_path, new, monkeypatch):
     """At any image, and at the end, where all are finished but the file is not written."""
     task, data = make(tmp_path / "data", new)
