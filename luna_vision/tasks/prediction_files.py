@@ -127,6 +127,11 @@ class FileNames:
         self._twice = {stem for stem, count in stems.items() if count > 1}
         self._common = os.path.commonpath([os.path.dirname(stem) for stem in stems]) if stems else os.getcwd()
 
+    def below(self, file: str, folder: str | None) -> str:
+        """The path of an image, below this folder or, without one, below that of all images; else as it is."""
+        name = os.path.relpath(os.path.abspath(file), os.path.abspath(folder or self._common))
+        return file if name.startswith(os.pardir) else name
+
     def __call__(self, file: str, suffix: str) -> str:
         """The relative path of the file with this suffix that belongs to an image."""
         stem, own = os.path.splitext(os.path.abspath(file))
@@ -234,6 +239,8 @@ class LabelsCsv(CsvPredictions):
 class CocoPredictions(PredictionFile):
     """One JSON with ``images``, ``categories`` and ``annotations``, which have a ``score``.
 
+    ``file_name`` is relative to the folder that is predicted or, of several ones and of files, to that of all images.
+
     Images are numbered from 1 in the order of prediction, but those of a COCO file keep the numbers that they have
     there, and so do its categories. So ``COCO.loadRes`` takes the list of annotations as it is.
     """
@@ -251,12 +258,16 @@ class CocoPredictions(PredictionFile):
         return list(map(BoxOutcome.predicted, prediction["objects"]))
 
     def finish(self, records: list[dict[str, Any]]) -> None:
-        known = getattr(self.task.trainer.datamodule, "image_ids", {})
+        data = self.task.trainer.datamodule
+        known, given = getattr(data, "image_ids", {}), getattr(data, "predict_path", None)
+        (folder,) = [given] if isinstance(given, str) else given if given is not None and len(given) == 1 else [None]
+        folder = folder if folder is not None and os.path.isdir(folder) else None
         count = len(self.names or []) or self.task.hparams.num_classes
         names = self.names or list(map(str, range(1, count + 1)))
         ids = self.task.data_cfg.get("category_ids") or range(1, count + 1)
         files = [
-            record | {"file_name": utf8(record["image"]), "id": known.get(record["image"], i)}
+            record
+            | {"file_name": utf8(self.file_names.below(record["image"], folder)), "id": known.get(record["image"], i)}
             for i, record in enumerate(records, 1)
         ]
         with new_file(self.path) as file:

@@ -126,6 +126,22 @@ def test_the_yaml_of_the_run_is_not_read(run, tmp_path):
     assert code == 2 and "needs images" in err
 
 
+def test_the_name_of_a_model_is_no_task(run, tmp_path):
+    train(*one_label(tmp_path / "data"), tmp_path)
+    code, err = run("new", "--checkpoint=best.ckpt", "--model", "luna_vit_nano_patch8", "--out=found.csv")
+    assert code == 2 and "there is no class luna_vit_nano_patch8; the name of a model is --model.model_name" in err
+
+
+def test_boxes_name_files_below_the_folder_that_is_predicted(run, tmp_path):
+    train(*boxes(tmp_path / "data"), tmp_path)
+    save_images(Path("all/photos"), scenes("test"))
+    words = ["--checkpoint=best.ckpt", "--out"]
+    for folder, first in (("all", "photos/test_0.png"), ("all/photos", "test_0.png")):
+        out = Path(f"{len(folder)}.json")
+        assert run(folder, *words, out)[0] == 0
+        assert json.loads(out.read_text())["images"][0]["file_name"] == first
+
+
 def old(path: str) -> None:
     """Make weights as they were before they said their task."""
     with safe_open(path, "pt") as file:
