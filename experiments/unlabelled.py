@@ -142,7 +142,17 @@ def top1(weights: Path, args: Namespace) -> float:
 def probe(weights: Path | None, args: Namespace) -> dict[str, Any]:
     """What `luna-vision probe` finds on CIFAR-10."""
     file = args.out / "probe.json"
-    words = ["--data", "imagefolder", "--root", str(args.data / "cifar10"), "--img-size", "32", "--out", str(file)]
+    words = [
+        "--data",
+        "imagefolder",
+        "--root",
+        str(args.data / "cifar10"),
+        "--img-size",
+        "32",
+        "--out",
+        str(file),
+        "--overwrite",
+    ]
     words += ["--num-train", str(args.images), "--num-test", str(args.images)] if args.images else []
     if weights is None:
         shape = [f"{name}={value}" for name, value in (SHAPE | {"memory_len": 16, "global_pool": "both"}).items()]

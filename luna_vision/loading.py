@@ -11,7 +11,7 @@ from .downstream.detection import detector_of
 from .downstream.segmentation import has_background, segmenter_of
 from .images.transforms import EvalTransform, per_channel
 from .images.values import model_values
-from .models.checkpoints import PIXEL_CFG, differing_weights, read_weights
+from .models.checkpoints import PIXEL_CFG, load_whole
 from .models.factory import LOCAL, load_model, training_checkpoint
 
 __all__ = ["Loaded", "load"]
@@ -72,10 +72,7 @@ def _load_dense(path: Path, run: dict[str, Any]) -> Loaded:
     started = ("pretrained", "checkpoint_path")  # the weights before training
     kwargs = {name: value for name, value in (hp["model_kwargs"] or {}).items() if name not in started}
     model = (detector_of if "detector" in hp else segmenter_of)(hp | {"model_kwargs": kwargs})
-    weights = read_weights(path)
-    if differing := differing_weights(model.state_dict(), weights):  # the defaults of a model may have changed since
-        raise ValueError(f"{str(path)!r} does not fit {hp['model_name']} as it is built now: {differing}")
-    model.load_state_dict(weights)
+    load_whole(model, path, hp["model_name"])
     cfg = run.get("data", {}).get("cfg", {})
     backbone = model.backbone.pyramid_backbone if "detector" in hp else model.backbone
     known = {name: cfg[name] for name in PIXEL_CFG if name in cfg}

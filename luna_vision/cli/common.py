@@ -340,6 +340,8 @@ def useful(text: str) -> str:
         (r"arguments are required: (\w+\.)?", "arguments are required, here or in a --config: "),
     ):
         text = re.sub(pattern, words, text)
+    if keys and keys[0] == "model" and re.match("there is no class [a-z]", text):
+        text += "; the name of a model is --model.model_name NAME, a task --model CLASS"
     if re.search(r"Option '[^']*' is not accepted", text) and keys and keys[0] in ("data", "model"):
         text += f"{'' if text.endswith('?') else ';'} luna-vision fit --{keys[0]}.help CLASS lists those of a class"
     return f"{'.'.join(keys)}: {text}" if keys else text

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["is_of_image", "main"]
 
+OF_ZARR = ("zarr.json", ".zgroup", ".zarray")  # one of them is in a folder of zarr
 SUFFIXES = (".tif", ".tiff", ".zarr", ".geojson")
 
 
@@ -107,6 +108,11 @@ def main(words: list[str]) -> int:
         if path is not None:
             check(path)
             check_file(path, what, args.image, args.overwrite)
+    if args.image.is_dir() and not any((args.image / name).is_file() for name in OF_ZARR):
+        raise UserError(
+            f"{args.image} is a folder, and --out {args.out.suffix} is of one image: give an image, or --out FOLDER "
+            "for the masks of many, --out FILE.json for boxes"
+        )
     image = open_chosen(args)
     model, _, names = load(args.checkpoint)
     model = model.to(pick_device(args.device))

@@ -14,9 +14,10 @@ holds. Options of `luna-vision fit`, such as --data.root FOLDER, are taken as th
 
 def main(words: list[str]) -> int | None:
     """Run the command with these words."""
-    usage = "--config FILE [--out FILE] [--count N] [--SECTION.OPTION VALUE ...]"
+    usage = "--config FILE [--out FILE] [--overwrite] [--count N] [--SECTION.OPTION VALUE ...]"
     parser = WordParser("preview", usage, ABOUT)
     parser.add_argument("--out", type=Path, default=Path("preview.png"), metavar="FILE", help="the .png to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace it, which is refused otherwise")
     parser.add_argument("--count", type=int, default=16, metavar="N", help="number of images (default: 16)")
     own, rest = parser.parse_known_args(words)
     if own.count < 1:
@@ -29,7 +30,7 @@ def main(words: list[str]) -> int | None:
     from .preview_pictures import pictures, sizes
     from .train import build
 
-    check_output(own.out, [".png"], overwrite=True)
+    check_output(own.out, [".png"], own.overwrite)
     sys.path.append("")  # a config may name the user's own classes
     sys.argv[1:] = rest  # which Lightning compares with what it is given
     data: Any = build(run=False).datamodule

@@ -62,7 +62,8 @@ def _parser() -> Parser:
     group = parser.add_argument_group("probes")
     group.add_argument("--knn-k", type=at_least(1), default=20, metavar="K", help="neighbours (default: %(default)s)")
     group.add_argument("--knn-t", type=float, default=0.07, metavar="T", help="temperature (default: %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON of the results; replaced if it exists")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON of the results")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE, which is refused otherwise")
     return parser
 
 
@@ -78,7 +79,7 @@ def main(words: list[str]) -> int:
     from ..utils.record import machine
 
     if args.out:
-        check_output(args.out, [".json"], overwrite=True)
+        check_output(args.out, [".json"], args.overwrite)
     model = load(args, num_classes=0)
     extractor = Extractor(model)
     sizes = (args.num_train, args.num_test, args.batch_size)

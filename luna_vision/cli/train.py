@@ -127,10 +127,12 @@ class LunaCLI(LightningCLI):
             parser.add_argument(
                 "--out",
                 type=str,
-                help="The file, .csv or .json by the task, or the folder of masks; by default in the run's own folder.",
+                help="The file, .csv or .json by the task, or the folder of masks; by default in a new folder of runs.",
             )
             help_ = "A folder for pictures of the images with the boxes or masks that were found."
             parser.add_argument("--overlays", type=str, help=help_)
+            help_ = "Replace the files that --out and --overlays name, which is refused otherwise."
+            parser.add_argument("--overwrite", type=bool, nargs="?", const=True, default=False, help=help_)
             parser.add_argument("--dtype", type=Literal[DTYPES], default="auto", help=f"The {DTYPE_HELP}.")
         return parser
 
@@ -237,15 +239,16 @@ class LunaCLI(LightningCLI):
         unwanted += [Checkpoint, ExportBest] if config["enable_checkpointing"] is False else []
         given = config["callbacks"] or []
         callbacks = [c for c in (given if isinstance(given, list) else [given]) if not isinstance(c, tuple(unwanted))]
-        out, overlays = (
-            self._get(self.config, name) if self.subcommand == "predict" else None for name in ("out", "overlays")
+        out, overlays, overwrite = (
+            self._get(self.config, name) if self.subcommand == "predict" else None
+            for name in ("out", "overlays", "overwrite")
         )
         if out:
-            self._get(self.config_init, "model").predictions.check(Path(out))
+            self._get(self.config_init, "model").predictions.check(Path(out), overwrite)
         if overlays:
             check_folder(Path(overlays))
         if out or overlays:
-            callbacks.append(PredictionWriter(out, overlays))
+            callbacks.append(PredictionWriter(out, overlays, overwrite))
         standard = {path.rpartition(".")[2] for path in CALLBACKS} | {"Report"}  # `luna-vision report` gives another
         names = [ProgressBar if isinstance(c, ProgressBar) else type(c).__name__ for c in callbacks]
         last = dict(zip(names, callbacks, strict=True))
@@ -297,6 +300,10 @@ class LunaCLI(LightningCLI):
                 take_tuned(self.trainer, self.model, self.datamodule, start)
 
     before_fit = before_validate = before_test = before_predict = check_run
+
+    def after_predict(self) -> None:
+        if any(isinstance(callback, PredictionWriter) and callback.unread for callback in self.trainer.callbacks):
+            sys.exit(1)
 
     def _tests(self) -> bool:
         """Whether the best weights are tested after fit: a data module of the user's own may have no test images."""

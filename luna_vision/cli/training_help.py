@@ -17,10 +17,11 @@ _OWN = {
   PATH ... [--checkpoint FILE]  images or folders, and best.safetensors or best.ckpt of any training, in place of
                               --config, --ckpt_path and --data.predict_path
   --data.predict_path PATH    an image file or a folder of them; by default the test images
-  --out FILE                  .csv, .json of boxes, or a folder of masks; by default in the run's own folder
+  --out FILE                  .csv, .json of boxes, or a folder of masks; by default in a new folder of runs/
   PATH --out FILE.tif|.zarr|.geojson  a map of the classes, or the objects, of one image of any size;
                               --out x.tif --help lists the options
   --overlays FOLDER           also draw the boxes or masks that were found over the images
+  --overwrite                 replace files that exist, which is refused otherwise
   --dtype TYPE                float32, bfloat16 or float16; by default bfloat16 on a GPU that has it, else float32""",
 }
 _PHOTOS = """

@@ -39,6 +39,7 @@ def _parser() -> Parser:
         help="the picture (its ending says the format), or a folder, which gets NAME.png for each image "
         "(default: %(default)s/)",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace pictures, which is refused otherwise")
     parser.add_argument(
         "--kind", choices=KINDS, help="what to draw; features work for any timm model (default: what the model has)"
     )
@@ -77,10 +78,13 @@ def main(words: list[str]) -> int:
 
     from ..images import find_files
     from ..models.factory import random_weights
+    from ..utils.files import check_new
     from ..visualize.pictures import draw_pictures, picture_files
 
     files, failures = find_files(args.images, partial(print, file=sys.stderr))
     targets = picture_files(args.out, files, single=len(files) + len(failures) == 1)
+    for target in targets:
+        check_new(target, args.overwrite)
     model = load(args, num_classes=0)  # nothing that is drawn comes from the head
     names = ("kind", "layers", "head", "max_size", "mean", "std")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None} | value_options(args)

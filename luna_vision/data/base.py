@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,18 @@ import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from sklearn.model_selection import train_test_split
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from luna_vision.data.faults import check_fault_policy
 from luna_vision.data.images import (
     PredictDataset,
+    ReadableDataset,
+    ReadableLoader,
     Source,
     StreamDataset,
     TransformedDataset,
+    Unread,
+    collate_readable,
     describe_split,
     known_labels,
 )
@@ -107,7 +112,7 @@ class ImageDataModule(LightningDataModule):
         pin_memory: Page-lock batches; by default where there is a GPU.
         persistent_workers: Keep the workers from one epoch to the next.
         on_error: For an image that cannot be read: "raise" stops and names it, "skip" logs it once and puts the next
-            readable one in its place, see :class:`~luna_vision.data.faults.SkipFaults`. Prediction always stops.
+            readable one in its place, see :class:`~luna_vision.data.faults.SkipFaults`. Prediction leaves it out.
         max_error_share: Largest share of a split that "skip" replaces; it stops beyond.
         train_sizes: Sides in pixels, or [height, width], to train at. Each batch has one of them, in an order drawn for
             each epoch, and as many patches as ``batch_size`` images of ``img_size``. Evaluation is at ``img_size``. The
@@ -182,6 +187,7 @@ class ImageDataModule(LightningDataModule):
         self.predict_path = predict_path
         self._to_predict: list[str] | None = None
         self.finished: set[str] = set()
+        self.unread: list[Unread] | None = None  # a list takes the images that prediction cannot use; None stops it
         self.crop_pct = crop_pct
         self._measure = self._measured = mean == DATA  # whether to measure it still, and at all
         if isinstance(mean, str) and (not self._measure or std is not None):
@@ -408,7 +414,10 @@ class ImageDataModule(LightningDataModule):
             images = [file for file in files if file not in self.finished]
         elif (images := self.make_source("test")) is None or isinstance(images, IterableDataset):
             raise ValueError("there is no indexed test set to predict: give predict_path, a folder or files of images")
-        return self._loader(PredictDataset(images, self.eval_transform, self.in_chans), self.eval_batch_size)
+        dataset = PredictDataset(images, self.eval_transform, self.in_chans)
+        if self.unread is not None:
+            dataset = ReadableDataset(dataset, self.unread)
+        return self._loader(dataset, self.eval_batch_size)
 
     def _eval_loader(self, split: str) -> DataLoader | list:
         self.find_values()
@@ -443,6 +452,9 @@ class ImageDataModule(LightningDataModule):
             dataset.share(self.num_workers, batch_size, *self._rank())
         if sampler is not None:
             arguments["sampler"] = sampler
+        if isinstance(dataset, ReadableDataset):
+            arguments["collate_fn"] = partial(collate_readable, self.collate_fn or default_collate)
+            return ReadableLoader(generator=torch.Generator(), **arguments)
         if not train:
             return DataLoader(generator=torch.Generator(), **arguments)
         return EpochLoader(next_batch=self._next_batch, **arguments)

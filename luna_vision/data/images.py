@@ -1,15 +1,15 @@
 """Datasets that turn images into tensors, with clear errors."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 from timm.data.readers.shared_count import SharedCount
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from luna_vision.data.faults import SkipFaults
 from luna_vision.data.sampling import sample_seed
@@ -216,3 +216,52 @@ class PredictDataset(Dataset):
         except SampleError as error:
             raise SampleError(f"cannot use image {name}: {error}") from error
         return self.transform(image, 0), name
+
+
+class Unread(NamedTuple):
+    """An image that cannot be used, and why."""
+
+    name: str
+    reason: str
+
+
+class ReadableDataset(Dataset):
+    """A `PredictDataset` that gives an `Unread` for an image that cannot be used, for a `ReadableLoader`.
+
+    Args:
+        dataset: The dataset.
+        unread: The loader adds the images that cannot be used.
+    """
+
+    def __init__(self, dataset: PredictDataset, unread: list[Unread]) -> None:
+        self.dataset, self.unread = dataset, unread
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str] | Unread:
+        try:
+            return self.dataset[index]
+        except (SampleError, OSError) as error:
+            item = self.dataset.source[index]
+            return Unread(item if isinstance(item, str) else str(index), one_line(error))
+
+
+class ReadableLoader(DataLoader):
+    """The batches of a `ReadableDataset`, without the images that cannot be used.
+
+    Its ``collate_fn`` is `collate_readable` with that of the batches as its first argument.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch, unread in super().__iter__():
+            self.dataset.unread += unread
+            if batch is not None:
+                yield batch
+
+
+def collate_readable(collate_fn: Callable[[list], Any], samples: list) -> tuple[Any, list[Unread]]:
+    """A batch of the samples that could be read, None if there is none of them, and the others."""
+    unread = [sample for sample in samples if isinstance(sample, Unread)]
+    found = [sample for sample in samples if not isinstance(sample, Unread)]
+    return collate_fn(found) if found else None, unread

@@ -125,6 +125,29 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(not_plain(path, error)) from error
 
 
+def load_whole(model: nn.Module, path: str | Path, name: str) -> bool:
+    """Load the weights of a detector or a segmenter, with its head.
+
+    Args:
+        model: of `luna_vision.downstream`.
+        path: of a training.
+        name: of its backbone, for the error.
+
+    Returns:
+        Whether the file has such weights; else nothing is loaded.
+
+    Raises:
+        ValueError: They are those of another one.
+    """
+    weights = read_weights(path)
+    if not _body(weights):
+        return False
+    if differing := differing_weights(model.state_dict(), weights):  # the defaults of a model may have changed since
+        raise ValueError(f"{str(path)!r} does not fit {name} as it is built now: {differing}")
+    model.load_state_dict(weights)
+    return True
+
+
 def _body(state_dict: dict) -> dict:
     """The backbone of a detector or segmenter; empty for any other model."""
     for prefix in BODIES:

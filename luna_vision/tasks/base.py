@@ -251,6 +251,10 @@ class TimmTask(LightningModule):
         """Apply ``load`` to the timm model, or to a whole one that it is a part of."""
         load(self.model)
 
+    def load_trained_weights(self, checkpoint: str) -> None:
+        """Load a file to evaluate it, or to predict with it."""
+        self.load_starting_weights(lambda model: load_weights(model, checkpoint, say=rank_zero_info))
+
     def _load_starting_weights(self) -> None:
         """Load them once, and not if Lightning has loaded a checkpoint, which it does after ``setup``."""
         if self._has_weights:
@@ -263,18 +267,26 @@ class TimmTask(LightningModule):
                 self.check_classes(run, self.trainer.datamodule, checkpoint)
                 adopt_values(run, self.trainer.datamodule)
                 self.data_cfg = _data_cfg(run)
-            self.load_starting_weights(lambda model: load_weights(model, checkpoint, say=rank_zero_info))
+                self.load_trained_weights(checkpoint)
+            else:
+                self.load_starting_weights(lambda model: load_weights(model, checkpoint, say=rank_zero_info))
         elif vit:
             self.load_starting_weights(lambda model: init_from_vit(model, vit))
 
     on_validation_start = on_test_start = on_predict_start = _load_starting_weights
+
+    @classmethod
+    def task_name(cls) -> str:
+        """What a checkpoint says of the task: the name of its class, of one outside of this package with its module."""
+        return cls.__name__ if cls.__module__.startswith(f"{__package__}.") else f"{cls.__module__}.{cls.__name__}"
 
     def data_record(self, data: LightningDataModule) -> dict[str, Any]:
         """What a checkpoint says of the data: how images are preprocessed, and the class names."""
         return {"name": type(data).__name__, "cfg": data.timm_cfg()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add how images are preprocessed, the class names, and the sums of the epoch so far."""
+        """Add the task, how images are preprocessed, the class names, and the sums of the epoch so far."""
+        checkpoint["task"] = self.task_name()
         data = self.trainer.datamodule
         if hasattr(data, "timm_cfg"):
             checkpoint["data"] = self.data_record(data)

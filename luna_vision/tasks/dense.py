@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_utilities.core.imports import package_available
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
@@ -19,6 +20,7 @@ from luna_vision.downstream.detection import detector_of
 from luna_vision.downstream.segmentation import has_background, segmenter_of
 from luna_vision.execution import set_band_checkpointing
 from luna_vision.models import LunaVit
+from luna_vision.models.checkpoints import load_whole
 from luna_vision.models.factory import build_model, sized
 
 from .base import TimmTask
@@ -67,6 +69,12 @@ class _PyramidTask(TimmTask):
 
     def _log_classes(self, name: str, values: dict[str, Tensor]) -> None:
         self.log_dict({f"{name}/{label}": value.float().to(self.device) for label, value in values.items()})
+
+    def load_trained_weights(self, checkpoint: str) -> None:
+        if load_whole(self.model, checkpoint, self.hparams.model_name):
+            rank_zero_info(f"weights loaded from {checkpoint}")
+        else:
+            super().load_trained_weights(checkpoint)
 
     def load_starting_weights(self, load: Callable[[nn.Module], None]) -> None:
         backbone = self.model.get_submodule(self.pyramid)
@@ -263,8 +271,10 @@ class SegmentationTask(_PyramidTask):
 
     def check_data(self, data: LightningDataModule | None, stage: str) -> None:
         super().check_data(data, stage)
+        if stage == "predict":  # which needs no labels
+            return
         found, expected = getattr(data, "background", None), self.hparams.background
-        if stage != "predict" and found is not None and found != expected:
+        if found is not None and found != expected:
             raise ValueError(f"the data has background={found}, but the model is built for background={expected}")
 
     def forward(self, images: Tensor | list[Tensor]) -> Tensor:

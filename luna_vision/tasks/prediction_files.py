@@ -127,6 +127,11 @@ class FileNames:
         self._twice = {stem for stem, count in stems.items() if count > 1}
         self._common = os.path.commonpath([os.path.dirname(stem) for stem in stems]) if stems else os.getcwd()
 
+    def below(self, file: str, folder: str | None) -> str:
+        """The path of an image, below this folder or, without one, below that of all images; else as it is."""
+        name = os.path.relpath(os.path.abspath(file), os.path.abspath(folder or self._common))
+        return file if name.startswith(os.pardir) else name
+
     def __call__(self, file: str, suffix: str) -> str:
         """The relative path of the file with this suffix that belongs to an image."""
         stem, own = os.path.splitext(os.path.abspath(file))
@@ -154,19 +159,23 @@ class PredictionFile:
         self.file_names = FileNames(files)
 
     @classmethod
-    def check(cls, path: Path) -> None:
-        """Raise a ValueError or an OSError if nothing can be written to this path."""
+    def check(cls, path: Path, overwrite: bool) -> None:
+        """Raise a ValueError or an OSError if nothing can be written to this path, or there is a file already."""
         if cls.suffix:
-            check_output(path, [cls.suffix], overwrite=True)
+            check_output(path, [cls.suffix], overwrite)
         else:
             check_folder(path)
 
-    def records(self, prediction: dict[str, Any]) -> list[dict[str, Any]]:
-        """What ``predict_step`` of the task returns, as plain data: a dict for each image, with its name as "image".
+    def own_file(self, image: str) -> Path | None:
+        """The file that the prediction of an image alone is written to, where images have such files."""
+        return None
 
-        What belongs into files of their own is written here.
-        """
+    def records(self, prediction: dict[str, Any]) -> list[dict[str, Any]]:
+        """What ``predict_step`` of the task returns, as plain data: a dict for each image, with its name as "image"."""
         raise NotImplementedError
+
+    def write(self, prediction: dict[str, Any]) -> None:
+        """Write what belongs into files of their own, see `own_file`."""
 
     def targets(self, prediction: dict[str, Any]) -> list[Any]:
         """What ``predict_step`` returns, as `luna_vision.tasks.pictures.draw` takes it, where `drawn`."""
@@ -230,6 +239,8 @@ class LabelsCsv(CsvPredictions):
 class CocoPredictions(PredictionFile):
     """One JSON with ``images``, ``categories`` and ``annotations``, which have a ``score``.
 
+    ``file_name`` is relative to the folder that is predicted or, of several ones and of files, to that of all images.
+
     Images are numbered from 1 in the order of prediction, but those of a COCO file keep the numbers that they have
     there, and so do its categories. So ``COCO.loadRes`` takes the list of annotations as it is.
     """
@@ -247,12 +258,16 @@ class CocoPredictions(PredictionFile):
         return list(map(BoxOutcome.predicted, prediction["objects"]))
 
     def finish(self, records: list[dict[str, Any]]) -> None:
-        known = getattr(self.task.trainer.datamodule, "image_ids", {})
+        data = self.task.trainer.datamodule
+        known, given = getattr(data, "image_ids", {}), getattr(data, "predict_path", None)
+        (folder,) = [given] if isinstance(given, str) else given if given is not None and len(given) == 1 else [None]
+        folder = folder if folder is not None and os.path.isdir(folder) else None
         count = len(self.names or []) or self.task.hparams.num_classes
         names = self.names or list(map(str, range(1, count + 1)))
         ids = self.task.data_cfg.get("category_ids") or range(1, count + 1)
         files = [
-            record | {"file_name": utf8(record["image"]), "id": known.get(record["image"], i)}
+            record
+            | {"file_name": utf8(self.file_names.below(record["image"], folder)), "id": known.get(record["image"], i)}
             for i, record in enumerate(records, 1)
         ]
         with new_file(self.path) as file:
@@ -274,18 +289,31 @@ class MaskPredictions(PredictionFile):
         self._values, palette = mask_numbers(hp.num_classes + hp.background, task.data_cfg.get("mask_values"))
         self._palette = palette.tobytes()
 
+    def own_file(self, image: str) -> Path:
+        return self.path / self.file_names(image, ".tif" if _georeference(image) else ".png")
+
     def records(self, prediction: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"image": file} for file in prediction["ids"]]
+
+    def write(self, prediction: dict[str, Any]) -> None:
         for file, mask in zip(prediction["ids"], prediction["masks"], strict=True):
             numbers = self._values[mask.cpu().numpy()]
             deep = numbers.max(initial=0) > 255
             picture = Image.fromarray(numbers.astype(np.uint16 if deep else np.uint8))
             if not deep:
                 picture.putpalette(self._palette)
-            tags = georeference(file)
+            tags = _georeference(file)
             options = {"format": "TIFF", "tiffinfo": tags, "compression": "tiff_deflate"} if tags else {"format": "PNG"}
-            with new_file(self.path / self.file_names(file, ".tif" if tags else ".png")) as new:
+            with new_file(self.own_file(file)) as new:
                 picture.save(new, **options)
-        return [{"image": file} for file in prediction["ids"]]
 
     def targets(self, prediction: dict[str, Any]) -> list[Any]:
         return prediction["masks"]
+
+
+def _georeference(image: str) -> Any:
+    """The georeference of an image, None also of a broken one: who reads its pixels says what is wrong."""
+    try:
+        return georeference(image)
+    except Exception:  # Pillow raises nearly anything for a broken file
+        return None

@@ -18,9 +18,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors.torch import save_file
 from torch import Tensor
 
+from luna_vision.data.images import Unread
 from luna_vision.models import unwrap_state_dict
 from luna_vision.utils.errors import UserError, one_line
-from luna_vision.utils.files import new_file
+from luna_vision.utils.files import check_new, new_file
 from luna_vision.utils.fingerprint import describe
 from luna_vision.utils.progress import progress_bar
 from luna_vision.utils.text import printable
@@ -36,19 +37,27 @@ class PredictionWriter(BasePredictionWriter):
 
     A file appears when the last image is predicted; masks appear one by one. Until then ``OUT.partial`` beside it has
     what is finished: the same prediction to the same `output` continues from there after a stop, with any number of
-    processes. Several processes share the images, and the first one writes the file.
+    processes. Several processes share the images, and the first one writes the file. Files of others are not replaced.
+    Images that cannot be used are left out, and listed at the end.
 
     Args:
         output: The file or folder; None is one in the run's log directory, such as ``predictions.csv``.
         overlays: A folder for pictures of the images with the boxes or masks that were found; None draws none.
+        overwrite: Whether to replace files that exist, all the same.
+
+    Attributes:
+        unread: At the end of a prediction, the images that could not be used, and why.
 
     Raises:
+        FileExistsError: When a prediction starts: a file that it would write exists.
         ValueError: When a prediction starts: overlays of a task without boxes and masks, or ``OUT.partial`` was left by
             a prediction with other weights or options.
     """
 
-    def __init__(self, output: str | None = None, overlays: str | None = None) -> None:
+    def __init__(self, output: str | None = None, overlays: str | None = None, overwrite: bool = False) -> None:
         super().__init__(write_interval="batch")
+        self.overwrite = overwrite
+        self.unread: list[Unread] = []
         self.output, self.overlays = output, None if overlays is None else Path(overlays)
         self._journal: Journal | None = None
 
@@ -65,16 +74,43 @@ class PredictionWriter(BasePredictionWriter):
             raise UserError(f"predictions could replace images such as {within[0]}: give another folder")
         if 0 < len(self._files) < trainer.world_size:
             raise UserError(f"{trainer.world_size} processes cannot share {len(self._files)} images: start fewer")
+        form.check(path, self.overwrite)
+        if hasattr(data, "unread"):
+            data.unread = []
         # the folder of a run is a new one each time
-        self._file, self._resumes = None, self.output is not None and bool(self._files)
+        self._resumes = self.output is not None and bool(self._files)
+        self._file, self._named = form(path, None, pl_module, self._files), False
         self._journal = Journal(path, self._about(trainer, pl_module), self._resumes, trainer.global_rank)
-        trainer.strategy.barrier("journal")  # all have read before one writes
-        done = [file for file in self._files if file in self._journal.records]
+        done = self._done()
+        trainer.strategy.barrier("journal")  # all have looked before one writes
         if done:
             if trainer.is_global_zero:
                 print(f"{path}: {len(done)} of {len(self._files)} images are finished already", file=sys.stderr)
             # each loader must have an image: if only the file of all of them is missing, some are predicted again
             data.finished = set(done[: len(self._files) - trainer.world_size])
+
+    def _own_files(self, image: str) -> list[Path]:
+        """The files that belong to an image alone."""
+        overlay = None if self.overlays is None else self.overlays / self._file.file_names(image, ".jpg")
+        return [path for path in (self._file.own_file(image), overlay) if path is not None]
+
+    def _done(self) -> list[str]:
+        """The images that are finished. The files of an image that is not listed belong to somebody else.
+
+        An image is listed before its files are written: if they are not there, it is not finished.
+
+        Raises:
+            FileExistsError: There is such a file, and it is not to be replaced.
+        """
+        done = []
+        for image in self._files:
+            own = self._own_files(image)
+            if "unread" in self._journal.records.get(image, {"unread": ""}):
+                for path in own:
+                    check_new(path, self.overwrite)
+            elif all(path.exists() for path in own):
+                done.append(image)
+        return done
 
     def _about(self, trainer: Trainer, task: TimmTask) -> dict[str, Any]:
         """What the predictions depend on, but for the images."""
@@ -103,15 +139,22 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        if self._file is None:  # only now has the task read its weights, whose file knows the names
-            names = pl_module.label_names or self._class_names(trainer)
-            self._file = pl_module.predictions(self._journal.output, names, pl_module, self._files)
+        if prediction is None:  # of an image that cannot be used
+            return
+        self._name_classes(trainer, pl_module)
         with self._kept():
             records = self._file.records(prediction)
+            self._journal.add(records)
+            self._file.write(prediction)
             if self.overlays is not None:
                 self._draw(pl_module, batch[0], prediction)
-            self._journal.add(records)
         self._bar.update(len(records))
+
+    def _name_classes(self, trainer: Trainer, task: TimmTask) -> None:
+        """Make the file anew, once the task has read its weights, which know the names, and the numbers of masks."""
+        if not self._named:
+            names, self._named = task.label_names or self._class_names(trainer), True
+            self._file = task.predictions(self._journal.output, names, task, self._files)
 
     def _draw(self, task: TimmTask, images: Any, prediction: dict[str, Any]) -> None:
         transform = getattr(task.trainer.datamodule, "eval_transform", None)
@@ -129,7 +172,7 @@ class PredictionWriter(BasePredictionWriter):
             journal, reason = self._journal, one_line(error) if error.errno is None else error.strerror
             reason = reason if reason.startswith("cannot write") else f"cannot write {journal.output}: {reason}"
             if self._resumes and journal.records:
-                reason += f"; the same command continues after the {len(journal.records)} images that are finished"
+                reason += "; the same command continues after the images that are finished"
             raise OSError(reason) from error
 
     @staticmethod
@@ -141,19 +184,32 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._bar.close()
+        if unread := getattr(trainer.datamodule, "unread", None):
+            with self._kept():
+                self._journal.add([{"image": name, "unread": reason} for name, reason in unread])
         trainer.strategy.barrier("predicted")
-        if self._file is None or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             self._journal.close()
             return
         if trainer.world_size > 1:
             self._journal.read()
-        records = self._journal.records
-        found = [records[f] for f in self._files if f in records]
+        # positions in a test set, which processes take in turn
+        images = self._files or sorted(self._journal.records, key=lambda name: (len(name), name))
+        records = [self._journal.records[image] for image in images if image in self._journal.records]
+        found = [record for record in records if "unread" not in record]
+        self.unread = [Unread(record["image"], record["unread"]) for record in records if "unread" in record]
         with self._kept():
-            # positions in a test set, which processes take in turn
-            self._file.finish(found or sorted(records.values(), key=lambda r: (len(r["image"]), r["image"])))
+            if found:
+                self._name_classes(trainer, pl_module)  # also where no other image than those of before can be used
+                self._file.finish(found)
             self._journal.remove()
-        print(f"predictions: {self._journal.output}")
+        out = self._journal.output
+        print(f"predictions: {out}" if found else f"{out} is not written: it would be empty")
+        if self.unread:
+            print(f"{len(self.unread)} of {len(records)} images could not be used:", file=sys.stderr)
+        for name, reason in self.unread:
+            name = printable(name)
+            print(f"  {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._journal is None or trainer.state.fn != TrainerFn.PREDICTING:
@@ -168,14 +224,16 @@ class PredictionWriter(BasePredictionWriter):
 def export_weights(checkpoint: str | Path, output: str | Path) -> None:
     """Write the model's weights (with EMA, the averaged ones) from a Lightning checkpoint as timm loads them.
 
-    The file's header has model, normalisation, classes and epochs as JSON, under "training", for `training_checkpoint`.
+    The file's header has task, model, normalisation, classes and epochs as JSON, under "training", for
+    `training_checkpoint`.
 
     Args:
         checkpoint: a checkpoint of a task.
         output: the ``.safetensors`` file to write.
     """
     content = read_checkpoint(checkpoint)
-    training = {name: content[name] for name in ("hyper_parameters", "data", "epoch", "global_step") if name in content}
+    recorded = ("task", "hyper_parameters", "data", "epoch", "global_step")
+    training = {name: content[name] for name in recorded if name in content}
     _write_weights(unwrap_state_dict(content), training, output)
 
 
@@ -187,7 +245,7 @@ def save_weights(task: TimmTask, data: Any, output: str | Path) -> None:
         data: the data module, whose preprocessing is recorded.
         output: the ``.safetensors`` file to write.
     """
-    training = {"hyper_parameters": dict(task.hparams), "data": task.data_record(data)}
+    training = {"task": task.task_name(), "hyper_parameters": dict(task.hparams), "data": task.data_record(data)}
     _write_weights(task.model.state_dict(), training, output)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from luna_vision.data.images import Unread
 from luna_vision.data.slides import Slide
 from luna_vision.execution.streamed import check_streamed, streamed_logits
 from luna_vision.utils.checks import check_at_least
+from luna_vision.utils.errors import is_check, one_line
 
 from .classification import ClassificationTask
 
@@ -66,6 +69,18 @@ class SlideTask(ClassificationTask):
     def check_batch(self, images: list[Slide], targets: Tensor) -> None:
         if not isinstance(images, list) or not all(isinstance(image, Slide) for image in images):
             raise ValueError("SlideTask trains on the slides of SlideDataModule, and the data gives something else")
+
+    def predict_step(self, batch: tuple[list[Slide], list[str]], batch_idx: int) -> dict[str, Any] | None:
+        """As `ClassificationTask`, of one slide; None if it cannot be read and the data lists what cannot."""
+        unread = getattr(self.trainer.datamodule, "unread", None)
+        try:
+            return super().predict_step(batch, batch_idx)
+        except (ValueError, OSError) as error:
+            full = getattr(error, "errno", None) == errno.ENOSPC  # of the store
+            if unread is None or full or not (isinstance(error, OSError) or is_check(error)):
+                raise
+            unread.append(Unread(batch[1][0], one_line(error)))
+            return None
 
     def forward(self, images: list[Slide]) -> Tensor:
         """Logits (B, K) of slides."""

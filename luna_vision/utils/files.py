@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 __all__ = [
     "beside",
     "check_folder",
+    "check_new",
     "check_output",
     "check_own",
     "new_file",
@@ -186,9 +187,14 @@ def check_output(path: Path, suffixes: Sequence[str], overwrite: bool) -> None:
         raise ValueError(f"the output must end in {' or '.join(suffixes)}, got {path}")
     if path.is_dir():
         raise IsADirectoryError(f"the output {path} is a folder")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: give --overwrite (overwrite=True) to replace it")
+    check_new(path, overwrite)
     check_folder(path.parent)
+
+
+def check_new(path: Path, overwrite: bool) -> None:
+    """Raise a FileExistsError if a file that is to be written exists and `overwrite` is False."""
+    if os.path.lexists(path) and not overwrite:
+        raise FileExistsError(f"{path} exists: give --overwrite (overwrite=True) to replace it")
 
 
 def check_folder(folder: Path) -> None:

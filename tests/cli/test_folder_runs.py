@@ -143,6 +143,8 @@ def test_paths_and_a_checkpoint_are_enough_to_predict(run, monkeypatch):
         code, _, err = run("predict", "photos/test", *words, "--out=found.csv", config=False)
         assert code == 0, err
         assert Path("found.csv").read_text() == want
+        assert run("predict", "photos/test", *words, "--out=found.csv", config=False)[0] == 2  # it exists
+        Path("found.csv").unlink()
     shutil.rmtree("photos/train")  # which names the classes
     monkeypatch.setattr(predict_words, "SHIPPED", ["mine"])
     monkeypatch.setattr(predict_words, "weights_file", lambda name: Path(f"{name}.safetensors").resolve())

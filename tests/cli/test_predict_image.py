@@ -170,6 +170,12 @@ def test_mistakes(change, message, trained, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old.tif"]
 
 
+def test_a_folder_is_not_one_image(trained, tmp_path, monkeypatch, capsys):
+    words = [trained / "new", "--checkpoint", trained / "best.ckpt", "--out", tmp_path / "a.tif"]
+    assert run(monkeypatch, *words) == 2
+    assert "new is a folder, and --out .tif is of one image" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_help(monkeypatch, capsys):
     assert run(monkeypatch, "--out", "a.tif", "--help") == 0
     text = capsys.readouterr().out

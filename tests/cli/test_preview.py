@@ -41,6 +41,10 @@ def test_a_sheet_of_training_images(name, run, tmp_path):
     side = 36 if name == "camvid" else 0
     assert not side or sheet.size == (4 * side, 2 * side)
     assert len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 20
+    if name == "camvid":
+        code, _, err = run(*config, *short, "--out", "a.png")
+        assert code == 2 and "error: a.png exists: give --overwrite" in err
+        assert run(*config, *short, "--out", "a.png", "--overwrite")[0] == 0
 
 
 def test_slides_are_no_pictures(run, tmp_path):

@@ -136,17 +136,23 @@ def test_nothing_to_predict_is_found_before_a_run_folder_is_made(run_dir, monkey
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_undecodable_image_is_named_and_no_csv_is_left(run_dir, monkeypatch, tmp_path, capsys, workers):
+def test_undecodable_images_are_listed_and_the_others_predicted(run_dir, monkeypatch, tmp_path, capsys, workers):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     Image.new("L", (20, 30)).save(tmp_path / "images" / "0.png")
     (tmp_path / "images" / "1.png").write_bytes(b"no image")
     checkpoint = run_dir[0] / "runs/debug/version_0/checkpoints/best.ckpt"
     arguments = ["predict", "--config", DEBUG, "--ckpt_path", str(checkpoint), f"--data.predict_path={tmp_path}/images"]
-    assert call(monkeypatch, *arguments, f"--data.num_workers={workers}", "--data.batch_size=1") == 2
-    line = error_line(capsys)
-    assert "images/1.png" in line and "Traceback" not in line
-    assert not list(tmp_path.rglob("*predictions*"))
+    arguments += [f"--data.num_workers={workers}", "--data.batch_size=1", "--trainer.limit_predict_batches=null"]
+    assert call(monkeypatch, *arguments, "--out=found.csv") == 1
+    first, line = capsys.readouterr().err.splitlines()[-2:]
+    assert first == "1 of 2 images could not be used:" and "images/1.png" in line
+    assert [Path(row["image"]).name for row in csv.DictReader(open("found.csv"))] == ["0.png"]
+    (tmp_path / "images" / "0.png").unlink()
+    assert call(monkeypatch, *arguments, "--out=none.csv") == 1
+    out, err = capsys.readouterr()
+    assert "none.csv is not written: it would be empty" in out and "images/1.png" in err.splitlines()[-1]
+    assert not list(tmp_path.glob("none.csv*"))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -68,6 +68,9 @@ def test_a_picture_for_each_image_in_a_folder(folder, capsys):
     assert run("a.png", "photos", *SMALL, "--kind", "memory", "--out", "out") == 0
     assert capsys.readouterr().out.split() == ["out/a.png", "out/a-2.png", "out/b.png"]
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["a-2.png", "a.png", "b.png"]
+    assert run("a.png", *SMALL, "--kind", "memory", "--out", "out") == 2
+    assert "error: out/a.png exists: give --overwrite" in capsys.readouterr().err
+    assert run("a.png", *SMALL, "--kind", "memory", "--out", "out", "--overwrite") == 0
 
 
 def test_hidden_names_are_skipped_and_counted(folder, capsys):

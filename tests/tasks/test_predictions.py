@@ -98,8 +98,63 @@ def test_a_killed_prediction_continues(make, tmp_path, new):
     assert content(out) == content(whole) and len(content(out)) > 0
     assert not partial.exists()
     again = Seen()
-    predict(task, data, out, again)  # a prediction that has ended begins anew
-    assert len(again.names) == len(scenes("train"))
+    with pytest.raises(FileExistsError, match="exists: give --overwrite"):
+        predict(task, data, out, again)
+    predict(task, data, out, again, overwrite=True)  # a prediction that has ended begins anew
+    assert len(again.names) == len(scenes("train")) and content(out) == content(whole)
+
+
+@pytest.mark.parametrize("make", MADE)
+def test_what_others_have_written_is_kept(make, tmp_path, new):
+    """Before and in the middle of a prediction."""
+    task, data = make(tmp_path / "data", new)
+    out = tmp_path / MADE[make]
+    names = [Path(name) for name in scenes("train")]
+    mine = out / names[4].name if make is segmentation else out
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("by hand")
+    with pytest.raises(FileExistsError, match=f"{mine} exists: give --overwrite"):
+        predict(task, data, out)
+    assert mine.read_text() == "by hand"
+    mine.unlink()
+    if (child := os.fork()) == 0:
+        predict(task, data, out, Seen(last=3))
+    os.waitpid(child, 0)
+    mine.write_text("by hand")
+    with pytest.raises(FileExistsError, match=f"{mine} exists: give --overwrite"):
+        predict(task, data, out)
+    assert mine.read_text() == "by hand"
+    predict(task, data, out, overwrite=True)
+    assert mine.read_bytes() != b"by hand"
+
+
+def test_a_mask_that_a_kill_has_kept_from_the_disk_is_written(tmp_path, new, monkeypatch):
+    task, data = segmentation(tmp_path / "data", new)
+    out = tmp_path / "out"
+    write, files = type(task).predictions.write, []
+
+    def killed(self, prediction):
+        if len(files) == 2:
+            os._exit(0)
+        files.append(write(self, prediction))
+
+    monkeypatch.setattr(type(task).predictions, "write", killed)
+    if (child := os.fork()) == 0:
+        predict(task, data, out)
+    os.waitpid(child, 0)
+    monkeypatch.setattr(type(task).predictions, "write", write)
+    seen = Seen()
+    predict(task, data, out, seen)
+    assert seen.names == list(scenes("train"))[2:] and len(content(out)) == len(scenes("train"))
+
+
+def test_a_picture_by_hand_is_kept(tmp_path, new):
+    task, data = segmentation(tmp_path / "data", new)
+    mine = tmp_path / "drawn" / f"{Path(list(scenes('train'))[-1]).stem}.jpg"
+    mine.parent.mkdir()
+    mine.touch()
+    with pytest.raises(FileExistsError, match=f"{mine} exists"):
+        predict(task, data, tmp_path / "out", overlays=str(mine.parent))
 
 
 def test_what_is_left_of_other_weights_is_refused(tmp_path, new):
@@ -113,6 +168,22 @@ def test_what_is_left_of_other_weights_is_refused(tmp_path, new):
     journal.path.write_text("no journal\n")
     with pytest.raises(UserError, match="no list of predictions"):
         predict(task, data, out)
+
+
+@pytest.mark.parametrize("make", MADE)
+def test_broken_images_are_left_out_and_listed(make, tmp_path, new, capsys):
+    task, data = make(tmp_path / "data", new)
+    names, whole, out = list(scenes("train")), tmp_path / "whole" / MADE[make], tmp_path / MADE[make]
+    (new / names[1]).write_bytes(b"no image")
+    (new / names[5]).write_bytes((new / names[5]).read_bytes()[:200])
+    predict(task, data, out)
+    lines = capsys.readouterr().err.splitlines()
+    at = lines.index(f"2 of {len(names)} images could not be used:")
+    assert names[1] in lines[at + 1] and names[5] in lines[at + 2] and len(lines) == at + 3
+    for name in (names[1], names[5]):
+        (new / name).unlink()
+    predict(task, data, whole)
+    assert content(out) == content(whole) and content(out)
 
 
 @pytest.mark.parametrize("make", MADE)

@@ -37,7 +37,7 @@ def slides(path: Path, **arguments) -> SlideDataModule:
     return SlideDataModule(str(write_slides(path / "slides.csv")), **arguments)
 
 
-def test_a_run_trains_tests_and_predicts(tmp_path, monkeypatch):
+def test_a_run_trains_tests_and_predicts(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["train.py"])  # pytest's own arguments make LightningCLI warn
     write_slides(tmp_path / "slides.csv")
@@ -56,9 +56,12 @@ def test_a_run_trains_tests_and_predicts(tmp_path, monkeypatch):
         rows = list(csv.reader(file))
     assert [Path(row[0]).name for row in rows[1:]] == ["test_0.png", "test_1.png"]
     Path("slides").rename("new")  # without the files of the table
+    Path("new/test_0.png").write_bytes(b"no image")
     new = ["--data.init_args.predict_path=new", "--out", "new.csv"]
-    build(["predict", *words, "--ckpt_path", str(checkpoints / "best.ckpt"), *new])
-    assert len(Path("new.csv").read_text().splitlines()) == 1 + len(list(Path("new").iterdir()))
+    with pytest.raises(SystemExit) as end:
+        build(["predict", *words, "--ckpt_path", str(checkpoints / "best.ckpt"), *new])
+    assert end.value.code == 1 and "new/test_0.png" in capsys.readouterr().err.splitlines()[-1]
+    assert len(Path("new.csv").read_text().splitlines()) == len(list(Path("new").iterdir()))
 
 
 def test_weights_that_are_moved_say_how_slides_were_read(tmp_path, monkeypatch, capfd):
