@@ -45,10 +45,8 @@ def main(words: list[str]) -> int | None:
     config, said = configuration(own.task, own.data, own.out, own.model, own.checkpoint, of_data)
     check_folder(own.out)
     path = own.out / "finetune.yaml"
-    written, again = (
-        shlex.join(["luna-vision", *line])
-        for line in (["finetune", *words], ["fit", "--config", str(path), *overrides])
-    )
+    written = shlex.join(["luna-vision", "finetune", *words])
+    again = shlex.join(["luna-vision", "fit", "--config", str(path), *overrides])
     head = "\n".join(f"# {printable(line)}" for line in (f"Written by {written}", *said, f"Again: {again}"))
     body = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     if path.is_file() and not path.read_text("utf-8").endswith(f"\n{body}"):  # somebody may have edited it
