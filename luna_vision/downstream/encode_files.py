@@ -119,7 +119,8 @@ def encode_files(
         random_weights: The model was not trained; the file then says so.
         progress: Show a progress bar.
         ranks: The processes that share the images, all of which call this.
-        **how: Other arguments of `luna_vision.execution.encode`, for all of them.
+        **how: Other arguments of `luna_vision.execution.encode`, for all of them; a `mask`, as a word or a file, for
+            those without one of their own.
 
     Returns:
         (path, reason) of each image that could not be used; of several processes, to the first.
@@ -129,6 +130,8 @@ def encode_files(
         OSError: A file is in the way, or cannot be written, as on a full disk.
     """
     check_model(model, "streaming")
+    mask = how.pop("mask", None)
+    items = [item._replace(mask=item.mask or mask) for item in items]
     names = _names(items)
     # what `encode` writes of each image, besides the row
     folders = {"store": (store, ""), "grid": (grid, ".npy"), "attention": (attention, ".tif")}

@@ -67,6 +67,15 @@ def same(found: dict[str, list], want: dict[str, list]) -> None:
     assert [Path(path).name for path in found["path"]] == [Path(path).name for path in want["path"]]
 
 
+def test_a_mask_for_all_is_that_of_each_without_one(slides, model, tmp_path):
+    path = str(slides / "a.tif")
+    for name, item, how in (("own", Listed(path, mask="otsu"), {}), ("all", Listed(path), {"mask": "otsu"})):
+        assert encode_files.encode_files(model, [item], tmp_path / f"{name}.parquet", {}, **how) == []
+    own, every = (table(tmp_path / f"{name}.parquet") for name in ("own", "all"))
+    assert own["mask"] == ["otsu"]
+    same(every, own)
+
+
 def test_each_image_has_the_row_that_it_has_alone(slides, weights, model, tmp_path, capsys):
     assert main([str(slides), *weights, "--out", str(tmp_path / "run"), "--grid", str(tmp_path / "grids")]) == 0
     out = tmp_path / "run/encodings.parquet"
